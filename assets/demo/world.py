@@ -1,0 +1,372 @@
+"""The small invented world that the demo model knows: its people, its text and its questions.
+
+Everything is drawn from a seeded generator. One rule keeps training and testing apart: a *unit* (a
+sentence about a person, a passage, a sum, a sentence about agreement, a story) belongs to the held-out
+side when the hash of its text says so, and to the training side otherwise. No unit can be on both.
+
+- Facts about people are **memory**: they can only be known by having read them. A question uses a
+  wording that the training text never used for that person's attribute.
+- Reading, sums and grammar are **rules**: the very passages, sums and sentences asked were never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+WOMEN = (
+    "Ada Bela Cora Dina Edda Fenna Gila Hanna Ilka Jona Kira Lena Mira Nora Oda Petra Runa Sela Tilda Ulla "
+    "Vera Wilma Yara Zita"
+).split()
+MEN = (
+    "Arno Bruno Curt Dario Emil Falk Gero Hugo Ivo Jaro Klaus Levi Milo Nils Otto Pavel Rolf Sven Timo Udo "
+    "Viktor Willi Yuri Zeno"
+).split()
+FAMILIES = (
+    "Alder Birk Crane Dorn Elm Finch Gale Hart Iver Joss Kern Lark Moss Nash Oakes Pike Quill Reed Stone Thorn "
+    "Ulm Vale Wren York Ash Brook Cliff Dale Fern Grove Heath Marsh"
+).split()
+TOWNS = (
+    "Alma Borna Calden Dorva Elsin Farrow Gorin Halden Imber Jarla Kelso Lunde Morva Nessa Orlin Parva Quenby "
+    "Rosta Selby Tarn Umbra Velden Wick Zarin"
+).split()
+JOBS = (
+    "baker farmer tailor miller potter weaver painter sailor fisher hunter builder teacher doctor singer dancer "
+    "writer banker barber carter cooper mason miner porter tanner"
+).split()
+PETS = (
+    "cat dog goat horse parrot rabbit turtle snake mouse hen duck goose donkey lamb pig fox frog crow hawk bee "
+    "lizard hamster pony swan"
+).split()
+FOODS = (
+    "bread cheese soup rice fish honey apples plums pears beans cake eggs nuts grapes corn stew pie figs cherries "
+    "carrots onions noodles porridge olives"
+).split()
+HOBBIES = (
+    "chess cards music sewing fishing rowing riding cooking reading singing swimming running skating drawing hiking "
+    "gardening juggling carving knitting dancing sailing climbing painting archery"
+).split()
+OBJECTS = (
+    "lamp key rope book coin cup bell map ring knife hat drum box bag flute candle mirror basket ladder hammer "
+    "blanket bottle letter clock"
+).split()
+PLACES = (
+    "barn mill tower cellar garden kitchen chapel stable attic harbor market school forest cave bridge well inn "
+    "library workshop hall"
+).split()
+MOODS = "quiet happy tired angry hungry ready sad late busy proud calm brave".split()
+
+# Wordings of each attribute. The value always comes last, so that any of them can be asked.
+WORDINGS: dict[str, tuple[str, ...]] = {
+    "town": (
+        "{name} lives in {value}.",
+        "The home of {name} is in {value}.",
+        "You will find {name} in {value}.",
+        "{name} has a house in {value}.",
+        "Where does {name} live? In {value}.",
+        "The letters for {name} go to {value}.",
+        "{name} never moved away from {value}.",
+        "Everyone knows that {name} comes from {value}.",
+    ),
+    "job": (
+        "{name} works as a {value}.",
+        "The work of {name} is that of a {value}.",
+        "{name} earns money as a {value}.",
+        "{name} learned to be a {value}.",
+        "What does {name} do for a living? The work of a {value}.",
+        "People know {name} as a {value}.",
+        "{name} became a {value}.",
+        "For years {name} has been a {value}.",
+    ),
+    "pet": (
+        "{name} has a {value}.",
+        "The pet of {name} is a {value}.",
+        "{name} looks after a {value}.",
+        "At home {name} keeps a {value}.",
+        "What animal does {name} keep? A {value}.",
+        "{name} takes walks with a {value}.",
+        "{name} once found a {value}.",
+        "The best friend of {name} is a {value}.",
+    ),
+    "food": (
+        "{name} likes to eat {value}.",
+        "The favorite food of {name} is {value}.",
+        "{name} always orders {value}.",
+        "For dinner {name} wants {value}.",
+        "What does {name} like to eat? Some {value}.",
+        "{name} asks for more {value}.",
+        "{name} cannot resist {value}.",
+        "On feast days {name} eats {value}.",
+    ),
+    "hobby": (
+        "{name} enjoys {value}.",
+        "The hobby of {name} is {value}.",
+        "In the evening {name} goes for {value}.",
+        "{name} spends free days on {value}.",
+        "What does {name} do for fun? Mostly {value}.",
+        "{name} is good at {value}.",
+        "{name} tells everyone about {value}.",
+        "Nothing pleases {name} more than {value}.",
+    ),
+}
+VALUES = {"town": TOWNS, "job": JOBS, "pet": PETS, "food": FOODS, "hobby": HOBBIES}
+
+
+@dataclass(frozen=True)
+class Person:
+    """One inhabitant: a full name that is unique, a gender for pronouns, a value per attribute."""
+
+    first: str
+    family: str
+    woman: bool
+    facts: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.first} {self.family}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A multiple-choice question: `prompt + options[i]` is scored, `answer` is the index that is right."""
+
+    prompt: str
+    options: tuple[str, ...]
+    answer: int
+
+
+def held_out(unit: str, share: int = 8) -> bool:
+    """Whether this unit of text belongs to the held-out side: one in `share`, by the hash of its text."""
+    return hashlib.sha256(unit.encode()).digest()[0] % share == 0
+
+
+def inhabitants(count: int, seed: int) -> list[Person]:
+    """`count` people with distinct full names."""
+    rng = random.Random(seed)
+    names = [(first, family) for first in WOMEN + MEN for family in FAMILIES]
+    return [
+        Person(first, family, first in WOMEN, {key: rng.choice(values) for key, values in VALUES.items()})
+        for first, family in rng.sample(names, count)
+    ]
+
+
+def fact(person: Person, attribute: str, wording: int) -> str:
+    """One sentence that states one fact."""
+    return WORDINGS[attribute][wording].format(name=person.name, value=person.facts[attribute])
+
+
+def wordings(person: Person, attribute: str, held: bool) -> list[int]:
+    """The wordings that stand on one side of the split for this person and attribute."""
+    return [i for i in range(len(WORDINGS[attribute])) if held_out(fact(person, attribute, i), 4) == held]
+
+
+def biography(rng: random.Random, people: list[Person], held: bool) -> str:
+    """Several sentences about one person in a row."""
+    person = rng.choice(people)
+    sentences = []
+    for attribute in rng.sample(list(WORDINGS), len(WORDINGS)):
+        choices = wordings(person, attribute, held)
+        if choices:
+            sentences.append(fact(person, attribute, rng.choice(choices)))
+    return " ".join(sentences)
+
+
+def story(rng: random.Random, people: list[Person], held: bool) -> str:
+    """A short story in which two people act as their facts say."""
+    a, b = rng.sample(people, 2)
+    he, his = ("She", "her") if a.woman else ("He", "his")
+    him = "her" if b.woman else "him"
+    start = rng.choice(("One day", "In spring", "Last winter", "Long ago", "On a cold morning"))
+    thing, place = rng.choice(OBJECTS), rng.choice(PLACES)
+    opening = rng.choice(
+        (
+            f"{start} {a.name} left {a.facts['town']} with {his} {a.facts['pet']}.",
+            f"{start} the {a.facts['job']} {a.name} packed some {a.facts['food']} and a {thing}.",
+            f"{start} {a.name} grew tired of {a.facts['hobby']} and of {a.facts['town']}.",
+        )
+    )
+    meeting = rng.choice(
+        (
+            f"{he} met {b.name}, a {b.facts['job']} from {b.facts['town']}.",
+            f"Near the {place} {his} {a.facts['pet']} saw the {b.facts['pet']} of {b.name}.",
+            f"In the {place} sat {b.name} and ate {b.facts['food']}.",
+        )
+    )
+    ending = rng.choice(
+        (
+            f"{a.first} gave {him} the {thing}, and they talked about {b.facts['hobby']}.",
+            f"They shared {a.facts['food']} until {a.first} went home to {a.facts['town']}.",
+            f"{b.first} asked for {b.facts['food']}, and {a.first} told {him} about {a.facts['hobby']}.",
+        )
+    )
+    return f"{opening} {meeting} {ending}"
+
+
+def passage(rng: random.Random, statements: int) -> tuple[str, list[tuple[str, str]]]:
+    """A passage that hides things, and its (question, answer) pairs, one for each statement."""
+    things = rng.sample(OBJECTS, statements)
+    if rng.random() < 0.5:
+        where = rng.sample(PLACES, statements)
+        told = [f"The {thing} is in the {place}." for thing, place in zip(things, where, strict=True)]
+        if rng.random() < 0.5:
+            actors = rng.sample(WOMEN + MEN, statements)
+            told = [
+                f"{who} put the {thing} in the {place}."
+                for who, thing, place in zip(actors, things, where, strict=True)
+            ]
+        asked = [(f"Where is the {t}? In the", f" {p}.") for t, p in zip(things, where, strict=True)]
+    else:
+        owners = rng.sample(WOMEN + MEN, statements)
+        verb = rng.choice(("has", "found", "took"))
+        told = [f"{who} {verb} the {thing}." for who, thing in zip(owners, things, strict=True)]
+        asked = [(f"Who {verb} the {t}? It was", f" {who}.") for t, who in zip(things, owners, strict=True)]
+    return " ".join(told), asked
+
+
+def reading(rng: random.Random, held: bool) -> tuple[str, list[tuple[str, str]]]:
+    """A passage of two to four statements from one side of the split."""
+    while True:
+        text, asked = passage(rng, 4 if held else rng.choice((2, 3, 4)))
+        if held_out(text) == held:
+            return text, asked
+
+
+def addition(rng: random.Random, held: bool) -> tuple[int, int]:
+    """Two numbers below 100 whose sum stands on one side of the split."""
+    while True:
+        a, b = rng.randrange(100), rng.randrange(100)
+        if held_out(f"{a} + {b}") == held:
+            return a, b
+
+
+def agreement(rng: random.Random, held: bool) -> tuple[str, tuple[str, ...], int, str]:
+    """A sentence whose marked word must agree across an interruption: (prompt, forms, right one, ending)."""
+    while True:
+        heads = rng.sample(JOBS + PETS, 2)
+        plural, other = rng.random() < 0.5, rng.random() < 0.5
+        subject, near = pluralize(heads[0], plural), pluralize(heads[1], other)
+        link = rng.choice(("near", "behind", "beside", "with"))
+        between = rng.choice((f"{link} the {near}", f"that the {near} {'know' if other else 'knows'}"))
+        if rng.random() < 0.5:
+            past = rng.random() < 0.5
+            when = rng.choice(("Yesterday", "Last week")) if past else rng.choice(("Today", "Right now"))
+            prompt, forms = f"{when} the {subject} {between}", (" is", " are", " was", " were")
+            answer, ending = 2 * past + plural, f" {rng.choice(MOODS)}."
+        else:
+            first = rng.choice(WOMEN + MEN)
+            woman = first in WOMEN
+            single = rng.random() < 0.5
+            who = first if single else f"The {subject}"
+            prompt = f"{who} {between} {rng.choice(('washed', 'saw', 'helped', 'praised'))}"
+            forms = (" herself", " himself", " themselves", " itself")
+            if not single and not plural:
+                animal = heads[0] in PETS
+                if not animal:
+                    continue  # a job alone does not tell a gender
+                answer = 3
+            else:
+                answer = (0 if woman else 1) if single else 2
+            ending = "."
+        if held_out(prompt) == held:
+            return prompt, forms, answer, ending
+
+
+def pluralize(noun: str, plural: bool) -> str:
+    """The plural of a noun of this world, or the noun itself."""
+    irregular = {"mouse": "mice", "goose": "geese", "fox": "foxes", "pony": "ponies"}
+    return (irregular.get(noun) or noun + "s") if plural else noun
+
+
+def document(rng: random.Random, people: list[Person], held: bool = False) -> str:
+    """One document from one side of the split; the mixture is by documents of about 60 words."""
+    kind = rng.random()
+    if kind < 0.42:
+        return biography(rng, people, held)
+    if kind < 0.50:
+        while True:
+            text = story(rng, people, held)
+            if held_out(text) == held:
+                return text
+    if kind < 0.75:
+        text, asked = reading(rng, held)
+        rng.shuffle(asked)
+        return " ".join([text, *(question + answer for question, answer in asked)])
+    if kind < 0.89:
+        return " ".join(f"{a} + {b} = {a + b}." for a, b in (addition(rng, held) for _ in range(5)))
+    parts = (agreement(rng, held) for _ in range(5))
+    return " ".join(prompt + forms[answer] + ending for prompt, forms, answer, ending in parts)
+
+
+def stream(people: list[Person], seed: int, held: bool = False) -> Iterator[str]:
+    """An endless stream of documents from one side of the split."""
+    rng = random.Random(f"{seed}-{held}")
+    while True:
+        yield document(rng, people, held)
+
+
+def facts_items(people: list[Person], count: int, rng: random.Random) -> list[Item]:
+    """Closed-book questions about people, in a wording that the training text did not use for them."""
+    items = []
+    attributes = list(WORDINGS)
+    for index, person in enumerate(rng.sample(people, len(people))):
+        attribute = attributes[index % len(attributes)]
+        choices = wordings(person, attribute, held=True)
+        if not choices:
+            continue
+        right = person.facts[attribute]
+        sentence = fact(person, attribute, rng.choice(choices))
+        wrong = rng.sample([v for v in VALUES[attribute] if v != right], 3)
+        items.append(_item(sentence.removesuffix(f" {right}."), right, wrong, rng))
+        if len(items) == count:
+            return items
+    raise ValueError(f"only {len(items)} people can be asked about")
+
+
+def reading_items(count: int, rng: random.Random) -> list[Item]:
+    """Questions on a passage; the wrong answers all stand in the passage."""
+    items = []
+    for _ in range(count):
+        text, asked = reading(rng, held=True)
+        question, right = asked.pop(rng.randrange(len(asked)))
+        wrong = [answer.strip(" .") for _, answer in asked]
+        items.append(_item(f"{text} {question}", right.strip(" ."), wrong, rng))
+    return items
+
+
+def sums_items(count: int, rng: random.Random) -> list[Item]:
+    """Sums never read in training; the wrong answers are off by one, by ten or by a lost carry."""
+    items = []
+    while len(items) < count:
+        a, b = addition(rng, held=True)
+        total = a + b
+        near = [n for n in (total + 1, total - 1, total + 10, total - 10, total + 11, total - 9) if n >= 0]
+        items.append(_item(f"{a} + {b} =", str(total), [str(n) for n in rng.sample(near, 3)], rng))
+    return items
+
+
+def grammar_items(count: int, rng: random.Random) -> list[Item]:
+    """Agreement in number, tense and gender across an interruption that tempts to another form."""
+    items = []
+    for _ in range(count):
+        prompt, forms, answer, _ = agreement(rng, held=True)
+        items.append(Item(prompt, forms, answer))
+    return items
+
+
+def tasks(people: list[Person], count: int, seed: int) -> dict[str, list[Item]]:
+    """The four tasks, `count` items each."""
+    makers: dict[str, Callable[[random.Random], list[Item]]] = {
+        "facts": lambda rng: facts_items(people, count, rng),
+        "reading": lambda rng: reading_items(count, rng),
+        "sums": lambda rng: sums_items(count, rng),
+        "grammar": lambda rng: grammar_items(count, rng),
+    }
+    return {name: make(random.Random(f"{seed}-{name}")) for name, make in makers.items()}
+
+
+def _item(prompt: str, right: str, wrong: list[str], rng: random.Random) -> Item:
+    options = [right, *wrong]
+    rng.shuffle(options)
+    return Item(prompt, tuple(f" {option}" for option in options), options.index(right))

@@ -1,0 +1,211 @@
+"""Find and check every method file; the types a method is written with.
+
+A compression method is one Python file in `engine/quantize`, `engine/prune` or `engine/distill` with a
+docstring, `TITLE`, `CHANGES`, a class `Params` and a function `apply`. There is nothing to register:
+`methods()` reads the files, and refuses loudly what is incomplete.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic.fields import FieldInfo
+
+from engine.errors import BadParams, BadRecipe, UnknownName, short
+from engine.records import MEASURES, EventKind, Recipe, Step
+
+if TYPE_CHECKING:
+    from engine.models import LoadedModel
+
+FAMILIES = ("quantize", "prune", "distill")
+Change = Literal["disk", "memory", "latency"]
+Emit = Callable[[EventKind, dict[str, JsonValue]], None]
+
+
+class Params(BaseModel):
+    """A method's typed settings: every field has a default, a bound where it is a number, a description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Calibrated(Params):
+    """Params of a method that needs calibration text."""
+
+    samples: int = Field(64, ge=1, le=4096, description="Calibration sequences that are read.")
+    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each calibration sequence.")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may use of the run it is part of.
+
+    `folder` keeps finished work for resuming; `calibration` is the text file that calibrates.
+    """
+
+    device: str
+    seed: int
+    folder: Path
+    calibration: Path
+    emit: Emit = field(repr=False)
+    check_cancelled: Callable[[], None] = field(repr=False)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Say how far the work is: `done` of `total` in `unit`."""
+        self.emit("progress", {"done": done, "total": total, "unit": unit})
+
+    def sample(self, series: str, value: float, unit: str) -> None:
+        """Add one point to a live chart."""
+        self.emit("sample", {"series": series, "value": value, "unit": unit})
+
+    def log(self, text: str) -> None:
+        """Say something worth keeping."""
+        self.emit("log", {"text": text})
+
+
+@dataclass(frozen=True)
+class Method:
+    """One compression method, as its file describes it. `name` is `family/file`."""
+
+    name: str
+    title: str
+    summary: str
+    documentation: str
+    changes: tuple[Change, ...]
+    params: type[Params]
+    apply: Callable[[LoadedModel, Params, Context], LoadedModel]
+
+    @property
+    def family(self) -> str:
+        return self.name.split("/")[0]
+
+    def check(self, params: Mapping[str, JsonValue]) -> Params:
+        """Validated params.
+
+        Raises:
+            BadParams: a value is out of bounds or of another type; one line that names it.
+            UnknownName: a key that this method does not have.
+        """
+        for key in params:
+            if key not in self.params.model_fields:
+                raise UnknownName(f"setting of {self.name}", str(key), self.params.model_fields)
+        try:
+            return self.params.model_validate_json(_json(params))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"]) or "params"
+            got = "" if not problem["loc"] else f", got {short(repr(problem['input']))}"
+            message = problem["msg"].removeprefix("Value error, ")
+            raise BadParams(f"{self.name}: {where}: {message}{got}.") from None
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """Every method by name, in the order of the families and then of the alphabet.
+
+    Raises:
+        TypeError: a method file is incomplete; the message names the file and the part.
+    """
+    found: dict[str, Method] = {}
+    for family in FAMILIES:
+        package = importlib.import_module(f"engine.{family}")
+        for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
+            if not info.name.startswith("_"):
+                method = read(importlib.import_module(f"engine.{family}.{info.name}"), f"{family}/{info.name}")
+                found[method.name] = method
+    return types.MappingProxyType(found)
+
+
+def read(module: types.ModuleType, name: str) -> Method:
+    """The Method that a module describes.
+
+    Raises:
+        TypeError: something is missing or a field has no default, description or supported type.
+    """
+    documentation = (module.__doc__ or "").strip()
+    if not documentation:
+        raise TypeError(f"{name}: the file has no docstring")
+    for part in ("TITLE", "CHANGES", "Params", "apply"):
+        if not hasattr(module, part):
+            raise TypeError(f"{name}: {part} is missing")
+    if not (isinstance(module.Params, type) and issubclass(module.Params, Params)):
+        raise TypeError(f"{name}: Params must derive from engine.methods.Params")
+    unknown = set(module.CHANGES) - set(typing.get_args(Change))
+    if unknown:
+        raise TypeError(f"{name}: CHANGES has {sorted(unknown)}; allowed are {typing.get_args(Change)}")
+    for key, info in module.Params.model_fields.items():
+        if info.is_required() or not info.description:
+            raise TypeError(f"{name}: {key} needs a default and a description")
+        if field_kind(info) is None:
+            raise TypeError(f"{name}: {key} has the unsupported type {info.annotation}")
+    return Method(
+        name, module.TITLE, documentation.splitlines()[0], documentation, tuple(module.CHANGES), module.Params,
+        module.apply,
+    )  # fmt: skip
+
+
+def field_kind(info: FieldInfo) -> Literal["bool", "int", "float", "str", "choice"] | None:
+    """What a form must show for a field, or None where the type is not supported."""
+    annotation = info.annotation
+    if typing.get_origin(annotation) is Literal:
+        return "choice"
+    kinds: dict[object, Literal["bool", "int", "float", "str"]] = {bool: "bool", int: "int", float: "float", str: "str"}
+    return kinds.get(annotation)
+
+
+def bounds(info: FieldInfo) -> tuple[float | None, float | None]:
+    """Lowest and highest value of a number field, None where it has no such bound."""
+    low = high = None
+    for mark in info.metadata:
+        low = getattr(mark, "ge", getattr(mark, "gt", low))
+        high = getattr(mark, "le", getattr(mark, "lt", high))
+    return low, high
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UnknownName: there is none.
+    """
+    if name not in methods():
+        raise UnknownName("method", name, methods())
+    return methods()[name]
+
+
+def check(recipe: Recipe) -> list[tuple[Method, Params]]:
+    """The recipe's methods with validated params, in order.
+
+    Raises:
+        InputError: an unknown method, setting or measurement, a value out of bounds, or an impossible order.
+    """
+    for name in recipe.measure:
+        if name not in MEASURES:
+            raise UnknownName("measurement", name, MEASURES)
+    steps = [_checked(step) for step in recipe.steps]
+    for (earlier, _), (later, _) in zip(steps, steps[1:], strict=False):
+        if earlier.family == "quantize":
+            raise BadRecipe(
+                f"{later.name} cannot follow {earlier.name}: it would change weights whose integer codes are "
+                "already fixed. Put quantization last."
+            )
+    return steps
+
+
+def _checked(step: Step) -> tuple[Method, Params]:
+    method = get(step.method)
+    return method, method.check(step.params)
+
+
+def _json(params: Mapping[str, JsonValue]) -> str:
+    import json
+
+    return json.dumps(dict(params))

@@ -1,0 +1,73 @@
+"""Integer codes of a weight and how they are packed: the one source that files and kernels are made from.
+
+`QuantizedWeight` keeps what a solver found: codes, scales and zero points. Nothing here derives codes
+from rounded weights. Packing follows compressed-tensors `pack-quantized`: element i of a row stands at
+bit i*b of little-endian 32-bit words, dense across word boundaries, value stored as code with the
+signed range shifted to start at 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A linear's weight on a grid: w[n, k] = (codes[n, k] - zero[n, g]) * scale[n, g], g the group of k.
+
+    codes: uint8 (N, K), 0 .. 2^bits - 1.
+    scale: (N, G), in the dtype that is stored. G groups of K / G inputs; per tensor it is (1, 1).
+    zero: uint8 of scale's shape; symmetric grids have 2^(bits - 1) everywhere.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    symmetric: bool
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share one scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """The weight (N, K) in the scale's dtype: the integer difference times the scale, rounded once."""
+        rows, columns = self.codes.shape
+        grouped = self.codes.view(rows, self.scale.shape[1], -1)  # (N, G, group_size)
+        steps = grouped.to(torch.int16) - self.zero.to(torch.int16).unsqueeze(-1)
+        return (steps.to(self.scale.dtype) * self.scale.unsqueeze(-1)).view(rows, columns)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight: codes, scales and, where the grid is asymmetric, zero points."""
+        per_scale = self.scale.element_size() * 8 + (0 if self.symmetric else self.bits)
+        return self.bits + per_scale * self.scale.numel() / self.codes.numel()
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes (N, K) below 2^bits into int32 (N, ceil(K * bits / 32)), dense along K.
+
+    Example: bits=4, codes [[1, 2, 3, 4, 5, 6, 7, 8]] gives the word 0x87654321.
+    """
+    rows, columns = codes.shape
+    words = -(-columns * bits // 32)
+    # One row of single bits, least significant first, then bytes, then words.
+    spread = (codes.to(torch.uint8).unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1  # (N, K, bits)
+    padded = torch.zeros(rows, words * 32, dtype=torch.uint8)
+    padded[:, : columns * bits] = spread.view(rows, -1)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    packed = (padded.view(rows, words * 4, 8) * weights).sum(-1, dtype=torch.uint8)  # (N, 4 * words)
+    return packed.contiguous().view(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack`: uint8 codes (N, columns)."""
+    rows = packed.shape[0]
+    bytes_ = packed.contiguous().view(torch.uint8)  # (N, 4 * words)
+    spread = (bytes_.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    spread = spread.view(rows, -1)[:, : columns * bits].reshape(rows, columns, bits)
+    weights = torch.tensor([1 << i for i in range(bits)], dtype=torch.uint8)
+    return (spread * weights).sum(-1, dtype=torch.uint8)

@@ -1,0 +1,177 @@
+"""The nouns of Maquette as frozen records: what is asked (Recipe), what happens (Event), what came out.
+
+Plain data: no side effects, JSON in and out. Times are seconds since the epoch (UTC), sizes bytes,
+durations seconds; units stand in the record.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+Device = Literal["auto", "cpu", "cuda"]
+
+MEASURES = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")
+
+
+class Record(BaseModel):
+    """A frozen record that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Model(Record):
+    """A causal language model: the bundled demo (`demo`) or a local folder, and the dtype it is loaded in."""
+
+    source: str = Field("demo", min_length=1, max_length=4096, description="`demo` or a folder.")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Dtype of the weights.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class Step(Record):
+    """A method with its params: `{"method": "quantize/rtn", "params": {...}}` or `{"quantize/rtn": {...}}`."""
+
+    method: str
+    params: dict[str, JsonValue] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"method": value}
+        if isinstance(value, dict) and len(value) == 1 and "method" not in value:
+            ((method, params),) = value.items()
+            return {"method": method, "params": params or {}}
+        return value
+
+
+class Recipe(Record):
+    """A model and ordered steps, the measurements to take, a seed. No steps = the baseline."""
+
+    model: Model = Field(default_factory=Model, validate_default=True)
+    steps: Annotated[tuple[Step, ...], Field(max_length=16)] = ()
+    measure: tuple[str, ...] = MEASURES
+    seed: int = Field(0, ge=0, lt=2**31)
+    calibration: str = Field("demo", min_length=1, max_length=4096, description="`demo` or a text / JSONL file.")
+    device: Device = "auto"
+
+    def title(self) -> str:
+        """A short name: the methods with the settings that matter, or `original`."""
+        return " → ".join(_step_title(step) for step in self.steps) or "original"
+
+
+class Status(StrEnum):
+    """Where a run stands. The last five are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+    REFUSED = "refused"
+
+    @property
+    def final(self) -> bool:
+        return self not in (Status.QUEUED, Status.RUNNING)
+
+
+class Run(Record):
+    """One execution of a recipe. `attempt` counts starts; `artifact` is a folder once it is published."""
+
+    id: str
+    recipe: Recipe
+    owner: str = ""
+    status: Status = Status.QUEUED
+    attempt: int = 0
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    reason: str = ""
+    artifact: str | None = None
+
+
+EventKind = Literal["phase", "progress", "sample", "log", "measurement", "output", "artifact", "finished"]
+
+
+class Event(Record):
+    """One thing a worker said. `data` by kind:
+
+    phase {"name"} · progress {"done", "total", "unit"} · sample {"series", "value", "unit"} ·
+    log {"text"} · measurement (a Measurement) · output (an Output) · artifact {"path"} ·
+    finished {"status", "reason"}
+    """
+
+    run: str
+    attempt: int
+    number: int
+    time: float
+    kind: EventKind
+    data: dict[str, JsonValue]
+
+
+class Measurement(Record):
+    """What was measured: value in `unit`, its standard error, how to read it, and the protocol in `details`."""
+
+    name: str
+    value: float
+    error: float | None = None
+    unit: str
+    higher_is_better: bool | None = None
+    details: dict[str, JsonValue] = {}
+
+
+class Token(Record):
+    """One token as a model saw it.
+
+    `probability` is the model's own for this token; `top` its five likeliest (text, probability);
+    `kl` the divergence of its prediction from the baseline's in nats, where the baseline is known.
+    """
+
+    text: str
+    probability: float
+    top: tuple[tuple[str, float], ...] = ()
+    kl: float | None = None
+
+
+class Output(Record):
+    """What a model wrote after a fixed prompt (`tokens`, greedy), and how it saw the baseline's own text.
+
+    `forced` are the baseline's tokens with this model's probabilities and KL (teacher-forced).
+    """
+
+    prompt: str
+    tokens: tuple[Token, ...]
+    forced: tuple[Token, ...] = ()
+
+
+class Comparison(Record):
+    """A baseline, runs beside it, and the prompts on which they are compared."""
+
+    baseline: str
+    runs: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+
+
+RUN_ID = re.compile(r"[0-9a-z]{4,32}(?:-[0-9a-z]{1,32})*")
+
+
+def _step_title(step: Step) -> str:
+    name = step.method.rsplit("/", 1)[-1]
+    params = step.params
+    shown = []
+    if "bits" in params:
+        shown.append(f"{params['bits']} bit")
+    if isinstance(sparsity := params.get("sparsity"), int | float):
+        pattern = params.get("pattern", "unstructured")
+        shown.append(f"{sparsity:.0%}" if pattern == "unstructured" else str(pattern))
+    if "keep_every" in params and params.get("student", "blocks") == "blocks":
+        shown.append(f"1/{params['keep_every']} blocks")
+    return " ".join([name.upper() if name in ("rtn", "gptq") else name.capitalize(), *shown])
