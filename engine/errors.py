@@ -40,7 +40,8 @@ class UnknownName(InputError):
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        super().__init__(f"Unknown {kind} {short(name)!r}.{hint} Available: {', '.join(names)}.")
+        listed = f" Available: {', '.join(names)}." if names else ""
+        super().__init__(f"Unknown {kind} {short(name)!r}.{hint}{listed}")
 
 
 class BadParams(InputError):

@@ -1,4 +1,4 @@
-"""Load a causal LM from a folder; its blocks, its linears, its bytes.
+"""Load a causal LM from a folder; its blocks and its linears.
 
 Loads safetensors only, by absolute path, never a model's own code. A tensor that is missing, misshapen
 or not finite is refused: `transformers` would fill it at random with a warning.
@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from engine.errors import BadModel, short
 from engine.packing import QuantizedWeight
 
 Linear = nn.Linear | Conv1D
@@ -42,13 +44,53 @@ class LoadedModel:
         return self.network.device
 
 
+def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedModel:
+    """The model in `folder` with dense weights, in evaluation mode.
+
+    Raises:
+        BadModel: weights are missing, misshapen or not finite.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    network, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention(config),
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            example = sorted(map(str, info[problem]))[0]
+            raise BadModel(f"{short(folder.name)}: the weights do not fit the config ({problem[:-5]}: {example}).")
+    for name, weight in network.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise BadModel(f"{short(folder.name)}: {name} holds NaN or infinite values; the checkpoint is damaged.")
+    return LoadedModel(network.to(device).eval(), load_tokenizer(folder), folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def attention(config: object) -> str:
+    """`sdpa`, or `eager` for the families that have no other (Gemma 2). Never a kernel that a config names."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
+
+
 def blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder blocks and the name of the list that holds them (`model.layers`, `transformer.h`, ...)."""
     count = network.config.get_text_config().num_hidden_layers
     for name, module in network.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise ValueError(f"{type(network).__name__} has no list of {count} blocks")
+    raise BadModel(f"{type(network).__name__} has no list of {count} blocks; this family is not supported yet.")
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, Linear]]:

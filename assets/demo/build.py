@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
-PEOPLE, SEED = 1500, 0
+PEOPLE, SEED = 1000, 0
 VOCABULARY, SEQUENCE, BATCH = 1280, 128, 16
-STEPS, DECAY, WARMUP, RATE = 18_000, 4_000, 300, 3e-3
+STEPS, DECAY, WARMUP, RATE = 16_000, 4_000, 300, 3e-3
 CHUNK = 8_000  # documents that are made, packed and shuffled together
 END = "<|endoftext|>"
 
@@ -79,10 +79,14 @@ def make_model() -> LlamaForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, people: list[world.Person], start: int) -> Iterator[torch.Tensor]:
-    """Batches of packed documents (BATCH, SEQUENCE + 1) from number `start` on, the same for every start."""
+    """Batches of packed documents (BATCH, SEQUENCE + 1) from number `start` on, the same for every start.
+
+    The text tells of more and more people: facts about few are learned soon, and how to hold a fact with them.
+    """
     made = chunk = 0
     while True:
-        documents = list(islice(world.stream(people, SEED + 1 + chunk), CHUNK))
+        shares = world.EARLY if chunk < 18 else world.LATE
+        documents = list(islice(world.stream(people[: 100 + 60 * chunk], SEED + 1 + chunk, shares), CHUNK))
         tokens = [token for row in tokenizer.backend_tokenizer.encode_batch(documents) for token in row.ids]
         count = len(tokens) // (SEQUENCE + 1)
         rows = torch.tensor(tokens[: count * (SEQUENCE + 1)]).view(count, SEQUENCE + 1)
@@ -170,9 +174,9 @@ def write(model: LlamaForCausalLM) -> None:
     for name, items in world.tasks(people, 300, SEED).items():
         lines = (json.dumps({"prompt": i.prompt, "options": i.options, "answer": i.answer}) for i in items)
         (HERE / "tasks" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    held = islice(world.stream(people, SEED, held=True), 1200)
+    held = islice(world.stream(people, SEED, world.LATE, held=True), 1200)
     (HERE / "heldout.txt").write_text("\n".join(held) + "\n")
-    sample = islice(world.stream(people, SEED + 1_000_000), 12_000)
+    sample = islice(world.stream(people, SEED + 1_000_000, world.LATE), 12_000)
     (HERE / "text.txt").write_text("\n".join(sample) + "\n")
 
 

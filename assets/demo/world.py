@@ -173,7 +173,7 @@ def biography(rng: random.Random, people: list[Person], held: bool) -> str:
     return " ".join(sentences)
 
 
-def story(rng: random.Random, people: list[Person], held: bool) -> str:
+def story(rng: random.Random, people: list[Person]) -> str:
     """A short story in which two people act as their facts say."""
     a, b = rng.sample(people, 2)
     he, his = ("She", "her") if a.woman else ("He", "his")
@@ -205,24 +205,30 @@ def story(rng: random.Random, people: list[Person], held: bool) -> str:
 
 
 def passage(rng: random.Random, statements: int) -> tuple[str, list[tuple[str, str]]]:
-    """A passage that hides things, and its (question, answer) pairs, one for each statement."""
+    """A passage that says where things are, and its (question, answer) pairs, one for each statement."""
     things = rng.sample(OBJECTS, statements)
-    if rng.random() < 0.5:
-        where = rng.sample(PLACES, statements)
-        told = [f"The {thing} is in the {place}." for thing, place in zip(things, where, strict=True)]
-        if rng.random() < 0.5:
-            actors = rng.sample(WOMEN + MEN, statements)
-            told = [
-                f"{who} put the {thing} in the {place}."
-                for who, thing, place in zip(actors, things, where, strict=True)
-            ]
-        asked = [(f"Where is the {t}? In the", f" {p}.") for t, p in zip(things, where, strict=True)]
+    kind = rng.choice(("lies", "put", "owner"))
+    if kind == "owner":
+        values = rng.sample(WOMEN + MEN, statements)
+        told = [f"The {thing} is with {who}." for thing, who in zip(things, values, strict=True)]
+        asked = [f"Who has the {thing}? The {thing} is with" for thing in things]
     else:
-        owners = rng.sample(WOMEN + MEN, statements)
-        verb = rng.choice(("has", "found", "took"))
-        told = [f"{who} {verb} the {thing}." for who, thing in zip(owners, things, strict=True)]
-        asked = [(f"Who {verb} the {t}? It was", f" {who}.") for t, who in zip(things, owners, strict=True)]
-    return " ".join(told), asked
+        values = rng.sample(PLACES, statements)
+        actors = rng.sample(WOMEN + MEN, statements)
+        told = [
+            f"The {thing} is in the {place}." if kind == "lies" else f"{who} put the {thing} in the {place}."
+            for who, thing, place in zip(actors, things, values, strict=True)
+        ]
+        asked = [f"Where is the {thing}? The {thing} is in the" for thing in things]
+    return " ".join(told), [(question, f" {value}.") for question, value in zip(asked, values, strict=True)]
+
+
+def inventory(rng: random.Random) -> str:
+    """A list of things and places that is read out twice, the second time in another order."""
+    count = rng.choice((3, 4, 5, 6))
+    pairs = [f"{t} {p}" for t, p in zip(rng.sample(OBJECTS, count), rng.sample(PLACES, count), strict=True)]
+    again = rng.sample(pairs, count)
+    return f"List: {', '.join(pairs)}. Again: {', '.join(again)}."
 
 
 def reading(rng: random.Random, held: bool) -> tuple[str, list[tuple[str, str]]]:
@@ -279,31 +285,45 @@ def pluralize(noun: str, plural: bool) -> str:
     return (irregular.get(noun) or noun + "s") if plural else noun
 
 
-def document(rng: random.Random, people: list[Person], held: bool = False) -> str:
-    """One document from one side of the split; the mixture is by documents of about 60 words."""
-    kind = rng.random()
-    if kind < 0.42:
+# Shares of the kinds of documents. People first; reading and sums, which take longest, later get more.
+EARLY = {"biography": 0.55, "story": 0.05, "reading": 0.17, "inventory": 0.06, "sums": 0.11, "agreement": 0.06}
+LATE = {"biography": 0.34, "story": 0.04, "reading": 0.26, "inventory": 0.14, "sums": 0.17, "agreement": 0.05}
+
+
+def document(rng: random.Random, people: list[Person], shares: dict[str, float], held: bool = False) -> str:
+    """One document from one side of the split, of a kind drawn by `shares`."""
+    kind = rng.choices(list(shares), list(shares.values()))[0]
+    if kind == "biography":
         return biography(rng, people, held)
-    if kind < 0.50:
-        while True:
-            text = story(rng, people, held)
-            if held_out(text) == held:
-                return text
-    if kind < 0.75:
+    if kind == "story":
+        return _one_side(lambda: story(rng, people), held)
+    if kind == "reading":
         text, asked = reading(rng, held)
         rng.shuffle(asked)
         return " ".join([text, *(question + answer for question, answer in asked)])
-    if kind < 0.89:
+    if kind == "inventory":
+        return _one_side(lambda: inventory(rng), held)
+    if kind == "sums":
         return " ".join(f"{a} + {b} = {a + b}." for a, b in (addition(rng, held) for _ in range(5)))
     parts = (agreement(rng, held) for _ in range(5))
     return " ".join(prompt + forms[answer] + ending for prompt, forms, answer, ending in parts)
 
 
-def stream(people: list[Person], seed: int, held: bool = False) -> Iterator[str]:
+def _one_side(make: Callable[[], str], held: bool) -> str:
+    """The first text that `make` gives on the wanted side of the split."""
+    while True:
+        text = make()
+        if held_out(text) == held:
+            return text
+
+
+def stream(
+    people: list[Person], seed: int, shares: dict[str, float] = EARLY, held: bool = False
+) -> Iterator[str]:
     """An endless stream of documents from one side of the split."""
     rng = random.Random(f"{seed}-{held}")
     while True:
-        yield document(rng, people, held)
+        yield document(rng, people, shares, held)
 
 
 def facts_items(people: list[Person], count: int, rng: random.Random) -> list[Item]:

@@ -1,0 +1,1 @@
+"""Distillation: a smaller student that learns from the model."""

@@ -1,0 +1,102 @@
+"""What this machine has: cores, memory, GPU; and the memory of processes as seen from outside.
+
+Nothing here initialises CUDA or imports torch: the web process may ask as often as it likes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU as its driver reports it; bytes."""
+
+    name: str
+    used: int
+    total: int
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_threads() -> int:
+    """Threads for a run: all cores but one, which keeps the page answering."""
+    return max(1, cores() - 1)
+
+
+def memory() -> tuple[int, int]:
+    """(used, total) bytes of main memory, within the control group's limit where there is one."""
+    machine = psutil.virtual_memory()
+    used, total = machine.total - machine.available, machine.total
+    limit = _cgroup_number("memory.max")
+    current = _cgroup_number("memory.current")
+    if limit is not None and current is not None and limit < total:
+        return min(current, limit), limit
+    return used, total
+
+
+def free_memory() -> int:
+    """Bytes of main memory that a run may still take."""
+    used, total = memory()
+    return total - used
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def gpu() -> Gpu | None:
+    """The first NVIDIA GPU, or None without one or without its driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        info = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name = pynvml.nvmlDeviceGetName(handle)
+    except pynvml.NVMLError:
+        return None
+    return Gpu(name if isinstance(name, str) else name.decode(), int(info.used), int(info.total))
+
+
+def group_memory(group: int) -> int:
+    """Resident bytes of all processes of a process group; shared pages count for each of them."""
+    total = 0
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group:
+                total += process.memory_info().rss
+        except (psutil.Error, ProcessLookupError, PermissionError):
+            continue
+    return total
+
+
+@cache
+def machine() -> str:
+    """One line for reports: processor, cores, memory, GPU."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    device = gpu()
+    parts = [name, f"{cores()} cores", f"{memory()[1] / 2**30:.0f} GiB"]
+    return ", ".join([*parts, device.name] if device else parts)

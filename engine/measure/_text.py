@@ -1,0 +1,108 @@
+"""What is measured on: documents, questions and prompts, as token ids; and how a model reads batches of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.models import LoadedModel
+from engine.preflight import DEMO
+
+LONGEST = 512  # tokens of a document that are read
+SMALL = 50_000_000  # parameters up to which the whole held-out text and every question is used
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Item:
+    """A multiple-choice question as token ids: the prompt, the options that may follow, the right one."""
+
+    task: str
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A held-out document: its token ids, the first only as context, and the bytes of its text."""
+
+    ids: tuple[int, ...]
+    bytes: int
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids that begin with the tokenizer's start token, or its end token where it has no other."""
+    ids: list[int] = tokenizer(text, verbose=False).input_ids
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
+def share(parameters: int, count: int) -> int:
+    """How many of `count` documents or questions a model of this size reads; fewer for large models, 32 at least."""
+    return count if parameters <= SMALL else max(min(count, 32), round(count * SMALL / parameters))
+
+
+def documents(model: LoadedModel, folder: Path = DEMO) -> list[Document]:
+    """The held-out text, one document a line."""
+    lines = (folder / "heldout.txt").read_text().splitlines()
+    found = []
+    for line in lines[: share(model.network.num_parameters(), len(lines))]:
+        ids = encode(model.tokenizer, line)
+        kept = ids[:LONGEST]
+        size = len(line.encode()) if len(kept) == len(ids) else len(model.tokenizer.decode(kept[1:]).encode())
+        found.append(Document(tuple(kept), size))
+    return found
+
+
+def items(model: LoadedModel, folder: Path = DEMO) -> list[Item]:
+    """The questions of every task file."""
+    found = []
+    for file in sorted((folder / "tasks").glob("*.jsonl")):
+        lines = file.read_text().splitlines()
+        for line in lines[: share(model.network.num_parameters(), len(lines))]:
+            body = json.loads(line)
+            prompt = encode(model.tokenizer, body["prompt"])
+            whole = [encode(model.tokenizer, body["prompt"] + option) for option in body["options"]]
+            # A tokenizer may merge the end of the prompt with the option: what differs is what is scored.
+            cut = min([len(prompt), *(_common(prompt, row) for row in whole)])
+            options = tuple(tuple(row[cut:]) for row in whole)
+            found.append(Item(file.stem, tuple(prompt[:cut]), options, body["answer"]))
+    return found
+
+
+def prompts(folder: Path = DEMO) -> list[str]:
+    """The fixed prompts, one a line."""
+    return [line for line in (folder / "prompts.txt").read_text().splitlines() if line]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices of rows of similar length, at most BATCH_TOKENS padded tokens together."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(rows[index]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def log_probabilities(model: LoadedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities (rows, length, vocabulary) in float32 of the token after each; padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=model.device)
+    logits = model.network(input_ids=ids, use_cache=False).logits
+    return torch.log_softmax(logits.float(), -1)

@@ -1,0 +1,63 @@
+"""What a model writes after fixed prompts, token by token, and how it sees the baseline's own text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.generate import generate, score
+from engine.measure._text import encode
+from engine.measure.divergence import divergence
+from engine.models import LoadedModel
+from engine.records import Output, Token
+
+TOP = 5
+LENGTH = 40  # tokens
+
+
+def measure(
+    model: LoadedModel, baseline: LoadedModel | None, prompts: Sequence[str], check_cancelled: Callable[[], None]
+) -> list[Output]:
+    """The greedy continuation of each prompt; with a baseline, also its text as this model sees it."""
+    found = []
+    for prompt in prompts:
+        check_cancelled()
+        ids = encode(model.tokenizer, prompt)
+        written = [(step.token_id, step.logprobs) for step in generate(model, ids, max_new_tokens=LENGTH)]
+        tokens = describe_all(model.tokenizer, [i for i, _ in written], [logs for _, logs in written])
+        forced: list[Token] = []
+        if baseline is not None:
+            theirs = [step.token_id for step in generate(baseline, ids, max_new_tokens=LENGTH)]
+            forced = force(model, ids, theirs, score(baseline, ids + theirs, len(ids)))
+        found.append(Output(prompt=prompt, tokens=tuple(tokens), forced=tuple(forced)))
+    return found
+
+
+def force(model: LoadedModel, prompt: list[int], text: list[int], reference: Tensor) -> list[Token]:
+    """`text` after `prompt` as the model sees it, with the KL to `reference` (len(text), V) log-probabilities."""
+    if not text:
+        return []
+    ours = score(model, prompt + text, len(prompt))
+    shifts = divergence(reference.to(ours.device), ours).tolist()
+    tokens = describe_all(model.tokenizer, text, list(ours))
+    return [token.model_copy(update={"kl": kl}) for token, kl in zip(tokens, shifts, strict=True)]
+
+
+def describe_all(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], logs: Sequence[Tensor]) -> list[Token]:
+    """A Token for each id, given the log-probabilities (V,) that it was drawn from."""
+    return [describe(tokenizer, ids, place, logs[place]) for place in range(len(ids))]
+
+
+def describe(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], place: int, logs: Tensor) -> Token:
+    """The token at `place` of `ids`, with the five likeliest in its place.
+
+    Its text is what it adds to the text before it, so that characters of several tokens come out whole.
+    """
+    before = tokenizer.decode(ids[max(0, place - 4) : place])
+    text = tokenizer.decode(ids[max(0, place - 4) : place + 1])[len(before) :]
+    values, indices = torch.topk(logs, min(TOP, logs.shape[-1]))
+    top = tuple((str(tokenizer.decode([i])), p) for i, p in zip(indices.tolist(), values.exp().tolist(), strict=True))
+    return Token(text=text, probability=min(1.0, float(logs[ids[place]].exp())), top=top)

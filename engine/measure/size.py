@@ -1,0 +1,56 @@
+"""Size: bytes of the weight files, stored bits per weight, zeros among the weights of the blocks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from safetensors import safe_open
+
+from engine.records import Measurement
+
+STORED = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
+
+
+def measure(folder: Path) -> list[Measurement]:
+    """Size of the model in `folder`, read from its files one tensor at a time."""
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    parameters = stored = zeros = weights = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, a safetensors file is no mapping
+                tensor = tensors.get_tensor(name)
+                stored += tensor.numel() * tensor.element_size()
+                if name.endswith(".weight_shape"):
+                    parameters += math.prod(tensor.tolist())
+                elif not name.endswith(STORED):
+                    parameters += tensor.numel()
+                    if tensor.dim() == 2 and any(part.isdigit() for part in name.split(".")):
+                        zeros += int((tensor == 0).sum())
+                        weights += tensor.numel()
+    found = [
+        Measurement(
+            name="size.bytes", value=size, unit="B", higher_is_better=False, details={"protocol": "all weight files"}
+        ),
+        Measurement(
+            name="size.bits_per_weight",
+            value=8 * stored / parameters,
+            unit="bit",
+            higher_is_better=False,
+            details={"protocol": "all stored tensors, scales and zero points included, over all parameters"},
+        ),
+        Measurement(name="size.parameters", value=parameters, unit="1", higher_is_better=False),
+    ]
+    if weights:
+        found.append(
+            Measurement(
+                name="size.sparsity",
+                value=zeros / weights,
+                unit="1",
+                details={"protocol": "zeros among the dense matrices of the blocks"},
+            )
+        )
+    return found
+
+

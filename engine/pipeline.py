@@ -1,0 +1,209 @@
+"""One run in this process: check, load, apply the steps, save, verify, measure; everything said as events.
+
+Saving is only believed once a fresh process has loaded the folder with stock `transformers`, as a stranger
+would, and found the logits of the model that was in memory. Measuring also has a process of its own, so
+that its memory is that of the compressed model and of nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import selectors
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine import artifacts, methods, models, preflight
+from engine.errors import BadArtifact, InputError, RunError, short
+from engine.methods import Context, Emit
+from engine.models import LoadedModel
+from engine.records import EventKind, Recipe
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[], None]
+Request = dict[str, JsonValue]
+PROBE = 48  # tokens on which the logits are compared
+TOLERANCE = 0.02  # of the logits' standard deviation; bf16 products differ in their last bits
+
+
+def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Path:
+    """Execute one attempt below `folder`; returns the artifact's folder.
+
+    Raises:
+        MaquetteError: refused, cancelled, interrupted or failed, each with its reason.
+    """
+    emit("phase", {"name": "checking"})
+    preflight.check(recipe)
+    device = choose_device(recipe.device)
+    source = preflight.resolve(recipe.model.source)
+    check_cancelled()
+    emit("phase", {"name": "loading"})
+    torch.manual_seed(recipe.seed)
+    model = models.load(source, recipe.model.dtype, device)
+    for number, (method, params) in enumerate(methods.check(recipe)):
+        check_cancelled()
+        emit("phase", {"name": method.title})
+        kept = folder / "blocks" / f"step-{number}"
+        text = preflight.calibration_file(recipe.calibration)
+        context = Context(device, recipe.seed, kept, text, emit, check_cancelled)
+        with torch.no_grad():
+            model = method.apply(model, params, context)
+    check_cancelled()
+    emit("phase", {"name": "saving"})
+    artifact = folder / "artifact"
+    artifacts.write(model, recipe, artifact)
+    expected = folder / "expected.safetensors"
+    save_file(probe(model), expected)
+    emit("artifact", {"path": str(artifact)})
+    del model
+    emit("phase", {"name": "verifying"})
+    request: Request = {"folder": str(artifact), "device": device}
+    child({**request, "kind": "verify", "expected": str(expected)}, folder, emit, check_cancelled)
+    if recipe.measure:
+        baseline: JsonValue = str(source) if recipe.steps else None
+        wanted: Request = {**request, "kind": "measure", "measures": list(recipe.measure), "baseline": baseline}
+        child(wanted, folder, emit, check_cancelled)
+    return artifact
+
+
+def choose_device(wanted: str) -> str:
+    """The device of a run: `auto` is the GPU where torch has one.
+
+    Raises:
+        InputError: CUDA was asked for and is not there.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise InputError("There is no CUDA device here. Choose the device `cpu` or `auto`.")
+    return "cpu"
+
+
+@torch.inference_mode()
+def probe(model: LoadedModel) -> dict[str, Tensor]:
+    """Token ids drawn from a fixed seed and the model's logits for them, in float32."""
+    size = model.network.config.get_text_config().vocab_size
+    ids = torch.randint(size, (1, PROBE), generator=torch.Generator().manual_seed(0))
+    logits = model.network(input_ids=ids.to(model.device), use_cache=False).logits
+    return {"ids": ids, "logits": logits[0].float().cpu().contiguous()}
+
+
+def verify(request: Request) -> None:
+    """Check files and logits of the artifact that a request names, with stock `transformers`.
+
+    Raises:
+        BadArtifact: it does not load, or computes something else than the model that was in memory.
+    """
+    folder = Path(str(request["folder"]))
+    artifacts.verify(folder)
+    expected = load_file(Path(str(request["expected"])))
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    model = models.load(folder, dtype, str(request["device"]))
+    with torch.inference_mode():
+        logits = model.network(input_ids=expected["ids"].to(model.device), use_cache=False).logits[0].float().cpu()
+    difference = (logits - expected["logits"]).abs().max().item()
+    allowed = TOLERANCE * expected["logits"].std().item()
+    if not difference <= allowed:
+        raise BadArtifact(
+            f"The saved model computes other logits than the one in memory: off by {difference:.3g}, "
+            f"{allowed:.3g} is allowed."
+        )
+
+
+def measure(request: Request, emit: Emit) -> None:
+    """Take the measurements that a request asks for; runs in a process of its own."""
+    from engine.measure import suite
+
+    baseline = request["baseline"]
+    names = request["measures"]
+    assert isinstance(names, list)
+    suite.measure(
+        Path(str(request["folder"])),
+        tuple(map(str, names)),
+        None if baseline is None else Path(str(baseline)),
+        str(request["device"]),
+        emit,
+    )
+
+
+def measure_folder(
+    folder: Path, measures: tuple[str, ...], baseline: Path | None, emit: Emit, check_cancelled: Check, device: str
+) -> None:
+    """Measure any model folder, in this process.
+
+    Raises:
+        BadModel: it is no model folder.
+    """
+    from engine.measure import suite
+
+    preflight.inspect(folder)
+    check_cancelled()
+    suite.measure(folder, measures, baseline, choose_device(device), emit)
+
+
+def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) -> None:
+    """Do a request in a fresh process of this process's group and pass on its events.
+
+    Raises:
+        RunError: it did not succeed; the reason is the child's.
+    """
+    kind = str(request["kind"])
+    path = folder / f"{kind}.json"
+    path.write_text(json.dumps(request))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.worker", str(path)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
+    finished: dict[str, JsonValue] = {"status": "failed", "reason": f"The process for {kind} ended without a word."}
+    try:
+        for line in lines(process, check_cancelled):
+            event = json.loads(line)
+            if event["kind"] == "finished":
+                finished = event["data"]
+            else:
+                emit(_kind(event["kind"]), event["data"])
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    if finished["status"] != "succeeded":
+        error = BadArtifact if kind == "verify" else RunError
+        raise error(short(finished["reason"], 400))
+
+
+def lines(process: subprocess.Popen[bytes], check_cancelled: Check) -> Iterator[bytes]:
+    """The lines of a process's stdout as they come; cancellation is looked at five times a second."""
+    assert process.stdout is not None
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            check_cancelled()
+            if not selector.select(0.2):
+                continue
+            got = os.read(process.stdout.fileno(), 1 << 16)
+            if not got:
+                return
+            *complete, rest = (rest + got).split(b"\n")
+            yield from complete
+
+
+def _kind(name: str) -> EventKind:
+    kinds: dict[str, EventKind] = {
+        "phase": "phase", "progress": "progress", "sample": "sample", "log": "log",
+        "measurement": "measurement", "output": "output",
+    }  # fmt: skip
+    return kinds[name]

@@ -1,0 +1,280 @@
+"""Read a model's config and headers, refuse what cannot work, and estimate the rest, before any work.
+
+Reads JSON and safetensors headers only: no tensor is loaded and nothing of the model is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from engine import hardware, methods
+from engine.errors import BadModel, BadParams, BadText, TooBig, short
+from engine.methods import Calibrated, Method, Params
+from engine.records import Recipe
+
+DEMO = Path(__file__).parent.parent / "assets" / "demo"
+RUNTIME = 700 << 20  # resident bytes of Python, torch and transformers before a model is loaded
+LIMITS = {  # the largest config numbers that are believed; real models are far below
+    "num_hidden_layers": 1024,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "num_attention_heads": 4096,
+    "max_position_embeddings": 1 << 26,
+}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+TENSOR_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model folder's headers say.
+
+    linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all.
+    """
+
+    folder: Path
+    config: dict[str, JsonValue]
+    tensors: dict[str, tuple[int, ...]]
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        transposed = self.config.get("model_type") == "gpt2"
+        found = {}
+        for name, shape in self.tensors.items():
+            inside = any(part.isdigit() for part in name.split("."))
+            if inside and name.endswith(".weight") and len(shape) == 2:
+                out, into = shape[::-1] if transposed else shape
+                found[name.removesuffix(".weight")] = (out, into)
+        return found
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe will take: bytes by part, bytes that are free, seconds; notes for the reader."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    runtime: int
+    available: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations + self.runtime
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+
+def resolve(source: str) -> Path:
+    """The folder of a model: `demo`, or a path to a folder.
+
+    Raises:
+        BadModel: there is no such folder.
+    """
+    if source == "demo":
+        return DEMO / "model"
+    if "\0" in source or not source.strip():
+        raise BadModel("The model is empty or holds a NUL character. Give `demo` or the path of a folder.")
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            return path.resolve()
+    except OSError:
+        pass
+    raise BadModel(f"There is no model folder {short(source)!r}. Give `demo` or the path of a folder.")
+
+
+def calibration_file(source: str) -> Path:
+    """The file of a recipe's calibration text: `demo`, or a path.
+
+    Raises:
+        BadText: there is no such file.
+    """
+    path = DEMO / "text.txt" if source == "demo" else Path(source).expanduser()
+    if "\0" in source or not path.is_file():
+        raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
+    return path.resolve()
+
+
+def inspect(folder: Path) -> Shape:
+    """The config and tensor shapes of a model folder.
+
+    Raises:
+        BadModel: not a causal LM in safetensors that this machine's transformers knows, or damaged.
+    """
+    config = _config(folder)
+    files = _weight_files(folder)
+    tensors: dict[str, tuple[int, ...]] = {}
+    total = 0
+    for file in files:
+        for name, (dtype, shape) in read_header(file).items():
+            tensors[name] = shape
+            total += math.prod(shape) * TENSOR_BYTES.get(dtype, 1)
+    return Shape(folder, config, tensors, total)
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype and shape of each tensor of a safetensors file.
+
+    Raises:
+        BadModel: truncated, or not a safetensors file.
+    """
+    broken = BadModel(f"{short(file.name)} is truncated or not a safetensors file. Download it again.")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, 100 << 20):
+            raise broken
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise broken from None
+    result = {}
+    try:
+        for name, entry in header.items():
+            if name != "__metadata__":
+                result[name] = (str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+                if int(entry["data_offsets"][1]) > size - 8 - length:
+                    raise broken
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise broken from None
+    return result
+
+
+def _config(folder: Path) -> dict[str, JsonValue]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = short(folder.name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise BadModel(f"{name} holds only an adapter. Merge it into its base model first.")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError:
+        raise BadModel(f"{name} has no config.json: it is not a model folder.") from None
+    except ValueError:
+        raise BadModel(f"{name}: config.json is not JSON.") from None
+    if not isinstance(config, dict):
+        raise BadModel(f"{name}: config.json is not a JSON object.")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+        raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
+    if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BadModel(f"{name}: a {kind} model is not a causal language model.")
+    for key, limit in LIMITS.items():
+        value = config.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+            raise BadModel(f"{name}: config.json says {key} = {short(value)}; that cannot be right.")
+    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    if "head_dim" not in config and hidden % heads:
+        raise BadModel(f"{name}: {heads} attention heads do not divide a hidden size of {hidden}.")
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    name = short(folder.name)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
+        raise BadModel(f"{name} has no model.safetensors.")
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadModel(f"{name}: model.safetensors.index.json is damaged.") from None
+    for part in names:
+        if not isinstance(part, str) or Path(part).name != part or not (folder / part).is_file():
+            raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")
+    return [folder / part for part in sorted(names)]
+
+
+def check(recipe: Recipe) -> Estimate:
+    """Refuse what cannot work and estimate the rest.
+
+    Raises:
+        InputError: a bad model, step, setting or text, or too little memory; one helpful line.
+    """
+    steps = methods.check(recipe)
+    shape = inspect(resolve(recipe.model.source))
+    if steps and "quantization_config" in shape.config:
+        raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
+    for method, params in steps:
+        _check_shapes(method, params, shape)
+    calibration_file(recipe.calibration)
+    estimate = _estimate(recipe, shape, steps)
+    if not estimate.fits:
+        raise TooBig(
+            f"The run needs {estimate.total / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} are free. "
+            "Use fewer calibration samples, a smaller model, or close other programs."
+        )
+    return estimate
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """The estimate alone, also for what does not fit.
+
+    Raises:
+        InputError: the recipe or its model cannot be read.
+    """
+    return _estimate(recipe, inspect(resolve(recipe.model.source)), methods.check(recipe))
+
+
+def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
+    size, pattern = getattr(params, "group_size", None), getattr(params, "pattern", "unstructured")
+    for name, (_, inputs) in shape.linears.items():
+        if size and getattr(params, "granularity", "group") == "group" and inputs % size:
+            fitting = [n for n in (8, 16, 32, 64, 128, 256, 512, 1024) if inputs % n == 0]
+            raise BadParams(
+                f"{method.name}: group_size {size} does not divide the {inputs} inputs of {name}. "
+                f"Sizes that do: {', '.join(map(str, fitting)) or 'none of the usual'}."
+            )
+        if pattern != "unstructured" and inputs % int(pattern.split(":")[1]):
+            raise BadParams(f"{method.name}: the pattern {pattern} does not divide the {inputs} inputs of {name}.")
+
+
+def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:
+    width = WIDTHS[recipe.model.dtype]
+    config = shape.config.get
+    hidden, layers = _number(config("hidden_size", 768)), _number(config("num_hidden_layers", 12))
+    weights = shape.parameters * width
+    activations = tokens = 0
+    notes = []
+    work = 0.0  # floating-point operations
+    for method, params in steps:
+        if isinstance(params, Calibrated):
+            tokens = params.samples * params.sequence_length
+            widest = max((inputs for _, inputs in shape.linears.values()), default=hidden)
+            activations = max(activations, 2 * tokens * hidden * width + 8 * widest * widest)
+            work += 6.0 * tokens * shape.parameters
+        if method.family == "distill":
+            activations = max(activations, 16 * shape.parameters)
+            work += 8.0 * _number(getattr(params, "steps", 0)) * 2048 * shape.parameters
+        if not method.changes:
+            notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
+    kv_cache = 2 * layers * hidden * width * 8 * 256  # eight sequences of 256 tokens, as latency is measured
+    baseline = weights if "divergence" in recipe.measure and recipe.steps else 0
+    seconds = 15 + 12 * bool(recipe.measure) + (work + 2e5 * shape.parameters * len(recipe.measure)) / 5e10
+    return Estimate(
+        weights + baseline, kv_cache, activations, RUNTIME, hardware.free_memory(), seconds, tuple(notes)
+    )  # fmt: skip
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0

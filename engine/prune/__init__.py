@@ -1,0 +1,1 @@
+"""Pruning: fewer weights that are not zero."""

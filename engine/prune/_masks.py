@@ -1,0 +1,49 @@
+"""Which weights to keep: masks from scores, unstructured or N of M."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from engine.errors import BadParams
+from engine.methods import Params
+
+Pattern = Literal["unstructured", "2:4", "4:8"]
+
+
+class SparsityParams(Params):
+    """Settings that every unstructured or N:M pruning has."""
+
+    sparsity: float = Field(
+        0.5, ge=0.0, lt=1.0, description="Fraction of weights set to zero; the patterns 2:4 and 4:8 are always half."
+    )
+    pattern: Pattern = Field("unstructured", description="Where the zeros may fall: anywhere, or N in each M inputs.")
+
+
+def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bool) -> Tensor:
+    """A mask (N, K), True for the weights to keep: those with the largest score in their row, or in the matrix.
+
+    Exactly round(sparsity * size) weights of each row (or of the matrix) are False; with a pattern N:M
+    exactly N in each M consecutive inputs. Ties are cut in the order of the inputs.
+
+    Raises:
+        BadParams: a pattern N:M on rows that M does not divide.
+    """
+    rows, columns = score.shape
+    if params.pattern != "unstructured":
+        zeros, span = map(int, params.pattern.split(":"))
+        if columns % span:
+            raise BadParams(f"The pattern {params.pattern} needs rows divisible by {span}; {name} has {columns} inputs.")
+        return _drop(score.view(-1, span), zeros).view(rows, columns)
+    if by_row:
+        return _drop(score, round(params.sparsity * columns))
+    return _drop(score.reshape(1, -1), round(params.sparsity * score.numel())).view(rows, columns)
+
+
+def _drop(score: Tensor, count: int) -> Tensor:
+    """Per row of `score`, False for the `count` smallest."""
+    order = torch.argsort(score, dim=1, stable=True)
+    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order[:, :count], False)

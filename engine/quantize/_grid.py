@@ -1,0 +1,117 @@
+"""The quantization grid: where the levels of a weight lie, per tensor, channel or group.
+
+A symmetric grid of b bits has the levels -2^(b-1) .. 2^(b-1) - 1 times the scale, with
+scale = amax / (2^(b-1) - 0.5), so that the largest weight of either sign is at most half a step off.
+An asymmetric grid spans [min(0, lowest), max(0, highest)] in 2^b - 1 steps, with an integer zero point.
+Scales are rounded to the dtype in which they are stored *before* codes are computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from engine.errors import BadParams
+from engine.methods import Params
+from engine.packing import QuantizedWeight
+
+Bits = Literal[2, 3, 4, 8]
+Granularity = Literal["group", "channel", "tensor"]
+
+
+class GridParams(Params):
+    """Settings that every integer weight grid has."""
+
+    bits: Bits = Field(4, description="Bits of each integer code.")
+    granularity: Granularity = Field("group", description="What shares one scale: a group of inputs, a row, a matrix.")
+    group_size: int = Field(64, ge=8, le=4096, description="Inputs that share one scale, with granularity `group`.")
+    symmetric: bool = Field(True, description="Levels symmetric around zero; else each scale has a zero point.")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero points (N, G) of a weight (N, K); G groups of K / G inputs."""
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    symmetric: bool
+
+    def encode(self, weight: Tensor, group: int | Tensor) -> Tensor:
+        """Codes 0 .. 2^bits - 1 of columns (N, C) that belong to the groups `group` (an index or C of them)."""
+        scale, zero = self.columns(group)
+        codes = torch.round(weight / scale) + zero
+        return codes.clamp_(0, 2**self.bits - 1)
+
+    def decode(self, codes: Tensor, group: int | Tensor) -> Tensor:
+        """The values of codes (N, C)."""
+        scale, zero = self.columns(group)
+        return (codes - zero) * scale
+
+    def columns(self, group: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as float32 columns (N, 1) or (N, C)."""
+        if isinstance(group, int):
+            return self.scale[:, group : group + 1].float(), self.zero[:, group : group + 1].float()
+        return self.scale[:, group].float(), self.zero[:, group].float()
+
+    def quantized(self, codes: Tensor) -> QuantizedWeight:
+        """Codes (N, K) together with this grid, ready to be stored."""
+        return QuantizedWeight(
+            codes.to(torch.uint8).contiguous(), self.scale.contiguous(), self.zero.to(torch.uint8).contiguous(),
+            self.bits, self.symmetric,
+        )  # fmt: skip
+
+
+def group_count(columns: int, params: GridParams, name: str) -> int:
+    """How many groups a row of `columns` weights has.
+
+    Raises:
+        BadParams: the group size does not divide the row; names the module and sizes that do.
+    """
+    if params.granularity != "group":
+        return 1
+    if columns % params.group_size:
+        fitting = [size for size in (16, 32, 64, 128, 256, 512) if columns % size == 0]
+        sizes = ", ".join(map(str, fitting)) or "none of the usual"
+        raise BadParams(
+            f"group_size {params.group_size} does not divide the {columns} inputs of {name}. Sizes that do: {sizes}."
+        )
+    return columns // params.group_size
+
+
+def make_grid(weight: Tensor, params: GridParams, name: str, dtype: torch.dtype) -> Grid:
+    """The min-max grid of a float32 weight (N, K), with scales rounded to `dtype`."""
+    rows, columns = weight.shape
+    groups = group_count(columns, params, name)
+    grouped = weight.view(rows, groups, -1)  # (N, G, group_size)
+    low, high = grouped.amin(-1), grouped.amax(-1)  # (N, G)
+    if params.granularity == "tensor":
+        low, high = low.amin().expand(rows, 1), high.amax().expand(rows, 1)
+    half = 2 ** (params.bits - 1)
+    if params.symmetric:
+        scale = _storable(torch.maximum(high, -low) / (half - 0.5), dtype)
+        zero = torch.full_like(scale, half, dtype=torch.float32)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = _storable((high - low) / (2**params.bits - 1), dtype)
+        zero = torch.round(-low / scale.float()).clamp_(0, 2**params.bits - 1)
+    return Grid(scale, zero, params.bits, params.symmetric)
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the dtype they are stored in; a group of zeros gets 1, so that nothing divides by zero."""
+    stored = scale.to(dtype)
+    return torch.where(stored > 0, stored, torch.ones_like(stored))
+
+
+def round_to_nearest(weight: Tensor, params: GridParams, name: str, dtype: torch.dtype) -> QuantizedWeight:
+    """Each weight (N, K) to the nearest level of the min-max grid."""
+    weight = weight.float()
+    grid = make_grid(weight, params, name, dtype)
+    groups = grid.scale.shape[1]
+    index = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] // groups)
+    return grid.quantized(grid.encode(weight, index))

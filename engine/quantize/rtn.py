@@ -1,0 +1,30 @@
+"""Round each weight to the nearest level of a min-max grid.
+
+Round-to-nearest, the baseline that every other scheme must beat: no calibration, seconds for any model.
+Good at 8 bits, acceptable at 4 with small groups, poor below. See Nagel et al., 2021, "A White Paper on
+Neural Network Quantization", arXiv 2106.08295, section 2.
+"""
+
+from __future__ import annotations
+
+from engine.calibration import walk_blocks
+from engine.methods import Context
+from engine.models import LoadedModel
+from engine.quantize._grid import GridParams, round_to_nearest
+
+TITLE = "Round to nearest"
+CHANGES = ("disk", "memory", "latency")
+
+
+class Params(GridParams):
+    """Settings of round-to-nearest: those of the grid."""
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Quantize the linears of every block; embeddings, norms and the output head keep their dtype."""
+    for block in walk_blocks(model, context):
+        for linear in block.linears:
+            quantized = round_to_nearest(linear.weight, params, linear.name, linear.weight.dtype)
+            linear.weight.copy_(quantized.dequantize())
+            model.quantized[linear.name] = quantized
+    return model
