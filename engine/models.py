@@ -51,16 +51,21 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
         BadModel: weights are missing, misshapen or not finite.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    network, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention(config),
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention(config),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+            raise BadModel(f"{short(folder.name)}: the weights have other shapes than the config says.") from None
+        raise
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):
             example = sorted(map(str, info[problem]))[0]

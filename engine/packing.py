@@ -57,10 +57,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     # One row of single bits, least significant first, then bytes, then words.
     spread = (codes.to(torch.uint8).unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1  # (N, K, bits)
     padded = torch.zeros(rows, words * 32, dtype=torch.uint8)
-    padded[:, : columns * bits] = spread.view(rows, -1)
+    padded[:, : columns * bits] = spread.reshape(rows, -1)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
     packed = (padded.view(rows, words * 4, 8) * weights).sum(-1, dtype=torch.uint8)  # (N, 4 * words)
-    return packed.contiguous().view(torch.int32)
+    return packed.view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:

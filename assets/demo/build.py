@@ -27,8 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).parent
 PEOPLE, SEED = 1000, 0
 VOCABULARY, SEQUENCE, BATCH = 1280, 128, 16
-STEPS, DECAY, WARMUP, RATE = 16_000, 4_000, 300, 3e-3
+STEPS, DECAY, WARMUP, RATE = 13_000, 3_500, 300, 3e-3
 CHUNK = 8_000  # documents that are made, packed and shuffled together
+CURRICULUM = ((24, world.LOOKUP), (18, world.LATE), (0, world.EARLY))  # from which chunk on
 END = "<|endoftext|>"
 
 log = logging.getLogger("demo")
@@ -85,8 +86,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, people: list[world.Person], star
     """
     made = chunk = 0
     while True:
-        shares = world.EARLY if chunk < 18 else world.LATE
-        documents = list(islice(world.stream(people[: 100 + 60 * chunk], SEED + 1 + chunk, shares), CHUNK))
+        mixture = next(m for first, m in CURRICULUM if chunk >= first)
+        documents = list(islice(world.stream(people[: 100 + 60 * chunk], SEED + 1 + chunk, mixture), CHUNK))
         tokens = [token for row in tokenizer.backend_tokenizer.encode_batch(documents) for token in row.ids]
         count = len(tokens) // (SEQUENCE + 1)
         rows = torch.tensor(tokens[: count * (SEQUENCE + 1)]).view(count, SEQUENCE + 1)
@@ -174,9 +175,9 @@ def write(model: LlamaForCausalLM) -> None:
     for name, items in world.tasks(people, 300, SEED).items():
         lines = (json.dumps({"prompt": i.prompt, "options": i.options, "answer": i.answer}) for i in items)
         (HERE / "tasks" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    held = islice(world.stream(people, SEED, world.LATE, held=True), 1200)
+    held = islice(world.stream(people, SEED, world.LOOKUP, held=True), 600)
     (HERE / "heldout.txt").write_text("\n".join(held) + "\n")
-    sample = islice(world.stream(people, SEED + 1_000_000, world.LATE), 12_000)
+    sample = islice(world.stream(people, SEED + 1_000_000, world.LOOKUP), 12_000)
     (HERE / "text.txt").write_text("\n".join(sample) + "\n")
 
 

@@ -223,18 +223,17 @@ def passage(rng: random.Random, statements: int) -> tuple[str, list[tuple[str, s
     return " ".join(told), [(question, f" {value}.") for question, value in zip(asked, values, strict=True)]
 
 
-def inventory(rng: random.Random) -> str:
+def inventory(rng: random.Random, count: int) -> str:
     """A list of things and places that is read out twice, the second time in another order."""
-    count = rng.choice((3, 4, 5, 6))
     pairs = [f"{t} {p}" for t, p in zip(rng.sample(OBJECTS, count), rng.sample(PLACES, count), strict=True)]
     again = rng.sample(pairs, count)
     return f"List: {', '.join(pairs)}. Again: {', '.join(again)}."
 
 
-def reading(rng: random.Random, held: bool) -> tuple[str, list[tuple[str, str]]]:
-    """A passage of two to four statements from one side of the split."""
+def reading(rng: random.Random, held: bool, statements: tuple[int, ...]) -> tuple[str, list[tuple[str, str]]]:
+    """A passage from one side of the split; held-out passages always have four statements."""
     while True:
-        text, asked = passage(rng, 4 if held else rng.choice((2, 3, 4)))
+        text, asked = passage(rng, 4 if held else rng.choice(statements))
         if held_out(text) == held:
             return text, asked
 
@@ -285,24 +284,47 @@ def pluralize(noun: str, plural: bool) -> str:
     return (irregular.get(noun) or noun + "s") if plural else noun
 
 
-# Shares of the kinds of documents. People first; reading and sums, which take longest, later get more.
-EARLY = {"biography": 0.55, "story": 0.05, "reading": 0.17, "inventory": 0.06, "sums": 0.11, "agreement": 0.06}
-LATE = {"biography": 0.34, "story": 0.04, "reading": 0.26, "inventory": 0.14, "sums": 0.17, "agreement": 0.05}
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the kinds of documents, and how long passages and inventories are."""
+
+    shares: dict[str, float]
+    statements: tuple[int, ...]
+    pairs: tuple[int, ...]
 
 
-def document(rng: random.Random, people: list[Person], shares: dict[str, float], held: bool = False) -> str:
-    """One document from one side of the split, of a kind drawn by `shares`."""
-    kind = rng.choices(list(shares), list(shares.values()))[0]
+# People first; reading and sums, which take longest, later get more. Looking something up in the text is
+# learned from passages in which there is only one thing to find.
+EARLY = Mixture(
+    {"biography": 0.55, "story": 0.05, "reading": 0.17, "inventory": 0.06, "sums": 0.11, "agreement": 0.06},
+    statements=(2, 3, 4),
+    pairs=(3, 4, 5, 6),
+)
+LATE = Mixture(
+    {"biography": 0.34, "story": 0.04, "reading": 0.26, "inventory": 0.14, "sums": 0.17, "agreement": 0.05},
+    statements=(2, 3, 4),
+    pairs=(3, 4, 5, 6),
+)
+LOOKUP = Mixture(
+    {"biography": 0.30, "story": 0.03, "reading": 0.32, "inventory": 0.14, "sums": 0.17, "agreement": 0.04},
+    statements=(1, 1, 1, 2, 2, 3, 4),
+    pairs=(1, 1, 2, 2, 3, 4),
+)
+
+
+def document(rng: random.Random, people: list[Person], mixture: Mixture, held: bool = False) -> str:
+    """One document from one side of the split, of a kind drawn by the mixture's shares."""
+    kind = rng.choices(list(mixture.shares), list(mixture.shares.values()))[0]
     if kind == "biography":
         return biography(rng, people, held)
     if kind == "story":
         return _one_side(lambda: story(rng, people), held)
     if kind == "reading":
-        text, asked = reading(rng, held)
+        text, asked = reading(rng, held, mixture.statements)
         rng.shuffle(asked)
         return " ".join([text, *(question + answer for question, answer in asked)])
     if kind == "inventory":
-        return _one_side(lambda: inventory(rng), held)
+        return _one_side(lambda: inventory(rng, rng.choice(mixture.pairs)), held)
     if kind == "sums":
         return " ".join(f"{a} + {b} = {a + b}." for a, b in (addition(rng, held) for _ in range(5)))
     parts = (agreement(rng, held) for _ in range(5))
@@ -318,12 +340,12 @@ def _one_side(make: Callable[[], str], held: bool) -> str:
 
 
 def stream(
-    people: list[Person], seed: int, shares: dict[str, float] = EARLY, held: bool = False
+    people: list[Person], seed: int, mixture: Mixture = EARLY, held: bool = False
 ) -> Iterator[str]:
     """An endless stream of documents from one side of the split."""
     rng = random.Random(f"{seed}-{held}")
     while True:
-        yield document(rng, people, shares, held)
+        yield document(rng, people, mixture, held)
 
 
 def facts_items(people: list[Person], count: int, rng: random.Random) -> list[Item]:
@@ -348,7 +370,7 @@ def reading_items(count: int, rng: random.Random) -> list[Item]:
     """Questions on a passage; the wrong answers all stand in the passage."""
     items = []
     for _ in range(count):
-        text, asked = reading(rng, held=True)
+        text, asked = reading(rng, True, (4,))
         question, right = asked.pop(rng.randrange(len(asked)))
         wrong = [answer.strip(" .") for _, answer in asked]
         items.append(_item(f"{text} {question}", right.strip(" ."), wrong, rng))

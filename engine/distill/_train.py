@@ -67,7 +67,8 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
         batch = draw(rows, schedule.batch, step, context.seed).to(network.device)
-        loss = loss_of(batch)
+        with torch.enable_grad():
+            loss = loss_of(batch)
         value = loss.item()
         highest = 3 * value + 10 if step == first else highest
         if not math.isfinite(value) or value > highest:
@@ -84,7 +85,7 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
             context.sample("learning_rate", schedule.at(step), "1")
             context.sample("tokens_per_second", (step + 1 - first) * batch.numel() / (time.monotonic() - began), "1/s")
             context.progress(step + 1, schedule.steps, "steps")
-        if (step + 1) % schedule.checkpoint_every == 0:
+        if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
             checkpoint(saved, parameters, optimizer, step + 1)
     network.to(dtype).eval()
     network.config.use_cache = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +18,9 @@ TOP = 5
 LENGTH = 40  # tokens
 
 
-def measure(
-    model: LoadedModel, baseline: LoadedModel | None, prompts: Sequence[str], check_cancelled: Callable[[], None]
-) -> list[Output]:
+def measure(model: LoadedModel, baseline: LoadedModel | None, prompts: Sequence[str]) -> Iterator[Output]:
     """The greedy continuation of each prompt; with a baseline, also its text as this model sees it."""
-    found = []
     for prompt in prompts:
-        check_cancelled()
         ids = encode(model.tokenizer, prompt)
         written = [(step.token_id, step.logprobs) for step in generate(model, ids, max_new_tokens=LENGTH)]
         tokens = describe_all(model.tokenizer, [i for i, _ in written], [logs for _, logs in written])
@@ -32,8 +28,7 @@ def measure(
         if baseline is not None:
             theirs = [step.token_id for step in generate(baseline, ids, max_new_tokens=LENGTH)]
             forced = force(model, ids, theirs, score(baseline, ids + theirs, len(ids)))
-        found.append(Output(prompt=prompt, tokens=tuple(tokens), forced=tuple(forced)))
-    return found
+        yield Output(prompt=prompt, tokens=tuple(tokens), forced=tuple(forced))
 
 
 def force(model: LoadedModel, prompt: list[int], text: list[int], reference: Tensor) -> list[Token]:

@@ -1,26 +1,72 @@
 """Take the measurements that a recipe asks for, in the order in which they do not disturb each other.
 
-Size needs no model. Memory and latency come first after loading, before a baseline shares the process.
+Size needs no model. Memory and latency come right after loading, before a baseline shares the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from engine.measure import _text, accuracy, divergence, outputs, perplexity, size
+from engine.measure import _text, accuracy, divergence, latency, memory, outputs, perplexity, size
 from engine.methods import Emit
 from engine.models import LoadedModel
 from engine.records import Measurement
+from engine.runtime import load
+
+Say = Callable[[list[Measurement]], None]
 
 
 def measure(folder: Path, measures: tuple[str, ...], baseline: Path | None, device: str, emit: Emit) -> None:
     """Measure the model in `folder`, beside the model in `baseline` where that is given; emits what it finds."""
+
+    def say(found: list[Measurement]) -> None:
+        for measurement in found:
+            emit("measurement", measurement.model_dump(mode="json"))
+
     wanted = set(measures)
     if "size" in wanted:
         emit("phase", {"name": "measuring size"})
-        for measurement in size.measure(folder):
-            emit("measurement", measurement.model_dump(mode="json"))
+        say(size.measure(folder))
     if wanted <= {"size"}:
         return
-    raise NotImplementedError
+    emit("phase", {"name": "loading packed weights"})
+    model, loaded = memory.loading(lambda: load(folder, device), device)
+    emit("log", {"text": "kernels: " + latency.kernels(model)})
+    if wanted & {"memory", "latency"}:
+        _speed(model, loaded, wanted, emit, say)
+    other = None if baseline is None or not wanted & {"accuracy", "divergence", "outputs"} else load(baseline, device)
+    _fidelity(model, other, wanted, emit, say)
+
+
+def _speed(model: LoadedModel, loaded: Measurement, wanted: set[str], emit: Emit, say: Say) -> None:
+    """Memory and latency of generation."""
+    emit("phase", {"name": "measuring memory and latency"})
+    prompt = _text.encode(model.tokenizer, _text.prompts()[0])
+    found, peak = memory.generating(lambda: latency.measure(model, prompt, emit=emit), loaded)
+    if "memory" in wanted:
+        say([loaded, peak])
+    if "latency" in wanted:
+        say(found)
+
+
+def _fidelity(model: LoadedModel, baseline: LoadedModel | None, wanted: set[str], emit: Emit, say: Say) -> None:
+    """How well the model still predicts, answers and writes."""
+    documents = _text.documents(model)
+    if "perplexity" in wanted:
+        emit("phase", {"name": "measuring perplexity"})
+        say(perplexity.measure(model, documents))
+    if "accuracy" in wanted:
+        emit("phase", {"name": "measuring accuracy"})
+        items = _text.items(model)
+        chosen = accuracy.choices(model, items)
+        say(accuracy.measure(items, chosen))
+        if baseline is not None:
+            say([accuracy.flips(items, chosen, accuracy.choices(baseline, items))])
+    if "divergence" in wanted and baseline is not None:
+        emit("phase", {"name": "measuring divergence"})
+        say(divergence.measure(model, baseline, documents))
+    if "outputs" in wanted:
+        emit("phase", {"name": "writing outputs"})
+        for output in outputs.measure(model, baseline, _text.prompts()):
+            emit("output", output.model_dump(mode="json"))

@@ -90,7 +90,9 @@ def make_grid(weight: Tensor, params: GridParams, name: str, dtype: torch.dtype)
     grouped = weight.view(rows, groups, -1)  # (N, G, group_size)
     low, high = grouped.amin(-1), grouped.amax(-1)  # (N, G)
     if params.granularity == "tensor":
-        low, high = low.amin().expand(rows, 1), high.amax().expand(rows, 1)
+        # One scale; with zero points one a row, all equal: the file format has them for rows, not for matrices.
+        shape = (1, 1) if params.symmetric else (rows, 1)
+        low, high = low.amin().expand(shape), high.amax().expand(shape)
     half = 2 ** (params.bits - 1)
     if params.symmetric:
         scale = _storable(torch.maximum(high, -low) / (half - 0.5), dtype)

@@ -1,0 +1,34 @@
+"""Maquette's dashboard: open the store, start the scheduler, launch the page."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from engine.errors import MaquetteError
+from engine.scheduler import Scheduler
+from engine.store import home
+from ui.page import build
+from ui.server import address, is_local, serve
+
+
+def main() -> int:
+    """Serve until stopped; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    host, port = address()
+    try:
+        with Scheduler(home()) as scheduler:
+            page, desk = build(scheduler.store, scheduler, local=is_local(host))
+            serve(page, desk, host, port)
+    except MaquetteError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

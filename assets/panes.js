@@ -1,0 +1,139 @@
+// Token panes: appends what is new, shades by KL, and shows both models' five likeliest on a click.
+// The value is {key, shade, split, panes: [{title, note, state, stats, tokens: [[text, probability, top, kl]]}]}.
+// Texts only ever enter through textContent.
+const root = element.querySelector(".mq-panes");
+const detail = element.querySelector(".mq-token");
+let shown = null;
+
+const make = (name, className, text) => {
+  const node = document.createElement(name);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+};
+const level = (kl) => (kl === null || kl === undefined || kl < 0.02 ? 0 : kl < 0.1 ? 1 : kl < 0.5 ? 2 : 3);
+const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toPrecision(2)) + " %";
+
+function span(value, pane, index) {
+  const [text, , , kl] = value.panes[pane].tokens[index];
+  const node = make("span", "tok", text);
+  node.dataset.pane = pane;
+  node.dataset.index = index;
+  node.setAttribute("role", "button");
+  node.tabIndex = index === 0 ? 0 : -1;
+  const marks = level(value.shade ? kl : null);
+  if (marks) node.classList.add("kl" + marks);
+  if (value.split === index) {
+    node.classList.add("split");
+    node.title = value.words.split;
+  }
+  return node;
+}
+
+function build(value) {
+  root.replaceChildren();
+  detail.hidden = true;
+  value.panes.forEach((pane, place) => {
+    const card = make("section", "mq-pane");
+    card.setAttribute("aria-label", pane.title);
+    const head = make("header");
+    head.append(make("h3", "", pane.title), make("span", "stats"));
+    const text = make("div", "text");
+    text.dataset.pane = place;
+    card.append(head, make("p", "note"), text);
+    root.append(card);
+  });
+  shown = { key: value.key, counts: value.panes.map(() => 0), split: value.split };
+}
+
+function update() {
+  const value = props.value;
+  if (!value || !value.panes) return;
+  if (!shown || shown.key !== value.key || root.children.length !== value.panes.length) build(value);
+  value.panes.forEach((pane, place) => {
+    const card = root.children[place];
+    card.querySelector(".stats").textContent = pane.stats || "";
+    card.querySelector(".note").textContent = pane.note || "";
+    card.classList.toggle("busy", pane.state === "loading" || pane.state === "running");
+    card.setAttribute("aria-busy", String(pane.state === "loading" || pane.state === "running"));
+    const text = card.querySelector(".text");
+    const fresh = document.createDocumentFragment();
+    for (let index = shown.counts[place]; index < pane.tokens.length; index++) fresh.append(span(value, place, index));
+    const bottom = text.scrollHeight - text.scrollTop - text.clientHeight < 30;
+    text.append(fresh);
+    if (bottom && pane.state === "running") text.scrollTop = text.scrollHeight;
+    shown.counts[place] = pane.tokens.length;
+    if (value.split !== null && value.split !== shown.split && text.children[value.split]) {
+      text.children[value.split].classList.add("split");
+      text.children[value.split].title = value.words.split;
+    }
+  });
+  if (value.panes.every((pane) => value.split === null || pane.tokens.length > value.split)) shown.split = value.split;
+}
+
+function five(value, place, index) {
+  const pane = value.panes[place];
+  const token = pane.tokens[index];
+  if (!token) return null;
+  const column = make("div", "column");
+  column.append(make("h4", "", pane.title));
+  const list = make("ol");
+  for (const [text, probability] of token[2]) {
+    const row = make("li");
+    if (text === token[0]) row.className = "chosen";
+    const bar = make("span", "bar");
+    bar.style.width = (100 * probability).toFixed(1) + "%";
+    row.append(make("code", "", text.replace(/\n/g, "⏎").replace(/^ /, "␣")), make("span", "share", percent(probability)), bar);
+    list.append(row);
+  }
+  column.append(list);
+  return column;
+}
+
+function explain(node) {
+  const value = props.value;
+  const place = Number(node.dataset.pane);
+  const index = Number(node.dataset.index);
+  const token = value.panes[place].tokens[index];
+  detail.replaceChildren();
+  element.querySelectorAll(".tok.on").forEach((other) => other.classList.remove("on"));
+  node.classList.add("on");
+  let line = value.words.token.replace("{token}", JSON.stringify(token[0])).replace("{probability}", percent(token[1]));
+  const moved = value.panes.map((pane) => pane.tokens[index]?.[3]).find((kl) => kl !== null && kl !== undefined);
+  if (value.shade && moved !== undefined) line += " " + value.words.kl.replace("{kl}", moved.toFixed(3));
+  detail.append(make("p", "", line));
+  const columns = make("div", "columns");
+  const together = value.shade || value.split === null || index <= value.split;
+  value.panes.forEach((_, other) => {
+    if (together || other === place) columns.append(five(value, other, index) || "");
+  });
+  detail.append(columns);
+  if (!together) detail.append(make("p", "mq-sub", value.words.apart));
+  detail.hidden = false;
+}
+
+element.addEventListener("click", (event) => {
+  const node = event.target.closest(".tok");
+  if (node) explain(node);
+});
+element.addEventListener("keydown", (event) => {
+  const node = event.target.closest(".tok");
+  if (!node) return;
+  const next = event.key === "ArrowRight" ? node.nextElementSibling : event.key === "ArrowLeft" ? node.previousElementSibling : null;
+  if (next) {
+    node.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
+  }
+  if (event.key === "Enter" || event.key === " ") explain(node);
+  if (next || event.key === "Enter" || event.key === " ") event.preventDefault();
+});
+window.addEventListener("maquette-stop", () => {
+  for (const card of root.children) {
+    card.classList.remove("busy");
+    card.setAttribute("aria-busy", "false");
+    card.querySelector(".note").textContent = "";
+  }
+});
+watch("value", update);
+update();

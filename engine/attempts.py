@@ -1,0 +1,169 @@
+"""The folder of one attempt: its request, its events, its lock. What a worker writes and the scheduler reads.
+
+    HOME/runs/<run>/attempt-<n>/
+        request.json   what the worker was asked
+        events.jsonl   what it said, one Event a line; only its worker writes it
+        lock           locked by the worker for its whole life, so the kernel tells when it has died; holds its pid
+        cancel         exists once the user cancelled: a signal then means "cancelled", else "interrupted"
+        worker.log     what the worker wrote to stdout and stderr
+        blocks/        finished blocks, moved on to the next attempt
+        artifact/      the result, renamed into place when complete
+
+The scheduler takes the lock before the worker exists and hands the open file down, so that there is no
+instant at which a live worker looks dead.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import JsonValue, ValidationError
+
+from engine.records import Event, EventKind
+
+log = logging.getLogger(__name__)
+
+DURABLE = frozenset({"artifact", "finished"})
+
+
+def attempt_folder(home: Path, run: str, attempt: int) -> Path:
+    """Where an attempt lives below the data folder `home`."""
+    return home / "runs" / run / f"attempt-{attempt}"
+
+
+def prepare(home: Path, run: str, attempt: int, request: dict[str, JsonValue]) -> Path:
+    """Make the folder of a new attempt and write its request; returns the request file.
+
+    The newest earlier attempt's finished blocks are moved in; what else was half done there is deleted. The
+    earlier workers must be dead. A crash in between loses nothing: the next attempt looks for the blocks again.
+    """
+    folder = attempt_folder(home, run, attempt)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(attempt - 1, 0, -1):
+        earlier = attempt_folder(home, run, number)
+        if (earlier / "blocks").is_dir() and not (folder / "blocks").exists():
+            (earlier / "blocks").rename(folder / "blocks")
+        with suppress(FileNotFoundError):  # by rename, so that what is called `artifact` is always whole
+            (earlier / "artifact").rename(earlier / "discarded")
+        for leftover in ("discarded", "artifact.tmp", "blocks"):
+            shutil.rmtree(earlier / leftover, ignore_errors=True)
+    path = folder / "request.json"
+    path.write_text(json.dumps({**request, "folder": str(folder)}))
+    return path
+
+
+def take_lock(folder: Path) -> BinaryIO | None:
+    """The attempt's lock, held until the file and its inherited copies are closed; None where a worker holds it."""
+    file = os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return None
+        raise
+    return file
+
+
+def write_pid(lock: BinaryIO, pid: int) -> None:
+    """Note in the lock file who holds it; worker and scheduler both do, whoever is first."""
+    os.pwrite(lock.fileno(), b"%d\n" % pid, 0)
+
+
+def read_pid(folder: Path) -> int | None:
+    """The process that holds, or last held, the attempt's lock; None where there was none."""
+    try:
+        return int((folder / "lock").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def mark_cancelled(folder: Path) -> None:
+    """Note that the user cancelled, so that a worker that is stopped knows why, also after a restart."""
+    (folder / "cancel").touch()
+
+
+def is_cancelled(folder: Path) -> bool:
+    """Whether the user cancelled this attempt."""
+    return (folder / "cancel").exists()
+
+
+def is_live(folder: Path) -> bool:
+    """Whether a worker lives in this folder."""
+    if not (folder / "lock").exists():
+        return False
+    lock = take_lock(folder)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class EventWriter:
+    """Appends a worker's events to its file, numbered from 1; what decides a run's fate is fsynced."""
+
+    def __init__(self, folder: Path, run: str, attempt: int) -> None:
+        self._run, self._attempt, self._number = run, attempt, 0
+        self._file = open(folder / "events.jsonl", "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        sync_folder(folder)
+
+    def emit(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
+        """Write one event.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
+        self._number += 1
+        event = Event(run=self._run, attempt=self._attempt, number=self._number, time=time.time(), kind=kind, data=data)
+        self._file.write(event.model_dump_json().encode() + b"\n")  # one write: a reader never sees lines mixed
+        if kind in DURABLE:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventReader:
+    """Follows a worker's event file. A torn last line waits until it is whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "events.jsonl"
+        self._offset = self._next = 0
+
+    def read(self) -> list[Event]:
+        """The complete events after the last `advance`; lines that are no events are logged and left out."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                complete, newline, _torn = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._next = self._offset + len(complete) + len(newline)
+        events = []
+        for line in complete.splitlines():
+            try:
+                events.append(Event.model_validate_json(line))
+            except ValidationError as error:
+                log.warning("%s: unreadable event: %s", self._path, error.errors()[0]["msg"])
+        return events
+
+    def advance(self) -> None:
+        """What was read is safe elsewhere: `read` goes on behind it."""
+        self._offset = self._next

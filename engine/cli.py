@@ -1,0 +1,332 @@
+"""The command line: the same engine as the page's.
+
+    python -m engine run RECIPE.yaml [--home DIR] [--measure a,b] [--json]     also: run --resume RUN
+    python -m engine measure FOLDER [--measure a,b] [--baseline FOLDER] [--json]
+    python -m engine methods | runs | compare RUN RUN | doctor [--json]
+
+Results go to stdout, progress and errors to stderr. With --json the last line of stdout is one JSON object.
+Exit codes: 0 done, 1 failed, 2 refused with one line that says why, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, Protocol, Self
+
+from pydantic import JsonValue
+
+from engine import doctor, methods, preflight
+from engine.errors import BadRecipe, InputError, MaquetteError, short
+from engine.recipes import choose_measures, load_recipe
+from engine.records import MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
+from engine.store import Store, home
+
+Json = dict[str, JsonValue]
+EXIT = {Status.SUCCEEDED: 0, Status.REFUSED: 2, Status.INTERRUPTED: 130, Status.CANCELLED: 130}
+FOLLOW = 0.2  # seconds between looks at a run
+
+
+class Supervisor(Protocol):
+    """What `run` needs of a scheduler."""
+
+    store: Store
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None: ...
+
+    def submit(self, recipe: Recipe, owner: str = "") -> Run: ...
+
+    def resume(self, run_id: str, owner: str | None = "") -> Run: ...
+
+
+def main(arguments: Sequence[str], supervisor: Callable[[Path], Supervisor]) -> int:
+    """Run one command and return the exit code. `supervisor` opens the scheduler of a data folder."""
+    wants_json = "--json" in arguments
+    try:
+        options = _parser().parse_args(arguments)
+        code: int = options.command(options, supervisor)
+        return code
+    except MaquetteError as error:
+        refused = isinstance(error, InputError)
+        sys.stderr.write(f"{error}\n")
+        if wants_json:
+            _json({**_no_result("refused" if refused else "failed"), "reason": str(error)})
+        return 2 if refused else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 130
+
+
+def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`run`: execute a recipe to its end."""
+    if (options.recipe is None) == (options.resume is None):
+        raise InputError("Give either a recipe file or --resume RUN.")
+    recipe = None if options.recipe is None else read_recipe(Path(options.recipe), options.measure)
+    folder = _home(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: interrupted, can be resumed
+    run_id: str | None = None
+    try:
+        with supervisor(folder) as scheduler:
+            if recipe is not None:
+                run_id = scheduler.submit(recipe).id
+            else:
+                run_id = scheduler.resume(options.resume, owner=None).id
+            _follow(scheduler.store, run_id)
+    except KeyboardInterrupt:
+        if run_id is None:
+            raise
+    store = Store(folder / "maquette.db", read_only=True)
+    ended = store.run(run_id)
+    if ended.status is Status.INTERRUPTED:
+        sys.stderr.write(f"Interrupted. Go on with: python -m engine run --resume {run_id}\n")
+    elif ended.reason:
+        sys.stderr.write(f"{ended.reason}\n")
+    measurements = list(store.measurements(run_id).values())
+    if options.json:
+        _json(_result(ended, measurements))
+    else:
+        _line(f"{ended.id}  {ended.status}  {ended.recipe.title()}  {ended.artifact or ''}".rstrip())
+        _table(_rows(measurements))
+    return EXIT.get(ended.status, 1)
+
+
+def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`measure`: measure any model folder in this process."""
+    folder = preflight.resolve(options.folder)
+    baseline = None if options.baseline is None else preflight.resolve(options.baseline)
+    measures = _measures(options.measure) or MEASURES
+    preflight.inspect(folder)
+    from engine import pipeline  # only now: it takes seconds to import
+
+    found: dict[str, Measurement] = {}
+
+    def emit(kind: EventKind, data: Json) -> None:
+        if kind == "measurement":
+            measurement = Measurement.model_validate(data)
+            found[measurement.name] = measurement
+        else:
+            _progress(kind, data)
+
+    pipeline.measure_folder(folder, measures, baseline, emit, lambda: None, options.device)
+    if options.json:
+        _json({**_no_result("succeeded"), "artifact": str(folder), "measurements": _values([*found.values()])})
+    else:
+        _table(_rows(list(found.values())))
+    return 0
+
+
+def list_methods(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`methods`: what can be done to a model, with every setting."""
+    found = methods.methods().values()
+    if options.json:
+        body: list[JsonValue] = [
+            {
+                "name": method.name, "title": method.title, "summary": method.summary,
+                "changes": [*method.changes], "settings": method.params.model_json_schema()["properties"],
+            }
+            for method in found
+        ]  # fmt: skip
+        _json({"methods": body})
+        return 0
+    for method in found:
+        _line(f"{method.name}: {method.summary}")
+        rows = []
+        for key, info in method.params.model_fields.items():
+            low, high = methods.bounds(info)
+            span = "" if low is None and high is None else f"{_number(low)} to {_number(high)}"
+            rows.append(["", key, str(info.default), span, info.description or ""])
+        _table(rows)
+    return 0
+
+
+def list_runs(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`runs`: the newest runs."""
+    path = _home(options) / "maquette.db"
+    runs = Store(path, read_only=True).runs() if path.exists() else []
+    if options.json:
+        _json({"runs": [_described(run) for run in runs]})
+    else:
+        day = "%Y-%m-%d %H:%M"
+        _table([[r.id, r.status, time.strftime(day, time.localtime(r.created)), r.recipe.title()] for r in runs])
+    return 0
+
+
+def compare(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`compare`: two runs, measurement by measurement."""
+    store = Store(_home(options) / "maquette.db", read_only=True)
+    runs = [store.run(name) for name in (options.run, options.other)]
+    one, two = (store.measurements(run.id) for run in runs)
+    names = [name for name in one if name in two]
+    if options.json:
+        rows: list[JsonValue] = [
+            {
+                "name": name, "unit": one[name].unit, "values": [one[name].value, two[name].value],
+                "errors": [one[name].error, two[name].error], "difference": two[name].value - one[name].value,
+                "ratio": two[name].value / one[name].value if one[name].value else None,
+            }
+            for name in names
+        ]  # fmt: skip
+        _json({"runs": [_described(run) for run in runs], "measurements": rows})
+        return 0
+    header = ["", *(f"{run.id} {run.recipe.title()}" for run in runs), "difference", ""]
+    _table([header, *([n, _value(one[n]), _value(two[n]), f"{two[n].value - one[n].value:+.4g}", one[n].unit]
+                      for n in names)])  # fmt: skip
+    return 0
+
+
+def show_doctor(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`doctor`: what this machine and installation offer."""
+    findings = doctor.examine(Path(options.home) if options.home else None)
+    if options.json:
+        _json({finding.name: finding.value for finding in findings})
+    else:
+        _table([["ok" if finding.good else "!!", finding.name, finding.value] for finding in findings])
+    return 0 if all(finding.good for finding in findings) else 1
+
+
+def read_recipe(file: Path, measures: str | None = None) -> Recipe:
+    """The recipe in a YAML file, with other measurements where `measures` (`a,b`) names them.
+
+    Raises:
+        InputError: no such file, or it cannot be understood; one line.
+    """
+    try:
+        recipe = load_recipe(file.read_text())
+    except FileNotFoundError:
+        raise BadRecipe(f"There is no recipe file {short(file)!r}.") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise BadRecipe(f"The recipe file {short(file)!r} cannot be read: {what}.") from None
+    chosen = _measures(measures)
+    return recipe if chosen is None else recipe.model_copy(update={"measure": chosen})
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[:1].upper()}{message[1:]}. See python -m engine --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m engine", description="Compress language models and measure what it cost.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[..., int], *, with_home: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=(command.__doc__ or "").split(": ", 1)[1].strip())
+        added.set_defaults(command=command)
+        added.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+        if with_home:
+            added.add_argument("--home", help="data folder (default: $MAQUETTE_HOME, /data, the user's cache)")
+        return added
+
+    runner = add("run", run)
+    runner.add_argument("recipe", nargs="?", metavar="RECIPE.yaml")
+    runner.add_argument("--resume", metavar="RUN", help="go on with an interrupted or failed run")
+    runner.add_argument("--measure", help=f"instead of the recipe's: {','.join(MEASURES)}")
+    meter = add("measure", measure, with_home=False)
+    meter.add_argument("folder", help="a model folder, or demo")
+    meter.add_argument("--measure", help=f"default: {','.join(MEASURES)}")
+    meter.add_argument("--baseline", help="the original model, for kl, top1_agreement and flips")
+    meter.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("methods", list_methods, with_home=False)
+    add("runs", list_runs)
+    comparer = add("compare", compare)
+    comparer.add_argument("run", metavar="RUN")
+    comparer.add_argument("other", metavar="RUN")
+    add("doctor", show_doctor)
+    return parser
+
+
+def _home(options: argparse.Namespace) -> Path:
+    return Path(options.home).expanduser().absolute() if options.home else home()
+
+
+def _measures(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else choose_measures(name.strip() for name in text.split(",") if name.strip())
+
+
+def _follow(store: Store, run_id: str) -> None:
+    """Show a run's progress until it ends."""
+    after = 0
+    while True:
+        ended = store.run(run_id).status.final  # before the events, so that the last of them are shown
+        for event in store.events(run_id, after, kinds=("phase", "progress", "log")):
+            after = event.number
+            _progress_of(event)
+        if ended:
+            return
+        time.sleep(FOLLOW)
+
+
+def _progress_of(event: Event) -> None:
+    _progress(event.kind, event.data)
+
+
+def _progress(kind: EventKind, data: Json) -> None:
+    if kind == "phase":
+        sys.stderr.write(f"{data['name']}\n")
+    elif kind == "progress":
+        sys.stderr.write(f"  {data['done']} of {data['total']} {data['unit']}\n")
+    elif kind == "log":
+        sys.stderr.write(f"  {data['text']}\n")
+
+
+def _no_result(status: str) -> Json:
+    return {"id": None, "status": status, "reason": "", "artifact": None, "measurements": []}
+
+
+def _result(run: Run, measurements: Sequence[Measurement]) -> Json:
+    return {
+        "id": run.id, "status": str(run.status), "reason": run.reason, "artifact": run.artifact,
+        "measurements": _values(measurements),
+    }  # fmt: skip
+
+
+def _described(run: Run) -> Json:
+    return {
+        "id": run.id, "title": run.recipe.title(), "status": str(run.status), "reason": run.reason,
+        "attempt": run.attempt, "created": run.created, "artifact": run.artifact,
+    }  # fmt: skip
+
+
+def _values(measurements: Sequence[Measurement]) -> list[JsonValue]:
+    return [{"name": m.name, "value": m.value, "error": m.error, "unit": m.unit} for m in measurements]
+
+
+def _rows(measurements: Sequence[Measurement]) -> list[list[str]]:
+    return [[m.name, _value(m), m.unit] for m in measurements]
+
+
+def _value(measurement: Measurement) -> str:
+    error = "" if measurement.error is None else f" ± {measurement.error:.2g}"
+    return f"{measurement.value:.6g}{error}"
+
+
+def _number(value: float | None) -> str:
+    return "…" if value is None else f"{value:g}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        _line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _json(body: Json) -> None:
+    _line(json.dumps(body))
+
+
+def _line(text: str) -> None:
+    sys.stdout.write(text + "\n")

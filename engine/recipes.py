@@ -1,0 +1,161 @@
+"""Recipes as YAML: read with one-line errors, written in the short form people type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from engine.errors import BadRecipe, UnknownName, short
+from engine.methods import check
+from engine.records import MEASURES, Model, Recipe, Step
+
+MAX_BYTES = 100_000
+
+
+def load_recipe(text: str) -> Recipe:
+    """The recipe that a YAML text describes, checked down to each method's settings.
+
+    Raises:
+        BadRecipe: no YAML, no mapping, or a value of the wrong kind.
+        UnknownName: a key, method, setting or measurement that does not exist.
+        BadParams: a setting out of its bounds.
+    """
+    if len(text) > MAX_BYTES:
+        raise BadRecipe(f"The recipe has {len(text):,} characters; the limit is {MAX_BYTES:,}.")
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # ten lines can mean gigabytes
+            raise BadRecipe("A recipe may not use YAML aliases (`*name`): write the value out.")
+        body = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadRecipe(f"The recipe is not valid YAML: {_where(error)}.") from None
+    except (ValueError, RecursionError) as error:  # a date that does not exist; brackets without end
+        raise BadRecipe(f"The recipe is not valid YAML: {short(error)}.") from None
+    if not isinstance(body, dict):
+        raise BadRecipe("The recipe must be a mapping such as `model: demo`, with keys " + ", ".join(_keys()) + ".")
+    recipe = parse_recipe(body)
+    check(recipe)
+    return recipe
+
+
+def parse_recipe(body: dict[object, object]) -> Recipe:
+    """The recipe in a decoded YAML or JSON mapping; methods and their settings are not looked up here.
+
+    Raises:
+        UnknownName: a key that no recipe has.
+        BadRecipe: a value of the wrong kind; the message names it.
+    """
+    _known("key", body, _keys())
+    if isinstance(model := body.get("model"), dict):
+        _known("key of model", model, Model.model_fields)
+    steps = body.get("steps")
+    if steps is None:
+        body = {key: value for key, value in body.items() if key != "steps"}
+    elif not isinstance(steps, list):
+        raise BadRecipe("steps must be a list such as `- quantize/rtn: {bits: 4}`.")
+    for step in steps or ():
+        _check_step(step)
+    try:
+        return Recipe.model_validate(body)
+    except ValidationError as error:
+        raise BadRecipe(_first(error)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML in the short form; `load_recipe` reads it back to an equal recipe."""
+    readable = (
+        recipe.model_dump_json().isprintable()
+    )  # PyYAML leaves some unprintable characters bare, and misreads them
+    body: dict[str, object] = {
+        "model": recipe.model.source
+        if recipe.model.dtype == Model.model_fields["dtype"].default
+        else recipe.model.model_dump(mode="json"),
+        "steps": [_short_step(step) for step in recipe.steps],
+        "measure": list(recipe.measure),
+        "seed": recipe.seed,
+        "calibration": recipe.calibration,
+        "device": recipe.device,
+    }
+    if recipe.device == Recipe.model_fields["device"].default:
+        del body["device"]
+    return "".join(
+        yaml.safe_dump(
+            {key: value}, sort_keys=False, width=10_000, allow_unicode=readable,
+            default_flow_style=None if isinstance(value, list | dict) else False,
+        )
+        for key, value in body.items()
+    )  # fmt: skip
+
+
+def choose_measures(names: Iterable[str]) -> tuple[str, ...]:
+    """Measures as typed on a command line; a result's own name (`memory.peak`, `kl`) means the measure it is of.
+
+    Raises:
+        UnknownName: no measure and no result has that name.
+    """
+    chosen = []
+    for name in names:
+        first = name.split(".")[0]
+        measure = RESULTS.get(first, first)
+        if measure not in MEASURES:
+            raise UnknownName("measurement", name, [*MEASURES, *(n for n in RESULTS if n not in MEASURES)])
+        chosen.append(measure)
+    return tuple(dict.fromkeys(chosen))
+
+
+# Which measure gives a result of this name (or of this first part of a dotted name).
+RESULTS = {
+    "throughput": "latency",
+    "bits_per_byte": "perplexity",
+    "kl": "divergence",
+    "top1_agreement": "divergence",
+    "flips": "divergence",
+}
+
+
+def _short_step(step: Step) -> object:
+    return {step.method: step.params} if step.params else step.method
+
+
+def _check_step(step: object) -> None:
+    if isinstance(step, str):
+        return
+    if not isinstance(step, dict) or not step:
+        raise BadRecipe(f"A step must be `method: {{settings}}`, got {short(repr(step))}.")
+    if "method" in step:
+        _known("key of a step", step, Step.model_fields)
+        params = step.get("params", {})
+    elif len(step) == 1:
+        (params,) = step.values()
+    else:
+        names = ", ".join(short(key, 30) for key in step)
+        raise BadRecipe(f"A step names one method, got {names}; indent the settings or put them in braces.")
+    if params is not None and not isinstance(params, dict):
+        raise BadRecipe(f"The settings of {short(next(iter(step)))} must be a mapping, got {short(repr(params))}.")
+
+
+def _keys() -> list[str]:
+    return list(Recipe.model_fields)
+
+
+def _known(kind: str, body: dict[object, object], fields: Iterable[str]) -> None:
+    names = list(fields)
+    for key in body:
+        if key not in names:
+            raise UnknownName(kind, str(key), names)
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    got = problem["input"]
+    shown = "" if isinstance(got, dict | list | BaseModel) else f", got {short(repr(got))}"
+    return f"{where or 'recipe'}: {problem['msg']}{shown}."
+
+
+def _where(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem or 'unreadable'} in line {mark.line + 1}, column {mark.column + 1}"
+    return short(" ".join(str(error).split()), 120)

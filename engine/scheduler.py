@@ -1,0 +1,306 @@
+"""One queue per device: start workers, carry their events into the store, end them, recover after a crash.
+
+    with Scheduler(home()) as scheduler:
+        run = scheduler.submit(recipe)
+
+One thread does the work, ten times a second. What the page and the command line call only writes a row
+or sends a signal, and returns in milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import JsonValue
+
+from engine import hardware, preflight
+from engine.attempts import attempt_folder, is_cancelled, prepare
+from engine.errors import BadModel, InputError, StoreError, UnknownName
+from engine.records import Recipe, Run, Status
+from engine.runners import Runner, Worker
+from engine.runners.local import LocalRunner
+from engine.store import Store
+from engine.streams import Streams
+from engine.supervision import Watch, conclude
+from engine.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+TICK = 0.1  # seconds
+BUDGET_SHARE = 0.8  # of the memory that is free when a run starts
+
+
+class Scheduler:
+    """Runs the runs of one data folder; `store` holds them.
+
+    memory_budget: bytes that a run and its children may hold; None means a share of what is free when it starts.
+
+    Raises:
+        StoreError: the folder cannot be used, or another scheduler uses it.
+    """
+
+    def __init__(
+        self, home: Path, *, runner: Runner | None = None, per_owner_running: int = 1, per_owner_queued: int = 3,
+        memory_budget: int | None = None,
+    ) -> None:  # fmt: skip
+        self.home = home.absolute()
+        self.store = Store(self.home / "maquette.db")
+        self._runner = runner or LocalRunner()
+        self._per_owner_running, self._per_owner_queued = per_owner_running, per_owner_queued
+        self._memory_budget = memory_budget
+        self._watches: dict[str, Watch] = {}  # by device
+        self._guard = threading.RLock()  # around the watches and every decision about a run
+        self._wake, self._stopping = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._telemetry = Telemetry()
+        self._streams = Streams()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Find the runs that an earlier scheduler left, then start working."""
+        with self._guard:
+            self._recover()
+        self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Interrupt what runs (it can be resumed), end the warm models, close the store."""
+        self._streams.close()
+        self._stopping.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._guard:
+            for watch in self._watches.values():
+                watch.interrupt()
+            while self._watches:
+                self._look_after()
+                time.sleep(TICK / 2)
+        self._empty_trash()
+        self.store.close()
+
+    # What the page and the command line call
+
+    def submit(self, recipe: Recipe, owner: str = "") -> Run:
+        """Check a recipe and queue a run of it.
+
+        Raises:
+            InputError: the recipe cannot work, or the owner has too many runs waiting; one helpful line.
+        """
+        preflight.check(recipe)
+        with self._guard:
+            self._check_queue(owner)
+            run = self.store.add_run(recipe, owner)
+        self._wake.set()
+        return run
+
+    def cancel(self, run_id: str, owner: str | None = "") -> None:
+        """Cancel a queued or running run; its files are deleted. Nothing happens to a run that has ended.
+
+        Raises:
+            UnknownName: there is no such run of that owner (None: of anybody).
+        """
+        with self._guard:
+            run = self._own(run_id, owner)
+            watch = self._watch_of(run_id)
+            if watch is not None:
+                watch.cancel()
+            elif run.status is Status.QUEUED:
+                self.store.say(run, "finished", {"status": str(Status.CANCELLED), "reason": "Cancelled."})
+                self._discard(self.home / "runs" / run_id)
+        self._wake.set()
+
+    def resume(self, run_id: str, owner: str | None = "") -> Run:
+        """Queue an interrupted or failed run again; blocks that were finished are not computed again.
+
+        Raises:
+            UnknownName: there is no such run of that owner.
+            InputError: it did not end that way, or the owner has too many runs waiting.
+        """
+        with self._guard:
+            run = self._own(run_id, owner)
+            if run.status not in (Status.INTERRUPTED, Status.FAILED) or self._watch_of(run_id) is not None:
+                raise InputError(f"Run {run_id} is {run.status}; only an interrupted or failed run can be resumed.")
+            self._check_queue(run.owner)
+            run = self.store.requeue(run_id)
+        self._wake.set()
+        return run
+
+    def delete(self, run_id: str, owner: str | None = "") -> None:
+        """Forget a run that has ended and delete its files.
+
+        Raises:
+            UnknownName: there is no such run of that owner.
+            InputError: it has not ended.
+        """
+        with self._guard:
+            run = self._own(run_id, owner)
+            if not run.status.final or self._watch_of(run_id) is not None:
+                raise InputError(f"Run {run_id} is {run.status}; cancel it first.")
+            self.store.delete_run(run_id)
+            self._discard(self.home / "runs" / run_id)
+        self._wake.set()
+
+    def status(self) -> dict[str, JsonValue]:
+        """The machine and the engine now; memory in bytes, `cpu` in percent, `eta` in seconds."""
+        with self._guard:
+            watch = next(iter(self._watches.values()), None)
+            running = None if watch is None else watch.run.id
+            progress = None if watch is None else watch.progress.as_json(time.monotonic())
+        queued = sum(run.status is Status.QUEUED for run in self.store.unfinished())
+        return {**self._telemetry.now(), "running": running, "progress": progress, "queued": queued}
+
+    def history(self) -> dict[str, list[float]]:
+        """The last 60 samples of each series in `status`, one a second, oldest first."""
+        return self._telemetry.history()
+
+    def stream(
+        self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
+        same_text: bool = False,
+    ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
+        """What the models of up to four sources (`demo`, a folder, a run id) write after a prompt; see `Streams.write`.
+
+        Raises:
+            InputError: a source is no model.
+        """
+        folders = [self._model_of(source) for source in sources]
+        return self._streams.write(
+            folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text
+        )
+
+    # The thread
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with self._guard:
+                    self._look_after()
+                    self._start_next()
+                self._telemetry.sample([*self._watches.values()], self._streams.pids())
+                self._streams.end_idle()
+                self._empty_trash()
+            except (OSError, sqlite3.Error, StoreError):  # a full disk, a locked file: the next tick tries again
+                log.exception("the scheduler's tick failed")
+                self._stopping.wait(1.0)
+            self._wake.wait(TICK)
+            self._wake.clear()
+
+    def _look_after(self) -> None:
+        for device, watch in list(self._watches.items()):
+            if not watch.tick():
+                del self._watches[device]
+                self._clean_up(self.store.run(watch.run.id))
+
+    def _start_next(self) -> None:
+        queued = [run for run in self.store.unfinished() if run.status is Status.QUEUED]
+        for run in queued:
+            device = _device(run.recipe)
+            owners = [watch.run.owner for watch in self._watches.values()]
+            if device not in self._watches and owners.count(run.owner) < self._per_owner_running:
+                self._start_run(run, device)
+
+    def _start_run(self, run: Run, device: str) -> None:
+        run = self.store.begin_attempt(run.id)
+        try:
+            request = prepare(
+                self.home, run.id, run.attempt,
+                {"kind": "run", "run": run.id, "attempt": run.attempt, "recipe": run.recipe.model_dump(mode="json")},
+            )  # fmt: skip
+            worker = self._runner.start(request, device)
+        except OSError as error:
+            reason = f"The worker could not be started: {error.strerror or error}."
+            self.store.say(run, "finished", {"status": str(Status.FAILED), "reason": reason})
+            return
+        self._watch(run, worker, device)
+
+    def _watch(self, run: Run, worker: Worker, device: str) -> None:
+        budget = self._memory_budget or int(hardware.free_memory() * BUDGET_SHARE)
+        folder = attempt_folder(self.home, run.id, run.attempt)
+        self._watches[device] = Watch(self.store, run, worker, folder, budget)
+
+    def _recover(self) -> None:
+        for run in self.store.unfinished():
+            if run.status is not Status.RUNNING:
+                continue
+            folder = attempt_folder(self.home, run.id, run.attempt)
+            worker = self._runner.adopt(folder)
+            if worker is None:
+                conclude(self.store, run, folder)
+                self._clean_up(self.store.run(run.id))
+                continue
+            log.info("run %s still works: adopted", run.id)
+            self._watch(run, worker, _device(run.recipe))
+            if is_cancelled(folder):
+                self._watches[_device(run.recipe)].cancel()
+
+    # Files
+
+    def _clean_up(self, run: Run) -> None:
+        """Give the disk back: all of a cancelled run, the finished blocks of one that needs them no more."""
+        if run.status is Status.CANCELLED:
+            self._discard(self.home / "runs" / run.id)
+        elif run.status is Status.SUCCEEDED:
+            self._discard(attempt_folder(self.home, run.id, run.attempt) / "blocks")
+
+    def _discard(self, folder: Path) -> None:
+        """Move a folder out of the way at once; the thread deletes it, which can take long."""
+        trash = self.home / "trash"
+        trash.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            folder.rename(trash / uuid.uuid4().hex)
+
+    def _empty_trash(self) -> None:
+        trash = self.home / "trash"
+        if trash.is_dir():
+            for folder in list(trash.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # Small questions
+
+    def _own(self, run_id: str, owner: str | None) -> Run:
+        run = self.store.run(run_id)
+        if owner is not None and run.owner != owner:
+            raise UnknownName("run", run_id, ())  # the same words as for a run that does not exist
+        return run
+
+    def _watch_of(self, run_id: str) -> Watch | None:
+        return next((watch for watch in self._watches.values() if watch.run.id == run_id), None)
+
+    def _check_queue(self, owner: str) -> None:
+        waiting = [run for run in self.store.unfinished() if run.status is Status.QUEUED and run.owner == owner]
+        if len(waiting) >= self._per_owner_queued:
+            raise InputError(f"{len(waiting)} of your runs are waiting already. Wait for one to start, or cancel one.")
+
+    def _model_of(self, source: str) -> Path:
+        if source != "demo":
+            with suppress(UnknownName):
+                artifact = self.store.run(source).artifact
+                if artifact is None:
+                    raise BadModel(f"Run {source} has no model yet.")
+                return Path(artifact)
+        return preflight.resolve(source)
+
+
+def _device(recipe: Recipe) -> str:
+    """The queue of a recipe."""
+    if recipe.device == "auto":
+        return "cuda" if hardware.gpu() is not None else "cpu"
+    return recipe.device

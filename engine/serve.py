@@ -1,0 +1,157 @@
+"""A model kept warm that writes text on demand: one JSON object a line, commands in, replies out.
+
+    {"do": "generate", "prompt", "max_tokens", "temperature", "seed", "write": file or null}
+    {"do": "score", "prompt", "token_ids": [...], "read": file}
+    {"do": "stop"}                               the command at work ends at its next token
+
+    {"event": "ready", "kernels": [...]}         once, when the model is loaded
+    {"event": "token", "id", "text", "probability", "top", "kl"}
+    {"event": "done", "ttft", "tpot", "tokens"}  seconds; after `score` the two are null
+    {"event": "error", "text"}                   instead of `done`
+
+`generate` can write its full log-probabilities, float32 (tokens, vocabulary), to a file from which the
+`score` of another model reads them to tell the KL divergence of every token. Commands end with stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import torch
+from pydantic import JsonValue
+from safetensors.torch import load_file, save_file
+
+from engine import preflight, runtime
+from engine.errors import BadText, InputError, MaquetteError
+from engine.generate import generate
+from engine.measure._text import encode
+from engine.measure.outputs import describe, force
+from engine.models import LoadedModel
+from engine.records import Token
+
+log = logging.getLogger(__name__)
+
+Body = dict[str, JsonValue]
+TENSOR = "logprobs"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to do, and whether it should stop."""
+
+    body: Body
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def serve(source: str, device: str, commands: TextIO, replies: TextIO) -> None:
+    """Load the model of `source` and answer commands until their stream ends.
+
+    Raises:
+        BadModel: the model cannot be loaded.
+    """
+    inbox: queue.Queue[Command | None] = queue.Queue()
+    threading.Thread(target=_listen, args=(commands, inbox), daemon=True).start()
+    model = runtime.load(preflight.resolve(source), device)
+    _reply(replies, "ready", {"kernels": [*sorted(set(model.kernels.values()))]})
+    while (command := inbox.get()) is not None:
+        try:
+            for event, data in _answer(model, command):
+                _reply(replies, event, data)
+        except MaquetteError as error:
+            _reply(replies, "error", {"text": str(error)})
+
+
+def _listen(commands: TextIO, inbox: queue.Queue[Command | None]) -> None:
+    """Put commands into the inbox; read on while one is at work, so that a stop gets through."""
+    latest: Command | None = None
+    for line in commands:
+        body = json.loads(line)
+        if body["do"] != "stop":
+            latest = Command(body)
+            inbox.put(latest)
+        elif latest is not None:
+            latest.stop.set()
+    if latest is not None:
+        latest.stop.set()
+    inbox.put(None)
+
+
+def _answer(model: LoadedModel, command: Command) -> Iterator[tuple[str, Body]]:
+    body = command.body
+    prompt = encode(model.tokenizer, str(body["prompt"]))
+    if not prompt:
+        raise BadText("The prompt is empty, and this model has no start token. Write a few words.")
+    if body["do"] == "generate":
+        yield from _generate(model, prompt, command)
+    else:
+        ids = [int(str(i)) for i in _list(body["token_ids"])]
+        reference = load_file(str(body["read"]))[TENSOR]
+        yield from _score(model, prompt, ids, reference)
+
+
+def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterator[tuple[str, Body]]:
+    body = command.body
+    room = _context(model) - len(prompt)
+    if room < 1:
+        raise BadText(f"The prompt has {len(prompt)} tokens; this model reads {_context(model) - 1}. Shorten it.")
+    ids: list[int] = []
+    logprobs: list[torch.Tensor] = []
+    began = time.perf_counter()
+    first = last = began
+    steps = generate(
+        model, prompt, max_new_tokens=min(int(str(body["max_tokens"])), room),
+        temperature=float(str(body["temperature"])), seed=int(str(body["seed"])),
+    )  # fmt: skip
+    for step in steps:
+        last = time.perf_counter()
+        first = first if ids else last
+        ids.append(step.token_id)
+        if body.get("write"):
+            logprobs.append(step.logprobs.float().cpu())
+        yield "token", _token(step.token_id, describe(model.tokenizer, ids, len(ids) - 1, step.logprobs))
+        if command.stop.is_set():
+            break
+    if body.get("write"):
+        size = model.network.config.get_text_config().vocab_size
+        save_file({TENSOR: torch.stack(logprobs) if ids else torch.empty(0, size)}, str(body["write"]))
+    tpot = (last - first) / (len(ids) - 1) if len(ids) > 1 else None
+    yield "done", {"ttft": first - began if ids else None, "tpot": tpot, "tokens": len(ids)}
+
+
+def _score(
+    model: LoadedModel, prompt: list[int], ids: list[int], reference: torch.Tensor
+) -> Iterator[tuple[str, Body]]:
+    """`ids` as the model sees them, with the KL to the (len(ids), V) log-probabilities of `reference`."""
+    ours, theirs = model.network.config.get_text_config().vocab_size, reference.shape[1]
+    if ours != theirs:
+        raise InputError(f"The models have {theirs} and {ours} tokens: their predictions cannot be compared.")
+    if len(prompt) + len(ids) > _context(model):
+        raise BadText(f"The text has {len(prompt) + len(ids)} tokens; this model reads {_context(model)}. Shorten it.")
+    for number, token in zip(ids, force(model, prompt, ids, reference), strict=True):
+        yield "token", _token(number, token)
+    yield "done", {"ttft": None, "tpot": None, "tokens": len(ids)}
+
+
+def _context(model: LoadedModel) -> int:
+    return int(getattr(model.network.config.get_text_config(), "max_position_embeddings", 1 << 20))
+
+
+def _token(number: int, token: Token) -> Body:
+    return {"id": number, **token.model_dump(mode="json")}
+
+
+def _list(value: JsonValue) -> list[JsonValue]:
+    assert isinstance(value, list)
+    return value
+
+
+def _reply(replies: TextIO, event: str, data: Mapping[str, JsonValue]) -> None:
+    replies.write(json.dumps({"event": event, **data}) + "\n")
+    replies.flush()

@@ -1,0 +1,306 @@
+"""Text from several models side by side: one warm worker process per model, merged into one stream.
+
+A worker is lent to one reader at a time. Nobody holds one while waiting for another, so readers cannot
+block one another for good.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import queue
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from engine import hardware
+from engine.errors import BadText, InputError, Interrupted, MaquetteError, RunError
+from engine.runners.local import COMMAND, environment, signal_group
+
+log = logging.getLogger(__name__)
+
+Body = dict[str, JsonValue]
+Reply = tuple[int, str, Body]
+
+MOST = 4  # warm workers, and panes
+IDLE = 600.0  # seconds after which an unused worker ends
+POLL = 0.05  # seconds between looks at whether the reader has gone
+PATIENCE = 5.0  # seconds that a worker has to heed a stop
+LONGEST_PROMPT = 20_000  # characters
+LONGEST_TEXT = 2048  # tokens
+
+
+class Warm:
+    """A worker process that holds one model; `busy` while it is lent."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.busy, self.used, self.ready = False, time.monotonic(), False
+        device = "cuda" if hardware.gpu() is not None else "cpu"
+        request = folder / "request.json"
+        folder.mkdir(parents=True)
+        request.write_text(json.dumps({"kind": "serve", "model": str(model), "device": device}))
+        with open(folder / "worker.log", "wb") as errors:
+            self._process = subprocess.Popen(
+                [*COMMAND, str(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=folder,
+                start_new_session=True, env=environment(device, hardware.worker_threads()), text=True, bufsize=1,
+            )  # fmt: skip
+        self._replies: queue.Queue[Body | None] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End the process and its children, at once."""
+        if self._process.returncode is None:
+            signal_group(self.pid)
+            self._process.wait()
+        with suppress(OSError):  # what it did not read any more
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+
+    def wait_ready(self, gone: threading.Event) -> None:
+        """Return when the model is loaded.
+
+        Raises:
+            RunError: it cannot be loaded.
+            Interrupted: the reader has gone.
+        """
+        while not self.ready:
+            reply = self._next()
+            if reply is not None:
+                self.ready = reply["event"] == "ready"
+                if not self.ready:
+                    raise RunError(str(reply.get("text", "The model could not be loaded.")))
+            elif gone.is_set():
+                raise Interrupted("The reader has gone.")
+
+    def ask(self, command: Body, gone: threading.Event) -> Iterator[tuple[str, Body]]:
+        """Send a command and give its replies, the last one `done` or `error`; stop it when the reader has gone."""
+        self._send(command)
+        told: float | None = None
+        while True:
+            reply = self._next()
+            if gone.is_set() and told is None:
+                told = time.monotonic()
+                self._send({"do": "stop"})
+            if reply is not None:
+                event = str(reply.pop("event"))
+                yield event, reply
+                if event in ("done", "error"):
+                    return
+            elif told is not None and time.monotonic() - told > PATIENCE:
+                self.close()
+
+    def _send(self, command: Body) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # a dead process is noticed by its replies
+            self._process.stdin.write(json.dumps(command) + "\n")
+
+    def _next(self) -> Body | None:
+        """The next reply, None where there is none yet.
+
+        Raises:
+            RunError: the process has died.
+        """
+        with suppress(queue.Empty):
+            reply = self._replies.get(timeout=POLL)
+            if reply is None:
+                self._replies.put(None)
+                raise RunError("The process that held the model has ended; it may have run out of memory. Try again.")
+            return reply
+        return None
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                with suppress(ValueError):  # a library's own words
+                    reply = json.loads(line)
+                    if isinstance(reply, dict) and "event" in reply:
+                        self._replies.put(reply)
+        self._replies.put(None)
+
+
+class Streams:
+    """The warm workers of one scheduler."""
+
+    def __init__(self) -> None:
+        self._warm: dict[Path, Warm] = {}
+        self._guard = threading.Lock()
+        self._closed = False
+        self._folder = Path(tempfile.mkdtemp(prefix="maquette-streams-"))
+        self._count = 0
+
+    def write(
+        self, models: list[Path], prompt: str, *, max_tokens: int, temperature: float, seed: int, same_text: bool
+    ) -> Iterator[Reply]:
+        """Yield (pane, event, data) as it happens; closing the iterator stops the models.
+
+        Events: `loading` while a model is not ready, `token` with a Token and its `id`, then `done` with `ttft`,
+        `tpot` and `tokens`, or `error` with `text`. With `same_text` the first model writes and the others say how
+        they see its text, with the KL of each token from the first model's prediction.
+
+        Raises:
+            InputError: no model or too many, no prompt, or a number out of its bounds.
+            RunError: the streams are closed.
+        """
+        if self._closed:
+            raise RunError("Maquette is shutting down.")
+        if not 1 <= len(models) <= MOST:
+            raise InputError(f"{len(models)} models were chosen; compare 1 to {MOST}.")
+        if not prompt.strip() or "\0" in prompt or len(prompt) > LONGEST_PROMPT:
+            raise BadText(f"The prompt has {len(prompt):,} characters; write 1 to {LONGEST_PROMPT:,}, and no NUL.")
+        if not 1 <= max_tokens <= LONGEST_TEXT:
+            raise InputError(f"max_tokens is {max_tokens}; it must lie in 1 to {LONGEST_TEXT}.")
+        if not (math.isfinite(temperature) and 0 <= temperature <= 5) or not 0 <= seed < 2**31:
+            raise InputError("The sampling temperature must lie in 0 to 5, the seed in 0 to 2147483647.")
+        generate: Body = {
+            "do": "generate", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
+            "write": None,
+        }  # fmt: skip
+        return self._write(models, generate, same_text and len(models) > 1)
+
+    def pids(self) -> list[int]:
+        """The warm processes."""
+        with self._guard:
+            return [warm.pid for warm in self._warm.values()]
+
+    def end_idle(self) -> None:
+        """End workers that were not used for a while."""
+        now = time.monotonic()
+        with self._guard:
+            for model, warm in list(self._warm.items()):
+                if not warm.busy and now - warm.used > IDLE:
+                    self._end(model)
+
+    def close(self) -> None:
+        """End all workers; streams that are being read end with an error."""
+        with self._guard:
+            self._closed = True
+            for model in list(self._warm):
+                self._end(model)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, models: list[Path], generate: Body, same_text: bool) -> Iterator[Reply]:
+        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
+            stream = _Stream()
+            file = str(Path(folder, "logprobs.safetensors")) if same_text else None
+            for pane, model in enumerate(models):
+                if same_text and pane:
+                    command: Body = {"do": "score", "prompt": generate["prompt"], "read": file}
+                else:
+                    command = {**generate, "write": file}
+                threading.Thread(target=self._pane, args=(pane, model, command, stream), daemon=True).start()
+            try:
+                panes = len(models)
+                while panes:
+                    reply = stream.inbox.get()
+                    panes -= reply[1] in ("done", "error")
+                    yield reply
+            finally:
+                stream.gone.set()
+
+    def _pane(self, pane: int, model: Path, command: Body, stream: _Stream) -> None:
+        """One model's part of a stream."""
+        ids: list[JsonValue] = []
+        last: tuple[str, Body] = ("error", {"text": "The text ended early. Try again."})
+        try:
+            if command["do"] == "score":
+                with self._borrow(pane, model, stream):
+                    pass  # load while the first model writes, but hold nothing while waiting for it
+                command = {**command, "token_ids": stream.wait_text()}
+            with self._borrow(pane, model, stream) as warm:
+                for event, data in warm.ask(command, stream.gone):
+                    if event == "token":
+                        ids.append(data["id"])
+                        stream.inbox.put((pane, event, data))
+                    else:
+                        last = (event, data)
+        except MaquetteError as error:
+            last = ("error", {"text": str(error)})
+        finally:
+            if command["do"] == "generate":
+                stream.text.put(ids if last[0] == "done" else None)
+            stream.inbox.put((pane, *last))
+
+    @contextmanager
+    def _borrow(self, pane: int, model: Path, stream: _Stream) -> Iterator[Warm]:
+        """Hold the model's worker, started where there is none; the reader hears `loading` when that takes time."""
+        said = False
+        while (warm := self._try_borrow(model)) is None:
+            if not said:
+                stream.inbox.put((pane, "loading", {}))
+                said = True
+            if stream.gone.wait(POLL):
+                raise Interrupted("The reader has gone.")
+        try:
+            if not warm.ready and not said:
+                stream.inbox.put((pane, "loading", {}))
+            warm.wait_ready(stream.gone)
+            yield warm
+        finally:
+            with self._guard:
+                warm.busy, warm.used = False, time.monotonic()
+
+    def _try_borrow(self, model: Path) -> Warm | None:
+        with self._guard:
+            if self._closed:
+                raise Interrupted("Maquette is shutting down.")
+            warm = self._warm.get(model)
+            if warm is not None and not warm.alive():
+                self._end(model)
+                warm = None
+            if warm is None and (len(self._warm) < MOST or self._make_room()):
+                self._count += 1
+                warm = self._warm[model] = Warm(model, self._folder / f"warm-{self._count}")
+            if warm is None or warm.busy:
+                return None
+            warm.busy = True
+            return warm
+
+    def _make_room(self) -> bool:
+        unused = [model for model, warm in self._warm.items() if not warm.busy]
+        if unused:
+            self._end(min(unused, key=lambda model: self._warm[model].used))
+        return bool(unused)
+
+    def _end(self, model: Path) -> None:
+        self._warm.pop(model).close()
+
+
+class _Stream:
+    """What the panes of one stream share: their replies, whether the reader has gone, the first model's text."""
+
+    def __init__(self) -> None:
+        self.inbox: queue.Queue[Reply] = queue.Queue()
+        self.gone = threading.Event()
+        self.text: queue.Queue[list[JsonValue] | None] = queue.Queue()
+
+    def wait_text(self) -> list[JsonValue]:
+        """The token ids that the first model wrote; left in place for the next pane.
+
+        Raises:
+            RunError: it failed.
+            Interrupted: the reader has gone.
+        """
+        while not self.gone.is_set():
+            with suppress(queue.Empty):
+                ids = self.text.get(timeout=POLL)
+                self.text.put(ids)
+                if ids is None:
+                    raise RunError("The first model wrote no text that could be compared.")
+                return ids
+        raise Interrupted("The reader has gone.")

@@ -1,0 +1,140 @@
+"""Watch one running attempt: carry its events into the store, bound its memory, end it, say how it ended."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from engine.attempts import EventReader, is_cancelled, mark_cancelled
+from engine.records import Event, Run, Status
+from engine.runners import Worker
+from engine.store import Store
+
+log = logging.getLogger(__name__)
+
+GRACE = 3.0  # seconds from asking a worker to stop to killing it; also what it has left after it has finished
+SAMPLE_EVERY = 0.5  # seconds
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+
+
+@dataclass
+class Progress:
+    """How far the current phase is: `done` of `total` in `unit` since `began` (monotonic seconds)."""
+
+    phase: str = ""
+    done: float = 0
+    total: float = 0
+    unit: str = ""
+    began: float = 0.0
+
+    def follow(self, event: Event, now: float) -> None:
+        """Take in a phase or progress event."""
+        data = event.data
+        if event.kind == "phase":
+            self.phase, self.began = str(data.get("name", "")), now
+            self.done = self.total = 0
+            self.unit = ""
+        elif event.kind == "progress":
+            done, total = data.get("done"), data.get("total")
+            if isinstance(done, int | float) and isinstance(total, int | float):
+                self.done, self.total, self.unit = done, total, str(data.get("unit", ""))
+
+    def as_json(self, now: float) -> dict[str, JsonValue]:
+        """With `eta`, the seconds that are left of the phase at the pace so far, or None."""
+        pace = (now - self.began) / self.done if self.done > 0 else None
+        eta = None if pace is None else max(0.0, (self.total - self.done) * pace)
+        return {"phase": self.phase, "done": self.done, "total": self.total, "unit": self.unit, "eta": eta}
+
+
+class Watch:
+    """One attempt and its worker. `tick` is called about ten times a second until it returns False."""
+
+    def __init__(self, store: Store, run: Run, worker: Worker, folder: Path, budget: int | None) -> None:
+        self.run, self.folder, self.progress = run, folder, Progress(began=time.monotonic())
+        self.resident = 0
+        self._store, self._worker, self._budget = store, worker, budget
+        self._reader = EventReader(folder)
+        self._next_sample = 0.0
+        self._deadline: float | None = None
+        self._verdict: tuple[Status, str] | None = None
+
+    def cancel(self) -> None:
+        """Ask the worker to stop because the user wants it to; killed when it does not."""
+        mark_cancelled(self.folder)
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Ask the worker to stop, to be resumed later; killed when it does not."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + GRACE
+            self._worker.ask()
+
+    def tick(self) -> bool:
+        """Look after the attempt once; False when it is over."""
+        now = time.monotonic()
+        self._carry(now)
+        if not self._worker.alive():
+            self._end(now)
+            return False
+        self.resident = self._worker.resident()
+        if self._budget is not None and self.resident > self._budget and self._verdict is None:
+            self._verdict = (Status.FAILED, _over_budget(self.resident, self._budget))
+            self._deadline = now
+        if self._deadline is not None and now >= self._deadline:
+            self._worker.kill()
+        elif now >= self._next_sample and self._deadline is None:
+            self._next_sample = now + SAMPLE_EVERY
+            self._store.say(self.run, "sample", {"series": "memory.resident", "value": self.resident, "unit": "B"})
+        return True
+
+    def _carry(self, now: float) -> None:
+        events = self._reader.read()
+        if not events:
+            return
+        self._store.append(events)
+        self._reader.advance()  # only now: what could not be stored is read again
+        for event in events:
+            self.progress.follow(event, now)
+            if event.kind == "finished" and self._deadline is None:
+                self._deadline = now + GRACE  # it has only to exit
+
+    def _end(self, now: float) -> None:
+        code = self._worker.exit_code()
+        self._worker.kill()  # children that outlived it
+        self._carry(now)
+        if not self._store.run(self.run.id).status.final:
+            status, reason = self._verdict or _verdict(code, is_cancelled(self.folder))
+            self._store.say(self.run, "finished", {"status": str(status), "reason": reason})
+
+
+def conclude(store: Store, run: Run, folder: Path) -> None:
+    """Say how an attempt ended whose worker died unseen: what it said itself counts, else it is interrupted."""
+    store.append(EventReader(folder).read())
+    if not store.run(run.id).status.final:
+        status, reason = _verdict(None, is_cancelled(folder))
+        store.say(run, "finished", {"status": str(status), "reason": reason})
+
+
+def _verdict(code: int | None, cancelled: bool) -> tuple[Status, str]:
+    """The status of an attempt whose worker ended without saying so."""
+    if cancelled:
+        return Status.CANCELLED, "Cancelled."
+    if code is not None and code >= 0:
+        return Status.FAILED, f"The worker ended without a result (exit code {code}); worker.log has the details."
+    if code is not None and -code in CRASHES:
+        name = signal.Signals(-code).name
+        return Status.FAILED, f"The worker crashed in native code ({name}); worker.log has the details."
+    how = f" ({signal.Signals(-code).name})" if code is not None else ""
+    return Status.INTERRUPTED, f"The worker was stopped from outside{how}; the run can be resumed."
+
+
+def _over_budget(resident: int, budget: int) -> str:
+    return (
+        f"Out of memory: the run held {resident / 2**30:.2f} GiB, its budget is {budget / 2**30:.2f} GiB. "
+        "Use fewer calibration samples or a smaller model, or close other programs."
+    )

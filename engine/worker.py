@@ -1,0 +1,211 @@
+"""`python -m engine.worker REQUEST.json`: one request, one process.
+
+    {"kind": "run", "run": id, "attempt": n, "folder": attempt folder, "recipe": {...}}
+        Runs the pipeline. Events go to events.jsonl in the folder, the last one is `finished`.
+    {"kind": "verify" | "measure", ...}
+        A child of a run, or of the command line: the work is in a process of its own so that it starts fresh.
+        Events go to stdout, a line `{"kind", "data"}` each; the last one is `finished`.
+    {"kind": "serve", "model": source, "device": device}
+        Keeps a model warm and writes text; see `engine.serve`.
+
+SIGTERM and SIGINT ask the work to stop at its next safe point. This is the one place that catches every
+exception: whatever happens to a request becomes a status and one line that a user can read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import TextIO
+
+from pydantic import JsonValue
+
+from engine.attempts import EventWriter, is_cancelled, take_lock, write_pid
+from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, short
+from engine.methods import Emit
+from engine.records import EventKind, Recipe, Status
+
+log = logging.getLogger(__name__)
+
+Request = dict[str, JsonValue]
+Pipeline = Callable[[Recipe, Path, Emit, Callable[[], None]], object]
+NICE = {"serve": 5}  # somebody is watching; everything else stays out of the way of the page
+HIGHEST_NICE = 19
+
+
+class Stop:
+    """Whether the work was asked to stop, and why: the user cancelled, or the process is being ended."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._asked = threading.Event()
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def check(self) -> None:
+        """Return while the work may go on.
+
+        Raises:
+            Cancelled: the user cancelled.
+            Interrupted: the process is being ended; the run can be resumed.
+        """
+        if self._asked.is_set():
+            if self._folder is not None and is_cancelled(self._folder):
+                raise Cancelled("Cancelled.")
+            raise Interrupted("Stopped before it was done; it can be resumed.")
+
+    def listen(self) -> None:
+        """Let SIGTERM and SIGINT ask."""
+
+        def on_signal(number: int, frame: types.FrameType | None) -> None:
+            self.ask()
+
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+
+
+def run_pipeline(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Callable[[], None]) -> object:
+    """The real pipeline, imported here so that even a broken installation ends as a failed run."""
+    from engine import pipeline
+
+    return pipeline.run(recipe, folder, emit, check_cancelled)
+
+
+def execute(request: Request, stop: Stop, pipeline: Pipeline = run_pipeline) -> Status:
+    """Run one attempt to its `finished` event."""
+    folder = Path(str(request["folder"]))
+    writer = EventWriter(folder, str(request["run"]), int(str(request["attempt"])))
+    try:
+        return _finish(
+            writer.emit,
+            lambda: pipeline(Recipe.model_validate(request["recipe"]), folder, writer.emit, stop.check),
+            stop,
+        )
+    finally:
+        writer.close()
+
+
+def _finish(emit: Emit, work: Callable[[], object], stop: Stop | None = None) -> Status:
+    """Do the work and emit how it ended."""
+    status, reason = Status.SUCCEEDED, ""
+    try:
+        try:
+            work()
+        except Exception:
+            if stop is not None:
+                stop.check()  # the same signal ended a child: what came of that is no failure
+            raise
+    except MaquetteError as error:
+        status, reason = _status_of(error), str(error)
+    except Exception as error:  # the worker's edge
+        log.exception("the request failed")
+        status, reason = Status.FAILED, _explain(error)
+    with suppress(OSError):  # a full disk: the scheduler sees the process end without a word
+        emit("finished", {"status": str(status), "reason": reason})
+    return status
+
+
+def _status_of(error: MaquetteError) -> Status:
+    for kind, status in (
+        (InputError, Status.REFUSED),
+        (Cancelled, Status.CANCELLED),
+        (Interrupted, Status.INTERRUPTED),
+    ):
+        if isinstance(error, kind):
+            return status
+    return Status.FAILED
+
+
+def _explain(error: Exception) -> str:
+    """One line for the user about an exception that nobody foresaw."""
+    # By name: torch need not be loaded to know its error; the CPU allocator raises a bare RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return "Out of memory. Use fewer calibration samples, a smaller batch or a smaller model, or free some memory."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume."
+    message = short(" ".join(str(error).split()), 300)
+    return f"Internal error, please report it: {type(error).__name__}: {message} (the log has the details)"
+
+
+def _child(request: Request, replies: TextIO) -> Status:
+    def emit(kind: EventKind, data: dict[str, JsonValue]) -> None:
+        _reply(replies, {"kind": kind, "data": data})
+
+    def work() -> None:
+        from engine import pipeline
+
+        if request["kind"] == "verify":
+            pipeline.verify(request)
+        else:
+            pipeline.measure(request, emit)
+
+    return _finish(emit, work)
+
+
+def _serve(request: Request, replies: TextIO) -> Status:
+    def emit(kind: EventKind, data: dict[str, JsonValue]) -> None:
+        if data["reason"]:
+            _reply(replies, {"event": "error", "text": data["reason"]})
+
+    def work() -> None:
+        from engine.serve import serve
+
+        serve(str(request["model"]), str(request["device"]), sys.stdin, replies)
+
+    return _finish(emit, work)
+
+
+def _reply(replies: TextIO, body: Request) -> None:
+    replies.write(json.dumps(body) + "\n")
+    replies.flush()
+
+
+def _step_back(kind: str) -> None:
+    """Let the page go first, and let the kernel take this process first when memory runs out."""
+    missing = NICE.get(kind, HIGHEST_NICE) - os.nice(0)
+    if missing > 0:
+        os.nice(missing)
+    with suppress(OSError):  # no such file on macOS
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def main(arguments: list[str] | None = None, pipeline: Pipeline = run_pipeline) -> int:
+    """Serve one request; the exit code is 0 where it succeeded."""
+    parser = argparse.ArgumentParser(prog="python -m engine.worker", description="Work on one request.")
+    parser.add_argument("request", type=Path)
+    parser.add_argument("--lock", type=int, help="open file that already holds the attempt's lock")
+    options = parser.parse_args(arguments)
+    request: Request = json.loads(options.request.read_text())
+    kind = str(request["kind"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _step_back(kind)
+    if kind != "run":
+        replies = sys.stdout  # to themselves: what a library prints goes to the log
+        with redirect_stdout(sys.stderr):
+            return int((_serve if kind == "serve" else _child)(request, replies) is not Status.SUCCEEDED)
+    folder = Path(str(request["folder"]))
+    stop = Stop(folder)
+    stop.listen()
+    lock = take_lock(folder) if options.lock is None else os.fdopen(options.lock, "r+b")
+    if lock is None:
+        log.error("another worker lives in %s", folder)
+        return 1
+    os.set_inheritable(lock.fileno(), False)  # a child must not keep a dead worker's lock
+    with lock:
+        write_pid(lock, os.getpid())
+        return int(execute(request, stop, pipeline) is not Status.SUCCEEDED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""A real server (`python app.py`) with its own data folder, and Chromium.
+
+The first visitor's comparison takes about a minute and is made once; later tests come back as that
+visitor, with the same cookie. Every page records its console and the hosts it talked to.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, Page, StorageState, expect, sync_playwright  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PATIENCE = 240_000  # milliseconds for work that a busy machine may stretch
+Open = Callable[..., Page]
+
+
+def chromium() -> str | None:
+    """The browser that is there: Debian's, or any on the path; None leaves the choice to Playwright."""
+    return next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running page."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path_factory.mktemp("home")
+    log = (home / "server.log").open("wb")
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("GRADIO_SERVER")}
+    process = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=ROOT, stdout=log, stderr=log,
+        env={**keep, "MAQUETTE_HOME": str(home), "PORT": str(port), "HOST": "127.0.0.1"},
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (home / "server.log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}healthz", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        log.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium; the tests are left out only where there is none at all."""
+    with sync_playwright() as engine:
+        try:
+            made = engine.chromium.launch(executable_path=chromium(), args=FLAGS)
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield made
+        made.close()
+
+
+class Watch:
+    """What a page said on its console and whom it asked."""
+
+    def __init__(self, page: Page, address: str) -> None:
+        self.problems: list[str] = []
+        self.foreign: list[str] = []
+        host = address.rstrip("/")
+        page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith((host, "data:", "blob:")) else self.foreign.append(r.url),
+        )
+
+
+@pytest.fixture
+def open_page(server: str, browser: Browser) -> Iterator[Open]:
+    """Open the page as a visitor; at the end nothing foreign was asked and the console is clean."""
+    watched: list[Watch] = []
+    contexts = []
+
+    def open_(path: str = "", *, state: StorageState | None = None, width: int = 1280, dark: bool = False) -> Page:
+        context = browser.new_context(
+            viewport={"width": width, "height": 900},
+            color_scheme="dark" if dark else "light",
+            storage_state=state,
+            base_url=server,
+        )
+        contexts.append(context)
+        page = context.new_page()
+        watched.append(Watch(page, server))
+        page.goto(server + path)
+        expect(page.locator(".mq-strip")).to_be_visible(timeout=60_000)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert [url for watch in watched for url in watch.foreign] == []
+    assert [text for watch in watched for text in watch.problems] == []
+
+
+@pytest.fixture(scope="session")
+def returning(server: str, browser: Browser) -> StorageState:
+    """The cookie of a visitor who did nothing but wait until both models were measured here."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.goto(server)
+    expect(page.locator("#mq-summary .mq-chip.good")).to_be_visible(timeout=PATIENCE)
+    state = context.storage_state()
+    context.close()
+    return state

@@ -1,0 +1,198 @@
+"""What a visitor sees and does, in a real browser against a real server with real workers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Page, StorageState, expect
+
+from tests.browser.conftest import PATIENCE, Open
+
+TABS = ("Compare", "Compress", "Runs", "Methods")
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def first_run(page: Page) -> str:
+    tab(page, "Runs")
+    button = page.locator("#mq-runs [data-run]").first
+    expect(button).to_be_visible(timeout=30_000)
+    return button.get_attribute("data-run") or ""
+
+
+def test_a_visitor_who_does_nothing_sees_a_real_comparison(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    expect(page.locator("#mq-summary .mq-chip.good")).to_have_text("measured here, now", timeout=30_000)
+    expect(page.locator(".mq-verdict").first).to_contain_text(re.compile(r"smaller.*perplexity"))
+    expect(page.locator("#mq-summary .mq-card")).to_have_count(5)
+    expect(page.locator("#mq-front .main-svg").first).to_be_visible(timeout=30_000)
+    expect(page.locator(".mq-pane .tok").first).to_be_visible()
+    assert page.locator(".mq-pane").nth(1).locator(".kl1, .kl2, .kl3").count() > 0
+
+
+def test_both_models_work_at_once_and_a_token_tells_its_rivals(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    expect(page.locator(".mq-pane .tok").first).to_be_visible(timeout=30_000)
+    page.get_by_label("Free run").check()
+    page.evaluate("""() => {
+        window.together = false;
+        new MutationObserver(() => {
+            if (document.querySelectorAll('.mq-pane[aria-busy="true"]').length === 2) window.together = true;
+        }).observe(document.querySelector('#mq-panes'), {subtree: true, childList: true, attributes: true});
+    }""")
+    page.locator("#mq-prompt textarea").fill("One morning")
+    page.locator("#mq-run-both").click()
+    for place in (0, 1):
+        expect(page.locator(".mq-pane").nth(place).locator(".stats")).to_contain_text("tokens", timeout=PATIENCE)
+        assert page.locator(".mq-pane").nth(place).locator(".tok").count() > 3
+    assert page.evaluate("window.together")
+    page.locator(".mq-pane").first.locator(".tok").first.click()
+    expect(page.locator(".mq-token")).to_be_visible()
+    expect(page.locator(".mq-token .column")).to_have_count(2)
+    assert page.locator(".mq-token .column").first.locator("li").count() == 5
+
+
+def test_the_same_text_is_shaded_live(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    expect(page.locator(".mq-pane .tok").first).to_be_visible(timeout=30_000)
+    page.locator("#mq-prompt textarea").fill("The baker")
+    page.locator("#mq-run-both").click()
+    expect(page.locator(".mq-pane").nth(1).locator(".stats")).to_contain_text("tokens", timeout=PATIENCE)
+    texts = [page.locator(".mq-pane .text").nth(place).inner_text() for place in (0, 1)]
+    assert texts[0] == texts[1] != ""
+    assert page.locator(".mq-pane").first.locator(".kl1, .kl2, .kl3").count() == 0
+    page.locator(".mq-pane").nth(1).locator(".tok").nth(1).click()
+    expect(page.locator(".mq-token")).to_contain_text("nats")
+
+
+def test_stop_ends_the_waiting(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    expect(page.locator(".mq-pane .tok").first).to_be_visible(timeout=30_000)
+    page.locator("#mq-prompt textarea").fill("Once")
+    page.locator("#mq-run-both").click()
+    page.locator("#mq-stop").click()
+    expect(page.locator('.mq-pane[aria-busy="true"]')).to_have_count(0, timeout=30_000)
+    page.locator("#mq-run-both").click()
+    expect(page.locator(".mq-pane").nth(1).locator(".stats")).to_contain_text("tokens", timeout=PATIENCE)
+
+
+def test_a_blind_vote_reveals_the_models_afterwards(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    expect(page.locator(".mq-pane .tok").first).to_be_visible(timeout=30_000)
+    page.get_by_label("Blind vote").check()
+    page.locator("#mq-run-both").click()
+    left = page.get_by_role("button", name="Left is better")
+    expect(left).to_be_visible(timeout=PATIENCE)
+    assert "GPTQ" not in page.locator("#mq-panes").inner_text()
+    left.click()
+    expect(page.get_by_text(re.compile("Left was .*GPTQ|right was .*GPTQ"))).to_be_visible(timeout=30_000)
+
+
+def test_start_then_reload_finds_the_run_and_cancel_ends_it(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    tab(page, "Compress")
+    expect(page.locator("#mq-fit")).to_contain_text("Fits", timeout=30_000)
+    page.get_by_label("Half depth, distilled").check()
+    expect(page.locator("#mq-recipe")).to_contain_text("distill/logits")
+    page.locator("#mq-start").click()
+    expect(page.locator("#mq-detail .mq-badge")).to_have_text(re.compile("queued|running"), timeout=30_000)
+    run = first_run(page)
+    page.reload()
+    expect(page.locator(".mq-strip")).to_be_visible(timeout=30_000)
+    assert first_run(page) == run
+    page.locator(f'[data-run="{run}"]').click()
+    page.locator("#mq-cancel").click()
+    expect(page.locator("#mq-detail .mq-badge")).to_have_text("cancelled", timeout=60_000)
+
+
+def test_cards_edit_the_recipe(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    tab(page, "Compress")
+    page.get_by_role("button", name="Steps and their settings").click()
+    expect(page.locator(".mq-step")).to_have_count(1, timeout=30_000)
+    page.locator(".mq-step").get_by_label("3", exact=True).check()
+    expect(page.locator("#mq-recipe")).to_contain_text("bits: 3", timeout=30_000)
+    page.get_by_label("Prune 50 % → distill → 4 bit").check()
+    expect(page.locator(".mq-step")).to_have_count(3, timeout=30_000)
+    page.locator(".mq-step").nth(1).get_by_role("button", name="Remove").click()
+    expect(page.locator(".mq-step")).to_have_count(2, timeout=30_000)
+    expect(page.locator("#mq-recipe")).not_to_contain_text("distill")
+
+
+def test_bad_input_is_one_line_and_nothing_is_run(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    tab(page, "Compress")
+    page.get_by_role("button", name="Paste a recipe").click()
+    page.locator("#mq-paste textarea").fill("model: demo\nsteps: [{quantize/gptk: {}}]")
+    page.get_by_role("button", name="Use this recipe").click()
+    toast = page.get_by_text("Did you mean quantize/gptq")
+    expect(toast).to_be_visible(timeout=30_000)
+    assert "Traceback" not in page.content()
+    page.locator("#mq-model textarea, #mq-model input").first.fill("/nowhere/<img src=x onerror=alert(1)>")
+    expect(page.locator("#mq-fit")).to_contain_text("There is no model folder", timeout=30_000)
+    assert page.locator("#mq-fit img").count() == 0
+
+
+def test_a_link_carries_a_recipe_and_is_judged(open_page: Open, returning: StorageState) -> None:
+    page = open_page("?recipe=steps%3A%20%5B%7Bquantize%2Frtn%3A%20%7Bbits%3A%202%7D%7D%5D", state=returning)
+    expect(page.locator("#mq-recipe")).to_contain_text("bits: 2", timeout=30_000)
+    expect(page.get_by_role("tab", name="Compress", exact=True)).to_have_attribute("aria-selected", "true")
+    bad = open_page("?recipe=%7B%7B%3Cscript%3E", state=returning)
+    expect(bad.get_by_text("not valid YAML")).to_be_visible(timeout=30_000)
+
+
+def test_differences_and_files_of_finished_runs(open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning)
+    tab(page, "Runs")
+    row = page.locator("#mq-runs tr", has_text="succeeded").filter(has_text="GPTQ").locator("[data-run]").first
+    run = row.get_attribute("data-run")
+    row.click()
+    expect(page.locator("#mq-detail .mq-files a")).to_have_count(3, timeout=30_000)
+    with page.expect_download() as found:
+        page.get_by_role("link", name="Recipe (YAML)").click()
+    assert "quantize/gptq" in Path(found.value.path()).read_text()
+    stranger = open_page()
+    answer = stranger.request.get(f"/runs/{run}/recipe.yaml", fail_on_status_code=False)
+    assert answer.status == 404
+    expect(page.locator("#mq-detail .mq-live").first).to_be_visible()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    expect(page.get_by_role("tab", name="Compare", exact=True)).to_have_attribute("aria-selected", "true")
+
+
+def test_headers_and_health(open_page: Open) -> None:
+    page = open_page()
+    answer = page.request.get("/healthz")
+    assert answer.json() == {"status": "ok"}
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    cookie = next(c for c in page.context.cookies() if c.get("name") == "maquette_visitor")
+    assert cookie.get("httpOnly") is True
+
+
+@pytest.mark.parametrize("name", TABS)
+def test_a_phone_needs_no_sideways_scrolling(name: str, open_page: Open, returning: StorageState) -> None:
+    page = open_page(state=returning, width=390)
+    tab(page, name)
+    page.wait_for_timeout(1000)
+    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("name", TABS)
+def test_axe_finds_nothing(name: str, dark: bool, open_page: Open, returning: StorageState) -> None:
+    axe = pytest.importorskip("axe_playwright_python")
+    script = next(Path(axe.__file__).parent.rglob("axe.min.js")).read_text()
+    page = open_page(state=returning, dark=dark)
+    tab(page, name)
+    page.wait_for_timeout(1500)
+    for summary in page.locator("summary:visible").all():
+        summary.click()
+    page.evaluate(script)
+    found = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
+    assert [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found["violations"]] == []

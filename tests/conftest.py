@@ -1,0 +1,92 @@
+"""What all tests share: tiny models made in memory or in a folder, and a context that records what was said."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import JsonValue
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from engine.methods import Context
+from engine.models import LoadedModel, load_tokenizer
+from engine.preflight import DEMO
+from engine.records import EventKind
+
+torch.set_num_threads(2)
+
+
+class Recorder:
+    """Stands where a run's event stream stands, and keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[EventKind, dict[str, JsonValue]]] = []
+
+    def __call__(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
+        self.said.append((kind, data))
+
+    def logs(self) -> list[str]:
+        return [str(data["text"]) for kind, data in self.said if kind == "log"]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def context(tmp_path: Path, recorder: Recorder) -> Context:
+    return Context("cpu", 0, tmp_path / "blocks", DEMO / "text.txt", recorder, lambda: None)
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    """A Llama of three blocks over the demo's vocabulary."""
+    values: dict[str, object] = {
+        "vocab_size": 1280, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 256,
+    }  # fmt: skip
+    return LlamaConfig(**(values | changes))
+
+
+def in_memory(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LoadedModel:
+    """A model made at random, with the demo's tokenizer."""
+    torch.manual_seed(seed)
+    attention = "eager" if config.model_type == "gemma2" else "sdpa"
+    network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    return LoadedModel(network, load_tokenizer(DEMO / "model"), DEMO / "model")
+
+
+@pytest.fixture
+def tiny() -> LoadedModel:
+    return in_memory(tiny_config())
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes folders with a tiny model: `tiny_folder()`, `tiny_folder(num_hidden_layers=2)`."""
+
+    def make(**changes: object) -> Path:
+        folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
+        model = in_memory(tiny_config(**changes))
+        model.network.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def demo() -> LoadedModel:
+    """The bundled demo model."""
+    from engine.models import load
+
+    return load(DEMO / "model")

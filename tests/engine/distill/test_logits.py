@@ -1,0 +1,144 @@
+"""Distillation: the loss against its definition, students of every kind, a resumed training run."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import Recorder, in_memory, tiny_config
+
+from engine.distill import logits
+from engine.distill._student import every_kth, of_size
+from engine.distill._train import Schedule, draw, train
+from engine.distill.logits import Params, distillation_loss
+from engine.errors import BadParams, Cancelled, Diverged
+from engine.methods import Context
+from engine.models import LoadedModel, blocks
+
+
+def test_the_loss_is_what_the_paper_defines() -> None:
+    dice = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5, generator=dice), torch.randn(2, 3, 5, generator=dice)
+    labels = torch.randint(5, (2, 3), generator=dice)
+    temperature, weight, total = 3.0, 0.25, 0.0
+    for row in range(2):
+        for place in range(3):
+            z, y = (t[row, place].double() / temperature for t in (teacher, student))
+            p = [math.exp(float(v)) / sum(math.exp(float(u)) for u in z) for v in z]
+            q = [math.exp(float(v)) / sum(math.exp(float(u)) for u in y) for v in y]
+            kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            sharp = [math.exp(float(v)) for v in student[row, place]]
+            label = -math.log(sharp[int(labels[row, place])] / sum(sharp))
+            total += (1 - weight) * temperature**2 * kl + weight * label
+    found = distillation_loss(student, teacher, labels, temperature, weight)
+    torch.testing.assert_close(found, torch.tensor(total / 6, dtype=torch.float32))
+
+
+def test_a_student_of_every_block_is_the_teacher(tiny: LoadedModel) -> None:
+    ids = torch.arange(20)[None]
+    student = every_kth(tiny, 1)
+    torch.testing.assert_close(student.network(ids).logits, tiny.network(ids).logits, rtol=0, atol=0)
+
+
+def test_every_second_block_keeps_the_last_ones_weights() -> None:
+    teacher = in_memory(tiny_config(num_hidden_layers=4))
+    teacher.pruned = {"model.layers.3.mlp.up_proj", "model.layers.2.mlp.up_proj"}
+    student = every_kth(teacher, 2)
+    assert student.network.config.num_hidden_layers == 2
+    for new, old in ((0, 1), (1, 3)):
+        torch.testing.assert_close(
+            blocks(student.network)[1][new].state_dict(), blocks(teacher.network)[1][old].state_dict()
+        )
+    assert student.pruned == {"model.layers.1.mlp.up_proj"}
+    assert teacher.network.config.num_hidden_layers == 4
+
+
+def test_keeping_no_block_is_refused(tiny: LoadedModel) -> None:
+    with pytest.raises(BadParams, match="keep_every 4 leaves no block of 3"):
+        every_kth(tiny, 4)
+
+
+def test_a_student_of_a_size_has_it_and_runs(tiny: LoadedModel) -> None:
+    student = of_size(tiny, 32, 2, seed=1)
+    assert student.network.config.hidden_size == 32
+    assert len(blocks(student.network)[1]) == 2
+    assert student.network(torch.arange(8)[None]).logits.shape == (1, 8, 1280)
+    with pytest.raises(BadParams, match="not a multiple of the head size 16"):
+        of_size(tiny, 40, 2, seed=1)
+
+
+def test_training_brings_the_student_closer_and_keeps_zeros(tmp_path: Path, context: Context) -> None:
+    teacher = in_memory(tiny_config(), seed=0)
+    folder = tmp_path / "teacher"
+    teacher.network.save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    student = in_memory(tiny_config(), seed=1)
+    student.source = folder
+    linear = student.network.get_submodule("model.layers.0.mlp.up_proj")
+    linear.weight.data[:, ::2] = 0
+    student.pruned = {"model.layers.0.mlp.up_proj"}
+    ids = torch.arange(40)[None]
+
+    def gap() -> float:
+        with torch.no_grad():
+            ours, theirs = student.network(ids).logits.float(), teacher.network(ids).logits.float()
+        return float(distillation_loss(ours, theirs, ids, 1.0, 0.0))
+
+    before = gap()
+    params = Params(student="current", steps=30, batch=4, sequence_length=32, label_weight=0.0, learning_rate=3e-3)
+    with torch.no_grad():
+        logits.apply(student, params, context)
+    assert gap() < 0.8 * before
+    assert bool((linear.weight[:, ::2] == 0).all())
+    assert bool((linear.weight[:, 1::2] != 0).any())
+    assert student.network.dtype == torch.bfloat16
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(context: Context, recorder: Recorder) -> None:
+    rows = torch.randint(1280, (40, 24), generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(steps=12, batch=4, rate=1e-3, checkpoint_every=5)
+
+    def trained(context: Context, stop_after: int | None = None) -> LoadedModel:
+        model, seen = in_memory(tiny_config(), seed=2), 0
+
+        def loss_of(batch: torch.Tensor) -> torch.Tensor:
+            nonlocal seen
+            seen += 1
+            if seen == stop_after:
+                raise Cancelled("stopped")
+            out = model.network(input_ids=batch).logits[:, :-1]
+            return distillation_loss(out, None, batch[:, 1:], 1.0, 1.0)
+
+        train(model, rows, loss_of, schedule, context)
+        return model
+
+    import dataclasses
+
+    whole = trained(dataclasses.replace(context, folder=context.folder / "whole"))
+    with pytest.raises(Cancelled):
+        trained(context, stop_after=8)
+    resumed = trained(context)
+    assert "resumed at step 5 of 12" in recorder.logs()
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_divergence_stops_with_its_reason(context: Context) -> None:
+    model = in_memory(tiny_config())
+    rows = torch.randint(1280, (40, 24))
+    params = copy.deepcopy(model.network)
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        return distillation_loss(model.network(input_ids=batch).logits[:, :-1], None, batch[:, 1:], 1.0, 1.0)
+
+    with pytest.raises(Diverged, match="Use a lower learning_rate"):
+        train(model, rows, loss_of, Schedule(steps=50, batch=4, rate=1e9), context)
+    assert params.dtype == torch.bfloat16
+
+
+def test_an_epoch_draws_every_row_once() -> None:
+    rows = torch.arange(12)[:, None]
+    drawn = torch.cat([draw(rows, 4, step, seed=0) for step in range(3)]).flatten().tolist()
+    assert sorted(drawn) == list(range(12))
+    assert drawn != list(range(12))

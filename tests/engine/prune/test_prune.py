@@ -1,0 +1,85 @@
+"""Masks and scores: exact counts, a slow loop for Wanda, correlated inputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.errors import BadParams
+from engine.methods import Context
+from engine.models import LoadedModel
+from engine.prune import magnitude, wanda
+from engine.prune._masks import SparsityParams, keep_largest
+
+
+def scores(rows: int = 6, columns: int = 40) -> Tensor:
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.33, 0.5, 0.97])
+def test_rows_lose_exactly_their_share(sparsity: float) -> None:
+    mask = keep_largest(scores(), SparsityParams(sparsity=sparsity), "w", by_row=True)
+    assert (~mask).sum(1).tolist() == [round(sparsity * 40)] * 6
+
+
+def test_a_matrix_loses_exactly_its_share_and_only_the_smallest() -> None:
+    values = scores()
+    mask = keep_largest(values, SparsityParams(sparsity=0.3), "w", by_row=False)
+    assert int((~mask).sum()) == 72
+    assert values[~mask].max() < values[mask].min()
+
+
+@pytest.mark.parametrize(("pattern", "zeros", "span"), [("2:4", 2, 4), ("4:8", 4, 8)])
+def test_patterns_zero_exactly_n_of_m(pattern: str, zeros: int, span: int) -> None:
+    values = scores()
+    params = SparsityParams.model_validate({"pattern": pattern})
+    mask = keep_largest(values, params, "w", by_row=True)
+    assert bool(((~mask).view(-1, span).sum(1) == zeros).all())
+    for kept, score in zip(mask.view(-1, span), values.view(-1, span), strict=True):
+        assert score[~kept].max() < score[kept].min()
+
+
+def test_ties_still_give_exact_counts() -> None:
+    mask = keep_largest(torch.ones(3, 8), SparsityParams(pattern="2:4"), "w", by_row=True)
+    assert bool(((~mask).view(-1, 4).sum(1) == 2).all())
+
+
+def test_a_pattern_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(BadParams, match="up_proj has 10 inputs"):
+        keep_largest(scores(4, 10), SparsityParams(pattern="2:4"), "up_proj", by_row=True)
+
+
+def test_wanda_equals_a_loop_over_single_weights() -> None:
+    dice = torch.Generator().manual_seed(1)
+    inputs = torch.randn(50, 12, generator=dice) @ torch.randn(12, 12, generator=dice)
+    weight = torch.randn(5, 12, generator=dice)
+    expected = torch.ones(5, 12, dtype=torch.bool)
+    for n in range(5):
+        importance = [abs(float(weight[n, k])) * sum(float(x) ** 2 for x in inputs[:, k]) ** 0.5 for k in range(12)]
+        for k in sorted(range(12), key=importance.__getitem__)[:6]:
+            expected[n, k] = False
+    found = keep_largest(wanda.score(weight, inputs.norm(dim=0)), SparsityParams(), "w", by_row=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_wanda_differs_from_magnitude_where_inputs_differ() -> None:
+    weight, norm = torch.tensor([[1.0, 0.9]]), torch.tensor([0.1, 1.0])
+    assert keep_largest(wanda.score(weight, norm), SparsityParams(), "w", by_row=True).tolist() == [[False, True]]
+    assert keep_largest(weight.abs(), SparsityParams(), "w", by_row=True).tolist() == [[True, False]]
+
+
+def test_methods_prune_every_linear_of_the_model(tiny: LoadedModel, context: Context) -> None:
+    wanda.apply(tiny, wanda.Params(samples=4, sequence_length=16, sparsity=0.25), context)
+    assert len(tiny.pruned) == 3 * 7
+    for name in tiny.pruned:
+        zeros = (tiny.network.get_submodule(name).weight == 0).sum(1)
+        assert bool((zeros == zeros.new_tensor(round(0.25 * tiny.network.get_submodule(name).weight.shape[1]))).all())
+
+
+def test_magnitude_keeps_the_large_weights_unchanged(tiny: LoadedModel, context: Context) -> None:
+    before = {name: module.weight.clone() for name, module in tiny.network.named_modules() if "proj" in name}
+    magnitude.apply(tiny, magnitude.Params(sparsity=0.5), context)
+    for name, old in before.items():
+        new = tiny.network.get_submodule(name).weight
+        kept = new != 0
+        torch.testing.assert_close(new[kept], old[kept], rtol=0, atol=0)
+        assert old[~kept].abs().max() <= old[kept].abs().min()

@@ -1,0 +1,158 @@
+"""The walk over blocks: replayed blocks compute what the whole model computes, in every family."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)  # fmt: skip
+
+from engine.calibration import (
+    accumulate_hessian,
+    capture,
+    make_empty_hessian,
+    read_documents,
+    run_block,
+    token_rows,
+    walk_blocks,
+)  # fmt: skip
+from engine.errors import BadText
+from engine.methods import Calibrated, Context
+from engine.models import LoadedModel, blocks
+from tests.conftest import Recorder, in_memory, tiny_config
+
+SIZES = {"vocab_size": 1280, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+         "num_attention_heads": 4}  # fmt: skip
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": tiny_config(),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+    "gpt2": GPT2Config(vocab_size=1280, n_embd=64, n_layer=3, n_head=4, n_positions=64),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
+    "opt": OPTConfig(
+        vocab_size=1280, hidden_size=64, ffn_dim=128, num_hidden_layers=3, num_attention_heads=4,
+        word_embed_proj_dim=64, max_position_embeddings=64, dropout=0.0,
+    ),
+    "gemma": GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16),
+    "gemma2": Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=16, sliding_window=8),
+    "gemma3": Gemma3TextConfig(
+        **(SIZES | {"num_hidden_layers": 7}), num_key_value_heads=1, head_dim=16, sliding_window=8
+    ),
+}  # fmt: skip
+
+
+def block_outputs(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What each block gives when the whole model runs."""
+    found: list[torch.Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _, a, out: found.append(out[0] if isinstance(out, tuple) else out))
+        for module in blocks(model.network)[1]
+    ]
+    with torch.inference_mode():
+        model.network(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_blocks_give_what_the_model_gives(family: str) -> None:
+    model = in_memory(FAMILIES[family], torch.float32)
+    ids = torch.randint(3, 1280, (4, 24), generator=torch.Generator().manual_seed(1))
+    expected = block_outputs(model, ids)
+    states, calls = capture(model, ids.split(2))
+    for number, module in enumerate(blocks(model.network)[1]):
+        states = [run_block(module, s, call) for s, call in zip(states, calls[number], strict=True)]
+        torch.testing.assert_close(torch.cat(states), expected[number])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_later_blocks_see_what_was_done_to_earlier_ones(family: str, context: Context) -> None:
+    model = in_memory(FAMILIES[family], torch.float32)
+    params = Calibrated(samples=4, sequence_length=16)
+    ids = token_rows(model.tokenizer, context.calibration, 16, 4)
+    norms = {}
+    for block in walk_blocks(model, context, params, collect="norm"):
+        for linear in block.linears:
+            norms[linear.name] = linear.input_norm
+            linear.weight.mul_(0.5)
+    # The same statistics, taken from the changed model as a whole.
+    for name, norm in norms.items():
+        if name.startswith(blocks(model.network)[0] + ".1."):
+            seen: list[torch.Tensor] = []
+            handle = model.network.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2))
+            )
+            halved = {n: p.clone() for n, p in model.network.named_parameters() if f".{1}." in n}
+            with torch.no_grad():
+                for parameter_name, parameter in model.network.named_parameters():
+                    if parameter_name in halved and parameter.dim() == 2:
+                        parameter.mul_(2)  # block 1 itself was observed before it was changed
+                model.network(input_ids=ids, use_cache=False)
+                for parameter_name, parameter in model.network.named_parameters():
+                    if parameter_name in halved:
+                        parameter.copy_(halved[parameter_name])
+            handle.remove()
+            torch.testing.assert_close(norm, torch.cat(seen).norm(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_hessian_is_the_mean_over_all_tokens() -> None:
+    inputs = torch.randn(70, 6, generator=torch.Generator().manual_seed(0))
+    hessian, seen = make_empty_hessian(6, torch.device("cpu")), 0
+    for part in inputs.split([10, 40, 20]):
+        hessian = accumulate_hessian(hessian, seen, part)
+        seen += len(part)
+    torch.testing.assert_close(hessian, 2 * inputs.t() @ inputs / 70)
+
+
+def test_finished_blocks_are_read_back_and_not_yielded_again(tiny: LoadedModel, context: Context, recorder: Recorder) -> None:
+    for block in walk_blocks(tiny, context):
+        if block.number == 2:
+            break  # killed in the third block
+        for linear in block.linears:
+            linear.weight.fill_(block.number + 1)
+            tiny.pruned.add(linear.name)
+    again = in_memory(tiny_config())
+    visited = [block.number for block in walk_blocks(again, context)]
+    assert visited == [2]
+    assert recorder.logs() == ["reused 1 finished blocks", "reused 2 finished blocks"]
+    for number, module in enumerate(blocks(again.network)[1][:2]):
+        assert bool((module.mlp.up_proj.weight == number + 1).all())
+    assert {name.split(".")[2] for name in again.pruned} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"\0\1\2" * 50, "binary"),
+        ("a.txt", b"\xff\xfe\xfa" * 500, "not UTF-8"),
+        ("a.jsonl", b'{"body": 1}\n', 'line 1: a JSON object with a "text"'),
+        ("a.jsonl", b"nonsense\n", "line 1"),
+    ],
+)
+def test_bad_text_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadText, match=words) as caught:
+        read_documents(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path, tiny: LoadedModel) -> None:
+    (tmp_path / "a.txt").write_text("Two words")
+    with pytest.raises(BadText, match="one sequence needs 128"):
+        token_rows(tiny.tokenizer, tmp_path / "a.txt", 128)
+
+
+def test_one_long_line_gives_as_many_rows_as_asked(tmp_path: Path, tiny: LoadedModel) -> None:
+    (tmp_path / "a.txt").write_text("the lamp is in the barn " * 2000)
+    assert token_rows(tiny.tokenizer, tmp_path / "a.txt", 64, 5).shape == (5, 64)

@@ -1,0 +1,232 @@
+"""The command line: exit codes, one line for what is wrong, and the JSON object on the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine import cli, doctor, pipeline, preflight
+from engine.errors import OutOfMemory
+from engine.methods import Emit
+from engine.records import Recipe
+from engine.runners.inline import InlineRunner
+from engine.scheduler import Scheduler
+from engine.store import Store
+from tests import small_model
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def fake_pipeline(recipe: Recipe, folder: Path, emit: Emit, check: Callable[[], None]) -> None:
+    if recipe.seed == 13:
+        raise OutOfMemory("It did not fit.")
+    (folder / "artifact").mkdir()
+    emit("phase", {"name": "saving"})
+    emit("artifact", {"path": "artifact"})
+    emit("measurement", {"name": "kl", "value": recipe.seed + 0.5, "error": 0.1, "unit": "nat"})
+    emit("measurement", {"name": "size.bytes", "value": 100.0, "unit": "B"})
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs one command on a data folder of its own; returns exit code, stdout lines and stderr lines."""
+    monkeypatch.setattr(preflight, "check", lambda recipe: None)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    monkeypatch.setenv("MAQUETTE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, list[str], list[str]]:
+        code = cli.main(arguments, lambda home: Scheduler(home, runner=InlineRunner(fake_pipeline)))
+        said = capsys.readouterr()
+        return code, said.out.splitlines(), said.err.splitlines()
+
+    return run
+
+
+def recipe(text: str) -> str:
+    Path("recipe.yaml").write_text(text)
+    return "recipe.yaml"
+
+
+def test_run(call, tmp_path: Path) -> None:
+    code, out, err = call("run", recipe("model: demo\nseed: 1"), "--json")
+    result = json.loads(out[-1])
+    assert code == 0
+    assert set(result) == {"id", "status", "reason", "artifact", "measurements"}
+    assert (result["status"], result["reason"]) == ("succeeded", "")
+    assert Path(result["artifact"]).is_dir()
+    assert result["measurements"][0] == {"name": "kl", "value": 1.5, "error": 0.1, "unit": "nat"}
+    assert "saving" in err
+    code, out, _ = call("runs", "--json")
+    assert [run["id"] for run in json.loads(out[-1])["runs"]] == [result["id"]]
+    assert (tmp_path / "home" / "maquette.db").exists()
+
+
+def test_run_in_words(call) -> None:
+    code, out, _ = call("run", recipe("model: demo\nseed: 1"))
+    assert code == 0
+    assert "succeeded" in out[0]
+    assert out[1].split() == ["kl", "1.5", "±", "0.1", "nat"]
+
+
+def test_run_elsewhere(call, tmp_path: Path) -> None:
+    code, _, _ = call("run", recipe("model: demo"), "--home", str(tmp_path / "other"))
+    assert code == 0
+    assert Store(tmp_path / "other" / "maquette.db", read_only=True).runs()
+    assert not (tmp_path / "home").exists()
+
+
+def test_other_measures(call) -> None:
+    call("run", recipe("model: demo"), "--measure", "size,kl")
+    assert Store(Path("home/maquette.db").absolute(), read_only=True).runs()[0].recipe.measure == ("size", "divergence")
+
+
+def test_a_run_that_fails(call) -> None:
+    code, out, err = call("run", recipe("model: demo\nseed: 13"), "--json")
+    assert code == 1
+    assert json.loads(out[-1])["status"] == "failed"
+    assert json.loads(out[-1])["reason"] == "It did not fit."
+    assert err[-1] == "It did not fit."
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("modle: demo", "Did you mean model"),
+        ("steps: [{quantize/gptq: {bitz: 4}}]", "Did you mean bits"),
+        ("steps: [quantise/gptq]", "Did you mean quantize/gptq"),
+        ("measure: [sise]", "Did you mean size"),
+        ("model: [", "YAML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_understood(call, text: str, says: str) -> None:
+    code, out, err = call("run", recipe(text), "--json")
+    assert code == 2
+    assert len(err) == 1
+    assert says in err[0]
+    refused = {"id": None, "status": "refused", "reason": err[0], "artifact": None, "measurements": []}
+    assert json.loads(out[-1]) == refused
+    assert not Path("home").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run"], "recipe file or --resume"),
+        (["run", "missing.yaml"], "no recipe file 'missing.yaml'"),
+        (["run", "."], "cannot be read"),
+        (["run", "binary.yaml"], "not text"),
+        (["run", "a.yaml", "--resume", "b"], "either"),
+        (["run", "--resume", "nope"], "Unknown run 'nope'"),
+        (["run", "good.yaml", "--measure", "sise"], "Did you mean size"),
+        (["measure", "/no/such/folder"], "/no/such/folder"),
+        (["measure", "."], "config.json"),
+        (["nonsense"], "invalid choice"),
+        ([], "required"),
+        (["run", "good.yaml", "--jsn"], "--jsn"),
+    ],
+)
+def test_one_line_and_exit_code_2(call, arguments: list[str], says: str) -> None:
+    Path("good.yaml").write_text("model: demo")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert len(err) == 1
+    assert says in err[0]
+
+
+def test_a_folder_that_is_in_use(call, tmp_path: Path) -> None:
+    with Store(tmp_path / "home" / "maquette.db"):
+        code, out, err = call("run", recipe("model: demo"), "--json")
+    assert code == 1
+    assert "--home" in err[0]
+    assert json.loads(out[-1])["status"] == "failed"
+
+
+def test_compare(call) -> None:
+    ids = [json.loads(call("run", recipe(f"seed: {n}"), "--json")[1][-1])["id"] for n in (1, 2)]
+    code, out, _ = call("compare", *ids, "--json")
+    body = json.loads(out[-1])
+    assert code == 0
+    assert [run["id"] for run in body["runs"]] == ids
+    assert body["measurements"][0] == {
+        "name": "kl", "unit": "nat", "values": [1.5, 2.5], "errors": [0.1, 0.1], "difference": 1.0,
+        "ratio": pytest.approx(5 / 3),
+    }  # fmt: skip
+    code, out, _ = call("compare", *ids)
+    assert out[1].split()[:2] == ["kl", "1.5"]
+    assert "+1" in out[1]
+    assert call("compare", ids[0], "nope")[0] == 2
+
+
+def test_no_runs_yet(call) -> None:
+    assert call("runs") == (0, [], [])
+    assert json.loads(call("runs", "--json")[1][-1]) == {"runs": []}
+    assert call("compare", "a", "b")[0] == 1
+
+
+def test_methods(call) -> None:
+    code, out, _ = call("methods", "--json")
+    found = {method["name"]: method for method in json.loads(out[-1])["methods"]}
+    assert code == 0
+    assert found["quantize/gptq"]["settings"]["bits"]["default"] == 4
+    assert call("methods")[1][0].startswith("quantize/gptq: ")
+
+
+def test_measure(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_model.write(tmp_path)
+    asked: list[tuple[str, ...]] = []
+
+    def measure(folder: Path, measures: tuple[str, ...], baseline: None, emit: Emit, check: object, on: str) -> None:
+        asked.append(measures)
+        emit("phase", {"name": "measuring"})
+        emit("measurement", {"name": "kl", "value": 1.0, "unit": "nat"})
+
+    monkeypatch.setattr(pipeline, "measure_folder", measure)
+    code, out, _ = call("measure", str(tmp_path / "model"), "--measure", "memory.peak,kl", "--json")
+    assert code == 0
+    assert asked == [("memory", "divergence")]
+    assert json.loads(out[-1])["measurements"] == [{"name": "kl", "value": 1.0, "error": None, "unit": "nat"}]
+
+
+def test_doctor(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call("doctor", "--json")
+    body = json.loads(out[-1])
+    assert {"python", "torch", "sqlite", "gpu", "memory", "data folder"} <= set(body)
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert any(line.startswith("!!  no-such-package") for line in out)
+
+
+def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path: Path) -> None:
+    """The real thing, with real processes."""
+    subprocess.run([sys.executable, ROOT / "tests" / "small_model.py", tmp_path], check=True, capture_output=True)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path / 'model'}\ncalibration: {tmp_path / 'text.txt'}\nmeasure: [size]\n"
+        "steps:\n- prune/magnitude: {}\n- quantize/gptq: {group_size: 32, samples: 512, sequence_length: 256}\n"
+    )
+    command = [sys.executable, "-m", "engine", "run", "--home", str(tmp_path / "home"), "--json"]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, str(tmp_path / "recipe.yaml")], **options) as first:  # type: ignore[call-overload]
+        for line in first.stderr:
+            if "1 of 4 blocks" in line:
+                break
+        os.kill(first.pid, signal.SIGINT)
+        out, err = first.communicate(timeout=60)
+    result = json.loads(out.splitlines()[-1])
+    assert (first.returncode, result["status"]) == (130, "interrupted")
+    assert f"--resume {result['id']}" in err
+    assert "Traceback" not in err
+    again = subprocess.run([*command, "--resume", result["id"]], **options, check=False, timeout=200)  # type: ignore[call-overload]
+    finished = json.loads(again.stdout.splitlines()[-1])
+    assert (again.returncode, finished["status"], finished["id"]) == (0, "succeeded", result["id"])
+    assert "reused" in again.stderr
+    assert finished["measurements"][0]["name"] == "size.bytes"

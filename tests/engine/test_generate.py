@@ -1,0 +1,199 @@
+"""Generation against `transformers` itself, for families with and without the lean decoder."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from engine import generate as subject
+from engine.generate import LeanDecoder, decode, end_tokens, generate, score
+from engine.models import LoadedModel
+from tests.conftest import in_memory, tiny_config
+
+SMALL = {"vocab_size": 1280, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SMALL | {"intermediate_size": 128, "num_key_value_heads": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+LEAN: dict[str, PretrainedConfig] = {
+    "llama": tiny_config(),
+    "llama biased, untied": tiny_config(attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "llama without groups": tiny_config(num_key_value_heads=4),
+    "llama3 rope": tiny_config(rope_parameters=LLAMA3),
+    "mistral": MistralConfig(**GROUPED, sliding_window=None),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=32),
+}
+OTHERS: dict[str, PretrainedConfig] = {
+    "sliding mistral": MistralConfig(**GROUPED, sliding_window=8),
+    "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    "gelu llama": tiny_config(hidden_act="gelu"),
+    "gemma": GemmaConfig(**GROUPED, head_dim=16),
+    "neox": GPTNeoXConfig(**SMALL, intermediate_size=128),
+    "opt": OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=64),
+    "gpt2": GPT2Config(vocab_size=1280, n_embd=64, n_layer=2, n_head=4),
+}
+PROMPT = [5, 99, 1200, 7, 7, 431, 20]
+
+
+def make(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A model whose next token depends strongly on the text, and that never ends it."""
+    model = in_memory(config, dtype)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    model.network.generation_config.eos_token_id = None
+    model.network.config.eos_token_id = None
+    return model
+
+
+def by_transformers(model: LoadedModel, count: int) -> tuple[list[int], Tensor]:
+    """Greedy tokens and their logits (count, V)."""
+    output = model.network.generate(
+        torch.tensor([PROMPT]), max_new_tokens=count, do_sample=False, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return output.sequences[0, len(PROMPT) :].tolist(), torch.cat(output.logits)
+
+
+@pytest.mark.parametrize("name", [*LEAN, *OTHERS])
+def test_greedy_tokens_and_their_log_probabilities_are_those_of_transformers(name: str) -> None:
+    model = make((LEAN | OTHERS)[name])
+    tokens, logits = by_transformers(model, 24)
+    steps = list(generate(model, PROMPT, max_new_tokens=24))
+    assert [step.token_id for step in steps] == tokens
+    assert len(set(tokens)) > 3  # a text that varies, so that agreement says something
+    torch.testing.assert_close(
+        torch.stack([step.logprobs for step in steps]), logits.float().log_softmax(-1), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", [*LEAN, *OTHERS])
+def test_the_lean_decoder_is_taken_where_it_is_right_and_nowhere_else(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    step = LeanDecoder.step
+    monkeypatch.setattr(LeanDecoder, "step", lambda self, ids: used.append(1) or step(self, ids))
+    model = make((LEAN | OTHERS)[name])
+    list(generate(model, PROMPT, max_new_tokens=5))
+    assert len(used) == (5 if name in LEAN else 0)  # one that is checked, four that count
+
+
+def test_a_lean_decoder_that_disagrees_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(tiny_config())
+    tokens, _ = by_transformers(model, 12)
+    right = LeanDecoder.__init__
+
+    def wrong(self: LeanDecoder, *arguments: object) -> None:
+        right(self, *arguments)  # type: ignore[arg-type]
+        self._cos = self._cos.roll(1, 0)
+
+    monkeypatch.setattr(LeanDecoder, "__init__", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert [step.token_id for step in generate(model, PROMPT, max_new_tokens=12)] == tokens
+    assert "lean decoder" in caplog.text
+
+
+def test_in_bfloat16_the_distributions_stay_close() -> None:
+    model = make(tiny_config(), torch.bfloat16)
+    _, logits = by_transformers(model, 1)
+    first, second, *_ = generate(model, PROMPT, max_new_tokens=3)
+    torch.testing.assert_close(first.logprobs, logits[0].float().log_softmax(-1))
+    expected = score(model, [*PROMPT, first.token_id, second.token_id], len(PROMPT) + 1)
+    assert float((second.logprobs - expected[0]).norm() / expected[0].norm()) < 0.02
+
+
+def test_a_prompt_of_one_token_has_a_continuation() -> None:
+    model = make(tiny_config())
+    ids = [7]
+    for step in generate(model, [7], max_new_tokens=5):
+        torch.testing.assert_close(step.logprobs, score(model, [*ids, 0], len(ids))[0], rtol=1e-3, atol=1e-3)
+        ids.append(step.token_id)
+
+
+def test_score_is_the_probability_of_each_token_given_those_before() -> None:
+    model = make(tiny_config())
+    ids = [*PROMPT, 44, 3]
+    rows = score(model, ids, 2)
+    assert rows.shape == (len(ids) - 2, 1280)
+    for place in range(2, len(ids)):
+        with torch.no_grad():
+            logits = model.network(input_ids=torch.tensor([ids[:place]])).logits[0, -1]
+        torch.testing.assert_close(rows[place - 2], logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 10])
+def test_score_refuses_what_has_nothing_before_it(start: int) -> None:
+    with pytest.raises(ValueError, match="start"):
+        score(make(tiny_config()), PROMPT, start)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_batch_repeats_what_one_sequence_gives(name: str) -> None:
+    network = make((LEAN | OTHERS)[name]).network
+    one = [int(step.tokens) for step in decode(network, PROMPT, 10)]
+    three = [step.tokens.tolist() for step in decode(network, PROMPT, 10, batch=3)]
+    assert three == [[token] * 3 for token in one]
+
+
+def test_sampling_follows_the_seed_and_the_temperature() -> None:
+    model = make(tiny_config())
+
+    def drawn(temperature: float, seed: int) -> list[int]:
+        steps = generate(model, PROMPT, max_new_tokens=12, temperature=temperature, seed=seed)
+        return [step.token_id for step in steps]
+
+    assert drawn(1.5, 1) == drawn(1.5, 1)
+    assert drawn(1.5, 1) != drawn(1.5, 2)
+    assert drawn(1e-4, 3) == drawn(0.0, 0)
+
+
+def test_the_end_token_comes_last(tiny: LoadedModel) -> None:
+    model = make(tiny_config())
+    tokens, _ = by_transformers(model, 12)
+    model.network.generation_config.eos_token_id = [1279, tokens[4]]
+    assert end_tokens(model.network) == {1279, tokens[4]}
+    expected = tokens[: tokens.index(tokens[4]) + 1]
+    assert [step.token_id for step in generate(model, PROMPT, max_new_tokens=12)] == expected
+
+
+def test_closing_stops_and_no_tokens_are_no_work() -> None:
+    model = make(tiny_config())
+    assert list(generate(model, PROMPT, max_new_tokens=0)) == []
+    steps = generate(model, PROMPT, max_new_tokens=50)
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert list(steps) == []
+    with pytest.raises(ValueError, match="prompt"):
+        list(generate(model, [], max_new_tokens=3))
+
+
+def test_one_row_products_leave_the_flag_as_it_was() -> None:
+    before = torch._C._get_mkldnn_enabled()
+    inside = []
+
+    def fail() -> None:
+        with subject._one_row_products(1):
+            inside.append(torch._C._get_mkldnn_enabled())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert inside == [False]
+    assert torch._C._get_mkldnn_enabled() == before

@@ -1,0 +1,107 @@
+"""The contract of every method file, and the loud refusal of incomplete ones."""
+
+import json
+import types
+
+import pytest
+import torch
+from pydantic import Field
+
+from engine import methods
+from engine.errors import BadParams, UnknownName
+from engine.methods import Context, Params, bounds, field_kind
+from engine.models import LoadedModel
+from tests.conftest import in_memory, tiny_config
+
+SMALL: dict[str, dict[str, object]] = {
+    "quantize/rtn": {"group_size": 32},
+    "quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 16},
+    "prune/wanda": {"samples": 4, "sequence_length": 16},
+    "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
+}
+
+
+def test_the_families_are_there() -> None:
+    assert {name.split("/")[0] for name in methods.methods()} == set(methods.FAMILIES)
+
+
+@pytest.mark.parametrize("name", methods.methods())
+def test_defaults_are_valid_and_survive_json(name: str) -> None:
+    method = methods.get(name)
+    defaults = method.params()
+    assert method.check(json.loads(defaults.model_dump_json())) == defaults
+    assert len(method.documentation.splitlines()) > 2
+    assert method.summary.endswith(".")
+    for key, info in method.params.model_fields.items():
+        if field_kind(info) in ("int", "float"):
+            assert None not in bounds(info), f"{key} has no bounds"
+
+
+@pytest.mark.parametrize("name", methods.methods())
+def test_same_seed_same_result_and_shapes_are_kept(name: str, context: Context, tmp_path: object) -> None:
+    import dataclasses
+
+    method = methods.get(name)
+    params = method.check(SMALL.get(name, {}))  # type: ignore[arg-type]
+
+    def once(part: str) -> LoadedModel:
+        with torch.no_grad():
+            return method.apply(
+                in_memory(tiny_config()), params, dataclasses.replace(context, folder=context.folder / part)
+            )
+
+    first, second = once("a"), once("b")
+    for key, value in first.network.state_dict().items():
+        torch.testing.assert_close(second.network.state_dict()[key], value, rtol=0, atol=0)
+    original = in_memory(tiny_config()).network.state_dict()
+    if method.family != "distill":
+        assert {k: v.shape for k, v in first.network.state_dict().items()} == {k: v.shape for k, v in original.items()}
+    assert any(not torch.equal(v, original[k]) for k, v in first.network.state_dict().items())
+    assert first.network(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def module(**parts: object) -> types.ModuleType:
+    class Good(Params):
+        level: int = Field(1, ge=0, le=2, description="How much.")
+
+    made = types.ModuleType("made")
+    made.__doc__ = "Do something."
+    given = {"TITLE": "Made", "CHANGES": (), "Params": Good, "apply": lambda m, p, c: m} | parts
+    for key, value in given.items():
+        if value is not None:
+            setattr(made, key, value)
+    return made
+
+
+def test_a_complete_file_is_read() -> None:
+    assert methods.read(module(), "prune/made").title == "Made"
+
+
+@pytest.mark.parametrize("part", ["TITLE", "CHANGES", "Params", "apply"])
+def test_a_missing_part_is_named(part: str) -> None:
+    with pytest.raises(TypeError, match=f"prune/made: {part} is missing"):
+        methods.read(module(**{part: None}), "prune/made")
+
+
+def test_other_faults_are_named() -> None:
+    class NoDefault(Params):
+        level: int = Field(description="How much.")
+
+    class NoDescription(Params):
+        level: int = 1
+
+    class BadType(Params):
+        level: list[int] = Field([], description="How much.")
+
+    for faulty, words in ((NoDefault, "default"), (NoDescription, "description"), (BadType, "unsupported type")):
+        with pytest.raises(TypeError, match=words):
+            methods.read(module(Params=faulty), "prune/made")
+    with pytest.raises(TypeError, match="CHANGES"):
+        methods.read(module(CHANGES=("speed",)), "prune/made")
+
+
+def test_names_are_looked_up_with_a_hint() -> None:
+    with pytest.raises(UnknownName, match=r"Did you mean quantize/gptq.*Available: distill/logits"):
+        methods.get("quantize/gqtp")
+    with pytest.raises(BadParams, match="bits"):
+        methods.get("quantize/rtn").check({"bits": 7})

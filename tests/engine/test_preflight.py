@@ -1,0 +1,166 @@
+"""Preflight: bad models, settings and texts are refused in one line, before any work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import models, preflight
+from engine.errors import BadModel, InputError, TooBig
+from engine.records import Recipe
+
+Maker = Callable[..., Path]
+
+
+def recipe(folder: Path | str, *steps: object, **more: object) -> Recipe:
+    return Recipe.model_validate({"model": str(folder), "steps": list(steps), **more})
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def refuse(wanted: Recipe) -> str:
+    with pytest.raises(InputError) as caught:
+        preflight.check(wanted)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("source", [" ", "a\0b", "../../etc", "/", "no/such/folder", "x" * 4000, "<b>bold</b>"])
+def test_sources_that_are_no_model_folder(source: str) -> None:
+    refuse(recipe(source))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "nonsense"}, "unknown"),
+        ({"model_type": None}, "unknown"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "not a causal language model"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"num_attention_heads": 7, "head_dim": None}, ""),
+    ],
+)
+def test_absurd_configs(tiny_folder: Maker, change: dict[str, object], words: str) -> None:
+    folder = tiny_folder()
+    if change.pop("head_dim", 1) is None:
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("head_dim", None)
+        (folder / "config.json").write_text(json.dumps(config))
+        words = "do not divide"
+    edit(folder, **change)
+    assert words in refuse(recipe(folder))
+
+
+def test_a_truncated_file(tiny_folder: Maker) -> None:
+    folder = tiny_folder()
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "truncated" in refuse(recipe(folder))
+    file.write_bytes(b"\xff" * 100)
+    assert "truncated or not" in refuse(recipe(folder))
+
+
+def test_pickled_weights_only(tiny_folder: Maker) -> None:
+    folder = tiny_folder()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "can run code" in refuse(recipe(folder))
+
+
+def test_an_index_that_points_outside(tiny_folder: Maker) -> None:
+    folder = tiny_folder()
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "not a file of this folder" in refuse(recipe(folder))
+
+
+def test_an_adapter_without_its_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "adapter" in refuse(recipe(tmp_path))
+
+
+def test_an_already_quantized_model(tiny_folder: Maker) -> None:
+    folder = tiny_folder()
+    edit(folder, quantization_config={"quant_method": "gptq"})
+    assert "already quantized" in refuse(recipe(folder, "quantize/rtn"))
+
+
+@pytest.mark.parametrize("damage", ["nan", "missing", "shape"])
+def test_damaged_weights_are_refused_when_loading(tiny_folder: Maker, damage: str) -> None:
+    folder = tiny_folder()
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "nan":
+        tensors[name][0, 0] = float("nan")
+    elif damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.zeros(7, 64, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadModel):
+        models.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"quantize/gptq": {"bits": 0}}, "bits"),
+        ({"quantize/gptq": {"bits": 3.5}}, "bits"),
+        ({"quantize/gptq": {"bits": "4"}}, "bits"),
+        ({"quantize/gptq": {"bits": float("nan")}}, "bits"),
+        ({"quantize/gptq": {"group_size": 0}}, "group_size"),
+        ({"quantize/gptq": {"group_size": 48}}, "does not divide the 128 inputs of model.layers.0.mlp.down_proj"),
+        ({"quantize/gptq": {"group_size": 48}}, "Sizes that do: 8, 16, 32, 64, 128"),
+        ({"quantize/gptq": {"bitz": 4}}, "Did you mean bits"),
+        ({"quantize/gtpq": {}}, "Did you mean quantize/gptq"),
+        ({"prune/wanda": {"sparsity": 1.0}}, "sparsity"),
+        ({"prune/wanda": {"sparsity": -0.1}}, "sparsity"),
+        ({"prune/wanda": {"sparsity": float("nan")}}, "sparsity"),
+        ({"prune/wanda": {"pattern": "3:4"}}, "pattern"),
+        ({"distill/logits": {"temperature": 0}}, "temperature"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(tiny_folder: Maker, step: dict[str, object], words: str) -> None:
+    assert words in refuse(Recipe.model_construct(**{**recipe(tiny_folder()).__dict__, "steps": _steps(step)}))
+
+
+def _steps(step: dict[str, object]) -> tuple[object, ...]:
+    from engine.records import Step
+
+    ((method, params),) = step.items()
+    return (Step.model_construct(method=method, params=params),)
+
+
+def test_a_pattern_that_does_not_divide_the_width(tiny_folder: Maker) -> None:
+    folder = tiny_folder(intermediate_size=130)
+    assert "does not divide the 130 inputs" in refuse(recipe(folder, {"prune/wanda": {"pattern": "2:4"}}))
+
+
+def test_nothing_may_follow_quantization(tiny_folder: Maker) -> None:
+    assert "Put quantization last" in refuse(recipe(tiny_folder(), "quantize/rtn", "prune/magnitude"))
+
+
+def test_calibration_that_is_not_there(tiny_folder: Maker) -> None:
+    assert "calibration file" in refuse(recipe(tiny_folder(), "quantize/gptq", calibration="nowhere.txt"))
+
+
+def test_a_model_that_does_not_fit(tiny_folder: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder()
+    monkeypatch.setattr(preflight.hardware, "free_memory", lambda: 1 << 20)
+    with pytest.raises(TooBig, match=r"needs 0\.7 GiB, 0\.0 are free"):
+        preflight.check(recipe(folder))
+
+
+def test_a_good_recipe_passes_and_is_estimated(tiny_folder: Maker) -> None:
+    found = preflight.check(recipe(tiny_folder(), {"quantize/gptq": {"group_size": 32}}))
+    assert found.fits
+    assert found.total == found.weights + found.kv_cache + found.activations + found.runtime
+    assert found.seconds > 0

@@ -1,0 +1,351 @@
+"""The scheduler with real worker processes: carrying events, ending runs for good, recovering after a crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine import attempts, hardware, preflight, scheduler, supervision
+from engine.attempts import EventWriter, attempt_folder, prepare, read_pid
+from engine.errors import BadModel, InputError, UnknownName
+from engine.records import Recipe, Run, Status
+from engine.runners.local import LocalRunner
+from engine.scheduler import Scheduler
+from engine.store import Store
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+LONG = 60.0  # seconds; nothing here is expected to take them
+
+
+@pytest.fixture(autouse=True)
+def _no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "check", lambda recipe: None)
+    monkeypatch.setattr(hardware, "gpu", lambda: None)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Scheduler]]:
+    """Starts schedulers on one data folder."""
+    started: list[Scheduler] = []
+
+    def start(**options: int) -> Scheduler:
+        started.append(Scheduler(tmp_path, runner=LocalRunner(FAKE), **options))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+def does(what: str) -> Recipe:
+    return Recipe(calibration=what)
+
+
+def until(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LONG
+    while not reached():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def ended(scheduler: Scheduler, run: Run) -> Run:
+    until(lambda: scheduler.store.run(run.id).status.final and not scheduler._watches)
+    return scheduler.store.run(run.id)
+
+
+def working(scheduler: Scheduler, run: Run) -> Path:
+    """Wait until the worker has said that it works; returns its folder."""
+    until(lambda: scheduler.store.events(run.id, kinds=("log",)))
+    return attempt_folder(scheduler.home, run.id, scheduler.store.run(run.id).attempt)
+
+
+def crash(scheduler: Scheduler) -> None:
+    """Let the scheduler vanish as after kill -9: nothing is asked to stop, nothing is written."""
+    scheduler._stopping.set()
+    assert scheduler._thread is not None
+    scheduler._thread.join()
+    for watch in scheduler._watches.values():
+        watch._worker._process.returncode = 0  # type: ignore[attr-defined]  # forget the child without burying it
+    scheduler._watches.clear()
+    scheduler.store.close()
+
+
+def in_group(group: int) -> list[int]:
+    """The processes of a group that are not dead yet."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (psutil.Error, ProcessLookupError):
+            continue
+    return found
+
+
+def test_a_run_from_submit_to_result(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    run = scheduler.submit(does("quick"))
+    assert run.status is Status.QUEUED
+    run = ended(scheduler, run)
+    assert (run.status, run.attempt, run.reason) == (Status.SUCCEEDED, 1, "")
+    assert Path(str(run.artifact), "weights").read_text() == "1"
+    assert scheduler.store.measurements(run.id)["size.bytes"].value == 1.0
+    samples = [e for e in scheduler.store.events(run.id, kinds=("sample",)) if e.data["series"] == "memory.resident"]
+    assert samples
+    assert all(float(str(e.data["value"])) > 1e6 for e in samples)
+    assert not (Path(str(run.artifact)).parent / "blocks").exists()
+
+
+def test_a_bad_recipe_is_refused_before_it_is_a_run(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(recipe: Recipe) -> None:
+        raise BadModel("no")
+
+    monkeypatch.setattr(preflight, "check", refuse)
+    scheduler = make()
+    with pytest.raises(BadModel):
+        scheduler.submit(does("quick"))
+    assert scheduler.store.runs() == []
+
+
+@pytest.mark.parametrize("behaviour", ["polite", "deaf", "native", "family"])
+def test_cancel_takes_the_whole_family_and_the_files(make: Callable[..., Scheduler], behaviour: str) -> None:
+    scheduler = make()
+    run = scheduler.submit(does(behaviour))
+    folder = working(scheduler, run)
+    group = read_pid(folder)
+    assert group is not None
+    assert len(in_group(group)) == (2 if behaviour == "family" else 1)
+    scheduler.cancel(run.id)
+    run = ended(scheduler, run)
+    assert run.status is Status.CANCELLED
+    assert run.artifact is None
+    assert in_group(group) == []
+    until(lambda: not folder.exists() and not list((scheduler.home / "trash").iterdir()))
+
+
+def test_a_deaf_worker_is_killed_within_the_promised_time() -> None:
+    assert supervision.GRACE + 2 * scheduler.TICK < 5
+
+
+def test_cancel_before_the_start(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    first, second = scheduler.submit(does("polite")), scheduler.submit(does("quick"))
+    scheduler.cancel(second.id)
+    assert scheduler.store.run(second.id).status is Status.CANCELLED
+    assert scheduler.store.run(first.id).status is not Status.CANCELLED
+    assert scheduler.store.run(second.id).attempt == 0
+
+
+def test_cancel_after_the_end_changes_nothing(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    run = ended(scheduler, scheduler.submit(does("quick")))
+    scheduler.cancel(run.id)
+    assert scheduler.store.run(run.id) == run
+    assert Path(str(run.artifact)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "says"),
+    [("exits", Status.FAILED, "exit code 3"), ("crashes", Status.FAILED, "SIGSEGV")],
+)
+def test_a_worker_that_dies_without_a_word(
+    make: Callable[..., Scheduler], behaviour: str, status: Status, says: str
+) -> None:
+    scheduler = make()
+    run = ended(scheduler, scheduler.submit(does(behaviour)))
+    assert run.status is status
+    assert says in run.reason
+
+
+def test_a_killed_worker_is_interrupted_and_its_blocks_are_used_again(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    run = scheduler.submit(does("polite"))
+    folder = working(scheduler, run)
+    until(lambda: list((folder / "blocks").iterdir()))
+    os.kill(read_pid(folder) or 0, signal.SIGKILL)
+    run = ended(scheduler, run)
+    assert (run.status, run.attempt) == (Status.INTERRUPTED, 1)
+    assert scheduler.resume(run.id).status is Status.QUEUED
+    until(lambda: [e.data for e in scheduler.store.events(run.id, kinds=("log",))][-1]["text"] == "found 1 blocks")
+    assert scheduler.store.run(run.id).attempt == 2
+
+
+def test_stop_interrupts_what_runs(make: Callable[..., Scheduler], tmp_path: Path) -> None:
+    scheduler = make()
+    run = scheduler.submit(does("polite"))
+    group = read_pid(working(scheduler, run))
+    scheduler.stop()
+    assert in_group(group or 0) == []
+    assert Store(tmp_path / "maquette.db", read_only=True).run(run.id).status is Status.INTERRUPTED
+
+
+def test_a_live_run_is_adopted(make: Callable[..., Scheduler]) -> None:
+    first = make()
+    run = first.submit(does("polite"))
+    group = read_pid(working(first, run))
+    crash(first)
+    assert in_group(group or 0) != []
+    second = make()
+    assert second.store.run(run.id).status is Status.RUNNING
+    assert second.status()["running"] == run.id
+    with pytest.raises(InputError):
+        second.delete(run.id)
+    second.cancel(run.id)
+    assert ended(second, run).status is Status.CANCELLED
+    assert in_group(group or 0) == []
+
+
+def test_a_deaf_adopted_worker_and_its_child_are_killed(make: Callable[..., Scheduler]) -> None:
+    first = make()
+    run = first.submit(does("family"))
+    group = read_pid(working(first, run))
+    crash(first)
+    second = make()
+    second.cancel(run.id)
+    assert ended(second, run).status is Status.CANCELLED
+    until(lambda: in_group(group or 0) == [])
+
+
+def test_a_dead_run_is_interrupted_and_its_orphans_end(make: Callable[..., Scheduler]) -> None:
+    first = make()
+    run = first.submit(does("family"))
+    group = read_pid(working(first, run)) or 0
+    crash(first)
+    os.kill(group, signal.SIGKILL)
+    os.waitpid(group, 0)
+    assert in_group(group) != []
+    second = make()
+    assert second.store.run(run.id).status is Status.INTERRUPTED
+    until(lambda: in_group(group) == [])
+
+
+def test_what_a_worker_said_before_it_died_counts_after_a_crash(make: Callable[..., Scheduler], tmp_path: Path) -> None:
+    with Store(tmp_path / "maquette.db") as store:
+        run = store.begin_attempt(store.add_run(does("quick")).id)
+        folder = prepare(tmp_path, run.id, 1, {}).parent
+        writer = EventWriter(folder, run.id, 1)
+        writer.emit("finished", {"status": "succeeded", "reason": ""})
+        writer.close()
+    assert make().store.run(run.id).status is Status.SUCCEEDED
+
+
+def test_a_cancelled_run_stays_cancelled_after_a_crash(make: Callable[..., Scheduler], tmp_path: Path) -> None:
+    with Store(tmp_path / "maquette.db") as store:
+        run = store.begin_attempt(store.add_run(does("quick")).id)
+        folder = prepare(tmp_path, run.id, 1, {}).parent
+        attempts.mark_cancelled(folder)
+    assert make().store.run(run.id).status is Status.CANCELLED
+    until(lambda: not folder.exists())
+
+
+def test_a_crash_before_the_worker_was_started(make: Callable[..., Scheduler], tmp_path: Path) -> None:
+    with Store(tmp_path / "maquette.db") as store:
+        run = store.begin_attempt(store.add_run(does("quick")).id)
+    scheduler = make()
+    assert scheduler.store.run(run.id).status is Status.INTERRUPTED
+    scheduler.resume(run.id)
+    assert ended(scheduler, run).status is Status.SUCCEEDED
+
+
+def test_a_run_over_its_budget_ends_with_that_reason(make: Callable[..., Scheduler]) -> None:
+    scheduler = make(memory_budget=400 << 20)
+    run = ended(scheduler, scheduler.submit(does("hungry")))
+    assert run.status is Status.FAILED
+    assert "0.39 GiB" in run.reason
+    assert ended(scheduler, scheduler.submit(does("quick"))).status is Status.SUCCEEDED
+
+
+def test_owners(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    run = scheduler.submit(does("polite"), "ada")
+    working(scheduler, run)
+    for act in (scheduler.cancel, scheduler.resume, scheduler.delete):
+        with pytest.raises(UnknownName) as stranger:
+            act(run.id, "ben")
+        with pytest.raises(UnknownName) as nobody:
+            act("00000000", "ben")
+        assert str(stranger.value).replace(run.id, "00000000") == str(nobody.value)
+    assert scheduler.store.run(run.id).status is Status.RUNNING
+    scheduler.cancel(run.id, None)
+    assert ended(scheduler, run).status is Status.CANCELLED
+
+
+def test_limits_for_each_owner(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    working(scheduler, scheduler.submit(does("polite"), "ada"))
+    for _ in range(3):
+        scheduler.submit(does("quick"), "ada")
+    with pytest.raises(InputError, match="3 of your runs"):
+        scheduler.submit(does("quick"), "ada")
+    scheduler.submit(does("quick"), "ben")
+    assert scheduler.status()["queued"] == 4
+    assert scheduler.status()["running"] is not None
+
+
+def test_resume_and_delete_only_what_has_ended_so(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    run = ended(scheduler, scheduler.submit(does("quick")))
+    with pytest.raises(InputError, match="succeeded"):
+        scheduler.resume(run.id)
+    scheduler.delete(run.id)
+    assert scheduler.store.runs() == []
+    until(lambda: not (scheduler.home / "runs" / run.id).exists())
+
+
+def test_status_says_how_far_the_run_is(make: Callable[..., Scheduler]) -> None:
+    scheduler = make()
+    run = scheduler.submit(does("polite"))
+    working(scheduler, run)
+    until(lambda: (scheduler.status()["progress"] or {}).get("done") == 1)
+    status = scheduler.status()
+    progress = status["progress"]
+    assert isinstance(progress, dict)
+    assert (progress["phase"], progress["total"], progress["unit"]) == ("polite", 4, "blocks")
+    assert float(str(progress["eta"])) >= 0
+    assert float(str(status["ram_total"])) > float(str(status["ram_used"])) > 0
+    until(lambda: float(str(scheduler.status()["engine"])) > 0)
+    assert set(scheduler.history()) == {"cpu", "ram_used", "engine"}
+
+
+def test_events_that_could_not_be_stored_are_stored_later(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make()
+    append, failures = Store.append, [OSError(28, "No space left on device")] * 3
+
+    def failing(self: Store, events: list) -> None:
+        if failures and any(event.kind == "phase" for event in events):
+            raise failures.pop()
+        append(self, events)
+
+    monkeypatch.setattr(Store, "append", failing)
+    run = ended(scheduler, scheduler.submit(does("quick")))
+    assert not failures
+    assert run.status is Status.SUCCEEDED
+    assert [e.data["name"] for e in scheduler.store.events(run.id, kinds=("phase",))] == ["quick"]
+
+
+def test_a_worker_that_cannot_be_started_fails_its_run(tmp_path: Path) -> None:
+    with Scheduler(tmp_path, runner=LocalRunner(("/no/such/program",))) as scheduler:
+        assert "could not be started" in ended(scheduler, scheduler.submit(does("quick"))).reason
+
+
+def test_an_earlier_artifact_is_taken_away_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called `artifact` is never half deleted, even if deleting is cut short."""
+    earlier = prepare(tmp_path, "r", 1, {}).parent
+    (earlier / "artifact").mkdir()
+    (earlier / "artifact" / "weights").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)
+    prepare(tmp_path, "r", 2, {})
+    assert not (earlier / "artifact").exists()

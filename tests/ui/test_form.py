@@ -1,0 +1,40 @@
+"""Forms are derived from Params: every method has one, and its defaults are valid."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.errors import BadParams
+from engine.methods import methods
+from ui import form
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_the_form_of_every_method_holds_its_defaults(name: str) -> None:
+    method = methods()[name]
+    inputs = form.inputs(method, {}, "k")
+    assert list(inputs) == list(method.params.model_fields)
+    sent = {key: form.read(method, key, component.value) for key, component in inputs.items()}
+    assert method.check(sent) == method.params()
+    assert all(component.label and component.info for component in inputs.values())
+
+
+def test_a_value_that_the_form_cannot_send_is_still_judged() -> None:
+    method = methods()["quantize/gptq"]
+    with pytest.raises(BadParams, match="bits"):
+        method.check({"bits": form.read(method, "bits", 3.5)})
+    with pytest.raises(BadParams, match="group_size"):
+        method.check({"group_size": form.read(method, "group_size", float("inf"))})
+
+
+def test_whole_floats_are_ints_where_ints_are_meant() -> None:
+    method = methods()["quantize/gptq"]
+    assert form.read(method, "group_size", 128.0) == 128
+    assert isinstance(form.read(method, "damping", 1), float)
+    assert form.read(method, "symmetric", True) is True
+
+
+def test_a_recipes_values_are_shown() -> None:
+    method = methods()["quantize/gptq"]
+    inputs = form.inputs(method, {"bits": 3, "group_size": 32}, "k")
+    assert (inputs["bits"].value, inputs["group_size"].value) == (3, 32)

@@ -1,0 +1,88 @@
+"""Nothing that comes from outside becomes markup."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from engine.preflight import Estimate
+from engine.records import Recipe, Run, Status, Step
+from tests.ui import fakes
+from ui import markup, views
+from ui.desk import Entry
+from ui.journal import Story
+from ui.live import Series
+
+EVIL = "<img src=x onerror=alert(1)>\"'&"
+
+
+def entry(run: Run, worse: float = 0.0) -> Entry:
+    return Entry(run.id, EVIL, run, {m.name: m for m in fakes.measured(1 + worse, worse)})
+
+
+def evil_run(status: Status = Status.FAILED) -> Run:
+    recipe = Recipe.model_validate({"model": EVIL, "steps": [Step(method=EVIL, params={EVIL: EVIL})]})
+    return Run(id="abcd1234", recipe=recipe, status=status, reason=EVIL, created=1.0, started=1.0, attempt=1)
+
+
+def harmless(html: str) -> bool:
+    return "<img" not in html and not re.search(r'<[^>]*"[^">]*onerror=[^">]*(?<!&)"?>', html.replace("&#34;", ""))
+
+
+def test_texts_and_attributes_are_escaped() -> None:
+    html = markup.tag("p", EVIL, title=EVIL, data_copy=EVIL)
+    assert html == f'<p title="{markup.escape(EVIL)}" data-copy="{markup.escape(EVIL)}">{markup.escape(EVIL)}</p>'
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_a_run_shows_names_reasons_and_logs_as_text(status: Status) -> None:
+    run = evil_run(status)
+    story = Story(1, phases=[(1.0, EVIL), (2.0, EVIL)])
+    story.log.append((1.0, EVIL))
+    series = [Series(EVIL, EVIL, ((1.0, 1.0), (3.0, 2.0))), Series("memory.resident", "B", ((1.0, 1.0), (3.0, 2.0)))]
+    html = views.run_detail(run, story, series, {"phase": EVIL, "done": 1, "total": 2, "unit": EVIL}, entry(run), None)
+    html += views.runs_table([run], run.id, "", 5.0)
+    html += views.comparison(entry(run), entry(run, 0.5), EVIL)
+    html += views.differences([entry(run), entry(run, 0.5)])
+    assert EVIL.split()[0] not in html
+    assert "&lt;img" in html
+
+
+def test_a_link_never_runs_a_script() -> None:
+    with pytest.raises(AssertionError):
+        markup.link("x", "javascript:alert(1)")
+
+
+def test_a_state_is_more_than_a_colour() -> None:
+    for status in Status:
+        assert re.sub(r"<[^>]+>", "", markup.badge(status)) == status.value
+
+
+def test_the_meter_shows_every_part_and_says_when_it_does_not_fit() -> None:
+    fits = Estimate(1 << 30, 1 << 20, 1 << 20, 700 << 20, 8 << 30, 90.0, ("a note",))
+    assert "Fits" in markup.fit_meter(fits)
+    for words in ("weights 1.00 GiB", "KV cache", "activations", "runtime 700 MiB", "a note", "1 min 30 s"):
+        assert words in markup.fit_meter(fits)
+    assert "Does not fit" in markup.fit_meter(Estimate(9 << 30, 0, 0, 0, 8 << 30, 0.0))
+
+
+def test_the_filter_narrows_by_method_and_state() -> None:
+    runs = [
+        Run(id="aaaa1111", recipe=fakes.GPTQ, status=Status.SUCCEEDED, created=1.0),
+        Run(id="bbbb2222", recipe=fakes.WANDA, status=Status.FAILED, created=1.0),
+    ]
+    assert "aaaa1111" in views.runs_table(runs, "", "gptq", 2.0)
+    assert "bbbb2222" not in views.runs_table(runs, "", "gptq", 2.0)
+    assert "bbbb2222" in views.runs_table(runs, "", "FAILED", 2.0)
+    assert "No run matches" in views.runs_table(runs, "", "zzz", 2.0)
+
+
+def test_differences_leave_out_what_is_equal() -> None:
+    a = Entry("a", "A", Run(id="aaaa1111", recipe=fakes.GPTQ, created=1.0), {m.name: m for m in fakes.measured(3.2)})
+    b = Entry("b", "B", Run(id="bbbb1111", recipe=fakes.GPTQ, created=1.0), {m.name: m for m in fakes.measured(3.2, 1)})
+    html = views.differences([a, b])
+    assert "Perplexity" in html
+    assert "Size on disk" not in html
+    assert "quantize/gptq" not in html
+    assert html.count("best") >= 1

@@ -1,0 +1,300 @@
+"""The handlers behind the page: who may do what, what is refused, and that no handler waits or computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import gradio as gr
+import pytest
+
+from engine.errors import InputError, MaquetteError, UnknownName
+from engine.records import Recipe, Run, Status
+from engine.scheduler import Scheduler
+from tests.ui import fakes
+from tests.ui.fakes import FakeScheduler
+from ui import edge, report, server
+from ui.desk import BASELINE, FIRST, Desk, StoredComparison, StoredRun
+from ui.journal import Journal
+from ui.pages import compare, compress, runs
+
+ROOT = Path(__file__).parents[2]
+ANNA, BEN = "anna-0123456789abcdef", "ben-0123456789abcdefg"
+
+
+class FakeRequest:
+    """What handlers read of a gr.Request."""
+
+    def __init__(self, owner: str = "", session: str = "s1") -> None:
+        self.cookies = {edge.COOKIE: owner} if owner else {}
+        self.session_hash = session
+        self.query_params: dict[str, str] = {}
+
+
+def request(owner: str = "", session: str = "s1") -> gr.Request:
+    return cast(gr.Request, FakeRequest(owner, session))
+
+
+def stored() -> StoredComparison:
+    def one(name: str, recipe: Recipe, shrink: float, worse: float) -> StoredRun:
+        run = Run(id=name, recipe=recipe, status=Status.SUCCEEDED, created=1.0)
+        measured = tuple(fakes.measured(shrink, worse))
+        return StoredRun(run=run, measurements=measured, outputs=tuple(fakes.outputs(shrink != 1)))
+
+    return StoredComparison(machine="a test", runs=(one("aaaa0000", BASELINE, 1, 0), one("aaaa0001", FIRST, 3.2, 0.1)))
+
+
+@pytest.fixture
+def desk(scheduler: FakeScheduler) -> Desk:
+    return Desk(scheduler.store, cast(Scheduler, scheduler), stored(), local=False)
+
+
+def test_building_the_page_does_no_tensor_work_and_never_initialises_cuda(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from engine.scheduler import Scheduler\n"
+        "from ui.page import build\n"
+        "s = Scheduler(pathlib.Path(sys.argv[1]))\n"
+        "build(s.store, s)\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'engine.pipeline' not in sys.modules and 'engine.generate' not in sys.modules\n"
+        "print('built')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "home")], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.stdout.strip() == "built", done.stderr
+
+
+def test_a_visitor_sees_only_own_runs(desk: Desk, scheduler: FakeScheduler) -> None:
+    mine, other, command_line = (fakes.finished(scheduler, fakes.GPTQ, owner, 3.2, 0.1) for owner in (ANNA, BEN, ""))
+    assert [run.id for run in desk.runs(ANNA)] == [mine.id]
+    for foreign in (other.id, command_line.id, "nothere1", "../../etc", "", "x" * 500):
+        with pytest.raises(UnknownName) as error:
+            desk.run(foreign, ANNA)
+        assert other.id not in str(error.value).replace(repr(other.id), "")
+    local = Desk(scheduler.store, cast(Scheduler, scheduler), None, local=True)
+    assert {run.id for run in local.runs(ANNA)} == {mine.id, command_line.id}
+
+
+def test_the_command_lines_owner_cannot_be_claimed() -> None:
+    assert edge.visitor(request(ANNA)) == ANNA
+    assert edge.visitor(request("", "abc")) == "session-abc"
+    for cookie in ("short", "a b" * 10, "x" * 100, "../../../../etc/passwd"):
+        assert edge.visitor(request(cookie, "abc")) == "session-abc"
+    with pytest.raises(MaquetteError):
+        edge.visitor(request("", ""))
+
+
+def test_folders_and_files_of_a_shared_server_are_refused(desk: Desk) -> None:
+    for body in (
+        {"model": "/etc"},
+        {"calibration": "/etc/passwd"},
+        {"steps": [{"distill/logits": {"text": "/etc/passwd"}}]},
+    ):
+        with pytest.raises(InputError, match="shared server"):
+            desk.check_sources(Recipe.model_validate(body))
+    desk.check_sources(Recipe(steps=fakes.HALF.steps))
+
+
+def test_an_error_is_one_line_and_a_surprise_has_a_number() -> None:
+    assert edge.line(InputError("Bits must be 2.")) == "Bits must be 2."
+    text = edge.line(ZeroDivisionError("secret path /root/x"))
+    assert "secret" not in text
+    assert "log" in text
+
+
+def test_start_queues_the_original_first_and_only_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = compress.as_draft(fakes.GPTQ)
+    compress.submit(desk, draft, True, request(ANNA))
+    assert [run.recipe.steps for run in desk.runs(ANNA)] == [fakes.GPTQ.steps, ()]
+    compress.submit(desk, draft, True, request(ANNA))
+    assert len(desk.runs(ANNA)) == 3
+    with pytest.raises(InputError):
+        compress.submit(desk, draft, True, request(ANNA))
+    assert desk.runs(BEN) == []
+
+
+def test_a_draft_from_the_api_is_judged_like_any_other(desk: Desk) -> None:
+    for draft in ({"steps": "x"}, {"model": {"source": ""}}, {"steps": [{"method": "quantize/none"}]}, {"zzz": 1}):
+        assert "mq-notice bad" in compress.judge(desk, cast(compress.Draft, draft))
+    bad = compress.as_draft(Recipe.model_validate({"steps": [{"quantize/gptq": {"bits": 5}}]}))
+    assert "bits" in compress.judge(desk, bad)
+
+
+def test_cards_change_the_recipe_they_show() -> None:
+    draft = compress.as_draft(fakes.GPTQ)
+    changed = cast(compress.Draft, compress.setting(0, "bits")(3, draft))
+    assert compress.as_recipe(changed).steps[0].params == {"bits": 3, "group_size": 64}
+    two = {**draft, "steps": [s.model_dump() for s in (*fakes.WANDA.steps, *fakes.GPTQ.steps)]}
+    moved, generation = cast(tuple[compress.Draft, int], compress.moving(0, "down")(cast(compress.Draft, two), 4))
+    assert [s.method for s in compress.as_recipe(moved).steps] == ["quantize/gptq", "prune/wanda"]
+    assert generation == 5
+    removed, _ = cast(tuple[compress.Draft, int], compress.moving(1, "remove")(moved, 5))
+    assert [s.method for s in compress.as_recipe(removed).steps] == ["quantize/gptq"]
+
+
+@pytest.mark.parametrize("name", list(compress.PRESETS))
+def test_every_preset_is_a_recipe_that_its_link_brings_back(name: str, desk: Desk) -> None:
+    recipe = Recipe(steps=compress.PRESETS[name])
+    from engine.recipes import dump_recipe
+
+    assert compress.recipe_from_link(desk, dump_recipe(recipe)) == recipe
+
+
+def test_a_first_visit_starts_the_comparison_once_and_only_when_idle(desk: Desk, scheduler: FakeScheduler) -> None:
+    assert compare.start_first(desk, request("", "no-cookie")) == []
+    first = compare.start_first(desk, request(ANNA))
+    assert [run.recipe.steps for run in first] == [(), FIRST.steps]
+    assert compare.start_first(desk, request(ANNA)) == []
+    assert compare.start_first(desk, request(BEN)) == []
+    assert "0 of 2" in compare.banner_for(compare.first_runs(desk, ANNA))
+
+
+def test_without_runs_the_stored_comparison_is_shown_and_marked(desk: Desk) -> None:
+    a, b = compare.default_pair(desk, ANNA)
+    assert (a, b) == ("stored:0", "stored:1")
+    summary, output, *figures, tables = compare.render(
+        desk, ANNA, "stored:0", "stored:1", "", "same", "size.bytes", "perplexity"
+    )
+    assert "stored" in str(summary)
+    assert "3.2× smaller" in str(summary)
+    assert json.dumps(output)
+    assert all(figures)
+    assert "<table>" in str(tables)
+
+
+def test_live_results_replace_the_stored_ones(desk: Desk, scheduler: FakeScheduler) -> None:
+    base = fakes.finished(scheduler, BASELINE, ANNA)
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    assert compare.default_pair(desk, ANNA) == (base.id, small.id)
+    summary = compare.render(desk, ANNA, base.id, small.id, "", "same", "size.bytes", "perplexity")[0]
+    assert "measured here, now" in str(summary)
+    assert compare.default_pair(desk, BEN) == ("stored:0", "stored:1")
+
+
+def test_streaming_merges_the_panes_and_marks_where_they_part(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    values = [step[0] for step in compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "free")]  # type: ignore[index]
+    assert scheduler.asked == [(["demo", small.id], "Mara", False)]
+    last = values[-1]
+    assert [len(pane["tokens"]) for pane in last["panes"]] == [len(fakes.WORDS), len(fakes.WORDS) - 4]
+    assert last["split"] == 5
+    assert not last["shade"]
+    assert scheduler.closed_streams == 1
+
+
+def test_the_same_text_is_shaded_by_its_divergence(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    last = [step[0] for step in compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same")][-1]  # type: ignore[index]
+    assert last["shade"]
+    assert last["split"] is None
+    assert last["panes"][1]["tokens"][5][3] == 0.9
+
+
+def test_updates_are_fewer_than_tokens(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    assert len(list(compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same"))) < len(fakes.WORDS)
+
+
+def test_stop_ends_the_engines_stream(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    stream = compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same")
+    next(stream), next(stream), next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert scheduler.closed_streams == 1
+
+
+@pytest.mark.parametrize("prompt", ["", "   \n", "x" * 3000])
+def test_prompts_that_cannot_work_are_refused_before_any_process(
+    prompt: str, desk: Desk, scheduler: FakeScheduler
+) -> None:
+    with pytest.raises(InputError):
+        next(compare.stream(desk, ANNA, "stored:0", "stored:0", prompt, "same"))
+    assert scheduler.asked == []
+
+
+def test_stored_numbers_cannot_write_until_a_run_stands_in(desk: Desk, scheduler: FakeScheduler) -> None:
+    with pytest.raises(InputError, match="numbers only"):
+        next(compare.stream(desk, ANNA, "stored:0", "stored:1", "Mara", "same"))
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    next(compare.stream(desk, ANNA, "stored:0", "stored:1", "Mara", "same"))
+    assert desk.source(desk.stored_entries()[1], ANNA) == small.id
+
+
+def test_a_blind_vote_hides_names_and_drift_until_it_is_cast(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    steps = list(compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "blind"))
+    shown = json.dumps([step[0] for step in steps[:-1]])  # type: ignore[index]
+    assert "GPTQ" not in shown
+    assert "tokens/s" not in shown
+    ballot = steps[-1][2]  # type: ignore[index]
+    html = compare.reveal_vote(desk, ANNA, ballot, "left")
+    assert "GPTQ" in html
+    vote = scheduler.store.votes()[0]
+    assert (vote.owner, vote.winner) == (ANNA, ballot["left"])
+    with pytest.raises(InputError):
+        compare.reveal_vote(desk, ANNA, None, "left")
+    with pytest.raises(InputError):
+        compare.reveal_vote(desk, ANNA, ballot, "whatever")
+    with pytest.raises(UnknownName):
+        compare.reveal_vote(desk, BEN, ballot, "left")
+
+
+def test_a_refresh_sends_only_what_changed(desk: Desk, scheduler: FakeScheduler) -> None:
+    run = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    journal = Journal(scheduler.store)
+    first = runs.refresh(desk, journal, ANNA, run.id, "", ("", "", ""))
+    assert run.id in str(first[0])
+    again = runs.refresh(desk, journal, ANNA, run.id, "", cast(runs.Shown, first[2]))
+    assert all(part == gr.skip() for part in (*again[:2], *again[3:]))
+
+
+def test_a_refresh_shows_nothing_of_another_visitor(desk: Desk, scheduler: FakeScheduler) -> None:
+    run = fakes.running(scheduler, fakes.HALF, ANNA)
+    shown = runs.refresh(desk, Journal(scheduler.store), BEN, run.id, "", ("", "", ""))
+    assert run.id not in str(shown)
+    assert "Logits" not in str(shown)
+
+
+def test_the_journal_reads_each_event_once(scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fakes.running(scheduler, fakes.HALF, ANNA)
+    journal, asked = Journal(scheduler.store), []
+    read = scheduler.store.events
+    monkeypatch.setattr(scheduler.store, "events", lambda *a, **k: asked.append(k["after"]) or read(*a, **k))
+    story = journal.story(run)
+    assert [name for _, name in story.phases] == ["loading", "GPTQ", "measuring"]
+    assert len(story.series["loss"][1]) == 36
+    fakes.say(scheduler, run, ("sample", {"series": "loss", "value": 0.1, "unit": "nat"}), start=500)
+    assert len(journal.story(run).series["loss"][1]) == 37
+    assert asked[0] == 0
+    assert asked[1] > 70
+
+
+def test_files_carry_no_formula_and_no_markup(desk: Desk, scheduler: FakeScheduler) -> None:
+    entry = desk.entry(fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1).id, ANNA)
+    evil = entry.measured["perplexity"].model_copy(update={"name": "=cmd|' /C calc'!A0", "unit": "@x"})
+    loaded = type(entry)(entry.key, entry.label, entry.run, {**entry.measured, evil.name: evil})
+    rows = report.measurements(loaded).splitlines()
+    assert any(row.startswith("'=cmd") and ",'@x," in row for row in rows)
+    assert not any(row.startswith("=") for row in rows)
+    assert "\\|" in report.markdown(loaded)
+    assert "quantize/gptq" in report.recipe(loaded)
+
+
+def test_only_loopback_is_local() -> None:
+    assert server.is_local("127.0.0.1")
+    assert server.is_local("localhost")
+    assert not server.is_local("0.0.0.0")
+    assert not server.is_local("example.org")
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "x", "-1"])
+def test_a_bad_port_is_one_line(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", port)
+    with pytest.raises(SystemExit, match="PORT"):
+        server.address()

@@ -1,0 +1,82 @@
+"""Numbers, verdicts and the dictionary."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from engine.records import Measurement
+from tests.ui import fakes
+from ui import wording
+from ui.words import ENGLISH
+
+UI = Path(__file__).parents[2] / "ui"
+
+
+def named(measurements: list[Measurement]) -> dict[str, Measurement]:
+    return {m.name: m for m in measurements}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (7_780_000, "7.42 MiB"), (3 << 30, "3.00 GiB")],
+)
+def test_sizes_are_binary(count: int, text: str) -> None:
+    assert wording.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.00042, "420 µs"), (0.0312, "31.2 ms"), (4.2, "4.2 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (60, "1 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert wording.duration(seconds) == text
+
+
+def test_the_verdict_names_gains_and_costs() -> None:
+    text = wording.verdict(named(fakes.measured()), named(fakes.measured(3.2, 0.12)))
+    assert text.startswith("3.2× smaller, 3.2× faster")
+    assert "perplexity +2.9 %" in text
+    assert "10 of 1000 answers flipped" in text
+
+
+def test_the_verdict_claims_no_speed_within_the_error() -> None:
+    a = Measurement(name="latency.tpot", value=0.010, error=0.001, unit="s", higher_is_better=False)
+    b = a.model_copy(update={"value": 0.009})
+    assert wording.verdict({"latency.tpot": a}, {"latency.tpot": b}) == "Same speed."
+
+
+def test_the_verdict_says_when_it_grew() -> None:
+    text = wording.verdict(named(fakes.measured(3.2)), named(fakes.measured()))
+    assert text.startswith("3.2× larger, 3.2× slower")
+
+
+def test_nothing_in_common_is_said() -> None:
+    assert wording.verdict({}, {}) == ENGLISH["verdict.unknown"]
+
+
+def test_better_needs_more_than_noise() -> None:
+    a = Measurement(name="perplexity", value=4.0, error=0.1, unit="1", higher_is_better=False)
+    assert wording.better(a, a.model_copy(update={"value": 4.2})) == 0
+    assert wording.better(a, a.model_copy(update={"value": 4.5})) == -1
+    assert wording.better(a, a.model_copy(update={"value": 3.5})) == 1
+
+
+def test_every_word_that_is_used_exists() -> None:
+    used = {key for file in UI.rglob("*.py") for key in re.findall(r'say\(\s*"([^"]+)"', file.read_text())}
+    assert len(used) > 100
+    assert used <= ENGLISH.keys()
+
+
+def test_every_word_that_exists_is_used() -> None:
+    source = "\n".join(file.read_text() for file in UI.rglob("*.py") if file.name != "words.py")
+    families = {found.rstrip("{") for found in re.findall(r"""["']([a-z]+\.)[{"']""", source)}
+    families |= {"verdict.", "ratio.", "sense.", "fit.", "stored.", "mixed.", "live.", "axis.", "name.", "field."}
+    unused = {
+        key
+        for key in ENGLISH
+        if f'"{key}"' not in source and f"'{key}'" not in source and not key.startswith(tuple(families))
+    }
+    assert unused == set()

@@ -1,0 +1,1 @@
+"""The page: knows Gradio; never torch, transformers, SQL or processes."""

@@ -1,0 +1,219 @@
+"""Charts that are studied: pure functions from measurements to a Plotly figure and the same numbers as a table.
+
+Colours hold on light and dark paper; a dark page recolours text and grid by CSS. Every chart has a table
+for screen readers, so that nothing is said by colour or position alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from markupsafe import Markup
+
+from engine.records import Measurement
+from ui import markup, wording
+from ui.wording import Measured, say
+
+ACCENT = "#4f46e5"
+GREY = "#737380"
+# Okabe and Ito's palette for colour-blind readers, after our grey and accent; dark enough on white.
+COLOURS = (GREY, ACCENT, "#c2570c", "#0e7a5f", "#a21caf", "#0369a1")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+Named = tuple[str, Measured]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure and the same numbers as rows of text; `figure` is None where there is nothing to draw."""
+
+    figure: go.Figure | None
+    caption: str
+    headers: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+    def table(self) -> Markup:
+        """The numbers behind the figure, one click away."""
+        if not self.rows:
+            return Markup("")
+        return markup.details(
+            say("chart.numbers", chart=self.caption), markup.table(self.headers, self.rows, caption=self.caption)
+        )
+
+
+def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perplexity") -> Chart:
+    """Cost against quality, one point a run with its 95 % interval, and the front that no other run beats.
+
+    `cost` is lower-is-better; the direction of `quality` stands in its records.
+    """
+    points = [(label, m[cost], m[quality]) for label, m in runs if cost in m and quality in m]
+    caption = say("chart.pareto", cost=wording.name(cost), quality=wording.name(quality))
+    if not points:
+        return Chart(None, caption)
+    divisor, cost_unit = _scale(points[0][1], max(p[1].value for p in points))
+    share = 100 if quality in wording.FRACTIONS else 1
+    figure = _figure(f"{wording.name(cost)}, {cost_unit}", _axis(points[0][2]))
+    edge = front([(x.value, y.value) for _, x, y in points], higher=bool(points[0][2].higher_is_better))
+    line = sorted((points[i][1].value / divisor, points[i][2].value * share) for i in edge)
+    figure.add_scatter(
+        x=[x for x, _ in line], y=[y for _, y in line], mode="lines", name=say("chart.front"), hoverinfo="skip",
+        line={"color": ACCENT, "width": 1.5, "dash": "dot"},
+    )  # fmt: skip
+    middle = (min(p[1].value for p in points) + max(p[1].value for p in points)) / 2
+    for index, (label, x, y) in enumerate(points):
+        figure.add_scatter(
+            x=[x.value / divisor], y=[y.value * share], name=label, mode="markers+text", text=[label],
+            textposition="top right" if x.value <= middle else "top left", cliponaxis=False, showlegend=False,
+            marker={"size": 11, "color": _colour(index), "symbol": _symbol(index)},
+            error_y={"type": "data", "array": [1.96 * (y.error or 0) * share], "thickness": 1.5, "width": 5},
+            hovertemplate=f"%{{text}}<br>{wording.value(x)}<br>{wording.value(y)} {wording.error(y)}<extra></extra>",
+        )  # fmt: skip
+    rows = tuple(
+        (
+            label,
+            wording.value(x),
+            f"{wording.value(y)} {wording.error(y)}".strip(),
+            say("yes") if i in edge else say("no"),
+        )
+        for i, (label, x, y) in enumerate(points)
+    )
+    headers = (say("run"), wording.name(cost), wording.name(quality), say("chart.on_front"))
+    return Chart(figure, caption, headers, rows)
+
+
+def front(points: Sequence[tuple[float, float]], *, higher: bool) -> list[int]:
+    """Which (cost, quality) points no other point beats: not dearer and better, or cheaper and as good."""
+    sign = -1.0 if higher else 1.0
+    kept = []
+    for i, (cost, quality) in enumerate(points):
+        beaten = any(
+            c <= cost and sign * q <= sign * quality and (c < cost or sign * q < sign * quality)
+            for j, (c, q) in enumerate(points)
+            if j != i
+        )
+        if not beaten:
+            kept.append(i)
+    return kept
+
+
+def accuracy(runs: Sequence[Named]) -> Chart:
+    """Share of right answers per task with its 95 % interval, one group of bars a task."""
+    tasks = sorted({key for _, m in runs for key in m if key.startswith("accuracy.")})
+    caption = say("chart.accuracy")
+    if not tasks:
+        return Chart(None, caption)
+    names = [task.removeprefix("accuracy.") for task in tasks]
+    figure = _figure("", say("axis.percent"))
+    for index, (label, measured) in enumerate(runs):
+        found = [measured.get(task) for task in tasks]
+        figure.add_bar(
+            x=names, y=[100 * m.value if m else None for m in found], name=label, marker_color=_colour(index),
+            error_y={"type": "data", "array": [196 * (m.error or 0) if m else 0 for m in found], "width": 4},
+            marker_pattern_shape="" if index % 2 == 0 else "/", marker_pattern_fillmode="overlay",
+            marker_pattern_size=6, marker_pattern_solidity=0.15,
+        )  # fmt: skip
+    figure.update_layout(barmode="group", bargap=0.25)
+    figure.update_yaxes(range=[0, 105])
+    return Chart(figure, caption, (say("run"), *names), _rows(runs, tasks))
+
+
+def latency(runs: Sequence[Named]) -> Chart:
+    """Where the times lie: median, 95th and 99th percentile of the first token and of each further one."""
+    keys = ("latency.ttft", "latency.tpot")
+    caption = say("chart.latency")
+    spans = [(label, key, _percentiles(m[key])) for label, m in runs for key in keys if key in m]
+    if not spans:
+        return Chart(None, caption)
+    labels = list(dict.fromkeys(label for label, _, _ in spans))
+    figure = _figure(say("axis.ms"), "")
+    for label, key, (p50, p95, p99) in spans:
+        index = labels.index(label)
+        row = f"{say('short.' + key)} · {label}"
+        figure.add_scatter(
+            x=[1e3 * p for p in (p50, p95, p99)], y=[row] * 3, mode="lines+markers", showlegend=False, name=label,
+            line={"color": _colour(index), "width": 3},
+            marker={"size": [13, 9, 9], "symbol": ["circle", "line-ns-open", "x-thin-open"], "line": {"width": 2}},
+            hovertemplate="%{x:.3g} ms<extra>%{y}</extra>",
+        )  # fmt: skip
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(autorange="reversed")
+    rows = tuple((label, wording.name(key), *(wording.duration(p) for p in points)) for label, key, points in spans)
+    return Chart(figure, caption, (say("run"), say("measurement"), "p50", "p95", "p99"), rows)
+
+
+def memory(runs: Sequence[Named]) -> Chart:
+    """Memory after loading and at its peak while generating, and the bytes on disk beside them."""
+    keys = ("size.bytes", "memory.loaded", "memory.peak")
+    caption = say("chart.memory")
+    present = [key for key in keys if any(key in m for _, m in runs)]
+    if not present:
+        return Chart(None, caption)
+    top = max(m[key].value for _, m in runs for key in present if key in m)
+    divisor, unit = _bytes(top)
+    figure = _figure("", unit)
+    names = [wording.name(key) for key in present]
+    for index, (label, measured) in enumerate(runs):
+        values = [measured[key].value / divisor if key in measured else None for key in present]
+        figure.add_bar(x=names, y=values, name=label, marker_color=_colour(index), hovertemplate="%{y:.3g} " + unit)
+    figure.update_layout(barmode="group", bargap=0.25)
+    return Chart(figure, caption, (say("run"), *names), _rows(runs, present))
+
+
+def _rows(runs: Iterable[Named], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (label, *(f"{wording.value(m[k])} {wording.error(m[k])}".strip() if k in m else "–" for k in keys))
+        for label, m in runs
+    )
+
+
+def _percentiles(measurement: Measurement) -> tuple[float, float, float]:
+    """p50, p95, p99 in seconds, from the details; the value itself where they are not there."""
+    known = measurement.details
+    nested = known.get("percentiles")
+    source = nested if isinstance(nested, dict) else known
+
+    def one(key: str) -> float:
+        found = source.get(key)
+        return float(found) if isinstance(found, int | float) else measurement.value
+
+    return one("p50"), one("p95"), one("p99")
+
+
+def _scale(measurement: Measurement, top: float) -> tuple[float, str]:
+    if measurement.unit in ("B", "byte", "bytes"):
+        return _bytes(top)
+    return (1e-3, "ms") if measurement.unit in ("s", "seconds") else (1.0, measurement.unit)
+
+
+def _bytes(top: float) -> tuple[float, str]:
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    step = next((i for i in range(len(units)) if top < 1000 * 1024**i), len(units) - 1)
+    return 1024.0**step, units[step]
+
+
+def _axis(measurement: Measurement) -> str:
+    direction = say("axis.higher" if measurement.higher_is_better else "axis.lower")
+    unit = ", %" if measurement.name in wording.FRACTIONS else ""
+    return f"{wording.name(measurement.name)}{unit} ({direction})"
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _symbol(index: int) -> str:
+    return SYMBOLS[index % len(SYMBOLS)]
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    axis = {"gridcolor": "rgba(128,128,140,0.22)", "zeroline": False, "automargin": True, "title": {"standoff": 12}}
+    figure = go.Figure()
+    figure.update_layout(
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin={"l": 8, "r": 16, "t": 32, "b": 8},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": GREY}, uirevision="keep", height=320,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, hoverlabel={"namelength": -1},
+        xaxis={**axis, "title": {"text": x, "standoff": 12}}, yaxis={**axis, "title": {"text": y, "standoff": 12}},
+        dragmode=False, template="none",
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,192 @@
+"""What one page server knows: the store, the scheduler, the stored comparison, and who may see what.
+
+Every handler of a Gradio page is public HTTP API, so each asks the desk by the visitor's own name and gets
+only what that visitor may see. Runs started on the command line have no owner; they are shown where the
+page is served to this machine alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engine.errors import BadModel, UnknownName
+from engine.methods import field_kind, get
+from engine.records import RUN_ID, Measurement, Output, Recipe, Record, Run, Status
+from engine.scheduler import Scheduler
+from engine.store import Store
+from ui import wording
+from ui.wording import say
+
+log = logging.getLogger(__name__)
+
+STORED = "stored:"
+BASELINE = Recipe.model_validate({})
+FIRST = Recipe.model_validate({"steps": [{"quantize/gptq": {"bits": 4, "group_size": 64}}]})
+
+
+class StoredRun(Record):
+    """A run of the stored comparison with what it measured and wrote."""
+
+    run: Run
+    measurements: tuple[Measurement, ...] = ()
+    outputs: tuple[Output, ...] = ()
+
+
+class StoredComparison(Record):
+    """The comparison that ships with the project: measured on `machine`, the baseline first."""
+
+    machine: str
+    runs: tuple[StoredRun, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something that can be compared: a finished run, or one of the stored comparison."""
+
+    key: str
+    label: str
+    run: Run
+    measured: Mapping[str, Measurement]
+    outputs: tuple[Output, ...] = ()
+    stored: bool = False
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The one object that handlers talk to. `local`: only this machine can reach the page."""
+
+    store: Store
+    scheduler: Scheduler
+    stored: StoredComparison | None = None
+    local: bool = True
+    _finished: dict[tuple[str, int], Entry] = field(default_factory=dict)
+
+    def runs(self, owner: str) -> list[Run]:
+        """The visitor's runs, newest first; on a local page also those of the command line."""
+        if not self.local:
+            return self.store.runs(owner=owner)
+        return [run for run in self.store.runs() if run.owner in (owner, "")]
+
+    def run(self, run_id: str, owner: str) -> Run:
+        """One run.
+
+        Raises:
+            UnknownName: there is none, or it belongs to somebody else: nobody can tell which.
+        """
+        missing = UnknownName("run", str(run_id), [run.id for run in self.runs(owner)[:5]])
+        if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
+            raise missing
+        try:
+            run = self.store.run(run_id)
+        except UnknownName:
+            raise missing from None
+        if run.owner != owner and not (self.local and run.owner == ""):
+            raise missing
+        return run
+
+    def entry(self, key: str, owner: str) -> Entry:
+        """What a picker's value stands for.
+
+        Raises:
+            UnknownName: nothing the visitor may see.
+        """
+        for entry in self.stored_entries():
+            if entry.key == key:
+                return entry
+        return self._entry(self.run(key, owner))
+
+    def entries(self, owner: str) -> list[Entry]:
+        """All that can be compared: finished runs, newest first, then the stored ones."""
+        done = [self._entry(run) for run in self.runs(owner) if run.status is Status.SUCCEEDED]
+        return [*done, *self.stored_entries()]
+
+    def stored_entries(self) -> list[Entry]:
+        """The stored comparison's runs."""
+        if self.stored is None:
+            return []
+        return [
+            Entry(
+                f"{STORED}{index}",
+                say("stored.label", title=item.run.recipe.title()),
+                item.run,
+                {m.name: m for m in item.measurements},
+                item.outputs,
+                stored=True,
+            )
+            for index, item in enumerate(self.stored.runs)
+        ]
+
+    def baseline(self, recipe: Recipe, owner: str) -> Entry | None:
+        """The newest finished run of the same model without steps; for the demo the stored one otherwise."""
+        for entry in self.entries(owner):
+            if entry.run.recipe.model == recipe.model and not entry.run.recipe.steps:
+                return entry
+        return None
+
+    def twin(self, recipe: Recipe, owner: str) -> Run | None:
+        """The visitor's newest run of the same model and steps that finished well and has its artifact."""
+        for run in self.runs(owner):
+            same = run.recipe.model == recipe.model and run.recipe.steps == recipe.steps
+            if same and run.status is Status.SUCCEEDED and run.artifact:
+                return run
+        return None
+
+    def source(self, entry: Entry, owner: str) -> str:
+        """What the scheduler can load for an entry: `demo` or a run's id, never a visitor's path.
+
+        Raises:
+            BadModel: the entry is stored numbers only and no run on this machine can stand in.
+        """
+        if not entry.run.recipe.steps and entry.run.recipe.model.source == "demo":
+            return "demo"
+        run = self.twin(entry.run.recipe, owner) if entry.stored else entry.run
+        if run is None:
+            raise BadModel(say("error.stored_only", title=entry.run.recipe.title()))
+        if not run.artifact or not Path(run.artifact).is_dir():
+            raise BadModel(say("error.no_artifact", run=run.id))
+        return run.id
+
+    def check_sources(self, recipe: Recipe) -> None:
+        """Folders of the server are for those who sit at it.
+
+        Raises:
+            BadModel: a model or text other than the bundled one on a page that others can reach.
+        """
+        if self.local:
+            return
+        texts = [recipe.model.source, recipe.calibration]
+        for step in recipe.steps:
+            fields = get(step.method).params.model_fields
+            texts += [str(v) for k, v in step.params.items() if k in fields and field_kind(fields[k]) == "str"]
+        if any(text != "demo" for text in texts):
+            raise BadModel(say("error.not_local"))
+
+    def _entry(self, run: Run) -> Entry:
+        key = (run.id, run.attempt)
+        if run.status is not Status.SUCCEEDED:
+            return self._read(run)
+        if key not in self._finished:
+            while len(self._finished) >= 500:
+                self._finished.pop(next(iter(self._finished)), None)
+            self._finished[key] = self._read(run)
+        return self._finished[key]
+
+    def _read(self, run: Run) -> Entry:
+        measured, outputs = self.store.measurements(run.id), tuple(self.store.outputs(run.id))
+        return Entry(run.id, wording.run_label(run), run, measured, outputs)
+
+
+def read_stored(path: Path) -> StoredComparison | None:
+    """The comparison that ships with the project, or None (and a line in the log) where it cannot be read."""
+    try:
+        return StoredComparison.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        log.info("no stored comparison at %s", path)
+    except (OSError, ValidationError) as error:
+        log.warning("the stored comparison %s cannot be read: %s", path, error)
+    return None

@@ -1,0 +1,92 @@
+"""The page's edge: who is asking, and what they read when something goes wrong.
+
+A visitor is a random name in an HttpOnly cookie that the server sets with the page; where a browser keeps
+no cookies it is the Gradio session. It is never empty: the empty owner is the command line.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+import secrets
+from collections.abc import Callable, Iterator
+
+import gradio as gr
+from markupsafe import escape
+from pydantic import ValidationError
+
+from engine.errors import MaquetteError
+from ui.wording import say
+
+log = logging.getLogger(__name__)
+
+COOKIE = "maquette_visitor"
+NAME = re.compile(r"[A-Za-z0-9_-]{16,64}")
+
+
+def new_visitor() -> str:
+    """A name nobody can guess."""
+    return secrets.token_urlsafe(24)
+
+
+def visitor(request: gr.Request) -> str:
+    """The owner under which a request acts.
+
+    Raises:
+        MaquetteError: neither a cookie nor a session came with the request.
+    """
+    cookie = str((request.cookies or {}).get(COOKIE, ""))
+    if NAME.fullmatch(cookie):
+        return cookie
+    if request.session_hash:
+        return f"session-{request.session_hash[:60]}"
+    raise MaquetteError(say("error.no_visitor"))
+
+
+def has_cookie(request: gr.Request) -> bool:
+    """Whether the browser keeps our cookie; without it a reload would be a new visitor."""
+    return bool(NAME.fullmatch((request.cookies or {}).get(COOKIE, "")))
+
+
+def line(error: Exception) -> str:
+    """What a visitor reads of an error; what nobody foresaw is logged under a number they can quote."""
+    if isinstance(error, MaquetteError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(str(part) for part in problem['loc']) or say('recipe')}: {problem['msg']}."
+    number = secrets.token_hex(3)
+    log.error("unforeseen error %s", number, exc_info=error)
+    return say("error.unforeseen", number=number)
+
+
+def tell(error: Exception) -> None:
+    """Show an error as one line in a corner of the page."""
+    gr.Warning(str(escape(line(error))), title=say("error.title"), duration=12)
+
+
+def edge(handler: Callable[..., object]) -> Callable[..., object]:
+    """A handler whose errors become one line in a corner of the page; its outputs stay as they are."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def stream(*args: object, **kwargs: object) -> Iterator[object]:
+            try:
+                yield from handler(*args, **kwargs)
+            except Exception as error:
+                tell(error)
+                yield gr.skip()
+
+        return stream
+
+    @functools.wraps(handler)
+    def call(*args: object, **kwargs: object) -> object:
+        try:
+            return handler(*args, **kwargs)
+        except Exception as error:
+            tell(error)
+            return gr.skip()
+
+    return call

@@ -1,0 +1,72 @@
+"""A Params class <-> Gradio inputs: the form of a method is derived, never written.
+
+The type, bound and description of a field decide its widget; the value that comes back is checked by the
+method itself, so that the form, the command line and a link cannot disagree.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+
+import gradio as gr
+from pydantic import JsonValue
+from pydantic.fields import FieldInfo
+
+from engine.methods import Method, bounds, field_kind
+from ui import wording
+
+Input = gr.Radio | gr.Dropdown | gr.Checkbox | gr.Textbox | gr.Slider | gr.Number
+RADIO_LIMIT = 6  # up to so many choices a screen reader prefers radio buttons to a list
+
+
+def inputs(method: Method, values: Mapping[str, JsonValue], key: str) -> dict[str, Input]:
+    """One input for each setting of `method`, made in the Gradio context that is open; `key` names the card."""
+    return {
+        name: widget(name, info, values.get(name, info.default), f"{key}-{name}")
+        for name, info in method.params.model_fields.items()
+    }
+
+
+def widget(name: str, info: FieldInfo, value: JsonValue, key: str) -> Input:
+    """The input for one field: radio or list for a choice, slider for a share, box for a number or a text."""
+    label, about = wording.known(f"field.{name}", name.replace("_", " ").capitalize()), info.description
+    kind = field_kind(info)
+    if kind == "choice":
+        choices = [(str(choice), choice) for choice in typing.get_args(info.annotation)]
+        known = next((choice for _, choice in choices if choice == value), info.default)
+        if len(choices) <= RADIO_LIMIT:
+            return gr.Radio(choices, value=known, label=label, info=about, key=key)
+        return gr.Dropdown(choices, value=known, label=label, info=about, key=key)
+    if kind == "bool":
+        return gr.Checkbox(value is True, label=label, info=about, key=key)
+    if kind == "str":
+        return gr.Textbox(str(value), label=label, info=about, key=key, max_lines=1)
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else info.default
+    low, high = bounds(info)
+    if kind == "float" and low is not None and high is not None and high - low <= 1:
+        return gr.Slider(low, high, value=number, step=0.01, label=label, info=about, key=key)
+    return gr.Number(
+        number, minimum=low, maximum=high, precision=0 if kind == "int" else None, label=label, info=about, key=key
+    )
+
+
+def read(method: Method, name: str, value: object) -> JsonValue:
+    """What a widget of field `name` sent, as JSON; a whole float becomes an int where the field is one.
+
+    The value is not judged here: `Method.check` does that.
+    """
+    kind = field_kind(method.params.model_fields[name])
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
+
+
+def defaults(method: Method) -> dict[str, JsonValue]:
+    """Every setting at its default, as JSON."""
+    found: dict[str, JsonValue] = method.params().model_dump(mode="json")
+    return found

@@ -1,0 +1,151 @@
+"""HTML, and the only place that makes it: every text and attribute passes through `tag`, which escapes.
+
+`tag` returns `markupsafe.Markup`; a plain string that reaches it as a child or an attribute is escaped,
+whoever wrote it: a visitor, a model, a recipe, an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from markupsafe import Markup, escape
+
+from engine.preflight import Estimate
+from engine.records import Status
+from ui import wording
+from ui.wording import say
+
+Child = str | Markup | None
+Attribute = str | int | float | bool | None
+
+EMPTY = {"input", "br", "hr", "line", "path", "rect", "circle", "polyline", "img"}
+NAME = re.compile(r"[a-z][a-zA-Z0-9-]*")
+
+
+def tag(name: str, *children: Child, **attributes: Attribute) -> Markup:
+    """`<name attributes>children</name>`, escaped. `class_` becomes class, `data_run` data-run.
+
+    None leaves a child or an attribute out; True gives a bare attribute.
+    """
+    written = [name]
+    for key, value in attributes.items():
+        label = key.rstrip("_").replace("_", "-")
+        assert NAME.fullmatch(label), label
+        if value is True:
+            written.append(label)
+        elif value is not None and value is not False:
+            written.append(f'{label}="{escape(value)}"')
+    inside = Markup("").join(escape(child) for child in children if child is not None)
+    opening = " ".join(written)
+    if name in EMPTY:
+        return Markup(f"<{opening}/>")
+    return Markup(f"<{opening}>{inside}</{name}>")
+
+
+def join(parts: Iterable[Child]) -> Markup:
+    """The parts one after the other, escaped."""
+    return Markup("").join(escape(part) for part in parts if part is not None)
+
+
+def table(
+    headers: Sequence[Child], rows: Iterable[Sequence[Child]], *, caption: str, visible_caption: bool = False
+) -> Markup:
+    """A table with a caption for screen readers; the first cell of a row is its header."""
+    head = tag("tr", *(tag("th", header, scope="col") for header in headers))
+    body = [
+        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows if len(row)
+    ]
+    title = tag("caption", caption, class_=None if visible_caption else "unseen")
+    inner = tag("table", title, tag("thead", head), tag("tbody", *body))
+    return tag("div", inner, class_="mq-scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def details(summary: str, *children: Child, open_: bool = False) -> Markup:
+    """A line that opens."""
+    return tag("details", tag("summary", summary), *children, class_="mq-details", open=open_)
+
+
+def notice(text: str, kind: str = "info") -> Markup:
+    """One line that says something: `info`, `good`, `warn` or `bad`. Nothing where the text is empty."""
+    if not text:
+        return Markup("")
+    return tag("p", text, class_=f"mq-notice {kind}", role="alert" if kind == "bad" else "status")
+
+
+def badge(state: Status) -> Markup:
+    """A run's status as a small label whose colour is never its only sign."""
+    return tag("span", wording.status(state), class_=f"mq-badge {state.value}")
+
+
+def chip(text: str, kind: str = "") -> Markup:
+    """A small label."""
+    return tag("span", text, class_=f"mq-chip {kind}".strip())
+
+
+def heading(text: str, sub: str = "", level: int = 2) -> Markup:
+    """A heading with a quiet line below it."""
+    return join((tag(f"h{level}", text), tag("p", sub, class_="mq-sub") if sub else None))
+
+
+def progress(done: float, total: float, label: str) -> Markup:
+    """A progress bar; without a total it says only that work goes on."""
+    known = total > 0
+    share = min(1.0, max(0.0, done / total)) if known else 0.0
+    bar = tag(
+        "span", class_="mq-fill" if known else "mq-fill busy", style=f"width:{100 * share:.1f}%" if known else None
+    )
+    return tag(
+        "div", bar, class_="mq-bar", role="progressbar", aria_label=label, aria_valuemin="0", aria_valuemax="100",
+        aria_valuenow=f"{100 * share:.0f}" if known else None,
+    )  # fmt: skip
+
+
+def prose(text: str) -> Markup:
+    """Plain text with blank lines between paragraphs; indented paragraphs stay as they are written."""
+    parts = []
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
+        parts.append(tag("pre", block) if block.startswith("    ") else tag("p", " ".join(block.split())))
+    return join(parts)
+
+
+def code(text: str, label: str) -> Markup:
+    """Text to copy, with a button that copies it."""
+    button = tag("button", say("copy"), type="button", class_="mq-copy", data_copy=text)
+    return tag("div", tag("div", tag("span", label), button, class_="mq-code-head"), tag("pre", text), class_="mq-code")
+
+
+def link(text: str, href: str, download: bool = False) -> Markup:
+    """A link; only addresses on this server or on the web, never `javascript:`."""
+    assert href.startswith(("/", "./", "?", "#", "https://", "http://")), href
+    return tag("a", text, href=href, download=download)
+
+
+PARTS = ("weights", "kv_cache", "activations", "runtime")
+
+
+def fit_meter(estimate: Estimate) -> Markup:
+    """What a recipe needs against what is free, part by part."""
+    scale = max(estimate.available, estimate.total, 1)
+    segments, legend = [], []
+    for part in PARTS:
+        amount = getattr(estimate, part)
+        segments.append(tag("span", class_=f"part {part}", style=f"width:{100 * amount / scale:.2f}%"))
+        key = tag("i", class_=f"part {part}", aria_hidden="true")
+        legend.append(tag("li", key, f"{say(f'fit.{part}')} {wording.size(amount)}"))
+    fits = estimate.total <= estimate.available
+    numbers = say("fit.of", total=wording.size(estimate.total), free=wording.size(estimate.available))
+    head = tag("div", tag("strong", say("fit.yes" if fits else "fit.no")), tag("span", numbers), class_="mq-line")
+    takes = say("fit.seconds", span=wording.duration(estimate.seconds)) if estimate.seconds > 0 else ""
+    notes = tag("ul", *(tag("li", note) for note in estimate.notes), class_="mq-notes") if estimate.notes else None
+    return tag(
+        "section", tag("h3", say("fit.title")), head,
+        tag("div", *segments, class_="mq-bar parts" + ("" if fits else " over"), role="img", aria_label=numbers),
+        tag("ul", *legend, class_="mq-legend"), tag("p", takes, class_="mq-sub") if takes else None, notes,
+        class_="mq-card fit",
+    )  # fmt: skip
+
+
+def facts(pairs: Mapping[str, Child]) -> Markup:
+    """Names and values as a description list."""
+    return tag("dl", *(join((tag("dt", key), tag("dd", value))) for key, value in pairs.items()), class_="mq-facts")

@@ -1,0 +1,143 @@
+"""The page: an always visible strip and four tabs, wired to the store and the scheduler.
+
+Handlers return in milliseconds: they read the store or put a run into the queue. Timers update the same
+few components; nothing is created on a tick, and a timer rests while its tab is not looked at.
+"""
+
+from __future__ import annotations
+
+import gradio as gr
+from gradio.blocks import Block
+
+from engine.records import Run
+from engine.scheduler import Scheduler
+from engine.store import Store
+from ui import views
+from ui.desk import Desk, read_stored
+from ui.edge import edge, tell, visitor
+from ui.journal import Journal
+from ui.pages import compare, compress, methods, runs
+from ui.theme import ASSETS
+from ui.wiring import on
+from ui.wording import say
+
+
+def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr.Blocks, Desk]:
+    """The page and the desk behind it. `local`: only this machine can reach the server."""
+    desk = Desk(store, scheduler, read_stored(ASSETS / "demo" / "comparison.json"), local)
+    journal = Journal(store)
+    with gr.Blocks(title="Maquette", analytics_enabled=False) as page:
+        gr.HTML(views.masthead())
+        strip = gr.HTML(elem_id="mq-status")
+        with gr.Tabs(elem_id="mq-tabs") as tabs:
+            with gr.Tab(say("tab.compare"), id="compare") as compare_tab:
+                comparing = compare.build(desk)
+            with gr.Tab(say("tab.compress"), id="compress"):
+                making = compress.build(desk, page)
+            with gr.Tab(say("tab.runs"), id="runs") as runs_tab:
+                running = runs.build(desk, journal)
+            with gr.Tab(say("tab.methods"), id="methods"):
+                methods.build()
+        ticker = gr.Timer(2.0)
+        _wire_strip(desk, page, strip, ticker)
+        _wire_load(desk, page, tabs, comparing, making, running)
+        _wire_between(desk, tabs, comparing, making, running)
+        _wire_tabs(desk, compare_tab, runs_tab, comparing, running)
+    return page, desk
+
+
+def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, ticker: gr.Timer) -> None:
+    @edge
+    def look(request: gr.Request) -> object:
+        status = desk.scheduler.status()
+        return views.strip(status, desk.scheduler.history(), _mine(desk, status.get("running"), visitor(request)))
+
+    on([page.load, ticker.tick], look, [], [strip], queue=False)
+
+
+def _mine(desk: Desk, run_id: object, owner: str) -> Run | None:
+    if not isinstance(run_id, str):
+        return None
+    return next((run for run in desk.runs(owner) if run.id == run_id), None)
+
+
+def _wire_load(
+    desk: Desk, page: gr.Blocks, tabs: gr.Tabs, comparing: compare.ComparePage, making: compress.CompressPage,
+    running: runs.RunsPage,
+) -> None:  # fmt: skip
+    @edge
+    def arrive(draft: compress.Draft, request: gr.Request) -> object:
+        owner, query = visitor(request), dict(request.query_params)
+        a, b = compare.default_pair(desk, owner)
+        first = compare.first_runs(desk, owner) or compare.start_first(desk, request)
+        tab = draft_update = shape_update = source = gr.skip()
+        try:
+            if "compare" in query:
+                a, b = (desk.entry(key, owner).key for key in _two(query["compare"]))
+            if "recipe" in query:
+                recipe = compress.recipe_from_link(desk, query["recipe"])
+                draft_update, shape_update, source = compress.as_draft(recipe), 1, recipe.model.source
+                tab = gr.Tabs(selected="compress")
+        except Exception as error:
+            tell(error)
+        names = compare.choices(desk, owner)
+        pair = [gr.update(choices=names, value=a), gr.update(choices=names, value=b)]
+        drawn = compare.render(desk, owner, a or "", b or "", "", "same", compare.COSTS[0], compare.QUALITIES[0])
+        outputs = desk.entry(a, owner).outputs if a else ()
+        prompt = outputs[0].prompt if outputs else say("prompt.default")
+        working = any(not run.status.final for run in first)
+        banner = compare.banner_for(first)
+        return [tab, draft_update, shape_update, source, *pair, banner, gr.update(active=working), prompt, *drawn]
+
+    outputs: list[Block] = [tabs, making.draft, making.shape, making.source, comparing.a, comparing.b, comparing.banner]
+    outputs += [comparing.timer, comparing.prompt, *comparing.pair]
+    on([page.load], arrive, [making.draft], outputs)
+
+
+def _two(text: str) -> list[str]:
+    keys = text.split(",")
+    return keys if len(keys) == 2 else [text, text]
+
+
+def _wire_between(
+    desk: Desk, tabs: gr.Tabs, comparing: compare.ComparePage, making: compress.CompressPage, running: runs.RunsPage
+) -> None:
+    """What begins on one tab and shows on another: Start opens the run, Compare opens the comparison."""
+
+    @edge
+    def start(draft: compress.Draft, original: bool, request: gr.Request) -> object:
+        run_id = compress.submit(desk, draft, original is True, request)
+        return [gr.Tabs(selected="runs"), run_id, gr.update(active=True)]
+
+    @edge
+    def compare_it(run_id: str, cost: str, quality: str, request: gr.Request) -> object:
+        owner = visitor(request)
+        run = desk.run(run_id or (desk.runs(owner)[0].id if desk.runs(owner) else ""), owner)
+        baseline = desk.baseline(run.recipe, owner)
+        a = baseline.key if baseline else run.id
+        names = compare.choices(desk, owner)
+        pair = [gr.update(choices=names, value=a), gr.update(choices=names, value=run.id)]
+        return [gr.Tabs(selected="compare"), *pair, *compare.render(desk, owner, a, run.id, "", "same", cost, quality)]
+
+    begun = on([making.start.click], start, [making.draft, making.original], [tabs, running.picked, running.timer])
+    on([begun.then], running.tick, running.inputs, running.outputs)
+    chosen = [running.picked, comparing.cost, comparing.quality]
+    on([running.compare.click], compare_it, chosen, [tabs, comparing.a, comparing.b, *comparing.pair])
+
+
+def _wire_tabs(
+    desk: Desk, compare_tab: gr.Tab, runs_tab: gr.Tab, comparing: compare.ComparePage, running: runs.RunsPage
+) -> None:
+    @edge
+    def open_runs(run_id: str, needle: str, request: gr.Request) -> object:
+        owner = visitor(request)
+        shown = runs.refresh(desk, running.journal, owner, run_id, needle, ("", "", ""))
+        return [gr.update(active=True), gr.update(choices=compare.choices(desk, owner)), *shown]
+
+    @edge
+    def open_compare(request: gr.Request) -> object:
+        names = compare.choices(desk, visitor(request))
+        return [gr.update(active=False), gr.update(choices=names), gr.update(choices=names)]
+
+    on([runs_tab.select], open_runs, running.inputs[:2], [running.timer, running.picks, *running.outputs])
+    on([compare_tab.select], open_compare, [], [running.timer, comparing.a, comparing.b])

@@ -1,0 +1,1 @@
+"""The four tabs of the page, one file each."""

@@ -1,0 +1,271 @@
+"""Compress: choose a model, stack steps into a recipe, see whether it fits, start.
+
+The recipe is one value; the cards, the YAML, the command line and the link are views of it. Every change
+goes through the same checks as a recipe from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gradio as gr
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from engine import preflight
+from engine.errors import BadParams, BadRecipe, MaquetteError
+from engine.methods import check, get, methods
+from engine.recipes import dump_recipe, load_recipe
+from engine.records import Recipe, Step
+from ui import form, markup
+from ui.desk import FIRST, Desk
+from ui.edge import edge, line, visitor
+from ui.wiring import on
+from ui.wording import say
+
+STEP_LIMIT = 8
+Draft = dict[str, JsonValue]
+PRESETS: dict[str, tuple[Step, ...]] = {
+    "gptq4": (Step(method="quantize/gptq", params={"bits": 4, "group_size": 64}),),
+    "rtn8": (Step(method="quantize/rtn", params={"bits": 8}),),
+    "wanda24": (Step(method="prune/wanda", params={"pattern": "2:4"}),),
+    "half": (Step(method="distill/logits", params={"keep_every": 2}),),
+    "chain": (
+        Step(method="prune/wanda", params={"sparsity": 0.5}),
+        Step(method="distill/logits", params={"student": "current"}),
+        Step(method="quantize/gptq", params={"bits": 4, "group_size": 64}),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CompressPage:
+    """The components that others on the page reach for."""
+
+    draft: gr.State
+    shape: gr.State
+    source: gr.Textbox
+    preset: gr.Radio
+    start: gr.Button
+    original: gr.Checkbox
+
+
+def build(desk: Desk, page: gr.Blocks) -> CompressPage:
+    """Lay the tab out and wire it."""
+    draft = gr.State(as_draft(FIRST))
+    shape = gr.State(0)  # counts changes of the list of steps: only these rebuild the cards
+    gr.HTML(markup.heading(say("compress.title"), say("compress.about")))
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            source = gr.Textbox(
+                "demo", label=say("compress.model"), info=say("compress.model.info"), max_lines=1, max_length=4096,
+                interactive=desk.local, elem_id="mq-model",
+            )  # fmt: skip
+            names = [(say(f"preset.{name}"), name) for name in PRESETS]
+            preset = gr.Radio(names, value="gptq4", label=say("compress.preset"), elem_id="mq-preset")
+            with gr.Accordion(say("compress.steps"), open=False, elem_id="mq-steps"):
+                cards(draft, shape, page)
+                with gr.Row(equal_height=True):
+                    offered = [(f"{m.title} · {m.name}", m.name) for m in methods().values()]
+                    method = gr.Dropdown(
+                        offered, value=offered[0][1] if offered else None, label=say("compress.add_what"), min_width=220
+                    )
+                    add = gr.Button(say("compress.add"), min_width=120)
+            with gr.Accordion(say("compress.yaml"), open=False):
+                text = gr.Textbox(label=say("compress.paste"), lines=5, max_length=100_000, elem_id="mq-paste")
+                read = gr.Button(say("compress.read"), size="sm")
+        with gr.Column(scale=2, min_width=320):
+            meter = gr.HTML(elem_id="mq-fit")
+            original = gr.Checkbox(True, label=say("compress.original"), info=say("compress.original.info"))
+            start = gr.Button(say("compress.start"), variant="primary", elem_id="mq-start")
+            written = gr.HTML(elem_id="mq-recipe")
+
+    @edge
+    def choose(name: str, draft: Draft, shape: int) -> object:
+        if name not in PRESETS:
+            raise BadParams(say("error.preset"))
+        return [{**draft, "steps": [s.model_dump(mode="json") for s in PRESETS[name]]}, shape + 1]
+
+    @edge
+    def append(name: str, draft: Draft, shape: int) -> object:
+        steps = _steps(draft)
+        if len(steps) >= STEP_LIMIT:
+            raise BadParams(say("error.steps", limit=STEP_LIMIT))
+        steps.append({"method": get(name).name, "params": {}})
+        return [{**draft, "steps": steps}, shape + 1]
+
+    @edge
+    def paste(text: str, shape: int) -> object:
+        recipe = load_recipe(text)
+        desk.check_sources(recipe)
+        return [as_draft(recipe), shape + 1, recipe.model.source]
+
+    def model(source: str, draft: Draft) -> Draft:
+        return {**draft, "model": {**_object(draft.get("model")), "source": str(source).strip() or "demo"}}
+
+    def follow(draft: Draft) -> object:
+        return [judge(desk, draft), describe(draft)]
+
+    on([preset.input], choose, [preset, draft, shape], [draft, shape])
+    on([add.click], append, [method, draft, shape], [draft, shape])
+    on([read.click], paste, [text, shape], [draft, shape, source])
+    on([source.change], model, [source, draft], [draft])
+    on([draft.change, page.load], follow, [draft], [meter, written])
+    return CompressPage(draft, shape, source, preset, start, original)
+
+
+def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
+    """A card for each step: its settings, and buttons that move and remove it; rebuilt when `shape` changes."""
+
+    def draw(value: Draft, generation: int) -> None:
+        steps = _steps(value)
+        for index, step in enumerate(steps):
+            card(index, step, len(steps), generation, draft, shape)
+
+    gr.render(inputs=[draft, shape], triggers=[shape.change, page.load])(draw)
+
+
+def card(
+    index: int, step: dict[str, JsonValue], count: int, generation: int, draft: gr.State, shape: gr.State
+) -> None:  # fmt: skip
+    """One step: a heading, the form made from its Params, and three buttons."""
+    method, key = get(str(step["method"])), f"{generation}-{index}"
+    with gr.Group(elem_classes="mq-step"):
+        gr.HTML(markup.heading(f"{index + 1} · {method.title}", method.summary, level=3))
+        for name, component in form.inputs(method, _object(step.get("params")), key).items():
+            on([component.change], setting(index, name), [component, draft], [draft])
+        with gr.Row():
+            for kind, able in (("up", index > 0), ("down", index < count - 1), ("remove", True)):
+                button = gr.Button(say(f"step.{kind}"), size="sm", interactive=able, min_width=80, key=f"{key}-{kind}")
+                on([button.click], moving(index, kind), [draft, shape], [draft, shape])
+
+
+def setting(index: int, name: str) -> Callable[[object, Draft], object]:
+    """The handler of one input: put its value into the draft."""
+
+    @edge
+    def change(value: object, draft: Draft) -> object:
+        steps = _steps(draft)
+        if index >= len(steps):
+            return gr.skip()
+        method = get(str(steps[index]["method"]))
+        params = {**_object(steps[index].get("params")), name: form.read(method, name, value)}
+        if params[name] == form.defaults(method)[name]:
+            del params[name]
+        steps[index] = {**steps[index], "params": params}
+        return {**draft, "steps": steps}
+
+    return change
+
+
+def moving(index: int, kind: str) -> Callable[[Draft, int], object]:
+    """The handler of a card's button."""
+
+    @edge
+    def move(draft: Draft, shape: int) -> object:
+        steps = _steps(draft)
+        if index >= len(steps):
+            return gr.skip()
+        step = steps.pop(index)
+        if kind != "remove":
+            steps.insert(index + (1 if kind == "down" else -1), step)
+        return [{**draft, "steps": steps}, shape + 1]
+
+    return move
+
+
+def as_draft(recipe: Recipe) -> Draft:
+    """A recipe as the plain JSON that the form edits."""
+    found: Draft = recipe.model_dump(mode="json")
+    return found
+
+
+def as_recipe(draft: Draft) -> Recipe:
+    """The recipe that a draft says.
+
+    Raises:
+        ValidationError: a value of the wrong kind.
+    """
+    return Recipe.model_validate_json(json.dumps(draft))
+
+
+def judge(desk: Desk, draft: Draft) -> Markup:
+    """The fit meter, or in one line why the recipe cannot work. Reads headers only."""
+    try:
+        recipe = as_recipe(draft)
+        check(recipe)
+        desk.check_sources(recipe)
+        estimate = preflight.estimate(recipe)
+        meter = markup.fit_meter(estimate)
+        if estimate.fits:
+            preflight.check(recipe)
+        return meter
+    except MaquetteError as error:
+        return markup.notice(str(error), "bad")
+    except Exception as error:
+        return markup.notice(line(error), "bad")
+
+
+def describe(draft: Draft) -> Markup:
+    """The recipe as YAML, as a command line and as a link."""
+    try:
+        text = dump_recipe(as_recipe(draft))
+    except Exception as error:
+        return markup.notice(line(error), "bad")
+    command = f"printf %s {shlex.quote(text)} > recipe.yaml && python -m engine run recipe.yaml"
+    address = f"./?recipe={urllib.parse.quote(text)}"
+    return markup.join(
+        (
+            markup.code(text, "recipe.yaml"),
+            markup.details(say("compress.command"), markup.code(command, say("compress.shell"))),
+            markup.tag("p", markup.link(say("compress.link"), address), class_="mq-sub"),
+        )
+    )
+
+
+def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request) -> str:
+    """Queue the recipe, before it its original where that was never measured here; returns the run's id.
+
+    Raises:
+        InputError: the recipe cannot work or the visitor has too many runs waiting.
+    """
+    owner = visitor(request)
+    recipe = as_recipe(draft)
+    desk.check_sources(recipe)
+    if original and recipe.steps and not _has_original(desk, recipe, owner):
+        bare = recipe.model_copy(update={"steps": ()})
+        desk.scheduler.submit(bare, owner)
+    return desk.scheduler.submit(recipe, owner).id
+
+
+def recipe_from_link(desk: Desk, text: str) -> Recipe:
+    """The recipe of a `?recipe=` address, judged as any other input.
+
+    Raises:
+        InputError: it is none.
+    """
+    if len(text) > 20_000:
+        raise BadRecipe(say("error.long_link"))
+    recipe = load_recipe(text)
+    desk.check_sources(recipe)
+    return recipe
+
+
+def _has_original(desk: Desk, recipe: Recipe, owner: str) -> bool:
+    return any(
+        run.recipe.model == recipe.model and not run.recipe.steps and (not run.status.final or run.artifact)
+        for run in desk.runs(owner)
+    )
+
+
+def _steps(draft: Draft) -> list[dict[str, JsonValue]]:
+    found = draft.get("steps")
+    return [dict(step) for step in found if isinstance(step, dict)] if isinstance(found, list) else []
+
+
+def _object(value: JsonValue) -> dict[str, JsonValue]:
+    return dict(value) if isinstance(value, dict) else {}

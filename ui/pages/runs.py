@@ -1,0 +1,144 @@
+"""Runs: everything the visitor has started, live while it works, to take away when it is done.
+
+Runs live in the store, not in the web session: a reload finds them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gradio as gr
+from gradio.blocks import Block
+from markupsafe import Markup
+
+from engine.errors import BadParams
+from engine.records import Run, Status
+from ui import markup, views
+from ui.desk import Desk
+from ui.edge import edge, visitor
+from ui.journal import Journal
+from ui.wiring import on
+from ui.wording import say
+
+SELECT = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-run]");
+  if (button) trigger("select", {run: button.dataset.run});
+});
+"""
+PICKS = 6
+Shown = tuple[str, str, str]  # hash of the table, of the detail, and the state of the buttons
+
+
+@dataclass(frozen=True)
+class RunsPage:
+    """The components that others on the page reach for."""
+
+    picked: gr.State
+    timer: gr.Timer
+    tick: Callable[..., object]
+    inputs: list[Block]
+    outputs: list[Block]
+    compare: gr.Button
+    picks: gr.Dropdown
+    journal: Journal
+
+
+def build(desk: Desk, journal: Journal) -> RunsPage:
+    """Lay the tab out and wire it."""
+    picked, last = gr.State(""), gr.State(("", "", ""))
+    with gr.Row(equal_height=True):
+        gr.HTML(markup.heading(say("runs.title"), say("runs.about")))
+        needle = gr.Textbox(label=say("runs.filter"), max_lines=1, max_length=100, min_width=200, elem_id="mq-filter")
+    # A click on a title is a `select` event that carries the run's id.
+    table = gr.HTML(js_on_load=SELECT, elem_id="mq-runs")
+    with gr.Row(elem_id="mq-actions"):
+        compare = gr.Button(say("runs.compare"), variant="primary", interactive=False, size="md", min_width=110)
+        cancel = gr.Button(
+            say("runs.cancel"), variant="stop", interactive=False, elem_id="mq-cancel", size="md", min_width=110
+        )
+        resume = gr.Button(say("runs.resume"), interactive=False, size="md", min_width=110)
+        delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110)
+    detail = gr.HTML(elem_id="mq-detail")
+    with gr.Column(elem_classes="mq-block"):
+        gr.HTML(markup.heading(say("diff.title"), say("diff.about")))
+        picks = gr.Dropdown([], multiselect=True, max_choices=PICKS, label=say("diff.runs"), elem_id="mq-picks")
+        difference = gr.HTML()
+    timer = gr.Timer(1.5, active=False)
+    buttons = [compare, cancel, resume, delete]
+    outputs: list[Block] = [table, detail, last, *buttons]
+    inputs: list[Block] = [picked, needle, last]
+
+    def look(owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
+        return refresh(desk, journal, owner, run_id, needle, last)
+
+    @edge
+    def tick(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
+        return look(visitor(request), run_id, needle, last)
+
+    @edge
+    def select(needle: str, last: Shown, request: gr.Request, event: gr.EventData) -> object:
+        run_id = str(getattr(event, "run", ""))
+        return [run_id, *look(visitor(request), desk.run(run_id, visitor(request)).id, needle, last)]
+
+    def act(name: str) -> Callable[..., object]:
+        @edge
+        def handler(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
+            owner = visitor(request)
+            run = desk.run(run_id, owner)
+            getattr(desk.scheduler, name)(run.id, owner=run.owner)
+            return [run.id if name != "delete" else "", *look(owner, run.id if name != "delete" else "", needle, last)]
+
+        return handler
+
+    @edge
+    def differ(keys: list[str], request: gr.Request) -> object:
+        if not isinstance(keys, list) or len(keys) > PICKS:
+            raise BadParams(say("error.picks", limit=PICKS))
+        return views.differences([desk.entry(key, visitor(request)) for key in keys])
+
+    on([timer.tick, needle.input], tick, inputs, outputs, queue=False)
+    on([table.select], select, [needle, last], [picked, *outputs])
+    for button, name in ((cancel, "cancel"), (resume, "resume"), (delete, "delete")):
+        on([button.click], act(name), inputs, [picked, *outputs])
+    on([picks.input], differ, [picks], [difference])
+    return RunsPage(picked, timer, tick, inputs, outputs, compare, picks, journal)
+
+
+def refresh(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
+    """Table, detail, what is shown now, four buttons; what has not changed is left as it is."""
+    runs = desk.runs(owner)
+    run = next((run for run in runs if run.id == run_id), runs[0] if runs and not run_id else None)
+    table = views.runs_table(runs, run.id if run else "", str(needle or "")[:100], time.time())
+    detail = describe(desk, journal, owner, run) if run else Markup("")
+    state = f"{run.id} {run.status.value}" if run else ""
+    now: Shown = (str(hash(table)), str(hash(detail)), state)
+    before = tuple(last) if isinstance(last, list | tuple) and len(last) == 3 else ("", "", "")
+    changed = [gr.skip() if now[i] == before[i] else part for i, part in enumerate((table, detail))]
+    return [*changed, now, *([gr.skip()] * 4 if now[2] == before[2] else buttons_for(run))]
+
+
+def buttons_for(run: Run | None) -> list[object]:
+    """Compare, cancel, resume, delete: which of them make sense for this run."""
+    status = run.status if run else None
+    able = (
+        status is Status.SUCCEEDED,
+        status in (Status.QUEUED, Status.RUNNING),
+        status in (Status.INTERRUPTED, Status.FAILED),
+        status is not None and status.final,
+    )
+    return [gr.update(interactive=each) for each in able]
+
+
+def describe(desk: Desk, journal: Journal, owner: str, run: Run) -> Markup:
+    """One run's page."""
+    entry = desk.entry(run.id, owner)
+    progress = None
+    if run.status is Status.RUNNING:
+        status = desk.scheduler.status()
+        found = status.get("progress")
+        progress = found if status.get("running") == run.id and isinstance(found, dict) else None
+    baseline = desk.baseline(run.recipe, owner)
+    return views.run_detail(run, journal.story(run), journal.series(run), progress, entry, baseline)

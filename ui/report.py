@@ -1,0 +1,75 @@
+"""A finished run as files to take away: the recipe, the measurements as CSV, a report in Markdown.
+
+A spreadsheet runs a cell that begins with = + - @ as a formula; names and notes from outside must not.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+
+from engine.recipes import dump_recipe
+from ui import wording
+from ui.desk import Entry
+from ui.wording import say
+
+Writer = Callable[[Entry, Entry | None], str]
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def recipe(entry: Entry, baseline: Entry | None = None) -> str:
+    """The recipe as YAML, as the command line reads it."""
+    return dump_recipe(entry.run.recipe)
+
+
+def measurements(entry: Entry, baseline: Entry | None = None) -> str:
+    """Every measurement as one CSV row: name, value, standard error, unit, protocol."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["name", "value", "error", "unit", "higher_is_better", "details"])
+    for name in wording.sort(entry.measured):
+        m = entry.measured[name]
+        error = "" if m.error is None else repr(m.error)
+        text = [m.unit, "" if m.higher_is_better is None else str(m.higher_is_better), json.dumps(m.details)]
+        writer.writerow([_cell(m.name), repr(m.value), error, *map(_cell, text)])
+    return out.getvalue()
+
+
+def markdown(entry: Entry, baseline: Entry | None = None) -> str:
+    """What was done, what came out beside the original, and how to do it again."""
+    run = entry.run
+    lines = [f"# {_plain(run.recipe.title())}", ""]
+    if baseline is not None and baseline.key != entry.key:
+        lines += [wording.verdict(baseline.measured, entry.measured), ""]
+    lines += [f"{say('model')}: `{_plain(run.recipe.model.source)}` · {say('run')}: `{run.id}`", ""]
+    known = baseline.measured if baseline is not None and baseline.key != entry.key else {}
+    lines += [f"| | {say('original')} | {say('result')} | {say('difference')} |", "|---|---|---|---|"]
+    for name in wording.sort(entry.measured):
+        b, a = entry.measured[name], known.get(name)
+        before = f"{wording.value(a)} {wording.error(a)}".strip() if a else ""
+        change = wording.difference(a, b) if a else ""
+        now = f"{wording.value(b)} {wording.error(b)}".strip()
+        lines.append(f"| {_plain(wording.name(name))} | {_plain(before)} | {_plain(now)} | {_plain(change)} |")
+    lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]
+    return "\n".join(lines)
+
+
+WRITERS: dict[str, tuple[Writer, str]] = {
+    "recipe.yaml": (recipe, "application/yaml; charset=utf-8"),
+    "measurements.csv": (measurements, "text/csv; charset=utf-8"),
+    "report.md": (markdown, "text/markdown; charset=utf-8"),
+}
+
+
+def _cell(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def _plain(text: str) -> str:
+    """Text that neither ends a table cell nor begins markup."""
+    cleaned = " ".join(text.split())
+    for mark in "\\`*_[]<>|":
+        cleaned = cleaned.replace(mark, f"\\{mark}")
+    return cleaned

@@ -1,0 +1,67 @@
+"""The look: system fonts, one accent colour, contrast that holds in light and dark; nothing from another host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SANS = ("system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+# One listener for every copy button and every link that opens a tab; HTML that arrives later needs no script.
+HEAD = """
+<meta name="color-scheme" content="light dark">
+<script>
+document.addEventListener("click", (event) => {
+  const copy = event.target.closest("[data-copy]");
+  if (copy) {
+    navigator.clipboard?.writeText(copy.dataset.copy);
+    const before = copy.textContent;
+    copy.textContent = "✓";
+    setTimeout(() => { copy.textContent = before; }, 1200);
+  }
+  const opener = event.target.closest("[data-tab]");
+  if (opener) {
+    event.preventDefault();
+    [...document.querySelectorAll('[role="tab"]')].find((tab) => tab.textContent.trim() === opener.dataset.tab)?.click();
+  }
+});
+</script>
+"""
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's base theme with our accent, local fonts and the contrast that axe asks for."""
+    base = gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.zinc,
+        radius_size=gr.themes.sizes.radius_md,
+        font=list(SANS),
+        font_mono=list(MONO),
+    )
+    return base.set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        body_text_color="*neutral_900",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_300",
+        block_title_text_color="*neutral_800",
+        block_title_text_color_dark="*neutral_200",
+        block_shadow="none",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_text_color="white",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+        button_cancel_background_fill_dark="#b91c1c",
+        button_cancel_text_color="white",
+    )

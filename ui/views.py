@@ -1,0 +1,338 @@
+"""What the pages show, as pure functions from records to markup: strip, cards, tables, one run, the catalogue."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from engine.methods import Method, bounds
+from engine.recipes import dump_recipe
+from engine.records import Measurement, Run, Status
+from ui import live, markup, wording
+from ui.desk import Entry
+from ui.journal import Story
+from ui.live import Series
+from ui.markup import join, tag
+from ui.wording import say
+
+Machine = Mapping[str, JsonValue]  # what Scheduler.status() says: cpu in per cent, memory in bytes
+
+
+def masthead() -> Markup:
+    """The name and one sentence."""
+    name = tag("h1", tag("span", "", class_="mq-logo", aria_hidden="true"), "Maquette")
+    return tag("header", name, tag("p", say("tagline"), class_="mq-sub"), class_="mq-masthead")
+
+
+def strip(status: Machine, history: Mapping[str, Sequence[float]], mine: Run | None) -> Markup:
+    """Processor, memory, GPU and engine with a minute of history; below it the run that works."""
+    cpu, used, total, engine = (_number(status.get(key)) for key in ("cpu", "ram_used", "ram_total", "engine"))
+    ram = f"{used / 2**30:.1f} / {wording.size(total)}"
+    cells = [
+        _cell("CPU", f"{cpu:.0f} %", history.get("cpu", ()), 100),
+        _cell("RAM", ram, history.get("ram_used", ()), total or None),
+        _cell(say("strip.engine"), wording.size(engine), history.get("engine", ()), None),
+    ]
+    gpu = status.get("gpu")
+    if isinstance(gpu, dict):
+        held, whole = _number(gpu.get("used")), _number(gpu.get("total"))
+        memory = f"{wording.size(held)} / {wording.size(whole)}"
+        cells.append(_cell(str(gpu.get("name", "GPU")), memory, history.get("gpu", ()), whole or None))
+    else:
+        cells.append(_cell("GPU", say("strip.no_gpu"), (), None))
+    return tag("div", tag("div", *cells, class_="mq-strip"), _working(status, mine))
+
+
+def _number(value: JsonValue) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _cell(name: str, value: str, history: Sequence[float], top: float | None) -> Markup:
+    line = live.sparkline(history, f"{name}: {value}", top) if len(history) else None
+    return tag("div", tag("span", name, class_="name"), tag("span", value, class_="value"), line, class_="cell")
+
+
+def _working(status: Machine, mine: Run | None) -> Markup:
+    queued = _number(status.get("queued"))
+    if not status.get("running"):
+        return tag("p", say("strip.idle"), class_="mq-working")
+    title = mine.recipe.title() if mine else say("strip.other")
+    parts: list[Markup | None] = [tag("strong", title)]
+    progress = status.get("progress")
+    if mine and isinstance(progress, dict):
+        parts.append(progress_line(progress))
+    if queued:
+        parts.append(markup.chip(say("strip.queued", count=round(queued))))
+    return tag("div", *parts, class_="mq-working")
+
+
+def progress_line(progress: Mapping[str, JsonValue]) -> Markup:
+    """Phase, bar and time left."""
+    done, total, eta = (progress.get(key) for key in ("done", "total", "eta"))
+    phase = phase_name(str(progress.get("phase") or ""))
+    text = phase
+    if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
+        text += f" · {done:.0f} / {total:.0f} {progress.get('unit') or ''}".rstrip()
+    if isinstance(eta, int | float) and math.isfinite(eta):
+        text += f" · {say('eta', span=wording.duration(max(1.0, eta)))}"
+    bar = markup.progress(_number(done), _number(total), phase)
+    return join((tag("span", text), bar))
+
+
+def phase_name(name: str) -> str:
+    """A phase in words, as it is where no words are known for it."""
+    return wording.known(f"phase.{name}", name[:1].upper() + name[1:] or say("phase.start"))
+
+
+CARDS = ("size.bytes", "latency.tpot", "memory.loaded", "perplexity", "accuracy")
+
+
+def comparison(a: Entry, b: Entry, machine: str) -> Markup:
+    """The verdict, a card for each number that matters with A, B and the difference, and all others below."""
+    stored = a.stored and b.stored
+    source = say("stored.where", machine=machine) if stored else say("live.where")
+    mixed = a.stored != b.stored
+    head = tag(
+        "div",
+        markup.chip(say("stored.chip" if stored else "mixed.chip" if mixed else "live.chip"), "" if stored else "good"),
+        tag("span", say("mixed.where") if mixed else source, class_="mq-sub"),
+        class_="mq-origin",
+    )
+    cards = [_card(a.measured[key], b.measured[key]) for key in CARDS if key in a.measured and key in b.measured]
+    rest = compare_table(a, b)
+    return tag(
+        "section", head, tag("p", wording.verdict(a.measured, b.measured), class_="mq-verdict", role="status"),
+        tag("div", *cards, class_="mq-cards"), markup.details(say("compare.all"), rest),
+    )  # fmt: skip
+
+
+def _card(a: Measurement, b: Measurement) -> Markup:
+    sense = wording.better(a, b)
+    kind = {1: "good", 0: "same", -1: "bad"}[sense]
+    mark = {1: "▲", 0: "●", -1: "▼"}[sense]
+    change = tag(
+        "p", tag("span", mark, aria_hidden="true"), " ", wording.difference(a, b),
+        tag("span", f" ({say(f'sense.{kind}')})", class_="unseen"), class_=f"change {kind}",
+    )  # fmt: skip
+    simulated = say("simulated") if is_simulated(b) else ""
+    sides = tag(
+        "dl", tag("dt", "A"), tag("dd", wording.value(a), _small(wording.error(a))), tag("dt", "B"),
+        tag("dd", wording.value(b), _small(wording.error(b))),
+    )  # fmt: skip
+    return tag("div", tag("h3", wording.name(a.name)), sides, change, _small(simulated), class_="mq-card")
+
+
+def is_simulated(measurement: Measurement) -> bool:
+    """Whether the kernel named in the protocol says that it only simulates."""
+    return "simulated" in str(measurement.details.get("kernel", measurement.details.get("kernels", "")))
+
+
+def _small(text: str) -> Markup | None:
+    return tag("small", " ", text) if text else None
+
+
+def compare_table(a: Entry, b: Entry) -> Markup:
+    """Every measurement of either side."""
+    rows = []
+    for name in wording.sort({*a.measured, *b.measured}):
+        left, right = a.measured.get(name), b.measured.get(name)
+        change = wording.difference(left, right) if left and right else ""
+        rows.append((wording.name(name), _shown(left), _shown(right), change))
+    headers = (say("measurement"), f"A · {a.run.recipe.title()}", f"B · {b.run.recipe.title()}", say("difference"))
+    return markup.table(headers, rows, caption=say("compare.all"))
+
+
+def _shown(measurement: Measurement | None) -> Markup | str:
+    if measurement is None:
+        return "–"
+    return join((wording.value(measurement), _small(wording.error(measurement))))
+
+
+def runs_table(runs: Sequence[Run], picked: str, needle: str, now: float) -> Markup:
+    """The visitor's runs; the title of each is a button that opens it. `needle` filters titles, models, states."""
+    if not runs:
+        return tag("div", tag("p", say("runs.none")), class_="mq-empty")
+    rows = []
+    for run in runs:
+        title, state = run.recipe.title(), wording.status(run.status)
+        source = run.recipe.model.source
+        if needle and needle.casefold() not in f"{title} {source} {state} {run.id}".casefold():
+            continue
+        span = (run.finished or now) - run.started if run.started else 0
+        on = run.id == picked
+        button = tag(
+            "button", title, type="button", data_run=run.id, class_="mq-open", aria_pressed="true" if on else "false"
+        )
+        took = wording.duration(span) if span > 0 else ""
+        rows.append(
+            (
+                button,
+                source if source == "demo" else source[-40:],
+                markup.badge(run.status),
+                took,
+                wording.when(run.created, now),
+            )
+        )
+    if not rows:
+        return tag("div", tag("p", say("runs.no_match")), class_="mq-empty")
+    headers = (say("run"), say("model"), say("state"), say("took"), say("started"))
+    return markup.table(headers, rows, caption=say("runs.title"))
+
+
+def run_detail(
+    run: Run, story: Story, series: Sequence[Series], progress: Mapping[str, JsonValue] | None, entry: Entry | None,
+    baseline: Entry | None,
+) -> Markup:  # fmt: skip
+    """One run: where it stands, what it measured, its charts, its log, its files."""
+    head = tag(
+        "header", tag("h2", run.recipe.title()), markup.badge(run.status), tag("code", run.id), class_="mq-run-head"
+    )
+    parts: list[Markup | None] = [head]
+    if run.reason:
+        parts.append(markup.notice(run.reason, "bad" if run.status in (Status.FAILED, Status.REFUSED) else "warn"))
+    if run.status is Status.RUNNING:
+        parts.append(
+            tag(
+                "div",
+                progress_line(progress or {"phase": story.phases[-1][1] if story.phases else ""}),
+                class_="mq-working",
+            )
+        )
+    if run.status is Status.QUEUED:
+        parts.append(markup.notice(say("runs.queued")))
+    if entry is not None and entry.measured:
+        parts.append(_results(entry, baseline))
+    parts += [_live(item, story) for item in series]
+    if run.status is Status.SUCCEEDED:
+        names = ("recipe.yaml", "measurements.csv", "report.md")
+        files = [
+            tag("li", markup.link(say(f"file.{name}"), f"./runs/{run.id}/{name}", download=True)) for name in names
+        ]
+        parts.append(tag("ul", *files, class_="mq-files"))
+    if story.log:
+        text = "\n".join(line for _, line in list(story.log)[-14:])
+        parts.append(
+            tag(
+                "section",
+                tag("h3", say("runs.log")),
+                tag("pre", text, tabindex="0", aria_label=say("runs.log")),
+                class_="mq-log",
+            )
+        )
+    parts.append(
+        tag(
+            "section",
+            tag("h3", say("recipe")),
+            tag("pre", dump_recipe(run.recipe), tabindex="0", aria_label=say("recipe")),
+            class_="mq-log",
+        )
+    )
+    return tag("article", *parts, class_="mq-run")
+
+
+def _results(entry: Entry, baseline: Entry | None) -> Markup:
+    if baseline is None or baseline.key == entry.key:
+        rows = [(wording.name(key), _shown(entry.measured[key])) for key in wording.sort(entry.measured)]
+        return markup.table((say("measurement"), say("result")), rows, caption=say("result"))
+    words = wording.verdict(baseline.measured, entry.measured)
+    return join((tag("p", words, class_="mq-verdict"), compare_table(baseline, entry)))
+
+
+def _live(series: Series, story: Story) -> Markup:
+    label = wording.known(f"series.{series.name}", series.name)
+    named = Series(label, series.unit, series.points)
+    phases = [(moment, phase_name(name)) for moment, name in story.phases] if series.name.startswith("memory") else []
+    return live.lines(named, phases)
+
+
+def differences(entries: Sequence[Entry]) -> Markup:
+    """Settings and results in which the picked runs differ, one column a run; the best of each row is marked."""
+    if len(entries) < 2:
+        return tag("p", say("diff.pick"), class_="mq-sub")
+    rows: list[tuple[Markup | str, ...]] = []
+    settings = [_settings(entry.run) for entry in entries]
+    for key in dict.fromkeys(key for found in settings for key in found):
+        values = [found.get(key, "–") for found in settings]
+        if len(set(values)) > 1:
+            rows.append((key, *values))
+    for name in wording.sort({key for entry in entries for key in entry.measured}):
+        found = [entry.measured.get(name) for entry in entries]
+        texts = [wording.value(m) if m else "–" for m in found]
+        if len(set(texts)) > 1:
+            rows.append((wording.name(name), *_marked(found)))
+    if not rows:
+        return tag("p", say("diff.same"), class_="mq-sub")
+    return markup.table((say("difference"), *(entry.label for entry in entries)), rows, caption=say("diff.title"))
+
+
+def _settings(run: Run) -> dict[str, str]:
+    found = {say("model"): run.recipe.model.source, say("seed"): str(run.recipe.seed)}
+    for number, step in enumerate(run.recipe.steps, 1):
+        found[say("step", number=number)] = step.method
+        for key, value in step.params.items():
+            found[f"{number} · {key}"] = json.dumps(value)
+    return found
+
+
+def _marked(found: Sequence[Measurement | None]) -> list[Markup | str]:
+    known = [m for m in found if m is not None]
+    sense = known[0].higher_is_better
+    best = None if sense is None else (max if sense else min)(m.value for m in known)
+    shown: list[Markup | str] = []
+    for m in found:
+        if m is None:
+            shown.append("–")
+        elif m.value == best:
+            shown.append(join((tag("strong", wording.value(m)), tag("span", f" {say('best')}", class_="mq-sub"))))
+        else:
+            shown.append(_shown(m))
+    return shown
+
+
+FAMILY = ("quantize", "prune", "distill")
+
+
+def catalogue(methods: Mapping[str, Method]) -> Markup:
+    """Every method: what it is, what it really improves, its settings; generated from the method files."""
+    parts = []
+    for family in FAMILY:
+        cards = [_method(method) for method in methods.values() if method.family == family]
+        if cards:
+            parts.append(tag("section", markup.heading(say(f"family.{family}"), say(f"family.{family}.about")), *cards))
+    return tag("div", *parts, class_="mq-catalogue")
+
+
+def _method(method: Method) -> Markup:
+    chips = [markup.chip(say(f"change.{change}"), "good") for change in method.changes]
+    if not chips:
+        chips = [markup.chip(say("change.none"))]
+    rows = []
+    for name, info in method.params.model_fields.items():
+        low, high = bounds(info)
+        span = (
+            ""
+            if low is None and high is None
+            else f"{'' if low is None else f'{low:g}'} … {'' if high is None else f'{high:g}'}"
+        )
+        choices = getattr(info.annotation, "__args__", None)
+        rows.append(
+            (
+                tag("code", name),
+                info.description,
+                json.dumps(info.default),
+                ", ".join(map(str, choices)) if choices else span,
+            )
+        )
+    headers = (say("setting"), say("meaning"), say("default"), say("values"))
+    settings = markup.table(headers, rows, caption=say("methods.settings", title=method.title))
+    rest = method.documentation.split("\n", 1)[1] if "\n" in method.documentation else ""
+    return tag(
+        "article", tag("header", tag("h3", method.title), tag("code", method.name), class_="mq-run-head"),
+        tag("p", method.summary), tag("p", *chips, class_="mq-chips"),
+        markup.details(say("methods.more"), markup.prose(rest), settings),
+        class_="mq-card wide",
+    )  # fmt: skip

@@ -1,0 +1,28 @@
+"""One way to connect events to handlers: no progress overlay, no entry in the public API's documentation.
+
+Every handler is callable over HTTP all the same; what it may do is decided in the handler, by its visitor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import gradio as gr
+from gradio.events import Dependency, Trigger
+
+Target = gr.blocks.Block
+
+
+def on(
+    triggers: Sequence[Trigger], handler: Callable[..., object], inputs: Sequence[Target] = (),
+    outputs: Sequence[Target] = (), *, queue: bool = True, concurrency_limit: int | None = 8,
+) -> Dependency:  # fmt: skip
+    """Call `handler` with the inputs' values when one of `triggers` fires, and show what it returns.
+
+    Without `queue` the call is a plain request: right for ticks, which are many and short.
+    """
+    made: Dependency = gr.on(
+        list(triggers), handler, list(inputs), list(outputs), queue=queue, show_progress="hidden",
+        api_visibility="private", concurrency_limit=concurrency_limit,
+    )  # fmt: skip
+    return made

@@ -1,0 +1,237 @@
+"""Words, units and numbers as a reader wants them: the only place that formats.
+
+`say(key)` is the page's dictionary (English; a second language is a second dictionary with the same keys).
+Records hold SI units; here they become MiB, ms and per cent.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+from engine.records import Measurement, Run, Status
+from ui.words import ENGLISH
+
+Measured = Mapping[str, Measurement]
+
+# The order in which measurements are shown; names not listed follow in alphabetical order.
+ORDER = (
+    "size.bytes", "size.bits_per_weight", "size.sparsity", "memory.loaded", "memory.peak", "latency.ttft",
+    "latency.tpot", "throughput.b1", "throughput.b8", "perplexity", "bits_per_byte", "accuracy", "kl",
+    "top1_agreement", "flips",
+)  # fmt: skip
+FRACTIONS = ("accuracy", "top1_agreement", "flips", "size.sparsity")
+
+
+def say(key: str, **values: object) -> str:
+    """The words for `key`, with `values` filled in."""
+    text = ENGLISH[key]
+    return text.format(**values) if values else text
+
+
+def known(key: str, otherwise: str) -> str:
+    """The words for `key`, or `otherwise` where there are none: for names that come from methods and workers."""
+    return ENGLISH.get(key, otherwise)
+
+
+def name(measurement: str) -> str:
+    """A measurement's name for a reader: `latency.tpot` -> `Time per token`."""
+    if measurement.startswith("accuracy."):
+        return say("name.accuracy.task", task=measurement.removeprefix("accuracy."))
+    return ENGLISH.get(f"name.{measurement}", measurement)
+
+
+def size(count: float) -> str:
+    """Bytes in binary units with three digits: `7.42 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1000 or unit == "TiB":
+            return f"{count:.0f} B" if unit == "B" else f"{digits(count)} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def digits(value: float, figures: int = 3) -> str:
+    """`value` with about three significant figures and no exponent where one can read without."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, figures - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}" if places <= 6 else f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `420 µs`, `31 ms`, `4.2 s`, `3 min 20 s` or `2 h 5 min`."""
+    if seconds < 0.001:
+        return f"{digits(seconds * 1e6)} µs"
+    if seconds < 1:
+        return f"{digits(seconds * 1e3)} ms"
+    if seconds < 60:
+        return f"{digits(seconds, 2)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def percent(fraction: float, signed: bool = False) -> str:
+    """A fraction in per cent with one decimal, or none where it is round: `92.4 %`."""
+    text = f"{100 * fraction:+.1f}" if signed else f"{100 * fraction:.1f}"
+    return f"{minus(text.removesuffix('.0'))} %"
+
+
+def minus(text: str) -> str:
+    """A number with a real minus sign, which stands as wide as a plus."""
+    return text.replace("-", "−")
+
+
+def quantity(value: float, unit: str, label: str = "") -> str:
+    """A number of a record with its unit: bytes, seconds, fractions and plain numbers each in their way."""
+    if unit in ("B", "byte", "bytes"):
+        return size(value)
+    if unit in ("s", "second", "seconds"):
+        return duration(value)
+    if unit in ("fraction", "%") or label.split(".")[0] in FRACTIONS or label in FRACTIONS:
+        return percent(value)
+    plain = unit in ("", "1", "ratio", label)
+    return digits(value) if plain else f"{digits(value)} {unit}"
+
+
+def value(measurement: Measurement) -> str:
+    """A measurement's value with its unit: `7.42 MiB`, `31 ms`, `92.4 %`."""
+    return quantity(measurement.value, measurement.unit, measurement.name)
+
+
+def error(measurement: Measurement) -> str:
+    """Its 95 % interval, `± 1.3 %`, or nothing where no standard error is known."""
+    if not measurement.error:
+        return ""
+    return f"± {quantity(1.96 * measurement.error, measurement.unit, measurement.name)}"
+
+
+def difference(a: Measurement, b: Measurement) -> str:
+    """From A to B: a ratio for sizes, times and speeds, a difference for shares and fidelity."""
+    root = a.name.split(".")[0]
+    if root in FRACTIONS or a.name in FRACTIONS:
+        return f"{minus(f'{100 * (b.value - a.value):+.1f}')} {say('unit.points')}"
+    if a.value <= 0 or b.value <= 0:
+        return minus(f"{b.value - a.value:+.3g}")
+    if root in ("perplexity", "bits_per_byte", "kl"):
+        return percent(b.value / a.value - 1, signed=True)
+    if 0.995 <= b.value / a.value <= 1.005:
+        return "="
+    if root == "throughput":
+        return say("ratio.faster" if b.value > a.value else "ratio.slower", ratio=ratio(a.value, b.value))
+    words = ("ratio.faster", "ratio.slower") if root == "latency" else ("ratio.smaller", "ratio.larger")
+    return say(words[0] if b.value < a.value else words[1], ratio=ratio(a.value, b.value))
+
+
+def ratio(a: float, b: float) -> str:
+    """How many times the larger holds the smaller: `3.6×`."""
+    return f"{digits(max(a, b) / min(a, b), 2)}×"
+
+
+def better(a: Measurement, b: Measurement) -> int:
+    """+1 where B is better beyond two joint standard errors, -1 where worse, 0 where nobody can tell."""
+    if a.higher_is_better is None or a.value == b.value:
+        return 0
+    if a.error or b.error:
+        noise = 2 * math.hypot(a.error or 0, b.error or 0)
+    else:
+        noise = 0.005 * max(abs(a.value), abs(b.value))
+    if abs(b.value - a.value) <= noise:
+        return 0
+    return 1 if (b.value > a.value) == a.higher_is_better else -1
+
+
+def verdict(a: Measured, b: Measured) -> str:
+    """One sentence: what became smaller and faster from A to B, and what it cost."""
+    gains = [part for part in (_smaller(a, b), _faster(a, b), _memory(a, b)) if part]
+    costs = [part for part in (_perplexity(a, b), _accuracy(a, b), _flips(b)) if part]
+    if not gains + costs:
+        return say("verdict.unknown")
+    sentence = ", ".join(gains + costs)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def _pair(key: str, a: Measured, b: Measured) -> tuple[Measurement, Measurement] | None:
+    if key in a and key in b and a[key].value > 0 and b[key].value > 0:
+        return a[key], b[key]
+    return None
+
+
+def _smaller(a: Measured, b: Measured) -> str:
+    pair = _pair("size.bytes", a, b)
+    if pair is None:
+        return ""
+    same = 0.98 <= pair[1].value / pair[0].value <= 1.02
+    return say("verdict.same_size") if same else difference(*pair)
+
+
+def _faster(a: Measured, b: Measured) -> str:
+    pair = _pair("latency.tpot", a, b)
+    if pair is None:
+        return ""
+    if 0.95 <= pair[1].value / pair[0].value <= 1.05 or (pair[0].error and not better(*pair)):
+        return say("verdict.same_speed")
+    return difference(*pair)
+
+
+def _memory(a: Measured, b: Measured) -> str:
+    pair = _pair("memory.loaded", a, b)
+    if pair is None or 0.9 <= pair[1].value / pair[0].value <= 1.1:
+        return ""
+    key = "verdict.less_memory" if pair[1].value < pair[0].value else "verdict.more_memory"
+    return say(key, ratio=ratio(pair[0].value, pair[1].value))
+
+
+def _perplexity(a: Measured, b: Measured) -> str:
+    pair = _pair("perplexity", a, b)
+    if pair is None:
+        return ""
+    return say("verdict.perplexity", change=percent(pair[1].value / pair[0].value - 1, signed=True))
+
+
+def _accuracy(a: Measured, b: Measured) -> str:
+    if "accuracy" not in a or "accuracy" not in b:
+        return ""
+    points = 100 * (b["accuracy"].value - a["accuracy"].value)
+    return say("verdict.accuracy", points=minus(f"{points:+.1f}"))
+
+
+def _flips(b: Measured) -> str:
+    if "flips" not in b:
+        return ""
+    details = b["flips"].details
+    total = next((details[key] for key in ("total", "items", "count", "n") if key in details), None)
+    if isinstance(total, int | float) and total > 0:
+        return say("verdict.flips", count=round(b["flips"].value * total), total=round(total))
+    return say("verdict.flips_share", share=percent(b["flips"].value))
+
+
+def sort(names: Mapping[str, object] | set[str]) -> list[str]:
+    """Measurement names in the order of the page."""
+    place = {key: index for index, key in enumerate(ORDER)}
+    return sorted(names, key=lambda key: (place.get(key, place["accuracy"] + 0.5), key))
+
+
+def status(state: Status) -> str:
+    """A run's status in words."""
+    return say(f"status.{state.value}")
+
+
+def when(moment: float, now: float | None = None) -> str:
+    """How long ago: `just now`, `4 min ago`, or the date."""
+    past = (time.time() if now is None else now) - moment
+    if past < 60:
+        return say("when.now")
+    if past < 86_400:
+        minutes = round(past / 60)
+        return say("when.ago", span=f"{minutes} min" if minutes < 60 else f"{minutes // 60} h")
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment))
+
+
+def run_label(run: Run) -> str:
+    """A run for a list of choices: its title, its model where it is not the demo, and a piece of its id."""
+    source = run.recipe.model.source
+    model = "" if source == "demo" else f" · {source.rstrip('/').rsplit('/', 1)[-1]}"
+    return f"{run.recipe.title()}{model} · {run.id[-6:]}"
