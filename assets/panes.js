@@ -11,7 +11,7 @@ const make = (name, className, text) => {
   if (text !== undefined) node.textContent = text;
   return node;
 };
-const level = (kl) => (kl === null || kl === undefined || kl < 0.02 ? 0 : kl < 0.1 ? 1 : kl < 0.5 ? 2 : 3);
+const level = (kl) => (kl === null || kl === undefined || kl < 0.005 ? 0 : kl < 0.05 ? 1 : kl < 0.5 ? 2 : 3);
 const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toPrecision(2)) + " %";
 
 function span(value, pane, index) {

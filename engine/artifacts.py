@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.errors import BadArtifact
+from engine.files import publish, sync
 from engine.models import LoadedModel, blocks
 from engine.packing import QuantizedWeight, pack
 from engine.records import Recipe
@@ -46,8 +46,7 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
         config["quantization_config"] = quantization_config(model.network, packed)
     (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_manifest(temporary, recipe)
-    os.replace(temporary, folder)
-    sync(folder.parent)
+    publish(temporary, folder)
 
 
 def packed_modules(model: LoadedModel) -> dict[str, QuantizedWeight]:
@@ -195,12 +194,3 @@ def digest(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make a file or a folder's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

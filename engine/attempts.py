@@ -28,6 +28,7 @@ from typing import BinaryIO
 
 from pydantic import JsonValue, ValidationError
 
+from engine.files import sync
 from engine.records import Event, EventKind
 
 log = logging.getLogger(__name__)
@@ -107,22 +108,13 @@ def is_live(folder: Path) -> bool:
     return lock is None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class EventWriter:
     """Appends a worker's events to its file, numbered from 1; what decides a run's fate is fsynced."""
 
     def __init__(self, folder: Path, run: str, attempt: int) -> None:
         self._run, self._attempt, self._number = run, attempt, 0
         self._file = open(folder / "events.jsonl", "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        sync_folder(folder)
+        sync(folder)
 
     def emit(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
         """Write one event.

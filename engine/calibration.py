@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from engine.errors import BadText, short
+from engine.files import publish
 from engine.methods import Calibrated, Context
 from engine.models import Linear, LoadedModel, blocks, linears
 from engine.packing import QuantizedWeight
@@ -176,7 +177,7 @@ def walk_blocks(
     if params is not None:
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
-        hidden, calls = capture(model, rows.to(model.device).split(8))
+        hidden, calls = capture(model, torch.split(rows.to(model.device), 8))
     reused = 0
     for number, module in enumerate(modules):
         context.check_cancelled()
@@ -292,7 +293,7 @@ def keep(model: LoadedModel, block: Block, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-    temporary.replace(path)
+    publish(temporary, path)
 
 
 def restore(model: LoadedModel, block: Block, path: Path) -> None:

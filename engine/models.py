@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
+)  # fmt: skip
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -51,8 +53,10 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
         BadModel: weights are missing, misshapen or not finite.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    network: PreTrainedModel
+    info: dict[str, object]
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
+        network, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # the stub knows no pair
             folder,
             config=config,
             dtype=getattr(torch, dtype),
@@ -67,13 +71,16 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
             raise BadModel(f"{short(folder.name)}: the weights have other shapes than the config says.") from None
         raise
     for problem in ("missing_keys", "mismatched_keys"):
-        if info.get(problem):
-            example = sorted(map(str, info[problem]))[0]
+        if names := info.get(problem):
+            assert isinstance(names, set | list)
+            example = sorted(map(str, names))[0]
             raise BadModel(f"{short(folder.name)}: the weights do not fit the config ({problem[:-5]}: {example}).")
     for name, weight in network.named_parameters():
         if not torch.isfinite(weight).all():
             raise BadModel(f"{short(folder.name)}: {name} holds NaN or infinite values; the checkpoint is damaged.")
-    return LoadedModel(network.to(device).eval(), load_tokenizer(folder), folder)
+    network.to(torch.device(device))  # type: ignore[arg-type]  # the stub takes the method for an unbound one
+    network.eval()  # type: ignore[no-untyped-call]
+    return LoadedModel(network, load_tokenizer(folder), folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -83,7 +90,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def attention(config: object) -> str:
+def attention(config: PretrainedConfig) -> str:
     """`sdpa`, or `eager` for the families that have no other (Gemma 2). Never a kernel that a config names."""
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"

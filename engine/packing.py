@@ -66,6 +66,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: uint8 codes (N, columns)."""
     rows = packed.shape[0]
+    if 8 % bits == 0:  # no code straddles a byte
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        spread = packed.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts  # (N, bytes, codes of a byte)
+        codes: Tensor = spread & (2**bits - 1)
+        return codes.reshape(rows, -1)[:, :columns].contiguous()
     bytes_ = packed.contiguous().view(torch.uint8)  # (N, 4 * words)
     spread = (bytes_.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
     spread = spread.view(rows, -1)[:, : columns * bits].reshape(rows, columns, bits)

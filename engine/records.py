@@ -55,7 +55,7 @@ class Step(Record):
 class Recipe(Record):
     """A model and ordered steps, the measurements to take, a seed. No steps = the baseline."""
 
-    model: Model = Field(default_factory=Model, validate_default=True)
+    model: Model = Model.model_validate("demo")
     steps: Annotated[tuple[Step, ...], Field(max_length=16)] = ()
     measure: tuple[str, ...] = MEASURES
     seed: int = Field(0, ge=0, lt=2**31)

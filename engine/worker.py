@@ -176,8 +176,10 @@ def _step_back(kind: str) -> None:
     missing = NICE.get(kind, HIGHEST_NICE) - os.nice(0)
     if missing > 0:
         os.nice(missing)
-    with suppress(OSError):  # no such file on macOS
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    for name, value in (("oom_score_adj", "1000"), ("autogroup", str(NICE.get(kind, HIGHEST_NICE)))):
+        # Where Linux groups processes by session, nice counts only inside the session: the group has its own.
+        with suppress(OSError):  # no such file on macOS, or no grouping
+            Path("/proc/self", name).write_text(value)
 
 
 def main(arguments: list[str] | None = None, pipeline: Pipeline = run_pipeline) -> int:

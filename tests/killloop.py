@@ -44,7 +44,7 @@ from tests.nursery import MUTANTS, ask  # noqa: E402
 log = logging.getLogger("killloop")
 
 BLOCKS = 4
-PATIENCE = 60.0  # seconds for a run to reach its next state
+PATIENCE = 120.0  # seconds for a run to reach its next state
 
 # Where a worker may be killed: before or after the n-th event of a kind, replacement of a file, or fsync.
 POINTS = (
@@ -185,7 +185,12 @@ class Lane:
         return len(Store(self.home / "maquette.db", read_only=True).runs(limit=10_000))
 
     def _wait(self, reached: Callable[[Run], bool]) -> Run:
-        until(lambda: reached(self._latest()), f"a run in {self.home}")
+        try:
+            until(lambda: reached(self._latest()), "a run")
+        except BrokenPromiseError as error:
+            run = self._latest()
+            live = is_live(attempt_folder(self.home, run.id, run.attempt))
+            raise BrokenPromiseError(f"{error}, planned {self._planned}, worker lives {live}: {run}") from None
         return self._latest()
 
     def _finished_blocks(self, run: Run) -> int:

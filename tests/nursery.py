@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -148,7 +149,7 @@ def serve(home: Path, nursery: str, mutant: str | None, commands: BinaryIO) -> i
 
 
 def nurse(path: str) -> None:
-    """Import everything, compute nothing, and fork servers and workers on request until our parent has gone."""
+    """Import everything, compute nothing, and fork servers and workers on request until killed."""
     import compressed_tensors  # noqa: F401 - what stock transformers needs to load an artifact
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -167,15 +168,16 @@ def nurse(path: str) -> None:
             connection, _ = listener.accept()
             with connection:
                 body, handles, _, _ = socket.recv_fds(connection, 1 << 16, 1)
-                if not body:
-                    return
+                if not body:  # a server that was killed while it asked
+                    continue
                 pid = os.fork()
                 if pid == 0:
                     listener.close()
                     connection.close()
                     be(json.loads(body), handles[0])
                 os.close(handles[0])
-                connection.send(str(pid).encode())
+                with suppress(OSError):  # killed while it waited for the answer
+                    connection.send(str(pid).encode())
 
 
 def be(body: dict, handle: int) -> None:

@@ -13,7 +13,7 @@ import gradio as gr
 from pydantic import JsonValue
 from pydantic.fields import FieldInfo
 
-from engine.methods import Method, bounds, field_kind
+from engine.methods import Calibrated, Method, bounds, field_kind
 from ui import wording
 
 Input = gr.Radio | gr.Dropdown | gr.Checkbox | gr.Textbox | gr.Slider | gr.Number
@@ -21,10 +21,15 @@ RADIO_LIMIT = 6  # up to so many choices a screen reader prefers radio buttons t
 
 
 def inputs(method: Method, values: Mapping[str, JsonValue], key: str) -> dict[str, Input]:
-    """One input for each setting of `method`, made in the Gradio context that is open; `key` names the card."""
+    """One input for each setting of `method`, made in the Gradio context that is open; `key` names the card.
+
+    What every calibrated method has in common comes last.
+    """
     return {
         name: widget(name, info, values.get(name, info.default), f"{key}-{name}")
-        for name, info in method.params.model_fields.items()
+        for name, info in sorted(
+            method.params.model_fields.items(), key=lambda item: item[0] in Calibrated.model_fields
+        )
     }
 
 

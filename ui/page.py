@@ -120,7 +120,7 @@ def _wire_between(
         return [gr.Tabs(selected="compare"), *pair, *compare.render(desk, owner, a, run.id, "", "same", cost, quality)]
 
     begun = on([making.start.click], start, [making.draft, making.original], [tabs, running.picked, running.timer])
-    on([begun.then], running.tick, running.inputs, running.outputs)
+    begun.then(running.tick, running.inputs, running.outputs, show_progress="hidden", api_visibility="private")
     chosen = [running.picked, comparing.cost, comparing.quality]
     on([running.compare.click], compare_it, chosen, [tabs, comparing.a, comparing.b, *comparing.pair])
 

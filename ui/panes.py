@@ -46,7 +46,9 @@ class Pane:
         tokens: list[JsonValue] = [
             [t.text, t.probability, [[text, p] for text, p in t.top], None if blind else t.kl] for t in self.tokens
         ]
-        stats = "" if blind else self.stats
+        drift = [t.kl for t in self.tokens if t.kl is not None]
+        mean = say("panes.drift", kl=wording.digits(sum(drift) / len(drift), 2)) if drift else ""
+        stats = "" if blind else " · ".join(part for part in (self.stats, mean) if part)
         return {"title": self.title, "note": self.note, "state": self.state, "stats": stats, "tokens": tokens}
 
 

@@ -21,7 +21,7 @@ from engine.errors import MaquetteError
 from ui import report
 from ui.desk import Desk
 from ui.edge import COOKIE, NAME, new_visitor
-from ui.theme import ASSETS, HEAD, theme
+from ui.theme import ASSETS, head, theme
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -59,8 +59,8 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
         app, _, _ = page.queue(max_size=256, default_concurrency_limit=8).launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
             footer_links=[], max_file_size="1mb", state_session_capacity=200, blocked_paths=[str(home)],
-            allowed_paths=[], favicon_path=str(ASSETS / "logo.svg"), theme=theme(), css_paths=ASSETS / "maquette.css",
-            head=HEAD, show_error=False, mcp_server=False,
+            allowed_paths=[], favicon_path=str(ASSETS / "logo.svg"), theme=theme(),
+            head=head(), show_error=False, mcp_server=False,
             app_kwargs={"docs_url": None, "redoc_url": None, "middleware": [Middleware(Guard)]},
         )  # fmt: skip
         app.router.routes[0:0] = [Route("/healthz", health), Route("/runs/{run}/{name}", Downloads(desk).get)]

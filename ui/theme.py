@@ -10,8 +10,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SANS = ("system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
-# One listener for every copy button and every link that opens a tab; HTML that arrives later needs no script.
-HEAD = """
+# One listener for every copy button: HTML that arrives later needs no script of its own.
+SCRIPT = """
 <meta name="color-scheme" content="light dark">
 <script>
 document.addEventListener("click", (event) => {
@@ -22,14 +22,14 @@ document.addEventListener("click", (event) => {
     copy.textContent = "✓";
     setTimeout(() => { copy.textContent = before; }, 1200);
   }
-  const opener = event.target.closest("[data-tab]");
-  if (opener) {
-    event.preventDefault();
-    [...document.querySelectorAll('[role="tab"]')].find((tab) => tab.textContent.trim() === opener.dataset.tab)?.click();
-  }
 });
 </script>
 """
+
+
+def head() -> str:
+    """What goes into the page's head. The style sheet too: Gradio's `css` rewrites selectors and breaks `:is()`."""
+    return f"{SCRIPT}<style>{(ASSETS / 'maquette.css').read_text()}</style>"
 
 
 def theme() -> gr.themes.Base:

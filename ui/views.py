@@ -1,4 +1,4 @@
-"""What the pages show, as pure functions from records to markup: strip, cards, tables, one run, the catalogue."""
+"""What the pages show, as pure functions from records to markup: strip, cards, tables, one run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 from pydantic import JsonValue
 
-from engine.methods import Method, bounds
 from engine.recipes import dump_recipe
 from engine.records import Measurement, Run, Status
 from ui import live, markup, wording
@@ -291,48 +290,3 @@ def _marked(found: Sequence[Measurement | None]) -> list[Markup | str]:
         else:
             shown.append(_shown(m))
     return shown
-
-
-FAMILY = ("quantize", "prune", "distill")
-
-
-def catalogue(methods: Mapping[str, Method]) -> Markup:
-    """Every method: what it is, what it really improves, its settings; generated from the method files."""
-    parts = []
-    for family in FAMILY:
-        cards = [_method(method) for method in methods.values() if method.family == family]
-        if cards:
-            parts.append(tag("section", markup.heading(say(f"family.{family}"), say(f"family.{family}.about")), *cards))
-    return tag("div", *parts, class_="mq-catalogue")
-
-
-def _method(method: Method) -> Markup:
-    chips = [markup.chip(say(f"change.{change}"), "good") for change in method.changes]
-    if not chips:
-        chips = [markup.chip(say("change.none"))]
-    rows = []
-    for name, info in method.params.model_fields.items():
-        low, high = bounds(info)
-        span = (
-            ""
-            if low is None and high is None
-            else f"{'' if low is None else f'{low:g}'} … {'' if high is None else f'{high:g}'}"
-        )
-        choices = getattr(info.annotation, "__args__", None)
-        rows.append(
-            (
-                tag("code", name),
-                info.description,
-                json.dumps(info.default),
-                ", ".join(map(str, choices)) if choices else span,
-            )
-        )
-    headers = (say("setting"), say("meaning"), say("default"), say("values"))
-    settings = markup.table(headers, rows, caption=say("methods.settings", title=method.title))
-    rest = method.documentation.split("\n", 1)[1] if "\n" in method.documentation else ""
-    return tag(
-        "article", tag("header", tag("h3", method.title), tag("code", method.name), class_="mq-run-head"),
-        tag("p", method.summary), tag("p", *chips, class_="mq-chips"),
-        markup.details(say("methods.more"), markup.prose(rest), settings),
-        class_="mq-card wide",
-    )  # fmt: skip

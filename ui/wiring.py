@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import gradio as gr
-from gradio.events import Dependency, Trigger
+from gradio.events import Dependency
 
 Target = gr.blocks.Block
 
 
 def on(
-    triggers: Sequence[Trigger], handler: Callable[..., object], inputs: Sequence[Target] = (),
+    triggers: Sequence[Callable[..., object]], handler: Callable[..., object], inputs: Sequence[Target] = (),
     outputs: Sequence[Target] = (), *, queue: bool = True, concurrency_limit: int | None = 8,
 ) -> Dependency:  # fmt: skip
     """Call `handler` with the inputs' values when one of `triggers` fires, and show what it returns.

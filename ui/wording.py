@@ -92,6 +92,8 @@ def quantity(value: float, unit: str, label: str = "") -> str:
         return duration(value)
     if unit in ("fraction", "%") or label.split(".")[0] in FRACTIONS or label in FRACTIONS:
         return percent(value)
+    if label.split(".")[0] == "throughput":
+        return f"{digits(value)} {say('unit.tokens_per_second')}"
     plain = unit in ("", "1", "ratio", label)
     return digits(value) if plain else f"{digits(value)} {unit}"
 

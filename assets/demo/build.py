@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).parent
 PEOPLE, SEED = 1000, 0
 VOCABULARY, SEQUENCE, BATCH = 1280, 128, 16
-STEPS, DECAY, WARMUP, RATE = 13_000, 3_500, 300, 3e-3
+STEPS, DECAY, WARMUP, RATE = 11_000, 3_500, 300, 3e-3
 CHUNK = 8_000  # documents that are made, packed and shuffled together
 CURRICULUM = ((24, world.LOOKUP), (18, world.LATE), (0, world.EARLY))  # from which chunk on
 END = "<|endoftext|>"

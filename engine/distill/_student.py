@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from engine.errors import BadParams
 from engine.models import LoadedModel, attention, blocks
@@ -29,7 +29,7 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
     text.num_hidden_layers = len(kept)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i] for i in kept]
-    student = fresh(config, model.network.dtype)
+    student = fresh(config, model.network.dtype, model.device)
     weights = model.network.state_dict()
     chosen = {}
     for key in student.state_dict():
@@ -42,7 +42,7 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
     pruned = {
         f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")
     }
-    return LoadedModel(student.to(model.device), model.tokenizer, Path(model.source), pruned=pruned)
+    return LoadedModel(student, model.tokenizer, Path(model.source), pruned=pruned)
 
 
 def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) -> LoadedModel:
@@ -69,16 +69,18 @@ def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) ->
     if getattr(text, "layer_types", None):
         text.layer_types = (text.layer_types * num_blocks)[:num_blocks]
     torch.manual_seed(seed)
-    return LoadedModel(fresh(config, model.network.dtype).to(model.device), model.tokenizer, Path(model.source))
+    return LoadedModel(fresh(config, model.network.dtype, model.device), model.tokenizer, Path(model.source))
 
 
-def fresh(config: object, dtype: torch.dtype) -> PreTrainedModel:
+def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """An untrained network of a config."""
-    network = AutoModelForCausalLM.from_config(
+    network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=False
     )
     assert isinstance(network, PreTrainedModel)
-    return network.eval()
+    network.to(device)  # type: ignore[arg-type]  # the stub takes the method for an unbound one
+    network.eval()  # type: ignore[no-untyped-call]
+    return network
 
 
 def _below(names: set[str], prefix: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import Diverged
+from engine.files import publish
 from engine.methods import Context
 from engine.models import LoadedModel
 
@@ -52,10 +53,11 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
         Diverged: the loss is not finite, or far above where it began.
     """
     network, dtype = student.network, student.network.dtype
-    network.float().train()
+    network.to(torch.float32)  # type: ignore[arg-type]  # the stub takes the method for an unbound one
+    network.train()
     network.config.use_cache = False
-    masks = {name: network.get_submodule(name).weight != 0 for name in student.pruned}
     parameters = dict(network.named_parameters())
+    masks = {f"{name}.weight": parameters[f"{name}.weight"] != 0 for name in student.pruned}
     optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=DECAY)
     saved = context.folder / "training.safetensors"
     first = resume(saved, parameters, optimizer) if saved.exists() else 0
@@ -79,7 +81,7 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, mask in masks.items():
-                network.get_submodule(name).weight.mul_(mask)
+                parameters[name].mul_(mask)
         if (step + 1) % 10 == 0 or step + 1 == schedule.steps:
             context.sample("loss", value, "nats")
             context.sample("learning_rate", schedule.at(step), "1")
@@ -87,7 +89,8 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
             context.progress(step + 1, schedule.steps, "steps")
         if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
             checkpoint(saved, parameters, optimizer, step + 1)
-    network.to(dtype).eval()
+    network.to(dtype)  # type: ignore[arg-type]
+    network.eval()  # type: ignore[no-untyped-call]
     network.config.use_cache = True
 
 
@@ -99,7 +102,7 @@ def draw(rows: Tensor, batch: int, step: int, seed: int) -> Tensor:
     return rows[order[place * batch : (place + 1) * batch]]
 
 
-def checkpoint(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
+def checkpoint(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights and optimizer state in one safetensors file, replaced whole."""
     tensors = {f"weight.{name}": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
@@ -108,10 +111,10 @@ def checkpoint(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, temporary, metadata={"state": json.dumps({"step": step})})
-    temporary.replace(path)
+    publish(temporary, path)
 
 
-def resume(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def resume(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Read a checkpoint back; returns the step at which training goes on."""
     from safetensors import safe_open
 

@@ -56,7 +56,7 @@ def documents(model: LoadedModel, folder: Path = DEMO) -> list[Document]:
     for line in lines[: share(model.network.num_parameters(), len(lines))]:
         ids = encode(model.tokenizer, line)
         kept = ids[:LONGEST]
-        size = len(line.encode()) if len(kept) == len(ids) else len(model.tokenizer.decode(kept[1:]).encode())
+        size = len(line.encode()) if len(kept) == len(ids) else len(str(model.tokenizer.decode(kept[1:])).encode())
         found.append(Document(tuple(kept), size))
     return found
 

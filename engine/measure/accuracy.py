@@ -23,22 +23,21 @@ def choices(model: LoadedModel, items: Sequence[Item]) -> list[int]:
     scores = [[0.0] * len(item.options) for item in items]
     # An option of one token can be read off the prompt's own prediction: one row for all options.
     rows: list[tuple[int, ...]] = []
-    jobs: list[tuple[int, int | None]] = []
+    jobs: list[tuple[int, range]] = []  # which item, which of its options
     for number, item in enumerate(items):
         if all(len(option) == 1 for option in item.options):
             rows.append(item.prompt)
-            jobs.append((number, None))
+            jobs.append((number, range(len(item.options))))
         else:
-            for place, option in enumerate(item.options):
-                rows.append(item.prompt + option[:-1])
-                jobs.append((number, place))
+            rows += [item.prompt + option[:-1] for option in item.options]
+            jobs += [(number, range(place, place + 1)) for place in range(len(item.options))]
     for batch in batches(rows):
         logs = log_probabilities(model, [rows[i] for i in batch])
         for line, index in enumerate(batch):
-            number, place = jobs[index]
+            number, places = jobs[index]
             item = items[number]
-            for option in range(len(item.options)) if place is None else (place,):
-                scores[number][option] = option_score(logs[line], len(item.prompt), item.options[option])
+            for place in places:
+                scores[number][place] = option_score(logs[line], len(item.prompt), item.options[place])
     return [row.index(max(row)) for row in scores]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import JsonValue
 from torch import Tensor
 
 from engine.errors import InputError
@@ -44,11 +45,11 @@ def measure(model: LoadedModel, baseline: LoadedModel, documents: Sequence[Docum
     counts = [len(document.ids) - 1 for document in documents]
     value, error = ratio(sums, counts)
     agreement, agreement_error = ratio(agreed, counts)
-    details = {"protocol": "every token of the held-out documents", "tokens": sum(counts)}
+    details: dict[str, JsonValue] = {"protocol": "every token of the held-out documents", "tokens": sum(counts)}
     return [
-        Measurement(name="kl", value=value, error=error, unit="nat", higher_is_better=False, details={**details}),
+        Measurement(name="kl", value=value, error=error, unit="nat", higher_is_better=False, details=details),
         Measurement(
             name="top1_agreement", value=agreement, error=agreement_error, unit="1", higher_is_better=True,
-            details={**details},
+            details=details,
         ),
     ]  # fmt: skip

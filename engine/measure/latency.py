@@ -65,6 +65,12 @@ def measure(
     return found
 
 
+def warm_up(model: LoadedModel, prompt: list[int], batches: Sequence[int] = BATCHES) -> None:
+    """Do once, at every batch size, what the first generation of a process does more than the others."""
+    for batch in batches:
+        _generate(model, prompt, 3, batch)
+
+
 def kernels(model: LoadedModel) -> str:
     """Which kernels compute the model's linears, and how many: `int4pack-cpu x 28, dense bfloat16 x 1`."""
     dense = f"dense {str(model.network.dtype).removeprefix('torch.')}"
@@ -77,7 +83,7 @@ def _repeat(
     model: LoadedModel, prompt: list[int], new_tokens: int, batch: int, repetitions: int, emit: Emit | None
 ) -> list[list[float]]:
     """Seconds to the first token and between the others, a row for each repetition."""
-    _generate(model, prompt, 3, batch)
+    warm_up(model, prompt, (batch,))
     rows: list[list[float]] = []
     began = time.perf_counter()
     while len(rows) < repetitions and (len(rows) < 2 or time.perf_counter() - began < PATIENCE):

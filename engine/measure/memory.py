@@ -28,10 +28,17 @@ CUDA = "cuda allocated"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def loading(load: Callable[[], T], device: str) -> tuple[T, Measurement]:
-    """What `load` gives, and `memory.loaded`: the bytes by which loading it a second time grew the memory."""
+def loading(load: Callable[[], T], device: str, warm: Callable[[T], object] | None = None) -> tuple[T, Measurement]:
+    """What `load` gives, and `memory.loaded`: the bytes by which loading it a second time grew the memory.
+
+    `warm` is called with what the first load gave, before it is dropped: a short generation there keeps
+    what generating does only once out of the peak.
+    """
     cuda = device.startswith("cuda")
-    load()
+    first = load()
+    if warm is not None:
+        warm(first)
+    del first
     _settle()
     before = _taken(cuda)
     loaded = load()

@@ -41,18 +41,18 @@ def force(model: LoadedModel, prompt: list[int], text: list[int], reference: Ten
     return [token.model_copy(update={"kl": kl}) for token, kl in zip(tokens, shifts, strict=True)]
 
 
-def describe_all(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], logs: Sequence[Tensor]) -> list[Token]:
+def describe_all(tokenizer: PreTrainedTokenizerBase, ids: list[int], logs: Sequence[Tensor]) -> list[Token]:
     """A Token for each id, given the log-probabilities (V,) that it was drawn from."""
     return [describe(tokenizer, ids, place, logs[place]) for place in range(len(ids))]
 
 
-def describe(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], place: int, logs: Tensor) -> Token:
+def describe(tokenizer: PreTrainedTokenizerBase, ids: list[int], place: int, logs: Tensor) -> Token:
     """The token at `place` of `ids`, with the five likeliest in its place.
 
     Its text is what it adds to the text before it, so that characters of several tokens come out whole.
     """
-    before = tokenizer.decode(ids[max(0, place - 4) : place])
-    text = tokenizer.decode(ids[max(0, place - 4) : place + 1])[len(before) :]
+    before = str(tokenizer.decode(ids[max(0, place - 4) : place]))
+    text = str(tokenizer.decode(ids[max(0, place - 4) : place + 1]))[len(before) :]
     values, indices = torch.topk(logs, min(TOP, logs.shape[-1]))
     top = tuple((str(tokenizer.decode([i])), p) for i, p in zip(indices.tolist(), values.exp().tolist(), strict=True))
     return Token(text=text, probability=min(1.0, float(logs[ids[place]].exp())), top=top)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from pydantic import JsonValue
 
 from engine.measure._text import Document, batches, log_probabilities
 from engine.models import LoadedModel
@@ -35,7 +36,7 @@ def from_losses(losses: Sequence[float], documents: Sequence[Document]) -> list[
     sizes = [document.bytes for document in documents]
     mean, error = ratio(losses, tokens)
     bits, bits_error = ratio([loss / math.log(2) for loss in losses], sizes)
-    details = {
+    details: dict[str, JsonValue] = {
         "protocol": "each held-out document alone, start token prepended",
         "documents": len(documents),
         "tokens": sum(tokens),
@@ -45,11 +46,11 @@ def from_losses(losses: Sequence[float], documents: Sequence[Document]) -> list[
     return [
         Measurement(
             name="perplexity", value=perplexity, error=perplexity * error, unit="1", higher_is_better=False,
-            details={**details},
+            details=details,
         ),
         Measurement(
             name="bits_per_byte", value=bits, error=bits_error, unit="bit/B", higher_is_better=False,
-            details={**details},
+            details=details,
         ),
     ]  # fmt: skip
 

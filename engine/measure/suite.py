@@ -5,12 +5,13 @@ Size needs no model. Memory and latency come right after loading, before a basel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.measure import _text, accuracy, divergence, latency, memory, outputs, perplexity, size
 from engine.methods import Emit
-from engine.models import LoadedModel
+from engine.models import LoadedModel, load_tokenizer
 from engine.records import Measurement
 from engine.runtime import load
 
@@ -31,18 +32,21 @@ def measure(folder: Path, measures: tuple[str, ...], baseline: Path | None, devi
     if wanted <= {"size"}:
         return
     emit("phase", {"name": "loading packed weights"})
-    model, loaded = memory.loading(lambda: load(folder, device), device)
+    prompt = _text.encode(load_tokenizer(folder), _text.prompts()[0])
+    warm = functools.partial(latency.warm_up, prompt=prompt)
+    model, loaded = memory.loading(lambda: load(folder, device), device, warm=warm)
     emit("log", {"text": "kernels: " + latency.kernels(model)})
     if wanted & {"memory", "latency"}:
-        _speed(model, loaded, wanted, emit, say)
+        _speed(model, prompt, loaded, wanted, emit, say)
     other = None if baseline is None or not wanted & {"accuracy", "divergence", "outputs"} else load(baseline, device)
     _fidelity(model, other, wanted, emit, say)
 
 
-def _speed(model: LoadedModel, loaded: Measurement, wanted: set[str], emit: Emit, say: Say) -> None:
+def _speed(
+    model: LoadedModel, prompt: list[int], loaded: Measurement, wanted: set[str], emit: Emit, say: Say
+) -> None:
     """Memory and latency of generation."""
     emit("phase", {"name": "measuring memory and latency"})
-    prompt = _text.encode(model.tokenizer, _text.prompts()[0])
     found, peak = memory.generating(lambda: latency.measure(model, prompt, emit=emit), loaded)
     if "memory" in wanted:
         say([loaded, peak])

@@ -25,6 +25,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine.calibration import walk_blocks
 from engine.methods import Calibrated, Context
@@ -54,11 +55,11 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             keep = weight != 0 if linear.name in model.pruned else None
             try:
                 if linear.hessian is None:
-                    raise torch.linalg.LinAlgError("no token reached it")
+                    raise LinAlgError("no token reached it")
                 quantized, damping = quantize_weight(weight, linear.hessian, params, linear.name, dtype, keep)
                 if damping != params.damping:
                     context.log(f"{linear.name}: damping raised from {params.damping:g} to {damping:g}")
-            except torch.linalg.LinAlgError as error:
+            except LinAlgError as error:
                 context.log(f"{linear.name}: rounded to nearest instead, {error}")
                 quantized = round_to_nearest(weight, params, linear.name, dtype)
             linear.weight.copy_(quantized.dequantize())
@@ -111,7 +112,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """The upper Cholesky factor U of (H + d I)⁻¹ = Uᵀ U and the damping that it took, raised tenfold on failure.
 
     Raises:
-        torch.linalg.LinAlgError: not positive definite even with the whole mean diagonal added.
+        LinAlgError: not positive definite even with the whole mean diagonal added.
     """
     mean = hessian.diagonal().mean()
     while True:
@@ -120,7 +121,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         try:
             lower = torch.linalg.cholesky(damped)
             return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True), damping
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             if damping >= 1:
                 raise
             damping = min(1.0, damping * 10)

@@ -33,7 +33,7 @@ def test_a_visitor_who_does_nothing_sees_a_real_comparison(open_page: Open, retu
     expect(page.locator("#mq-summary .mq-card")).to_have_count(5)
     expect(page.locator("#mq-front .main-svg").first).to_be_visible(timeout=30_000)
     expect(page.locator(".mq-pane .tok").first).to_be_visible()
-    assert page.locator(".mq-pane").nth(1).locator(".kl1, .kl2, .kl3").count() > 0
+    expect(page.locator(".mq-pane").nth(1).locator(".stats")).to_contain_text("KL")
 
 
 def test_both_models_work_at_once_and_a_token_tells_its_rivals(open_page: Open, returning: StorageState) -> None:
@@ -175,24 +175,27 @@ def test_headers_and_health(open_page: Open) -> None:
     assert cookie.get("httpOnly") is True
 
 
-@pytest.mark.parametrize("name", TABS)
-def test_a_phone_needs_no_sideways_scrolling(name: str, open_page: Open, returning: StorageState) -> None:
+def test_a_phone_needs_no_sideways_scrolling(open_page: Open, returning: StorageState) -> None:
     page = open_page(state=returning, width=390)
-    tab(page, name)
-    page.wait_for_timeout(1000)
-    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    for name in TABS:
+        tab(page, name)
+        page.wait_for_timeout(800)
+        assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, name
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("name", TABS)
-def test_axe_finds_nothing(name: str, dark: bool, open_page: Open, returning: StorageState) -> None:
+def test_axe_finds_nothing(dark: bool, open_page: Open, returning: StorageState) -> None:
     axe = pytest.importorskip("axe_playwright_python")
     script = next(Path(axe.__file__).parent.rglob("axe.min.js")).read_text()
     page = open_page(state=returning, dark=dark)
-    tab(page, name)
-    page.wait_for_timeout(1500)
-    for summary in page.locator("summary:visible").all():
-        summary.click()
     page.evaluate(script)
-    found = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
-    assert [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found["violations"]] == []
+    for name in TABS:
+        tab(page, name)
+        page.wait_for_timeout(1200)
+        for summary in page.locator("summary:visible").all():
+            summary.click()
+        if name == "Compress":
+            page.get_by_role("button", name="Steps and their settings").click()
+            expect(page.locator(".mq-step")).to_have_count(1, timeout=30_000)
+        found = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
+        assert [(name, v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found["violations"]] == []

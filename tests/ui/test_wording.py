@@ -48,6 +48,11 @@ def test_the_verdict_claims_no_speed_within_the_error() -> None:
     assert wording.verdict({"latency.tpot": a}, {"latency.tpot": b}) == "Same speed."
 
 
+def test_throughput_is_in_tokens() -> None:
+    speed = Measurement(name="throughput.b8", value=3015.1, unit="1/s", higher_is_better=True)
+    assert wording.value(speed) == "3015 tokens/s"
+
+
 def test_the_verdict_says_when_it_grew() -> None:
     text = wording.verdict(named(fakes.measured(3.2)), named(fakes.measured()))
     assert text.startswith("3.2× larger, 3.2× slower")

@@ -69,7 +69,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
             preset = gr.Radio(names, value="gptq4", label=say("compress.preset"), elem_id="mq-preset")
             with gr.Accordion(say("compress.steps"), open=False, elem_id="mq-steps"):
                 cards(draft, shape, page)
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     offered = [(f"{m.title} · {m.name}", m.name) for m in methods().values()]
                     method = gr.Dropdown(
                         offered, value=offered[0][1] if offered else None, label=say("compress.add_what"), min_width=220
@@ -134,7 +134,7 @@ def card(
 ) -> None:  # fmt: skip
     """One step: a heading, the form made from its Params, and three buttons."""
     method, key = get(str(step["method"])), f"{generation}-{index}"
-    with gr.Group(elem_classes="mq-step"):
+    with gr.Column(elem_classes="mq-step"):
         gr.HTML(markup.heading(f"{index + 1} · {method.title}", method.summary, level=3))
         for name, component in form.inputs(method, _object(step.get("params")), key).items():
             on([component.change], setting(index, name), [component, draft], [draft])

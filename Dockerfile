@@ -1,0 +1,32 @@
+# Maquette as a container: docker build -t maquette . && docker run -p 7860:7860 maquette
+# With CUDA: docker build --build-arg TORCH_BACKEND=cu130 -t maquette . && docker run --gpus all -p 7860:7860 maquette
+FROM python:3.12-slim
+
+# The build of torch: cpu, cu126, cu128, cu130; uv knows where each is kept.
+ARG TORCH_BACKEND=cpu
+
+RUN useradd --create-home --uid 1000 maquette
+USER 1000
+WORKDIR /home/maquette/app
+
+ENV VIRTUAL_ENV=/home/maquette/venv \
+    PATH=/home/maquette/venv/bin:$PATH \
+    HF_HOME=/home/maquette/.cache/huggingface \
+    GRADIO_SERVER_NAME=0.0.0.0 \
+    GRADIO_ANALYTICS_ENABLED=False \
+    HOST=0.0.0.0 \
+    PORT=7860 \
+    PYTHONUNBUFFERED=1
+
+COPY --chown=1000 requirements.txt .
+RUN python -m venv "${VIRTUAL_ENV}" \
+    && pip install --no-cache-dir uv==0.13.9 \
+    && uv pip install --no-cache --torch-backend "${TORCH_BACKEND}" -r requirements.txt
+
+COPY --chown=1000 . .
+
+EXPOSE 7860
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/healthz', timeout=4)"]
+
+CMD ["python", "app.py"]

@@ -1,0 +1,51 @@
+# make run: start the dashboard. make test: all checks and tests. Python >= 3.11 is all that must be there.
+PYTHON ?= python3
+PORT ?= 7860
+HOST ?= 127.0.0.1
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: run test check format killloop bench clean
+
+run: .venv/requirements
+	HOST=$(HOST) PORT=$(PORT) $(BIN)/python app.py
+
+test: check chromium
+	$(BIN)/python -m pytest
+
+check: .venv/requirements-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy engine ui app.py
+	$(BIN)/lint-imports
+
+format: .venv/requirements-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+killloop: .venv/requirements-test
+	$(BIN)/python tests/killloop.py --runs 200
+
+# torch by its exact version first: a range would let pip fetch a newer build, with gigabytes of CUDA on Linux.
+.venv/requirements: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0 || true
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/requirements-test: .venv/requirements requirements-test.txt
+	$(BIN)/pip install -q -r requirements-test.txt
+	touch $@
+
+# Chromium for the browser tests: Debian's package as root, else the one that Playwright brings.
+.PHONY: chromium
+chromium: .venv/requirements-test
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq chromium fonts-noto-cjk; \
+	else \
+		$(BIN)/playwright install chromium; \
+	fi
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

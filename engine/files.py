@@ -1,0 +1,22 @@
+"""Files that survive a power cut: written beside their place, made durable, renamed into it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a complete file or folder its final name: a reader sees the old state or the new, never a part."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
