@@ -1,0 +1,159 @@
+"""The tables of the README and of the demo model, and the comparison that the page shows first.
+
+    python benchmarks/results.py            # everything: about ten minutes on two free cores
+    python benchmarks/results.py stored     # only the stored comparison
+
+Every figure comes from a run of the real pipeline on the bundled model: compressed, saved, reloaded by stock
+`transformers`, then measured in a process of its own. Nothing here is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from engine import hardware, pipeline
+from engine.methods import methods
+from engine.records import EventKind, Measurement, Output, Recipe, Run, Status
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "assets" / "demo"
+TASKS = ("facts", "reading", "sums", "grammar")
+FIDELITY = ("size", "perplexity", "accuracy", "divergence")
+
+STUDENT: dict[str, JsonValue] = {"student": "blocks", "keep_every": 2, "steps": 600, "batch": 16}
+RECIPES: dict[str, list[object]] = {
+    "original": [],
+    "GPTQ 4 bit": [{"quantize/gptq": {"bits": 4}}],
+    "RTN 4 bit": [{"quantize/rtn": {"bits": 4}}],
+    "GPTQ 3 bit": [{"quantize/gptq": {"bits": 3}}],
+    "RTN 3 bit": [{"quantize/rtn": {"bits": 3}}],
+    "GPTQ 2 bit": [{"quantize/gptq": {"bits": 2}}],
+    "RTN 2 bit": [{"quantize/rtn": {"bits": 2}}],
+    "Magnitude 50 %": [{"prune/magnitude": {"sparsity": 0.5}}],
+    "Wanda 50 %": [{"prune/wanda": {"sparsity": 0.5}}],
+    "Magnitude 70 %": [{"prune/magnitude": {"sparsity": 0.7}}],
+    "Half the blocks, distilled": [{"distill/logits": {**STUDENT, "label_weight": 0.1}}],
+    "Half the blocks, labels alone": [{"distill/logits": {**STUDENT, "label_weight": 1.0}}],
+    "Prune 50 %, distill, 4 bit": [
+        {"prune/wanda": {"sparsity": 0.5}},
+        {"distill/logits": {"student": "current", "steps": 300, "batch": 16}},
+        {"quantize/gptq": {"bits": 4}},
+    ],
+}
+DAMAGE = ("original", "GPTQ 4 bit", "RTN 3 bit", "GPTQ 2 bit", "Magnitude 50 %", "Magnitude 70 %")
+STORED = ("original", "GPTQ 4 bit")
+
+log = logging.getLogger("results")
+
+
+class Result:
+    """What one run of the pipeline said."""
+
+    def __init__(self, name: str, measure: Sequence[str] = FIDELITY) -> None:
+        steps = RECIPES[name]
+        if name in STORED and measure != FIDELITY:
+            steps = steps and [{"quantize/gptq": {"bits": 4, "group_size": 64}}]
+        self.name = name
+        self.recipe = Recipe.model_validate({"steps": steps, "measure": list(measure)})
+        self.measured: dict[str, Measurement] = {}
+        self.outputs: list[Output] = []
+        self.began = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline.run(self.recipe, Path(folder), self._hear, lambda: None)
+        self.ended = time.time()
+        log.info("%s: %.0f s", name, self.ended - self.began)
+
+    def _hear(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
+        if kind == "measurement":
+            found = Measurement.model_validate(data)
+            self.measured[found.name] = found
+        elif kind == "output":
+            self.outputs.append(Output.model_validate(data))
+
+    def cell(self, name: str) -> str:
+        """A figure with its standard error, as the tables print it."""
+        if name not in self.measured:
+            return "–"
+        found = self.measured[name]
+        if name == "size.bytes":
+            return f"{found.value / 1e6:.2f}"
+        if name.startswith("accuracy"):
+            return f"{100 * found.value:.1f} ± {100 * (found.error or 0):.1f}"
+        return f"{found.value:.4g} ± {found.error:.2g}" if found.error is not None else f"{found.value:.3g}"
+
+
+def table(results: Sequence[Result]) -> str:
+    """A Markdown table of results."""
+    columns = ["size.bytes", "size.bits_per_weight", "perplexity", "kl", "accuracy", *(f"accuracy.{t}" for t in TASKS)]
+    head = ["", "MB", "bits per weight", "perplexity", "KL to the original, nat", "accuracy, %", *TASKS]
+    lines = [" | ".join(head), " | ".join(["---"] + ["---:"] * len(columns))]
+    lines += [" | ".join([r.name, *(r.cell(column) for column in columns)]) for r in results]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write_section(file: Path, name: str, text: str) -> None:
+    """Replace what stands between the comments `<!-- name -->` and `<!-- /name -->`."""
+    body = file.read_text()
+    before, found, rest = body.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not found or not end:
+        raise SystemExit(f"{file.name} has no section <!-- {name} -->")
+    file.write_text(f"{before}{found}\n{text}\n\n{end}{after}")
+
+
+def stored_comparison() -> None:
+    """Measure the two runs that a first visitor sees, with everything a run measures."""
+    everything = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")
+    runs = [Result(name, everything) for name in STORED]
+    body = ",\n".join(
+        f'{{"run": {_as_run(r).model_dump_json()}, '
+        f'"measurements": [{", ".join(m.model_dump_json() for m in r.measured.values())}], '
+        f'"outputs": [{", ".join(o.model_dump_json() for o in r.outputs)}]}}'
+        for r in runs
+    )
+    (DEMO / "comparison.json").write_text(f'{{"machine": "{hardware.machine()}", "runs": [\n{body}\n]}}\n')
+
+
+def _as_run(result: Result) -> Run:
+    number = STORED.index(result.name)
+    return Run(
+        id=f"stored-{number}", recipe=result.recipe, status=Status.SUCCEEDED, attempt=1, created=result.began,
+        started=result.began, finished=result.ended,
+    )  # fmt: skip
+
+
+def method_table() -> str:
+    """The table of methods, from their files."""
+    rows = ["| method | what it does | what gets better |", "| --- | --- | --- |"]
+    for method in methods().values():
+        better = ", ".join(method.changes) or "nothing by itself"
+        rows.append(f"| `{method.name}` | {method.summary} | {better} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("all", "stored", "methods"), default="all")
+    part = parser.parse_args().part
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    write_section(ROOT / "README.md", "methods", method_table())
+    if part == "methods":
+        return
+    stored_comparison()
+    if part == "stored":
+        return
+    results = {name: Result(name) for name in RECIPES}
+    about = f"Measured {time.strftime('%Y-%m-%d')} on {hardware.machine()}; ± is one standard error."
+    write_section(ROOT / "README.md", "results", f"{table(list(results.values()))}\n\n{about}")
+    write_section(DEMO / "README.md", "damage", f"{table([results[name] for name in DAMAGE])}\n\n{about}")
+
+
+if __name__ == "__main__":
+    main()
