@@ -270,9 +270,7 @@ def run_block(module: nn.Module, states: Tensor, call: Call) -> Tensor:
 
 def observe(block: Block, hidden: list[Tensor], calls: list[Call], collect: Collect) -> None:
     """Run the block over all inputs and fill its linears' statistics."""
-    handles = [
-        linear.module.register_forward_pre_hook(Accumulator(linear, collect)) for linear in block.linears
-    ]
+    handles = [linear.module.register_forward_pre_hook(Accumulator(linear, collect)) for linear in block.linears]
     try:
         for states, call in zip(hidden, calls, strict=True):
             run_block(block.module, states, call)

@@ -1,22 +1,22 @@
 """The errors a user may read. Each says what happened, to what, and what to do.
 
-    MaquetteError
-    ├── InputError            refused before any work; exit code 2
-    │   ├── UnknownName       no such method, measurement, key: with the nearest valid names
-    │   ├── BadParams         a value out of its bounds
-    │   ├── BadRecipe         the recipe's shape or the order of its steps
-    │   ├── BadModel          the model cannot be used: not found, unsafe, broken, not a causal LM
-    │   ├── BadText           calibration or training text that cannot be used
-    │   └── TooBig            does not fit in the memory or on the disk that is free
-    ├── RunError              a run that had started ended without a result
-    │   ├── Cancelled         the user asked for it
-    │   ├── Interrupted       the process was stopped from outside; can be resumed
-    │   ├── Diverged          training went to NaN or above its limit
-    │   ├── BadArtifact       the saved model is not the model that was in memory
-    │   └── OutOfMemory       the device or the memory budget was exhausted
-    └── StoreError            the run store cannot be opened or used
-        ├── StoreBusy         another server uses this folder
-        └── StoreTooNew       written by a later version of Maquette
+MaquetteError
+├── InputError            refused before any work; exit code 2
+│   ├── UnknownName       no such method, measurement, key: with the nearest valid names
+│   ├── BadParams         a value out of its bounds
+│   ├── BadRecipe         the recipe's shape or the order of its steps
+│   ├── BadModel          the model cannot be used: not found, unsafe, broken, not a causal LM
+│   ├── BadText           calibration or training text that cannot be used
+│   └── TooBig            does not fit in the memory or on the disk that is free
+├── RunError              a run that had started ended without a result
+│   ├── Cancelled         the user asked for it
+│   ├── Interrupted       the process was stopped from outside; can be resumed
+│   ├── Diverged          training went to NaN or above its limit
+│   ├── BadArtifact       the saved model is not the model that was in memory
+│   └── OutOfMemory       the device or the memory budget was exhausted
+└── StoreError            the run store cannot be opened or used
+    ├── StoreBusy         another server uses this folder
+    └── StoreTooNew       written by a later version of Maquette
 """
 
 from __future__ import annotations

@@ -18,5 +18,5 @@ def sync(path: Path) -> None:
 def publish(temporary: Path, path: Path) -> None:
     """Give a complete file or folder its final name: a reader sees the old state or the new, never a part."""
     sync(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
     sync(path.parent)

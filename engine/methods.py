@@ -8,6 +8,8 @@ docstring, `TITLE`, `CHANGES`, a class `Params` and a function `apply`. There is
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import pkgutil
 import types
 import typing
@@ -191,7 +193,7 @@ def check(recipe: Recipe) -> list[tuple[Method, Params]]:
         if name not in MEASURES:
             raise UnknownName("measurement", name, MEASURES)
     steps = [_checked(step) for step in recipe.steps]
-    for (earlier, _), (later, _) in zip(steps, steps[1:], strict=False):
+    for (earlier, _), (later, _) in itertools.pairwise(steps):
         if earlier.family == "quantize":
             raise BadRecipe(
                 f"{later.name} cannot follow {earlier.name}: it would change weights whose integer codes are "
@@ -206,6 +208,4 @@ def _checked(step: Step) -> tuple[Method, Params]:
 
 
 def _json(params: Mapping[str, JsonValue]) -> str:
-    import json
-
     return json.dumps(dict(params))

@@ -49,9 +49,7 @@ def make_tokenizer(people: list[world.Person]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(islice(world.stream(people, SEED), 20_000), trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, bpe.token_to_id(END))]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, bpe.token_to_id(END))])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=512
     )

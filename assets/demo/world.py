@@ -339,9 +339,7 @@ def _one_side(make: Callable[[], str], held: bool) -> str:
             return text
 
 
-def stream(
-    people: list[Person], seed: int, mixture: Mixture = EARLY, held: bool = False
-) -> Iterator[str]:
+def stream(people: list[Person], seed: int, mixture: Mixture = EARLY, held: bool = False) -> Iterator[str]:
     """An endless stream of documents from one side of the split."""
     rng = random.Random(f"{seed}-{held}")
     while True:

@@ -39,9 +39,7 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
             source = f"{prefix}.{kept[int(number)]}.{rest}"
         chosen[key] = weights[source]
     student.load_state_dict(chosen)
-    pruned = {
-        f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")
-    }
+    pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
     return LoadedModel(student, model.tokenizer, Path(model.source), pruned=pruned)
 
 

@@ -52,5 +52,3 @@ def measure(folder: Path) -> list[Measurement]:
             )
         )
     return found
-
-

@@ -42,9 +42,7 @@ def measure(folder: Path, measures: tuple[str, ...], baseline: Path | None, devi
     _fidelity(model, other, wanted, emit, say)
 
 
-def _speed(
-    model: LoadedModel, prompt: list[int], loaded: Measurement, wanted: set[str], emit: Emit, say: Say
-) -> None:
+def _speed(model: LoadedModel, prompt: list[int], loaded: Measurement, wanted: set[str], emit: Emit, say: Say) -> None:
     """Memory and latency of generation."""
     emit("phase", {"name": "measuring memory and latency"})
     found, peak = memory.generating(lambda: latency.measure(model, prompt, emit=emit), loaded)

@@ -36,7 +36,9 @@ def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bo
     if params.pattern != "unstructured":
         zeros, span = map(int, params.pattern.split(":"))
         if columns % span:
-            raise BadParams(f"The pattern {params.pattern} needs rows divisible by {span}; {name} has {columns} inputs.")
+            raise BadParams(
+                f"The pattern {params.pattern} needs rows divisible by {span}; {name} has {columns} inputs."
+            )
         return _drop(score.view(-1, span), zeros).view(rows, columns)
     if by_row:
         return _drop(score, round(params.sparsity * columns))

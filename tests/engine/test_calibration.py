@@ -114,7 +114,9 @@ def test_hessian_is_the_mean_over_all_tokens() -> None:
     torch.testing.assert_close(hessian, 2 * inputs.t() @ inputs / 70)
 
 
-def test_finished_blocks_are_read_back_and_not_yielded_again(tiny: LoadedModel, context: Context, recorder: Recorder) -> None:
+def test_finished_blocks_are_read_back_and_not_yielded_again(
+    tiny: LoadedModel, context: Context, recorder: Recorder
+) -> None:
     for block in walk_blocks(tiny, context):
         if block.number == 2:
             break  # killed in the third block

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import Recorder, in_memory, tiny_config
 
 from engine.distill import logits
 from engine.distill._student import every_kth, of_size
@@ -15,6 +14,7 @@ from engine.distill.logits import Params, distillation_loss
 from engine.errors import BadParams, Cancelled, Diverged
 from engine.methods import Context
 from engine.models import LoadedModel, blocks
+from tests.conftest import Recorder, in_memory, tiny_config
 
 
 def test_the_loss_is_what_the_paper_defines() -> None:

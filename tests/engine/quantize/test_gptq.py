@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.conftest import Recorder
 from torch import Tensor
 
 from engine.calibration import accumulate_hessian, make_empty_hessian
@@ -11,6 +10,7 @@ from engine.models import LoadedModel
 from engine.quantize import gptq, rtn
 from engine.quantize._grid import make_grid, round_to_nearest
 from engine.quantize.gptq import Params, inverse_factor, quantize_weight
+from tests.conftest import Recorder
 
 
 def correlated(tokens: int, size: int, seed: int = 0) -> Tensor:

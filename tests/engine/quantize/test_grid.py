@@ -21,7 +21,9 @@ def test_each_weight_goes_to_its_nearest_level(bits: int, symmetric: bool, granu
     levels = torch.arange(2**bits).float()
     distances = ((levels - zero[..., None]) * scale[..., None] - weight[..., None]).abs()  # (12, 96, levels)
     torch.testing.assert_close((found.dequantize() - weight).abs(), distances.amin(-1))
-    assert found.scale.shape == {"group": (12, 3), "channel": (12, 1), "tensor": (1 if symmetric else 12, 1)}[granularity]
+    assert (
+        found.scale.shape == {"group": (12, 3), "channel": (12, 1), "tensor": (1 if symmetric else 12, 1)}[granularity]
+    )
 
 
 def test_symmetric_scale_puts_the_largest_weight_half_a_step_off_at_most() -> None:

@@ -1,0 +1,136 @@
+"""The pipeline for real: from a recipe to a verified artifact and its measurements, in processes of their own."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import artifacts, models, pipeline
+from engine.errors import BadArtifact, Cancelled, InputError
+from engine.records import MEASURES, Recipe
+from tests.conftest import Recorder
+
+Maker = Callable[..., Path]
+
+
+def recipe(folder: Path, *steps: object, measure: tuple[str, ...] = ("size",)) -> Recipe:
+    return Recipe.model_validate({"model": str(folder), "steps": list(steps), "measure": list(measure)})
+
+
+def test_a_chain_from_recipe_to_measurements(tiny_folder: Maker, tmp_path: Path, recorder: Recorder) -> None:
+    chain = (
+        {"prune/wanda": {"samples": 4, "sequence_length": 32, "pattern": "2:4"}},
+        {"distill/logits": {"student": "current", "steps": 4, "batch": 2, "sequence_length": 32}},
+        {"quantize/gptq": {"bits": 4, "group_size": 32, "samples": 4, "sequence_length": 32}},
+    )
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    artifact = pipeline.run(recipe(tiny_folder(), *chain, measure=MEASURES), folder, recorder, lambda: None)
+    artifacts.verify(artifact)
+    found = {str(data["name"]): data for kind, data in recorder.said if kind == "measurement"}
+    expected = {
+        "size.bytes", "size.bits_per_weight", "memory.loaded", "memory.peak", "latency.ttft", "latency.tpot",
+        "throughput.b1", "throughput.b8", "perplexity", "bits_per_byte", "accuracy", "accuracy.facts",
+        "accuracy.reading", "accuracy.sums", "accuracy.grammar", "kl", "top1_agreement", "flips",
+    }  # fmt: skip
+    assert expected <= set(found)
+    assert sum(kind == "output" for kind, _ in recorder.said) >= 3
+    phases = [data["name"] for kind, data in recorder.said if kind == "phase"]
+    assert phases[:7] == ["checking", "loading", "Wanda", "Logit distillation", "GPTQ", "saving", "verifying"]
+    # What pruning set to zero is still zero after distillation and quantization, in the file a stranger reads.
+    weight = models.load(artifact).network.get_submodule("model.layers.1.mlp.up_proj").weight
+    assert bool(((weight == 0).view(-1, 4).sum(1) >= 2).all())
+
+
+def test_the_same_recipe_gives_the_same_manifest_also_when_interrupted(tiny_folder: Maker, tmp_path: Path) -> None:
+    wanted = recipe(
+        tiny_folder(), {"quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 32}}, measure=()
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    first = pipeline.run(wanted, whole, Recorder(), lambda: None)
+    said = Recorder()
+
+    def stop_in_the_last_block() -> None:
+        if len(list(broken.rglob("block-*.safetensors"))) == 2:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        pipeline.run(wanted, broken, said, stop_in_the_last_block)
+    second = pipeline.run(wanted, broken, said, lambda: None)
+    assert "reused 2 finished blocks" in said.logs()
+    manifests = [(folder / artifacts.MANIFEST).read_bytes() for folder in (first, second)]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("damage", ["weights", "file"])
+def test_an_artifact_that_is_not_the_model_fails_the_run(tiny_folder: Maker, tmp_path: Path, damage: str) -> None:
+    wanted = recipe(tiny_folder())
+    model = models.load(Path(wanted.model.source))
+    artifact = tmp_path / "artifact"
+    artifacts.write(model, wanted, artifact)
+    save_file(pipeline.probe(model), tmp_path / "expected.safetensors")
+    request: pipeline.Request = {
+        "kind": "verify", "folder": str(artifact), "expected": str(tmp_path / "expected.safetensors"), "device": "cpu",
+    }  # fmt: skip
+    pipeline.verify(request)
+    file = next(artifact.glob("model-00002*"))
+    if damage == "file":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        tensors = load_file(file)
+        name = next(key for key in tensors if key.endswith("down_proj.weight"))
+        save_file(tensors | {name: -tensors[name]}, file, metadata={"format": "pt"})
+        artifacts.write_manifest(artifact, wanted)  # the files are consistent; the numbers are not the model's
+    with pytest.raises(BadArtifact):
+        pipeline.verify(request)
+
+
+def test_a_failing_child_fails_the_run_with_its_reason(tiny_folder: Maker, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    request: pipeline.Request = {
+        "kind": "verify",
+        "folder": str(tmp_path / "nothing"),
+        "expected": "x",
+        "device": "cpu",
+    }
+    with pytest.raises(BadArtifact, match=r"nothing has no readable MANIFEST"):
+        pipeline.child(request, tmp_path, Recorder(), lambda: None)
+
+
+def test_a_folder_is_measured_without_a_run(tiny_folder: Maker, recorder: Recorder) -> None:
+    pipeline.measure_folder(tiny_folder(), ("size",), None, recorder, lambda: None, "cpu")
+    assert {"size.bytes", "size.bits_per_weight"} <= {str(d["name"]) for k, d in recorder.said if k == "measurement"}
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(tiny_folder: Maker, tmp_path: Path) -> None:
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    with pytest.raises(InputError):
+        pipeline.run(recipe(tiny_folder(), {"quantize/rtn": {"group_size": 48}}), folder, Recorder(), lambda: None)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said() -> None:
+    with pytest.raises(InputError, match="no CUDA device"):
+        pipeline.choose_device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_run_on_the_gpu(tiny_folder: Maker, tmp_path: Path, recorder: Recorder) -> None:
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    step = {"quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 32}}
+    wanted = recipe(tiny_folder(), step, measure=MEASURES).model_copy(update={"device": "cuda"})
+    artifacts.verify(pipeline.run(wanted, folder, recorder, lambda: None))
+    peak = next(data for kind, data in recorder.said if kind == "measurement" and data["name"] == "memory.peak")
+    details = peak["details"]
+    assert isinstance(details, dict)
+    assert details["kind"] == "cuda allocated"
+    shutil.rmtree(folder)
