@@ -176,8 +176,11 @@ def _step_back(kind: str) -> None:
     missing = NICE.get(kind, HIGHEST_NICE) - os.nice(0)
     if missing > 0:
         os.nice(missing)
-    for name, value in (("oom_score_adj", "1000"), ("autogroup", str(NICE.get(kind, HIGHEST_NICE)))):
-        # Where Linux groups processes by session, nice counts only inside the session: the group has its own.
+    values = {"oom_score_adj": "1000"}
+    if os.getsid(0) == os.getpid():
+        # Where Linux groups processes by session, nice counts only inside a session; between them the group's does.
+        values["autogroup"] = str(NICE.get(kind, HIGHEST_NICE))
+    for name, value in values.items():
         with suppress(OSError):  # no such file on macOS, or no grouping
             Path("/proc/self", name).write_text(value)
 

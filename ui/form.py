@@ -16,44 +16,46 @@ from pydantic.fields import FieldInfo
 from engine.methods import Calibrated, Method, bounds, field_kind
 from ui import wording
 
-Input = gr.Radio | gr.Dropdown | gr.Checkbox | gr.Textbox | gr.Slider | gr.Number
+Input = gr.Radio | gr.Dropdown | gr.Checkbox | gr.Textbox | gr.Number
 RADIO_LIMIT = 6  # up to so many choices a screen reader prefers radio buttons to a list
 
 
-def inputs(method: Method, values: Mapping[str, JsonValue], key: str) -> dict[str, Input]:
-    """One input for each setting of `method`, made in the Gradio context that is open; `key` names the card.
+def inputs(method: Method, values: Mapping[str, JsonValue]) -> dict[str, Input]:
+    """One input for each setting of `method`, made in the Gradio context that is open.
 
     What every calibrated method has in common comes last.
     """
     return {
-        name: widget(name, info, values.get(name, info.default), f"{key}-{name}")
+        name: widget(name, info, values.get(name, info.default))
         for name, info in sorted(
             method.params.model_fields.items(), key=lambda item: item[0] in Calibrated.model_fields
         )
     }
 
 
-def widget(name: str, info: FieldInfo, value: JsonValue, key: str) -> Input:
-    """The input for one field: radio or list for a choice, slider for a share, box for a number or a text."""
+def widget(name: str, info: FieldInfo, value: JsonValue) -> Input:
+    """The input for one field: radio or list for a choice, a box for a number or a text."""
     label, about = wording.known(f"field.{name}", name.replace("_", " ").capitalize()), info.description
     kind = field_kind(info)
     if kind == "choice":
-        choices = [(str(choice), choice) for choice in typing.get_args(info.annotation)]
+        choices = [
+            (wording.known(f"choice.{choice}", str(choice)), choice) for choice in typing.get_args(info.annotation)
+        ]
         known = next((choice for _, choice in choices if choice == value), info.default)
         if len(choices) <= RADIO_LIMIT:
-            return gr.Radio(choices, value=known, label=label, info=about, key=key)
-        return gr.Dropdown(choices, value=known, label=label, info=about, key=key)
+            return gr.Radio(choices, value=known, label=label, info=about, interactive=True)
+        return gr.Dropdown(choices, value=known, label=label, info=about, interactive=True)
     if kind == "bool":
-        return gr.Checkbox(value is True, label=label, info=about, key=key)
+        return gr.Checkbox(value is True, label=label, info=about, interactive=True)
     if kind == "str":
-        return gr.Textbox(str(value), label=label, info=about, key=key, max_lines=1)
+        return gr.Textbox(str(value), label=label, info=about, interactive=True, max_lines=1)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else info.default
     low, high = bounds(info)
-    if kind == "float" and low is not None and high is not None and high - low <= 1:
-        return gr.Slider(low, high, value=number, step=0.01, label=label, info=about, key=key)
+    share = kind == "float" and low is not None and high is not None and high - low <= 1
     return gr.Number(
-        number, minimum=low, maximum=high, precision=0 if kind == "int" else None, label=label, info=about, key=key
-    )
+        number, minimum=low, maximum=high, precision=0 if kind == "int" else None, step=0.05 if share else 1,
+        label=label, info=about, interactive=True,
+    )  # fmt: skip
 
 
 def read(method: Method, name: str, value: object) -> JsonValue:

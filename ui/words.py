@@ -121,6 +121,9 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         # settings of methods
         "field.bits": "Bits", "field.group_size": "Group size", "field.samples": "Calibration samples",
         "field.sequence_length": "Sequence length",
+        # choices; Gradio takes a bare "blocks" for one of its own words
+        "choice.blocks": "every k-th block", "choice.size": "a given size", "choice.current": "as it is",
+        "choice.unstructured": "anywhere",
         # errors
         "error.title": "That did not work",
         "error.unforeseen": "Something went wrong on our side. It is in the server's log as {number}.",

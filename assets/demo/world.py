@@ -231,9 +231,9 @@ def inventory(rng: random.Random, count: int) -> str:
 
 
 def reading(rng: random.Random, held: bool, statements: tuple[int, ...]) -> tuple[str, list[tuple[str, str]]]:
-    """A passage from one side of the split; held-out passages always have four statements."""
+    """A passage from one side of the split."""
     while True:
-        text, asked = passage(rng, 4 if held else rng.choice(statements))
+        text, asked = passage(rng, rng.choice(statements))
         if held_out(text) == held:
             return text, asked
 
@@ -365,13 +365,14 @@ def facts_items(people: list[Person], count: int, rng: random.Random) -> list[It
 
 
 def reading_items(count: int, rng: random.Random) -> list[Item]:
-    """Questions on a passage; the wrong answers all stand in the passage."""
+    """Questions on a passage of one statement; the wrong answers are others of the kind of the right one."""
     items = []
     for _ in range(count):
-        text, asked = reading(rng, True, (4,))
-        question, right = asked.pop(rng.randrange(len(asked)))
-        wrong = [answer.strip(" .") for _, answer in asked]
-        items.append(_item(f"{text} {question}", right.strip(" ."), wrong, rng))
+        text, ((question, answer),) = reading(rng, True, (1,))
+        right = answer.strip(" .")
+        others = PLACES if right in PLACES else WOMEN + MEN
+        wrong = rng.sample([value for value in others if value not in text], 3)
+        items.append(_item(f"{text} {question}", right, wrong, rng))
     return items
 
 

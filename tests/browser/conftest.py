@@ -7,6 +7,7 @@ visitor, with the same cookie. Every page records its console and the hosts it t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,8 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 PATIENCE = 240_000  # milliseconds for work that a busy machine may stretch
+# Gradio hands the place of a removed input to the next, which for an instant holds the value of the old one.
+HANDED_ON = re.compile(r"^The specified value \"\w+\" cannot be parsed")
 Open = Callable[..., Page]
 
 
@@ -88,7 +91,14 @@ class Watch:
         self.problems: list[str] = []
         self.foreign: list[str] = []
         host = address.rstrip("/")
-        page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
+        page.on(
+            "console",
+            lambda m: (
+                self.problems.append(m.text)
+                if m.type in ("error", "warning") and not HANDED_ON.search(m.text)
+                else None
+            ),
+        )
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on(
             "request",

@@ -12,6 +12,7 @@ from playwright.sync_api import Page, StorageState, expect
 
 from tests.browser.conftest import PATIENCE, Open
 
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # the first comparison is real work
 TABS = ("Compare", "Compress", "Runs", "Methods")
 
 

@@ -12,7 +12,7 @@ from ui import form
 @pytest.mark.parametrize("name", list(methods()))
 def test_the_form_of_every_method_holds_its_defaults(name: str) -> None:
     method = methods()[name]
-    inputs = form.inputs(method, {}, "k")
+    inputs = form.inputs(method, {})
     assert set(inputs) == set(method.params.model_fields)
     sent = {key: form.read(method, key, component.value) for key, component in inputs.items()}
     assert method.check(sent) == method.params()
@@ -36,5 +36,5 @@ def test_whole_floats_are_ints_where_ints_are_meant() -> None:
 
 def test_a_recipes_values_are_shown() -> None:
     method = methods()["quantize/gptq"]
-    inputs = form.inputs(method, {"bits": 3, "group_size": 32}, "k")
+    inputs = form.inputs(method, {"bits": 3, "group_size": 32})
     assert (inputs["bits"].value, inputs["group_size"].value) == (3, 32)

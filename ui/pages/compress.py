@@ -124,23 +124,23 @@ def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
     def draw(value: Draft, generation: int) -> None:
         steps = _steps(value)
         for index, step in enumerate(steps):
-            card(index, step, len(steps), generation, draft, shape)
+            card(index, step, len(steps), draft, shape)
 
     gr.render(inputs=[draft, shape], triggers=[shape.change, page.load])(draw)
 
 
 def card(
-    index: int, step: dict[str, JsonValue], count: int, generation: int, draft: gr.State, shape: gr.State
+    index: int, step: dict[str, JsonValue], count: int, draft: gr.State, shape: gr.State
 ) -> None:  # fmt: skip
     """One step: a heading, the form made from its Params, and three buttons."""
-    method, key = get(str(step["method"])), f"{generation}-{index}"
+    method = get(str(step["method"]))
     with gr.Column(elem_classes="mq-step"):
         gr.HTML(markup.heading(f"{index + 1} · {method.title}", method.summary, level=3))
-        for name, component in form.inputs(method, _object(step.get("params")), key).items():
+        for name, component in form.inputs(method, _object(step.get("params"))).items():
             on([component.change], setting(index, name), [component, draft], [draft])
         with gr.Row():
             for kind, able in (("up", index > 0), ("down", index < count - 1), ("remove", True)):
-                button = gr.Button(say(f"step.{kind}"), size="sm", interactive=able, min_width=80, key=f"{key}-{kind}")
+                button = gr.Button(say(f"step.{kind}"), size="sm", interactive=able, min_width=80)
                 on([button.click], moving(index, kind), [draft, shape], [draft, shape])
 
 

@@ -50,7 +50,8 @@ def build(desk: Desk, journal: Journal) -> RunsPage:
     """Lay the tab out and wire it."""
     picked, last = gr.State(""), gr.State(("", "", ""))
     with gr.Row(equal_height=True):
-        gr.HTML(markup.heading(say("runs.title"), say("runs.about")))
+        with gr.Column(min_width=280):
+            gr.HTML(markup.heading(say("runs.title"), say("runs.about")))
         needle = gr.Textbox(label=say("runs.filter"), max_lines=1, max_length=100, min_width=200, elem_id="mq-filter")
     # A click on a title is a `select` event that carries the run's id.
     table = gr.HTML(js_on_load=SELECT, elem_id="mq-runs")
