@@ -54,7 +54,7 @@ async def measure(address: str, visitors: int) -> tuple[list[float], list[float]
         strip = component(config, "mq-status")
         tick = next(
             d["id"] for d in config["dependencies"]
-            if d["outputs"] == [strip] and any(target[1] == "tick" for target in d["targets"])
+            if strip in d["outputs"] and any(target[1] == "tick" for target in d["targets"])
         )  # fmt: skip
         idle = await crowd(client, tick, visitors)
         arrive = next(

@@ -1,7 +1,7 @@
 """The tables of the README and of the demo model, and the comparison that the page shows first.
 
-    python benchmarks/results.py            # everything: about ten minutes on two free cores
-    python benchmarks/results.py stored     # only the stored comparison
+    python -m benchmarks.results            # everything: about ten minutes on two free cores
+    python -m benchmarks.results stored     # only the stored comparison
 
 Every figure comes from a run of the real pipeline on the bundled model: compressed, saved, reloaded by stock
 `transformers`, then measured in a process of its own. Nothing here is typed by hand.

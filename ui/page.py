@@ -28,7 +28,18 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
     journal = Journal(store)
     with gr.Blocks(title="Maquette", analytics_enabled=False) as page:
         gr.HTML(views.masthead())
-        strip = gr.HTML(elem_id="mq-status")
+        with gr.Row(elem_id="mq-top"):
+            with gr.Column(min_width=300):
+                strip = gr.HTML(elem_id="mq-status")
+            cancel = gr.Button(
+                say("runs.cancel"),
+                variant="stop",
+                size="sm",
+                scale=0,
+                min_width=90,
+                visible=False,
+                elem_id="mq-cancel-now",
+            )
         with gr.Tabs(elem_id="mq-tabs") as tabs:
             with gr.Tab(say("tab.compare"), id="compare") as compare_tab:
                 comparing = compare.build(desk)
@@ -39,20 +50,29 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
             with gr.Tab(say("tab.methods"), id="methods"):
                 methods.build()
         ticker = gr.Timer(2.0)
-        _wire_strip(desk, page, strip, ticker)
+        _wire_strip(desk, page, strip, cancel, ticker)
         _wire_load(desk, page, tabs, comparing, making, running)
         _wire_between(desk, tabs, comparing, making, running)
         _wire_tabs(desk, compare_tab, runs_tab, comparing, running)
     return page, desk
 
 
-def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, ticker: gr.Timer) -> None:
+def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, ticker: gr.Timer) -> None:
     @edge
     def look(request: gr.Request) -> object:
         status = desk.scheduler.status()
-        return views.strip(status, desk.scheduler.history(), _mine(desk, status.get("running"), visitor(request)))
+        mine = _mine(desk, status.get("running"), visitor(request))
+        return [views.strip(status, desk.scheduler.history(), mine), gr.update(visible=mine is not None)]
 
-    on([page.load, ticker.tick], look, [], [strip], queue=False)
+    @edge
+    def stop(request: gr.Request) -> object:
+        mine = _mine(desk, desk.scheduler.status().get("running"), visitor(request))
+        if mine is not None:
+            desk.scheduler.cancel(mine.id, owner=mine.owner)
+        return gr.update(visible=False)
+
+    on([page.load, ticker.tick], look, [], [strip, cancel], queue=False)
+    on([cancel.click], stop, [], [cancel])
 
 
 def _mine(desk: Desk, run_id: object, owner: str) -> Run | None:
