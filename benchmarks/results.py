@@ -39,7 +39,7 @@ RECIPES: dict[str, list[object]] = {
     "Magnitude 50 %": [{"prune/magnitude": {"sparsity": 0.5}}],
     "Wanda 50 %": [{"prune/wanda": {"sparsity": 0.5}}],
     "Magnitude 70 %": [{"prune/magnitude": {"sparsity": 0.7}}],
-    "Half the blocks, distilled": [{"distill/logits": {**STUDENT, "label_weight": 0.1}}],
+    "Half the blocks, distilled": [{"distill/logits": {**STUDENT, "temperature": 1.0, "label_weight": 0.0}}],
     "Half the blocks, labels alone": [{"distill/logits": {**STUDENT, "label_weight": 1.0}}],
     "Prune 50 %, distill, 4 bit": [
         {"prune/wanda": {"sparsity": 0.5}},

@@ -33,7 +33,7 @@ from engine.packing import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
-Collect = Literal["nothing", "norm", "hessian"]
+Collect = Literal["nothing", "norm", "hessian", "directions"]
 LONGEST_TEXT = 64 << 20  # bytes that are read of a text file
 
 
@@ -86,10 +86,11 @@ class Accumulator:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()  # (tokens, in)
         linear = self.linear
-        if self.collect == "hessian":
+        if self.collect in ("hessian", "directions"):
             if linear.hessian is None:
                 linear.hessian = make_empty_hessian(inputs.shape[1], inputs.device)
-            linear.hessian = accumulate_hessian(linear.hessian, linear.tokens, inputs)
+            weighted = nn.functional.normalize(inputs) if self.collect == "directions" else inputs
+            linear.hessian = accumulate_hessian(linear.hessian, linear.tokens, weighted)
         squares = inputs.square().sum(0)
         before = torch.zeros_like(squares) if linear.input_norm is None else linear.input_norm.square()
         linear.input_norm = (before + squares).sqrt()
@@ -168,8 +169,8 @@ def walk_blocks(
     """Yield the model's blocks in order; what the caller changes in one is kept and seen by the next.
 
     With `params`, calibration text flows through the blocks and each linear comes with what `collect`
-    asks for: `norm` or `hessian` (which includes the norm). Finished blocks are stored and, in a resumed run, read
-    back and not yielded again.
+    asks for: `norm`; `hessian`, which includes the norm; or `directions`, a Hessian of inputs scaled to
+    length 1. Finished blocks are stored and, in a resumed run, read back and not yielded again.
     """
     name, modules = blocks(model.network)
     hidden: list[Tensor] = []

@@ -8,11 +8,13 @@ page is served to this machine alone.
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from engine.errors import BadModel, UnknownName
 from engine.methods import field_kind, get
@@ -57,6 +59,37 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Now:
+    """The scheduler's status and the last minute's history of each series."""
+
+    status: Mapping[str, JsonValue]
+    history: Mapping[str, list[float]]
+
+
+class Pulse:
+    """Asks the scheduler at most twice a second, however many visitors look; the others get the last answer."""
+
+    def __init__(self) -> None:
+        self._asking, self._asked = threading.Lock(), 0.0
+        self._now: Now | None = None
+
+    def now(self, scheduler: Scheduler) -> Now:
+        """The latest answer, at most half a second old unless the scheduler itself is slow."""
+        known = self._now
+        if known is not None and time.monotonic() - self._asked < 0.5:
+            return known
+        if not self._asking.acquire(blocking=known is None):
+            assert known is not None
+            return known
+        try:
+            self._now = Now(scheduler.status(), scheduler.history())
+            self._asked = time.monotonic()
+            return self._now
+        finally:
+            self._asking.release()
+
+
+@dataclass(frozen=True)
 class Desk:
     """The one object that handlers talk to. `local`: only this machine can reach the page."""
 
@@ -65,6 +98,7 @@ class Desk:
     stored: StoredComparison | None = None
     local: bool = True
     _finished: dict[tuple[str, int], Entry] = field(default_factory=dict)
+    _pulse: Pulse = field(default_factory=Pulse)
 
     def runs(self, owner: str) -> list[Run]:
         """The visitor's runs, newest first; on a local page also those of the command line."""
@@ -78,16 +112,24 @@ class Desk:
         Raises:
             UnknownName: there is none, or it belongs to somebody else: nobody can tell which.
         """
-        missing = UnknownName("run", str(run_id), [run.id for run in self.runs(owner)[:5]])
+        run = self.find(run_id, owner)
+        if run is None:
+            raise UnknownName("run", str(run_id), [run.id for run in self.runs(owner)[:5]])
+        return run
+
+    def find(self, run_id: object, owner: str) -> Run | None:
+        """One run, or None where there is none that the visitor may see."""
         if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
-            raise missing
+            return None
         try:
             run = self.store.run(run_id)
         except UnknownName:
-            raise missing from None
-        if run.owner != owner and not (self.local and run.owner == ""):
-            raise missing
-        return run
+            return None
+        return run if run.owner == owner or (self.local and run.owner == "") else None
+
+    def now(self) -> Now:
+        """The machine and the engine as of the last half second; nobody waits while another visitor asks."""
+        return self._pulse.now(self.scheduler)
 
     def entry(self, key: str, owner: str) -> Entry:
         """What a picker's value stands for.

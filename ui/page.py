@@ -9,7 +9,6 @@ from __future__ import annotations
 import gradio as gr
 from gradio.blocks import Block
 
-from engine.records import Run
 from engine.scheduler import Scheduler
 from engine.store import Store
 from ui import views
@@ -60,25 +59,19 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
 def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, ticker: gr.Timer) -> None:
     @edge
     def look(request: gr.Request) -> object:
-        status = desk.scheduler.status()
-        mine = _mine(desk, status.get("running"), visitor(request))
-        return [views.strip(status, desk.scheduler.history(), mine), gr.update(visible=mine is not None)]
+        now = desk.now()
+        mine = desk.find(now.status.get("running"), visitor(request))
+        return [views.strip(now.status, now.history, mine), gr.update(visible=mine is not None)]
 
     @edge
     def stop(request: gr.Request) -> object:
-        mine = _mine(desk, desk.scheduler.status().get("running"), visitor(request))
+        mine = desk.find(desk.scheduler.status().get("running"), visitor(request))
         if mine is not None:
             desk.scheduler.cancel(mine.id, owner=mine.owner)
         return gr.update(visible=False)
 
     on([page.load, ticker.tick], look, [], [strip, cancel], queue=False)
     on([cancel.click], stop, [], [cancel])
-
-
-def _mine(desk: Desk, run_id: object, owner: str) -> Run | None:
-    if not isinstance(run_id, str):
-        return None
-    return next((run for run in desk.runs(owner) if run.id == run_id), None)
 
 
 def _wire_load(

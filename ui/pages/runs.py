@@ -138,7 +138,7 @@ def describe(desk: Desk, journal: Journal, owner: str, run: Run) -> Markup:
     entry = desk.entry(run.id, owner)
     progress = None
     if run.status is Status.RUNNING:
-        status = desk.scheduler.status()
+        status = desk.now().status
         found = status.get("progress")
         progress = found if status.get("running") == run.id and isinstance(found, dict) else None
     baseline = desk.baseline(run.recipe, owner)
