@@ -38,5 +38,8 @@ def test_every_file_the_readme_names_is_there() -> None:
 
 def test_no_file_of_ours_refers_to_where_it_was_built() -> None:
     private = re.compile("/" + "work/|shared" + "/[A-Z]")
-    for file in [*ROOT.glob("*.md"), *ROOT.glob("engine/**/*.py"), *ROOT.glob("ui/**/*.py"), *ROOT.glob("tests/**/*.py")]:
+    files = (
+        file for pattern in ("*.md", "engine/**/*.py", "ui/**/*.py", "tests/**/*.py") for file in ROOT.glob(pattern)
+    )
+    for file in files:
         assert not private.search(file.read_text()), file.name
