@@ -27,7 +27,7 @@ DEMO = ROOT / "assets" / "demo"
 TASKS = ("facts", "reading", "sums", "grammar")
 FIDELITY = ("size", "perplexity", "accuracy", "divergence")
 
-STUDENT: dict[str, JsonValue] = {"student": "blocks", "keep_every": 2, "steps": 600, "batch": 16}
+STUDENT: dict[str, JsonValue] = {"student": "blocks", "keep_every": 2, "steps": 300, "batch": 16}
 RECIPES: dict[str, list[object]] = {
     "original": [],
     "GPTQ 4 bit": [{"quantize/gptq": {"bits": 4}}],
@@ -43,7 +43,7 @@ RECIPES: dict[str, list[object]] = {
     "Half the blocks, labels alone": [{"distill/logits": {**STUDENT, "label_weight": 1.0}}],
     "Prune 50 %, distill, 4 bit": [
         {"prune/wanda": {"sparsity": 0.5}},
-        {"distill/logits": {"student": "current", "steps": 300, "batch": 16}},
+        {"distill/logits": {"student": "current", "steps": 100, "batch": 16}},
         {"quantize/gptq": {"bits": 4}},
     ],
 }

@@ -270,7 +270,8 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
             notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
     kv_cache = 2 * layers * hidden * width * 8 * 256  # eight sequences of 256 tokens, as latency is measured
     baseline = weights if "divergence" in recipe.measure and recipe.steps else 0
-    seconds = 15 + 12 * bool(recipe.measure) + (work + 2e5 * shape.parameters * len(recipe.measure)) / 5e10
+    fidelity = 2e5 * min(shape.parameters, 5e7) * bool(set(recipe.measure) - {"size"})  # large models read less text
+    seconds = 8 + (work + fidelity) / 5e10  # starting three processes; the demo model on two cores gives the rate
     return Estimate(
         weights + baseline, kv_cache, activations, RUNTIME, hardware.free_memory(), seconds, tuple(notes)
     )  # fmt: skip

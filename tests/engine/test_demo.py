@@ -1,0 +1,51 @@
+"""The bundled demo model: good enough to be worth keeping, and the better method does less harm to it."""
+
+import dataclasses
+from types import ModuleType
+
+import pytest
+import torch
+
+from engine.measure import _text, accuracy, divergence, perplexity
+from engine.methods import Context
+from engine.models import LoadedModel, load
+from engine.preflight import DEMO
+from engine.prune import magnitude, wanda
+from engine.quantize import gptq, rtn
+
+
+def damage(method: ModuleType, demo: LoadedModel, context: Context, **params: object) -> tuple[float, float]:
+    """Perplexity and KL to the original after one method, on a part of the held-out text."""
+    model = load(DEMO / "model")
+    name = f"{method.__name__}-{params}"
+    with torch.no_grad():
+        method.apply(model, method.Params(**params), dataclasses.replace(context, folder=context.folder / name))
+    documents = _text.documents(model)[:150]
+    found = perplexity.measure(model, documents) + divergence.measure(model, demo, documents)
+    values = {measurement.name: measurement.value for measurement in found}
+    return values["perplexity"], values["kl"]
+
+
+def test_it_answers_three_tasks_in_nine_of_ten_cases(demo: LoadedModel) -> None:
+    items = _text.items(demo)
+    found = {m.name: m.value for m in accuracy.measure(items, accuracy.choices(demo, items))}
+    assert min(found["accuracy.facts"], found["accuracy.sums"], found["accuracy.grammar"]) >= 0.9
+    assert found["accuracy.reading"] > 0.25 + 3 * 0.025  # three standard errors above chance
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_gptq_harms_less_than_round_to_nearest(bits: int, demo: LoadedModel, context: Context) -> None:
+    solved, kl = damage(gptq, demo, context, bits=bits)
+    rounded, rounded_kl = damage(rtn, demo, context, bits=bits)
+    assert kl < rounded_kl
+    assert solved <= rounded * 1.002  # perplexities this close differ by less than their error at 4 bits
+
+
+def test_wanda_harms_less_than_magnitude(demo: LoadedModel, context: Context) -> None:
+    _, informed = damage(wanda, demo, context, sparsity=0.5)
+    _, blind = damage(magnitude, demo, context, sparsity=0.5)
+    assert informed < blind
+
+
+def test_it_fits_into_the_repository() -> None:
+    assert sum(file.stat().st_size for file in (DEMO / "model").iterdir()) < 12 << 20
