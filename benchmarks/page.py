@@ -24,7 +24,7 @@ import httpx
 ROOT = Path(__file__).parents[1]
 OPEN, CLOSE = "<!-- page -->", "<!-- /page -->"
 INTERVAL = 2.0  # seconds between two ticks of a visitor
-SECONDS = 40.0
+SECONDS = 20.0  # of each half: the first visitor's runs must outlast it
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ async def measure(address: str, visitors: int) -> tuple[list[float], list[float]
         cookie = {"maquette_visitor": "benchmark-visitor-0001"}
         body = {"fn_index": arrive, "data": [None], "session_hash": "benchmark"}
         await client.post("/gradio_api/queue/join", json=body, cookies=cookie)
-        await asyncio.sleep(6)
+        await asyncio.sleep(2)
         busy = await crowd(client, tick, visitors)
         answer = await client.post("/gradio_api/run/predict", json={"fn_index": tick, "data": [], "session_hash": "x"})
         working = 0 if "Nothing is running" in answer.text else 1
