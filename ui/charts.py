@@ -61,7 +61,8 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
         line={"color": ACCENT, "width": 1.5, "dash": "dot"},
     )  # fmt: skip
     middle = (min(p[1].value for p in points) + max(p[1].value for p in points)) / 2
-    for index, (label, x, y) in enumerate(points):
+    for number, (label, x, y) in enumerate(points):
+        index = 0 if label == say("original.title") else 1 + number % (len(COLOURS) - 1)  # the original is grey
         figure.add_scatter(
             x=[x.value / divisor], y=[y.value * share], name=label, mode="markers+text", text=[label],
             textposition="top right" if x.value <= middle else "top left", cliponaxis=False, showlegend=False,

@@ -119,8 +119,8 @@ def difference(a: Measurement, b: Measurement) -> str:
         return minus(f"{b.value - a.value:+.3g}")
     if root in ("perplexity", "bits_per_byte", "kl"):
         return percent(b.value / a.value - 1, signed=True)
-    if 0.995 <= b.value / a.value <= 1.005:
-        return "="
+    if 0.95 <= b.value / a.value <= 1.05:
+        return percent(b.value / a.value - 1, signed=True)
     if root == "throughput":
         return say("ratio.faster" if b.value > a.value else "ratio.slower", ratio=ratio(a.value, b.value))
     words = ("ratio.faster", "ratio.slower") if root == "latency" else ("ratio.smaller", "ratio.larger")

@@ -15,7 +15,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "tab.methods": "Methods",
         # single words
         "run": "Run", "model": "Model", "recipe": "Recipe", "measurement": "Measurement", "result": "Result",
-        "original": "Original", "difference": "Difference", "state": "State", "started": "Started", "took": "Took",
+        "original": "Original", "original.title": "original",
+        "difference": "Difference", "state": "State", "started": "Started", "took": "Took",
         "setting": "Setting", "meaning": "Meaning", "default": "Default", "values": "Values", "seed": "Seed",
         "step": "Step {number}", "yes": "yes", "no": "no", "best": "best", "copy": "Copy", "prompt": "Prompt",
         "mode": "Mode", "simulated": "simulated: no packed kernel here",
