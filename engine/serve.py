@@ -21,11 +21,13 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
 import torch
 from pydantic import JsonValue
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine import preflight, runtime
@@ -118,9 +120,10 @@ def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterat
         yield "token", _token(step.token_id, describe(model.tokenizer, ids, len(ids) - 1, step.logprobs))
         if command.stop.is_set():
             break
-    if body.get("write"):
+    if body.get("write") and not command.stop.is_set():
         size = model.network.config.get_text_config().vocab_size
-        save_file({TENSOR: torch.stack(logprobs) if ids else torch.empty(0, size)}, str(body["write"]))
+        with suppress(SafetensorError):  # the reader has gone, and its folder with it: nobody will ask for these
+            save_file({TENSOR: torch.stack(logprobs) if ids else torch.empty(0, size)}, str(body["write"]))
     tpot = (last - first) / (len(ids) - 1) if len(ids) > 1 else None
     yield "done", {"ttft": first - began if ids else None, "tpot": tpot, "tokens": len(ids)}
 
