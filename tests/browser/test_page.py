@@ -79,7 +79,7 @@ def test_stop_ends_the_waiting(open_page: Open, returning: StorageState) -> None
     page.locator("#mq-run-both").click()
     page.locator("#mq-stop").click()
     expect(page.locator('.mq-pane[aria-busy="true"]')).to_have_count(0, timeout=30_000)
-    page.wait_for_timeout(2_000)  # Gradio cancels what runs when the server hears of it: a click before that would be lost
+    page.wait_for_timeout(2_000)  # a click before the server has heard of the cancelling would be cancelled too
     page.locator("#mq-run-both").click()
     expect(page.locator(".mq-pane").nth(1).locator(".stats")).to_contain_text("tokens", timeout=PATIENCE)
 
