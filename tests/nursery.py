@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ class KillPoint:
 
 def work(request: Path, lock: int, point: str | None, mutant: str | None) -> int:
     """Be the worker of one request, with a kill point and a mutation."""
-    from engine import artifacts, attempts, calibration, pipeline, worker
+    from engine import attempts, calibration, pipeline, worker
 
     place = KillPoint(point)
     emit, replace, fsync, keep = attempts.EventWriter.emit, os.replace, os.fsync, calibration.keep
@@ -94,7 +95,6 @@ def work(request: Path, lock: int, point: str | None, mutant: str | None) -> int
     Path.replace = lambda self, target: killing_replace(self, target)
     calibration.keep = slow_keep
     pipeline.child = child
-    assert artifacts.os is os
     return worker.main([str(request), "--lock", str(lock)])
 
 
@@ -197,6 +197,8 @@ def be(body: dict, handle: int) -> None:
         else:
             with os.fdopen(handle, "rb") as commands:
                 code = serve(Path(body["home"]), body["nursery"], body["mutant"], commands)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
