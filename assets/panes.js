@@ -128,12 +128,5 @@ element.addEventListener("keydown", (event) => {
   if (event.key === "Enter" || event.key === " ") explain(node);
   if (next || event.key === "Enter" || event.key === " ") event.preventDefault();
 });
-window.addEventListener("maquette-stop", () => {
-  for (const card of root.children) {
-    card.classList.remove("busy");
-    card.setAttribute("aria-busy", "false");
-    card.querySelector(".note").textContent = "";
-  }
-});
 watch("value", update);
 update();

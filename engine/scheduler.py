@@ -174,7 +174,7 @@ class Scheduler:
 
     def stream(
         self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
-        same_text: bool = False,
+        same_text: bool = False, stop: threading.Event | None = None,
     ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
         """What the models of up to four sources (`demo`, a folder, a run id) write after a prompt; see `Streams.write`.
 
@@ -183,8 +183,9 @@ class Scheduler:
         """
         folders = [self._model_of(source) for source in sources]
         return self._streams.write(
-            folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text
-        )
+            folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text,
+            stop=stop,
+        )  # fmt: skip
 
     # The thread
 

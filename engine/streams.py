@@ -85,7 +85,7 @@ class Warm:
                 if not self.ready:
                     raise RunError(str(reply.get("text", "The model could not be loaded.")))
             elif gone.is_set():
-                raise Interrupted("The reader has gone.")
+                raise Interrupted("Stopped.")
 
     def ask(self, command: Body, gone: threading.Event) -> Iterator[tuple[str, Body]]:
         """Send a command and give its replies, the last one `done` or `error`; stop it when the reader has gone."""
@@ -98,6 +98,8 @@ class Warm:
                 self._send({"do": "stop"})
             if reply is not None:
                 event = str(reply.pop("event"))
+                if event == "done" and told is not None:
+                    reply["stopped"] = True
                 yield event, reply
                 if event in ("done", "error"):
                     return
@@ -145,13 +147,15 @@ class Streams:
         self._count = 0
 
     def write(
-        self, models: list[Path], prompt: str, *, max_tokens: int, temperature: float, seed: int, same_text: bool
-    ) -> Iterator[Reply]:
-        """Yield (pane, event, data) as it happens; closing the iterator stops the models.
+        self, models: list[Path], prompt: str, *, max_tokens: int, temperature: float, seed: int, same_text: bool,
+        stop: threading.Event | None = None,
+    ) -> Iterator[Reply]:  # fmt: skip
+        """Yield (pane, event, data) as it happens; closing the iterator, or setting `stop`, stops the models.
 
         Events: `loading` while a model is not ready, `token` with a Token and its `id`, then `done` with `ttft`,
-        `tpot` and `tokens`, or `error` with `text`. With `same_text` the first model writes and the others say how
-        they see its text, with the KL of each token from the first model's prediction.
+        `tpot` and `tokens` (and `stopped` where it was ended early), or `error` with `text`. With
+        `same_text` the first model writes and the others say how they see its text, with the KL of each token from
+        the first model's prediction.
 
         Raises:
             InputError: no model or too many, no prompt, or a number out of its bounds.
@@ -171,7 +175,7 @@ class Streams:
             "do": "generate", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
             "write": None,
         }  # fmt: skip
-        return self._write(models, generate, same_text and len(models) > 1)
+        return self._write(models, generate, same_text and len(models) > 1, stop)
 
     def pids(self) -> list[int]:
         """The warm processes."""
@@ -194,9 +198,11 @@ class Streams:
                 self._end(model)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _write(self, models: list[Path], generate: Body, same_text: bool) -> Iterator[Reply]:
+    def _write(
+        self, models: list[Path], generate: Body, same_text: bool, stop: threading.Event | None
+    ) -> Iterator[Reply]:
         with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
-            stream = _Stream()
+            stream = _Stream(stop or threading.Event())
             file = str(Path(folder, "logprobs.safetensors")) if same_text else None
             for pane, model in enumerate(models):
                 if same_text and pane:
@@ -245,7 +251,7 @@ class Streams:
                 stream.inbox.put((pane, "loading", {}))
                 said = True
             if stream.gone.wait(POLL):
-                raise Interrupted("The reader has gone.")
+                raise Interrupted("Stopped.")
         try:
             if not warm.ready and not said:
                 stream.inbox.put((pane, "loading", {}))
@@ -284,9 +290,9 @@ class Streams:
 class _Stream:
     """What the panes of one stream share: their replies, whether the reader has gone, the first model's text."""
 
-    def __init__(self) -> None:
+    def __init__(self, gone: threading.Event) -> None:
         self.inbox: queue.Queue[Reply] = queue.Queue()
-        self.gone = threading.Event()
+        self.gone = gone
         self.text: queue.Queue[list[JsonValue] | None] = queue.Queue()
 
     def wait_text(self) -> list[JsonValue]:
@@ -303,4 +309,4 @@ class _Stream:
                 if ids is None:
                     raise RunError("The first model wrote no text that could be compared.")
                 return ids
-        raise Interrupted("The reader has gone.")
+        raise Interrupted("Stopped.")

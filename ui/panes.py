@@ -85,7 +85,8 @@ class Panes:
             pane.state, pane.note = "running", ""
             pane.tokens.append(Token.model_validate({key: data[key] for key in Token.model_fields if key in data}))
         elif kind == "done":
-            pane.state, pane.note, pane.stats = "done", "", _stats(data, len(pane.tokens))
+            pane.state, pane.note = "done", say("panes.stopped") if data.get("stopped") else ""
+            pane.stats = _stats(data, len(pane.tokens))
         elif kind == "error":
             pane.state, pane.note = "failed", str(data.get("text", ""))
 

@@ -26,7 +26,8 @@ MEN = (
 ).split()
 FAMILIES = (
     "Alder Birk Crane Dorn Elm Finch Gale Hart Iver Joss Kern Lark Moss Nash Oakes Pike Quill Reed Stone Thorn "
-    "Ulm Vale Wren York Ash Brook Cliff Dale Fern Grove Heath Marsh"
+    "Ulm Vale Wren York Ash Brook Cliff Dale Fern Grove Heath Marsh Abel Bright Cobb Drake Ellis Frost Glenn Hobbs "
+    "Irwin Jarvis Keats Locke Munro Noble Orwell Pryor"
 ).split()
 TOWNS = (
     "Alma Borna Calden Dorva Elsin Farrow Gorin Halden Imber Jarla Kelso Lunde Morva Nessa Orlin Parva Quenby "
@@ -205,22 +206,25 @@ def story(rng: random.Random, people: list[Person]) -> str:
 
 
 def passage(rng: random.Random, statements: int) -> tuple[str, list[tuple[str, str]]]:
-    """A passage that says where things are, and its (question, answer) pairs, one for each statement."""
-    things = rng.sample(OBJECTS, statements)
-    kind = rng.choice(("lies", "put", "owner"))
-    if kind == "owner":
-        values = rng.sample(WOMEN + MEN, statements)
-        told = [f"The {thing} is with {who}." for thing, who in zip(things, values, strict=True)]
-        asked = [f"Who has the {thing}? The {thing} is with" for thing in things]
-    else:
-        values = rng.sample(PLACES, statements)
-        actors = rng.sample(WOMEN + MEN, statements)
-        told = [
-            f"The {thing} is in the {place}." if kind == "lies" else f"{who} put the {thing} in the {place}."
-            for who, thing, place in zip(actors, things, values, strict=True)
-        ]
-        asked = [f"Where is the {thing}? The {thing} is in the" for thing in things]
-    return " ".join(told), [(question, f" {value}.") for question, value in zip(asked, values, strict=True)]
+    """A passage that says who has what or put it where, and (question, answer) pairs about each statement."""
+    told, asked = [], []
+    kind = rng.choice(("has", "put"))
+    facts = zip(
+        rng.sample(WOMEN + MEN, statements), rng.sample(OBJECTS, statements), rng.sample(PLACES, statements),
+        strict=True,
+    )  # fmt: skip
+    for who, thing, place in facts:
+        if kind == "has":
+            told.append(f"{who} has the {thing}.")
+            asked += [(f"Who has the {thing}? It is", f" {who}."), (f"What does {who} have? It is the", f" {thing}.")]
+        else:
+            told.append(f"{who} put the {thing} in the {place}.")
+            asked += [
+                (f"Where is the {thing}? It is in the", f" {place}."),
+                (f"Who put the {thing} there? It was", f" {who}."),
+                (f"What is in the {place}? It is the", f" {thing}."),
+            ]
+    return " ".join(told), asked
 
 
 def inventory(rng: random.Random, count: int) -> str:
@@ -238,10 +242,10 @@ def reading(rng: random.Random, held: bool, statements: tuple[int, ...]) -> tupl
             return text, asked
 
 
-def addition(rng: random.Random, held: bool) -> tuple[int, int]:
-    """Two numbers below 100 whose sum stands on one side of the split."""
+def addition(rng: random.Random, held: bool, digits: int) -> tuple[int, int]:
+    """Two numbers of so many digits whose sum stands on one side of the split."""
     while True:
-        a, b = rng.randrange(100), rng.randrange(100)
+        a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
         if held_out(f"{a} + {b}") == held:
             return a, b
 
@@ -286,29 +290,26 @@ def pluralize(noun: str, plural: bool) -> str:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the kinds of documents, and how long passages and inventories are."""
+    """Shares of the kinds of documents; how long passages, inventories and the numbers of sums are."""
 
     shares: dict[str, float]
     statements: tuple[int, ...]
     pairs: tuple[int, ...]
+    digits: tuple[int, ...]
 
 
-# People first; reading and sums, which take longest, later get more. Looking something up in the text is
-# learned from passages in which there is only one thing to find.
+# Looking something up in the text is learned from passages with one thing to find, adding from short numbers.
 EARLY = Mixture(
-    {"biography": 0.55, "story": 0.05, "reading": 0.17, "inventory": 0.06, "sums": 0.11, "agreement": 0.06},
-    statements=(2, 3, 4),
-    pairs=(3, 4, 5, 6),
+    {"biography": 0.40, "story": 0.04, "reading": 0.23, "inventory": 0.15, "sums": 0.11, "agreement": 0.07},
+    statements=(1,),
+    pairs=(1, 2, 3),
+    digits=(2,),
 )
 LATE = Mixture(
-    {"biography": 0.34, "story": 0.04, "reading": 0.26, "inventory": 0.14, "sums": 0.17, "agreement": 0.05},
-    statements=(2, 3, 4),
-    pairs=(3, 4, 5, 6),
-)
-LOOKUP = Mixture(
-    {"biography": 0.30, "story": 0.03, "reading": 0.32, "inventory": 0.14, "sums": 0.17, "agreement": 0.04},
-    statements=(1, 1, 1, 2, 2, 3, 4),
-    pairs=(1, 1, 2, 2, 3, 4),
+    {"biography": 0.42, "story": 0.04, "reading": 0.16, "inventory": 0.10, "sums": 0.22, "agreement": 0.06},
+    statements=(1, 1, 2, 3),
+    pairs=(1, 2, 3, 4),
+    digits=(2, 3, 3),
 )
 
 
@@ -326,7 +327,8 @@ def document(rng: random.Random, people: list[Person], mixture: Mixture, held: b
     if kind == "inventory":
         return _one_side(lambda: inventory(rng, rng.choice(mixture.pairs)), held)
     if kind == "sums":
-        return " ".join(f"{a} + {b} = {a + b}." for a, b in (addition(rng, held) for _ in range(5)))
+        digits = rng.choice(mixture.digits)
+        return " ".join(f"{a} + {b} = {a + b}." for a, b in (addition(rng, held, digits) for _ in range(5)))
     parts = (agreement(rng, held) for _ in range(5))
     return " ".join(prompt + forms[answer] + ending for prompt, forms, answer, ending in parts)
 
@@ -368,9 +370,10 @@ def reading_items(count: int, rng: random.Random) -> list[Item]:
     """Questions on a passage of one statement; the wrong answers are others of the kind of the right one."""
     items = []
     for _ in range(count):
-        text, ((question, answer),) = reading(rng, True, (1,))
+        text, asked = reading(rng, True, (1,))
+        question, answer = rng.choice(asked)
         right = answer.strip(" .")
-        others = PLACES if right in PLACES else WOMEN + MEN
+        others = next(kind for kind in (PLACES, OBJECTS, WOMEN + MEN) if right in kind)
         wrong = rng.sample([value for value in others if value not in text], 3)
         items.append(_item(f"{text} {question}", right, wrong, rng))
     return items
@@ -380,7 +383,7 @@ def sums_items(count: int, rng: random.Random) -> list[Item]:
     """Sums never read in training; the wrong answers are off by one, by ten or by a lost carry."""
     items = []
     while len(items) < count:
-        a, b = addition(rng, held=True)
+        a, b = addition(rng, True, rng.choice(LATE.digits))
         total = a + b
         near = [n for n in (total + 1, total - 1, total + 10, total - 10, total + 11, total - 9) if n >= 0]
         items.append(_item(f"{a} + {b} =", str(total), [str(n) for n in rng.sample(near, 3)], rng))

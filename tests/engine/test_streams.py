@@ -26,8 +26,11 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     made.close()
 
 
-def write(warm: Streams, models: list[Path], *, same_text: bool = False, max_tokens: int = 5) -> Iterator[Reply]:
-    return warm.write(models, "Hi", max_tokens=max_tokens, temperature=0.0, seed=0, same_text=same_text)
+def write(
+    warm: Streams, models: list[Path], *, same_text: bool = False, max_tokens: int = 5,
+    stop: threading.Event | None = None,
+) -> Iterator[Reply]:  # fmt: skip
+    return warm.write(models, "Hi", max_tokens=max_tokens, temperature=0.0, seed=0, same_text=same_text, stop=stop)
 
 
 def until(reached: Callable[[], object]) -> None:
@@ -77,6 +80,18 @@ def test_closing_stops_the_models(warm: Streams) -> None:
     stream.close()
     until(lambda: idle(warm))
     assert len(list(write(warm, [A], max_tokens=3))) == 4  # nothing is left of the text before
+
+
+def test_a_stop_ends_the_texts_and_says_so(warm: Streams) -> None:
+    stop = threading.Event()
+    stream = write(warm, [A, B], max_tokens=2000, stop=stop)
+    while next(stream)[1] != "token":
+        pass
+    stop.set()
+    ends = [(event, data.get("stopped", data.get("text"))) for _, event, data in stream if event in ("done", "error")]
+    assert len(ends) == 2
+    assert set(ends) <= {("done", True), ("error", "Stopped.")}  # the second model may not have been loaded yet
+    until(lambda: idle(warm))
 
 
 def test_a_worker_that_heeds_no_stop_is_ended(warm: Streams, monkeypatch: pytest.MonkeyPatch) -> None:

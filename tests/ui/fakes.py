@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,20 +121,22 @@ class FakeScheduler:
 
     def stream(
         self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
-        same_text: bool = False,
+        same_text: bool = False, stop: threading.Event | None = None,
     ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
         self.asked.append((sources, prompt, same_text))
         try:
             for pane in range(len(sources)):
                 yield pane, "loading", {}
             texts = [tokens(), tokens(kl=same_text, words=WORDS if same_text else [*WORDS[:5], *WORDS[9:]])]
+            stopped = False
             for index in range(len(WORDS)):
+                stopped = stop is not None and stop.is_set()
                 for pane in range(len(sources)):
-                    if index < len(texts[pane]):
+                    if not stopped and index < len(texts[pane]):
                         time.sleep(self.pause)
                         yield pane, "token", texts[pane][index].model_dump(mode="json")
             for pane in range(len(sources)):
-                yield pane, "done", {"ttft": 0.006, "tpot": 0.002, "tokens": len(WORDS)}
+                yield pane, "done", {"ttft": 0.006, "tpot": 0.002, "tokens": len(WORDS), "stopped": stopped}
         finally:
             self.closed_streams += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -202,6 +203,19 @@ def test_updates_are_fewer_than_tokens(desk: Desk, scheduler: FakeScheduler) -> 
 
 
 def test_stop_ends_the_engines_stream(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    scheduler.pause = 0.02
+    stop = threading.Event()
+    stream = compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same", stop)
+    next(stream), next(stream), next(stream), next(stream)
+    stop.set()
+    last = list(stream)[-1][0]  # type: ignore[index]
+    assert {pane["note"] for pane in last["panes"]} == {"Stopped."}
+    assert all(len(pane["tokens"]) < len(fakes.WORDS) for pane in last["panes"])
+    assert scheduler.closed_streams == 1
+
+
+def test_leaving_ends_the_engines_stream(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
     stream = compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same")
     next(stream), next(stream), next(stream)

@@ -7,6 +7,7 @@ numbers change. Texts stream from two worker processes through one generator tha
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,12 +21,13 @@ from ui import charts, markup, panes, views, wording
 from ui.desk import BASELINE, FIRST, STORED, Desk, Entry
 from ui.edge import edge, has_cookie, visitor
 from ui.panes import Pane, Panes
+from ui.turns import Turns
 from ui.wiring import on
 from ui.wording import say
 
 PROMPT_LIMIT = 2000
 COSTS = ("size.bytes", "latency.tpot", "memory.peak")
-STOPPED = "() => { window.dispatchEvent(new Event('maquette-stop')); }"
+CLICKED = "(...values) => [...values.slice(0, -1), Date.now()]"  # the last input becomes the time of the click
 QUALITIES = ("perplexity", "accuracy", "kl")
 
 
@@ -87,6 +89,8 @@ def build(desk: Desk) -> ComparePage:
                 latency = gr.Plot(show_label=False)
                 numbers = gr.HTML(elem_id="mq-numbers")
     timer = gr.Timer(1.5, active=True)
+    clicked = gr.Number(0, visible=False)
+    turns = Turns()
 
     pair: list[Block] = [summary, output, front, accuracy, latency, memory, numbers]
     shown: list[Block] = [*pair, reveal, voting, ballot]
@@ -115,8 +119,22 @@ def build(desk: Desk) -> ComparePage:
         return [gr.skip() if working else gr.update(active=False), banner_for(first), *[gr.skip()] * (2 + len(pair))]
 
     @edge
-    def run_both(a: str, b: str, prompt: str, mode: str, request: gr.Request) -> Iterator[object]:
-        yield from stream(desk, visitor(request), a, b, prompt, mode)
+    def run_both(
+        a: str, b: str, prompt: str, mode: str, clicked: float, request: gr.Request
+    ) -> Iterator[object]:  # fmt: skip
+        page = request.session_hash or visitor(request)
+        turn = turns.begin(page, clicked)
+        try:
+            for values in stream(desk, visitor(request), a, b, prompt, mode, turn.stop):
+                if turn.replaced:
+                    return
+                yield values
+        finally:
+            turns.end(page, turn)
+
+    @edge
+    def stop_both(clicked: float, request: gr.Request) -> None:
+        turns.stop(request.session_hash or visitor(request), clicked)
 
     @edge
     def vote(ballot: dict[str, str] | None, choice: str, request: gr.Request) -> object:
@@ -126,8 +144,9 @@ def build(desk: Desk) -> ComparePage:
     on([cost.input, quality.input], redraw, [cost, quality], [front])
     on([timer.tick], tick, chosen, [timer, banner, a, b, *pair], queue=False)
     writing = [output, voting, ballot, reveal]
-    running = on([start.click, prompt.submit], run_both, [a, b, prompt, mode], writing, concurrency_limit=4)
-    stop.click(None, js=STOPPED, cancels=[running])
+    on([start.click, prompt.submit], run_both, [a, b, prompt, mode, clicked], writing, concurrency_limit=4, js=CLICKED,
+       trigger_mode="multiple")  # fmt: skip
+    on([stop.click], stop_both, [clicked], queue=False, js=CLICKED)
     for button, choice in ((left, "left"), (tie, "tie"), (right, "right")):
         on([button.click], vote, [ballot, gr.State(choice)], [reveal, voting, ballot])
     return ComparePage(a, b, banner, timer, prompt, cost, quality, pair)
@@ -162,8 +181,10 @@ def fixed(left: Entry, right: Entry, prompt: str, mode: str) -> Panes | None:
     )  # fmt: skip
 
 
-def stream(desk: Desk, owner: str, a: str, b: str, prompt: str, mode: str) -> Iterator[object]:
-    """Both models' texts as they write; at the end of a blind round the ballot."""
+def stream(
+    desk: Desk, owner: str, a: str, b: str, prompt: str, mode: str, stop: threading.Event | None = None
+) -> Iterator[object]:
+    """Both models' texts as they write, until `stop` is set; at the end of a blind round the ballot."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadParams(say("error.empty_prompt"))
     if len(prompt) > PROMPT_LIMIT:
@@ -177,7 +198,7 @@ def stream(desk: Desk, owner: str, a: str, b: str, prompt: str, mode: str) -> It
         titles = [f"{side} · {entry.run.recipe.title()}" for side, entry in zip("AB", entries, strict=True)]
     sources = [desk.source(entry, owner) for entry in entries]
     shown = Panes(secrets.token_hex(4), [Pane(title, state="loading") for title in titles], mode == "same", blind)
-    events = desk.scheduler.stream(sources, prompt, same_text=mode == "same")
+    events = desk.scheduler.stream(sources, prompt, same_text=mode == "same", stop=stop)
     try:
         for value in panes.follow(shown, events):
             yield [value, gr.skip(), gr.skip(), ""]
