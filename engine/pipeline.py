@@ -42,7 +42,8 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
         MaquetteError: refused, cancelled, interrupted or failed, each with its reason.
     """
     emit("phase", {"name": "checking"})
-    preflight.check(recipe)
+    estimate = preflight.check(recipe)
+    emit("estimate", {"memory": estimate.total, "seconds": estimate.seconds})
     device = choose_device(recipe.device)
     source = preflight.resolve(recipe.model.source)
     check_cancelled()

@@ -98,14 +98,14 @@ class Run(Record):
     artifact: str | None = None
 
 
-EventKind = Literal["phase", "progress", "sample", "log", "measurement", "output", "artifact", "finished"]
+EventKind = Literal["estimate", "phase", "progress", "sample", "log", "measurement", "output", "artifact", "finished"]
 
 
 class Event(Record):
     """One thing a worker said. `data` by kind:
 
-    phase {"name"} · progress {"done", "total", "unit"} · sample {"series", "value", "unit"} ·
-    log {"text"} · measurement (a Measurement) · output (an Output) · artifact {"path"} ·
+    estimate {"memory" (B), "seconds"} · phase {"name"} · progress {"done", "total", "unit"} ·
+    sample {"series", "value", "unit"} · log {"text"} · measurement (a Measurement) · output (an Output) · artifact {"path"} ·
     finished {"status", "reason"}
     """
 

@@ -10,11 +10,13 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
+from pydantic import JsonValue
+
 from engine.records import Event, EventKind, Run
 from engine.store import Store
 from ui.live import Point, Series, thin
 
-KINDS: tuple[EventKind, ...] = ("phase", "progress", "sample", "log")
+KINDS: tuple[EventKind, ...] = ("estimate", "phase", "progress", "sample", "log")
 KEPT = 1000
 
 
@@ -24,6 +26,7 @@ class Story:
 
     attempt: int
     seen: int = 0
+    estimate: dict[str, JsonValue] = field(default_factory=dict)
     phases: list[tuple[float, str]] = field(default_factory=list)
     series: dict[str, tuple[str, list[Point]]] = field(default_factory=dict)
     log: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=200))
@@ -36,10 +39,12 @@ class Story:
             return
         if event.attempt > self.attempt:
             self.attempt = event.attempt
-            self.phases, self.series, self.progress = [], {}, {}
+            self.estimate, self.phases, self.series, self.progress = {}, [], {}, {}
             self.log.clear()
         data = event.data
-        if event.kind == "phase":
+        if event.kind == "estimate":
+            self.estimate = dict(data)
+        elif event.kind == "phase":
             self.phases.append((event.time, str(data.get("name", ""))))
             self.progress = {}
         elif event.kind == "progress":

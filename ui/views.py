@@ -205,6 +205,8 @@ def run_detail(
         parts.append(markup.notice(say("runs.queued")))
     if entry is not None and entry.measured:
         parts.append(_results(entry, baseline))
+    if truth := _estimate(run, story, series):
+        parts.append(truth)
     parts += [_live(item, story) for item in series]
     if run.status is Status.SUCCEEDED:
         names = ("recipe.yaml", "measurements.csv", "report.md")
@@ -245,7 +247,21 @@ def _live(series: Series, story: Story) -> Markup:
     label = wording.known(f"series.{series.name}", series.name)
     named = Series(label, series.unit, series.points)
     phases = [(moment, phase_name(name)) for moment, name in story.phases] if series.name.startswith("memory") else []
-    return live.lines(named, phases)
+    estimate = _number(story.estimate.get("memory")) if series.name == "memory.resident" else 0.0
+    return live.lines(named, phases, estimate or None)
+
+
+def _estimate(run: Run, story: Story, series: Sequence[Series]) -> Markup | None:
+    """What was expected of the run beside what it took, once it is done."""
+    points = next((item.points for item in series if item.name == "memory.resident"), ())
+    if run.status is not Status.SUCCEEDED or not story.estimate or not points or not run.started or not run.finished:
+        return None
+    text = say(
+        "estimate.truth", memory=wording.size(_number(story.estimate.get("memory"))),
+        seconds=wording.duration(_number(story.estimate.get("seconds"))),
+        peak=wording.size(max(value for _, value in points)), span=wording.duration(run.finished - run.started),
+    )  # fmt: skip
+    return tag("p", text, class_="mq-sub")
 
 
 def differences(entries: Sequence[Entry]) -> Markup:

@@ -99,6 +99,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "preset.rtn8": "8-bit round-to-nearest", "preset.wanda24": "2:4 Wanda",
         "preset.half": "Half depth, distilled", "preset.chain": "Prune 50 % → distill → 4 bit",
         "step.up": "Earlier", "step.down": "Later", "step.remove": "Remove",
+        "estimate.truth": "Expected {memory} and {seconds}; it took {peak} at most and {span}.",
         "fit.title": "Will it fit?", "fit.yes": "Fits", "fit.no": "Does not fit", "fit.of": "{total} of {free} free",
         "fit.weights": "weights", "fit.kv_cache": "KV cache", "fit.activations": "activations",
         "fit.runtime": "runtime", "fit.seconds": "Takes about {span}.",

@@ -38,6 +38,8 @@ def test_a_chain_from_recipe_to_measurements(tiny_folder: Maker, tmp_path: Path,
     }  # fmt: skip
     assert expected <= set(found)
     assert sum(kind == "output" for kind, _ in recorder.said) >= 3
+    (estimate,) = [data for kind, data in recorder.said if kind == "estimate"]
+    assert estimate["memory"] > found["size.bytes"]["value"]
     phases = [data["name"] for kind, data in recorder.said if kind == "phase"]
     assert phases[:7] == ["checking", "loading", "Wanda", "Logit distillation", "GPTQ", "saving", "verifying"]
     # What pruning set to zero is still zero after distillation and quantization, in the file a stranger reads.

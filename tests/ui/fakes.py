@@ -159,7 +159,7 @@ def say(scheduler: FakeScheduler, run: Run, *events: tuple[EventKind, dict[str, 
 def running(scheduler: FakeScheduler, recipe: Recipe, owner: str) -> Run:
     """A run in the middle of its work, with memory, loss and a log."""
     run = scheduler.store.begin_attempt(scheduler.store.add_run(recipe, owner).id)
-    events: list[tuple[EventKind, dict[str, JsonValue]]] = []
+    events: list[tuple[EventKind, dict[str, JsonValue]]] = [("estimate", {"memory": 5 * 2**30, "seconds": 40.0})]
     for phase in ("loading", "GPTQ", "measuring"):
         events.append(("phase", {"name": phase}))
         events.append(("log", {"text": f"{phase} <script>alert(1)</script>"}))
