@@ -105,8 +105,8 @@ class Event(Record):
     """One thing a worker said. `data` by kind:
 
     estimate {"memory" (B), "seconds"} · phase {"name"} · progress {"done", "total", "unit"} ·
-    sample {"series", "value", "unit"} · log {"text"} · measurement (a Measurement) · output (an Output) · artifact {"path"} ·
-    finished {"status", "reason"}
+    sample {"series", "value", "unit"} · log {"text"} · measurement (a Measurement) · output (an Output) ·
+    artifact {"path"} · finished {"status", "reason"}
     """
 
     run: str
