@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.errors import BadText, short
 from engine.files import publish
-from engine.methods import Calibrated, Context
+from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, linears
 from engine.packing import QuantizedWeight
 
@@ -163,19 +163,19 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, coun
     return torch.tensor(ids[: rows * length]).view(rows, length)[:count]
 
 
-def walk_blocks(
-    model: LoadedModel, context: Context, params: Calibrated | None = None, collect: Collect = "nothing"
-) -> Iterator[Block]:
+def walk_blocks(model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing") -> Iterator[Block]:
     """Yield the model's blocks in order; what the caller changes in one is kept and seen by the next.
 
-    With `params`, calibration text flows through the blocks and each linear comes with what `collect`
-    asks for: `norm`; `hessian`, which includes the norm; or `directions`, a Hessian of inputs scaled to
-    length 1. Finished blocks are stored and, in a resumed run, read back and not yielded again.
+    A block has the linears that `params` selects. With `Calibrated` params, calibration text flows through the
+    blocks and each linear comes with what `collect` asks for: `norm`; `hessian`, which includes the norm; or
+    `directions`, a Hessian of inputs scaled to length 1. Finished blocks are stored and, in a resumed run, read back
+    and not yielded again.
     """
     name, modules = blocks(model.network)
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
-    if params is not None:
+    select = params if isinstance(params, Selection) else None
+    if isinstance(params, Calibrated):
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
         hidden, calls = capture(model, torch.split(rows.to(model.device), 8))
@@ -189,7 +189,8 @@ def walk_blocks(
             reused += 1
             context.log(f"reused {reused} finished blocks")
         else:
-            block.linears = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(module)]
+            named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(module)]
+            block.linears = [linear for linear in named if select is None or select.selects(linear.name)]
             if collect != "nothing":
                 observe(block, hidden, calls[number], collect)
             yield block

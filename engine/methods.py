@@ -11,15 +11,17 @@ import importlib
 import itertools
 import json
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from engine.errors import BadParams, BadRecipe, UnknownName, short
@@ -37,6 +39,39 @@ class Params(BaseModel):
     """A method's typed settings: every field has a default, a bound where it is a number, a description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Selection(Params):
+    """Params of a method that works on some linears of the blocks: those of `targets` that `ignore` does not name.
+
+    Patterns are of the shell's kind (`*.mlp.*`, `model.layers.0.*`) or, after `re:`, regular expressions that match
+    from the start of the name. Several are separated by spaces.
+    """
+
+    targets: str = Field("", max_length=2000, description="Which linears: patterns such as *.mlp.*; empty: all.")
+    ignore: str = Field("", max_length=2000, description="Linears to leave as they are, patterns as above.")
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _compile(cls, value: str) -> str:
+        for pattern in value.split():
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{short(pattern)} is no regular expression ({error})") from None
+        return value
+
+    def selects(self, name: str) -> bool:
+        """Whether the linear of that full name is to be changed."""
+        return (not self.targets.split() or _matches(self.targets, name)) and not _matches(self.ignore, name)
+
+
+def _matches(patterns: str, name: str) -> bool:
+    return any(
+        re.match(pattern[3:], name) if pattern.startswith("re:") else fnmatchcase(name, pattern)
+        for pattern in patterns.split()
+    )
 
 
 class Calibrated(Params):

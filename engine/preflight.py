@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from engine import hardware, methods
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
-from engine.methods import Calibrated, Method, Params
+from engine.methods import Calibrated, Method, Params, Selection
 from engine.records import Recipe
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
@@ -238,7 +238,14 @@ def estimate(recipe: Recipe) -> Estimate:
 
 def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
     size, pattern = getattr(params, "group_size", None), getattr(params, "pattern", "unstructured")
-    for name, (_, inputs) in shape.linears.items():
+    names = [name for name in shape.linears if not isinstance(params, Selection) or params.selects(name)]
+    if not names and shape.linears and isinstance(params, Selection):
+        raise BadParams(
+            f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
+            f"{short(params.ignore)!r}. Names are as in {next(iter(shape.linears))}."
+        )
+    for name in names:
+        inputs = shape.linears[name][1]
         if size and getattr(params, "granularity", "group") == "group" and inputs % size:
             fitting = [n for n in (8, 16, 32, 64, 128, 256, 512, 1024) if inputs % n == 0]
             raise BadParams(

@@ -13,7 +13,7 @@ import gradio as gr
 from pydantic import JsonValue
 from pydantic.fields import FieldInfo
 
-from engine.methods import Calibrated, Method, bounds, field_kind
+from engine.methods import Calibrated, Method, Selection, bounds, field_kind
 from ui import wording
 
 Input = gr.Radio | gr.Dropdown | gr.Checkbox | gr.Textbox | gr.Number
@@ -23,12 +23,13 @@ RADIO_LIMIT = 6  # up to so many choices a screen reader prefers radio buttons t
 def inputs(method: Method, values: Mapping[str, JsonValue]) -> dict[str, Input]:
     """One input for each setting of `method`, made in the Gradio context that is open.
 
-    What every calibrated method has in common comes last.
+    What all methods of a kind have in common comes last: the calibration, then which linears.
     """
+    shared = [*Calibrated.model_fields, *Selection.model_fields]
     return {
         name: widget(name, info, values.get(name, info.default))
         for name, info in sorted(
-            method.params.model_fields.items(), key=lambda item: item[0] in Calibrated.model_fields
+            method.params.model_fields.items(), key=lambda item: shared.index(item[0]) if item[0] in shared else -1
         )
     }
 

@@ -9,12 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from engine.errors import BadParams
-from engine.methods import Params
+from engine.methods import Selection
 
 Pattern = Literal["unstructured", "2:4", "4:8"]
 
 
-class SparsityParams(Params):
+class SparsityParams(Selection):
     """Settings that every unstructured or N:M pruning has."""
 
     sparsity: float = Field(

@@ -22,7 +22,7 @@ class Params(SparsityParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Prune the linears of every block, each to the same sparsity over its whole matrix."""
-    for block in walk_blocks(model, context):
+    for block in walk_blocks(model, context, params):
         for linear in block.linears:
             linear.weight.mul_(keep_largest(linear.weight.float().abs(), params, linear.name, by_row=False))
             model.pruned.add(linear.name)

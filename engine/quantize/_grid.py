@@ -4,6 +4,10 @@ A symmetric grid of b bits has the levels -2^(b-1) .. 2^(b-1) - 1 times the scal
 scale = amax / (2^(b-1) - 0.5), so that the largest weight of either sign is at most half a step off.
 An asymmetric grid spans [min(0, lowest), max(0, highest)] in 2^b - 1 steps, with an integer zero point.
 Scales are rounded to the dtype in which they are stored *before* codes are computed.
+
+A few large weights make all steps wide. With clipping the range is narrowed where that lowers the squared
+error: each group takes the best of `RATIOS` of its full range, and where it is known how large an input is
+on average, its column counts accordingly.
 """
 
 from __future__ import annotations
@@ -16,20 +20,23 @@ from pydantic import Field
 from torch import Tensor
 
 from engine.errors import BadParams
-from engine.methods import Params
+from engine.methods import Selection
 from engine.packing import QuantizedWeight
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Granularity = Literal["group", "channel", "tensor"]
+Clipping = Literal["none", "mse"]
+RATIOS = tuple(1 - 0.03 * step for step in range(21))  # of the full range: 1 down to 0.4
 
 
-class GridParams(Params):
+class GridParams(Selection):
     """Settings that every integer weight grid has."""
 
     bits: Bits = Field(4, description="Bits of each integer code.")
     granularity: Granularity = Field("group", description="What shares one scale: a group of inputs, a row, a matrix.")
     group_size: int = Field(64, ge=8, le=4096, description="Inputs that share one scale, with granularity `group`.")
     symmetric: bool = Field(True, description="Levels symmetric around zero; else each scale has a zero point.")
+    clipping: Clipping = Field("none", description="Narrow each range where that lowers the squared error (mse).")
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,13 @@ def group_count(columns: int, params: GridParams, name: str) -> int:
     return columns // params.group_size
 
 
-def make_grid(weight: Tensor, params: GridParams, name: str, dtype: torch.dtype) -> Grid:
-    """The min-max grid of a float32 weight (N, K), with scales rounded to `dtype`."""
+def make_grid(
+    weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, importance: Tensor | None = None
+) -> Grid:
+    """The grid of a float32 weight (N, K), with scales rounded to `dtype`.
+
+    `importance` (K,) says how much an error in each column counts when ranges are clipped; None: all alike.
+    """
     rows, columns = weight.shape
     groups = group_count(columns, params, name)
     grouped = weight.view(rows, groups, -1)  # (N, G, group_size)
@@ -93,6 +105,27 @@ def make_grid(weight: Tensor, params: GridParams, name: str, dtype: torch.dtype)
         # One scale; with zero points one a row, all equal: the file format has them for rows, not for matrices.
         shape = (1, 1) if params.symmetric else (rows, 1)
         low, high = low.amin().expand(shape), high.amax().expand(shape)
+    full = _grid_of(low, high, params, dtype)
+    if params.clipping == "none":
+        return full
+    weights = torch.ones(columns, device=weight.device) if importance is None else importance.float()
+    weights = weights.view(1, groups, -1)
+    best, scale, zero = torch.full_like(full.zero, torch.inf), full.scale, full.zero
+    for ratio in RATIOS:
+        grid = full if ratio == 1 else _grid_of(ratio * low, ratio * high, params, dtype)
+        s, z = grid.scale.float().unsqueeze(-1), grid.zero.unsqueeze(-1)  # (N, G, 1), or (1, 1, 1)
+        codes = (torch.round(grouped / s) + z).clamp_(0, 2**params.bits - 1)
+        error = ((codes - z) * s - grouped).square_().mul_(weights).sum(-1)  # (N, G)
+        if params.granularity == "tensor":
+            error = error.sum().expand(scale.shape)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, grid.scale, scale), torch.where(better, grid.zero, zero)
+    return Grid(scale, zero, params.bits, params.symmetric)
+
+
+def _grid_of(low: Tensor, high: Tensor, params: GridParams, dtype: torch.dtype) -> Grid:
+    """The grid that covers the ranges `low` to `high`, each of the shape of the scales."""
     half = 2 ** (params.bits - 1)
     if params.symmetric:
         scale = _storable(torch.maximum(high, -low) / (half - 0.5), dtype)
@@ -110,10 +143,12 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored > 0, stored, torch.ones_like(stored))
 
 
-def round_to_nearest(weight: Tensor, params: GridParams, name: str, dtype: torch.dtype) -> QuantizedWeight:
-    """Each weight (N, K) to the nearest level of the min-max grid."""
+def round_to_nearest(
+    weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, importance: Tensor | None = None
+) -> QuantizedWeight:
+    """Each weight (N, K) to the nearest level of its grid; `importance` as in `make_grid`."""
     weight = weight.float()
-    grid = make_grid(weight, params, name, dtype)
+    grid = make_grid(weight, params, name, dtype, importance)
     groups = grid.scale.shape[1]
     index = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] // groups)
     return grid.quantized(grid.encode(weight, index))

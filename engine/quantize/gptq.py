@@ -85,7 +85,7 @@ def quantize_weight(
     weight, hessian = weight.clone(), hessian.clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    grid = make_grid(weight, params, name, dtype)
+    grid = make_grid(weight, params, name, dtype, hessian.diagonal())
     weight[:, dead] = 0  # inputs that are always zero: any level will do, zero costs nothing
     columns = weight.shape[1]
     group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])

@@ -22,7 +22,7 @@ class Params(GridParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Quantize the linears of every block; embeddings, norms and the output head keep their dtype."""
-    for block in walk_blocks(model, context):
+    for block in walk_blocks(model, context, params):
         for linear in block.linears:
             quantized = round_to_nearest(linear.weight, params, linear.name, linear.weight.dtype)
             linear.weight.copy_(quantized.dequantize())

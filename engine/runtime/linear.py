@@ -6,9 +6,10 @@ Decoding reads every weight once for each token, so its time is the time of the 
     int8pack-cpu    torch's CPU kernel of 8-bit codes with one scale a row
     int4pack-cuda   torch's CUDA kernel of 4-bit codes ("tinygemm"), bfloat16 activations
 
-Codes of 2 and 3 bits stand in 4-bit storage. Codes of 8 bits with groups or zero points are two 4-bit
-halves, code = 16 * high + low, laid side by side along the inputs: one product with the activations
-repeated, 8 bits a weight. Groups that no kernel knows are split into smaller ones with repeated scales.
+Codes of 2 and 3 bits stand in 4-bit storage, those of 5 to 7 in 8-bit storage: files are smaller than memory
+then. Codes of more than 4 bits with groups or zero points are two 4-bit halves, code = 16 * high + low, laid
+side by side along the inputs: one product with the activations repeated, 8 bits a weight. Groups that no
+kernel knows are split into smaller ones with repeated scales.
 
 The 4-bit kernels compute w = (code - 8) * scale + zero with float32 sums. Scales are stored in bfloat16
 and enter exactly. `zero` is (8 - zero_point) * scale: exactly 0 on symmetric grids and, after shifting the
@@ -42,7 +43,7 @@ def kernel_for(weight: QuantizedWeight, device: torch.device | str, dtype: torch
     kind = torch.device(device).type
     if dtype != torch.bfloat16 or weight.scale.dtype != torch.bfloat16:
         return None
-    if kind == "cpu" and weight.bits == 8 and weight.symmetric and weight.scale.shape[1] == 1:
+    if kind == "cpu" and weight.bits > 4 and weight.symmetric and weight.scale.shape[1] == 1:
         return "int8pack-cpu"
     if _kernel_group(weight.group_size) is None:
         return None
@@ -91,12 +92,12 @@ class PackedLinear(nn.Module):
         self._product = _product(kernel)
         self.halves = False
         if kernel == "int8pack-cpu":
-            packed = (weight.codes.to(torch.int16) - 128).to(torch.int8)
+            packed = (weight.codes.to(torch.int16) - 2 ** (weight.bits - 1)).to(torch.int8)
             scales = weight.scale.expand(self.out_features, 1).reshape(-1).contiguous()
         else:
             layout = _int4_layout(weight)
             self.group = layout.group
-            self.halves = weight.bits == 8
+            self.halves = weight.bits > 4
             packed, scales = _pack_int4(layout.codes, kernel, device), layout.scales_and_zeros
         self.register_buffer("packed", packed.to(device))
         self.register_buffer("scales", scales.to(device))
@@ -173,7 +174,11 @@ def _int4_layout(weight: QuantizedWeight) -> _Int4:
     scale = weight.scale.float().expand(rows, -1).repeat_interleave(repeats, dim=1)  # (N, K / group)
     zero = weight.zero.to(torch.int32).expand(rows, -1).repeat_interleave(repeats, dim=1)
     codes = weight.codes.to(torch.int32)
-    if weight.bits == 8:
+    if 4 < weight.bits < 8:
+        # At most 7 bits: code - zero + 128 always lies in 1..255, and the zero term is a whole multiple of the scale.
+        codes = (codes.view(rows, -1, group) + (128 - zero).unsqueeze(-1)).view(rows, columns)
+        zero = torch.full_like(zero, 128)
+    if weight.bits > 4:
         # (16 high + low - zero) scale = (high - 8)(16 scale) + (low - 8) scale + (136 - zero) scale
         term = (136 - zero) * scale
         coarse = term.to(torch.bfloat16).float()

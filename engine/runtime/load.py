@@ -112,13 +112,13 @@ class Schemes:
         """(bits, symmetric) of a module: by its name, else by a `re:` pattern, else by its class.
 
         Raises:
-            BadModel: no group covers it, or not with integers of 2, 3, 4 or 8 bits.
+            BadModel: no group covers it, or not with integers of 2 to 8 bits.
         """
         patterns = (t for t in self._by_target if t.startswith("re:") and re.match(t[3:], name))
         target = name if name in self._by_target else next(patterns, "Linear")
         weights = self._by_target.get(target, {})
         bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
-        if not isinstance(bits, int) or bits not in (2, 3, 4, 8) or weights.get("type", "int") != "int":
+        if not isinstance(bits, int) or bits not in range(2, 9) or weights.get("type", "int") != "int":
             raise BadModel(f"{short(self._folder.name)}: config.json gives {name} no integer scheme that we can read.")
         return bits, bool(symmetric)
 

@@ -16,7 +16,7 @@ from engine.records import Recipe
 from tests.conftest import in_memory, tiny_config
 
 GRIDS = [
-    *({"bits": bits, "group_size": 32, "symmetric": symmetric} for bits in (2, 3, 4, 8) for symmetric in (True, False)),
+    *({"bits": bits, "group_size": 32, "symmetric": symmetric} for bits in range(2, 9) for symmetric in (True, False)),
     *({"bits": 4, "granularity": kind, "symmetric": s} for kind in ("channel", "tensor") for s in (True, False)),
 ]
 

@@ -26,7 +26,7 @@ from engine.calibration import (
     walk_blocks,
 )  # fmt: skip
 from engine.errors import BadText
-from engine.methods import Calibrated, Context
+from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import LoadedModel, blocks
 from tests.conftest import Recorder, in_memory, tiny_config
 
@@ -114,17 +114,23 @@ def test_hessian_is_the_mean_over_all_tokens() -> None:
     torch.testing.assert_close(hessian, 2 * inputs.t() @ inputs / 70)
 
 
+def test_linears_that_are_not_selected_are_left_out(tiny: LoadedModel, context: Context) -> None:
+    params = Selection(targets="*.mlp.*", ignore="*.1.mlp.up_proj")
+    found = [[linear.name.split(".")[-1] for linear in block.linears] for block in walk_blocks(tiny, context, params)]
+    assert found == [["gate_proj", "up_proj", "down_proj"], ["gate_proj", "down_proj"], found[0]]
+
+
 def test_finished_blocks_are_read_back_and_not_yielded_again(
     tiny: LoadedModel, context: Context, recorder: Recorder
 ) -> None:
-    for block in walk_blocks(tiny, context):
+    for block in walk_blocks(tiny, context, Params()):
         if block.number == 2:
             break  # killed in the third block
         for linear in block.linears:
             linear.weight.fill_(block.number + 1)
             tiny.pruned.add(linear.name)
     again = in_memory(tiny_config())
-    visited = [block.number for block in walk_blocks(again, context)]
+    visited = [block.number for block in walk_blocks(again, context, Params())]
     assert visited == [2]
     assert recorder.logs() == ["reused 1 finished blocks", "reused 2 finished blocks"]
     for number, module in enumerate(blocks(again.network)[1][:2]):

@@ -104,4 +104,24 @@ def test_names_are_looked_up_with_a_hint() -> None:
     with pytest.raises(UnknownName, match=r"Did you mean quantize/gptq.*Available: distill/logits"):
         methods.get("quantize/gqtp")
     with pytest.raises(BadParams, match="bits"):
-        methods.get("quantize/rtn").check({"bits": 7})
+        methods.get("quantize/rtn").check({"bits": 9})
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "chosen"),
+    [
+        ("", "", ["0.attn.q", "0.mlp.up", "1.mlp.up"]),
+        ("*.mlp.*", "", ["0.mlp.up", "1.mlp.up"]),
+        ("", "0.*", ["1.mlp.up"]),
+        (r"re:\d\.attn", "", ["0.attn.q"]),
+        ("*.attn.* 1.*", "re:1", ["0.attn.q"]),
+    ],
+)
+def test_targets_and_ignore_choose_linears(targets: str, ignore: str, chosen: list[str]) -> None:
+    selection = methods.Selection(targets=targets, ignore=ignore)
+    assert [name for name in ("0.attn.q", "0.mlp.up", "1.mlp.up") if selection.selects(name)] == chosen
+
+
+def test_a_broken_pattern_is_one_line() -> None:
+    with pytest.raises(BadParams, match=r"quantize/rtn: targets: .*no regular expression"):
+        methods.get("quantize/rtn").check({"targets": "re:(["})

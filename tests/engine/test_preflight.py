@@ -118,6 +118,7 @@ def test_damaged_weights_are_refused_when_loading(tiny_folder: Maker, damage: st
         ({"quantize/gptq": {"bits": float("nan")}}, "bits"),
         ({"quantize/gptq": {"group_size": 0}}, "group_size"),
         ({"quantize/gptq": {"group_size": 48}}, "does not divide the 128 inputs of model.layers.0.mlp.down_proj"),
+        ({"quantize/gptq": {"targets": "*.nothing"}}, "no linear is left by targets '*.nothing'"),
         ({"quantize/gptq": {"group_size": 48}}, "Sizes that do: 8, 16, 32, 64, 128"),
         ({"quantize/gptq": {"bitz": 4}}, "Did you mean bits"),
         ({"quantize/gtpq": {}}, "Did you mean quantize/gptq"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("rows", [1, 3, 200])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("groups", [0, 1, 2, 4, 8])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_a_packed_linear_computes_the_grids_product(bits: int, groups: int, symmetric: bool, rows: int) -> None:
     weight = make(bits, groups, symmetric=symmetric)
     x = (torch.randn(rows, 256) + 0.5).to(torch.bfloat16)  # a mean, so that wrong zero points show
@@ -78,7 +79,9 @@ def test_a_packed_linear_computes_the_grids_product(bits: int, groups: int, symm
     assert relative_error(y, exact_product(x, weight) + bias.double()) < 0.004
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, False), (4, True), (8, True), (8, False)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(2, False), (3, False), (4, True), (5, False), (6, True), (7, False), (8, True), (8, False)]
+)
 def test_what_is_claimed_exact_is_exact(bits: int, symmetric: bool) -> None:
     """With one input of 1 the product is a column of W, and nothing but its rounding to bfloat16 may show."""
     weight = make(bits, 4, symmetric=symmetric)
@@ -164,12 +167,14 @@ def test_every_family_loads_packed_and_computes_what_was_saved(family: str, tmp_
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "groups"), [(2, 2), (3, 1), (4, 0), (8, 1), (8, 2)])
+@pytest.mark.parametrize(("bits", "groups"), [(2, 2), (3, 1), (4, 0), (5, 2), (6, 1), (7, 2), (8, 1), (8, 2)])
 def test_every_grid_survives_the_artifact(bits: int, groups: int, symmetric: bool, tmp_path: Path) -> None:
     model = quantize(in_memory(tiny_config()), bits, groups, symmetric)
     artifacts.write(model, Recipe(), tmp_path / "artifact")
     loaded = runtime.load(tmp_path / "artifact")
-    assert relative_error(logits(loaded.network), logits(model.network).double()) < 0.02
+    # Codes drawn at random make a network that amplifies rounding: dense bfloat16 itself is up to 3 % off.
+    truth = logits(copy.deepcopy(model.network).float()).double()
+    assert relative_error(logits(loaded.network), truth) < 2 * relative_error(logits(model.network), truth)
     if groups == 0 and not symmetric:
         return  # the format has no zero point for a whole matrix that stock transformers reads
     stranger = AutoModelForCausalLM.from_pretrained(tmp_path / "artifact", dtype=torch.bfloat16)

@@ -49,3 +49,32 @@ def test_a_group_size_that_does_not_divide_names_the_module_and_sizes_that_do() 
     with pytest.raises(BadParams, match=r"does not divide the 96 inputs of mlp\.up.*16, 32\.") as caught:
         make_grid(torch.randn(4, 96), GridParams(group_size=64), "mlp.up", torch.float32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_clipping_lowers_the_squared_error_and_never_raises_it(bits: int, symmetric: bool, granularity: str) -> None:
+    weight = torch.randn(12, 96, generator=torch.Generator().manual_seed(bits))
+    weight[3, 5] = 9.0
+    given = {"bits": bits, "symmetric": symmetric, "granularity": granularity, "group_size": 32}
+    both = (GridParams.model_validate(given | {"clipping": kind}) for kind in ("mse", "none"))
+    errors = [(round_to_nearest(weight, p, "w", torch.float32).dequantize() - weight).square() for p in both]
+    mine, full = (error.view(12, -1, 32).sum(-1) if granularity == "group" else error.sum() for error in errors)
+    assert bool((mine <= full + 1e-6).all())
+    if bits < 4:
+        assert mine.sum() < 0.95 * full.sum()
+
+
+def test_clipping_spares_the_columns_that_count() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight[:, 9] *= 5
+    importance = torch.ones(64)
+    importance[9] = 1000
+    params = GridParams(bits=3, group_size=64, clipping="mse")
+    alike, spared = (
+        (round_to_nearest(weight, params, "w", torch.float32, each).dequantize() - weight).square()
+        for each in (None, importance)
+    )
+    assert spared[:, 9].sum() < 0.5 * alike[:, 9].sum()
+    assert spared.sum() > alike.sum()
