@@ -123,7 +123,7 @@ def test_start_queues_the_original_first_and_only_once(desk: Desk, monkeypatch: 
 def test_a_draft_from_the_api_is_judged_like_any_other(desk: Desk) -> None:
     for draft in ({"steps": "x"}, {"model": {"source": ""}}, {"steps": [{"method": "quantize/none"}]}, {"zzz": 1}):
         assert "mq-notice bad" in compress.judge(desk, cast(compress.Draft, draft))
-    bad = compress.as_draft(Recipe.model_validate({"steps": [{"quantize/gptq": {"bits": 5}}]}))
+    bad = compress.as_draft(Recipe.model_validate({"steps": [{"quantize/gptq": {"bits": 9}}]}))
     assert "bits" in compress.judge(desk, bad)
 
 
