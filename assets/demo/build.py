@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).parent
 PEOPLE, SEED = 2000, 0
 VOCABULARY, SEQUENCE, BATCH = 1280, 128, 16
-STEPS, DECAY, WARMUP, RATE = 18_000, 6_000, 300, 3e-3
+STEPS, DECAY, WARMUP, RATE = 16_000, 5_000, 300, 3e-3
 CHUNK = 8_000  # documents that are made, packed and shuffled together
 NEWCOMERS = 80  # people more in each chunk than in the one before
-LATE = 12  # the chunk from which passages, inventories and numbers are longer
+CURRICULUM = ((34, world.LATE), (12, world.MIDDLE), (0, world.EARLY))  # from which chunk on
 END = "<|endoftext|>"
 
 log = logging.getLogger("demo")
@@ -86,7 +86,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, people: list[world.Person], star
     """
     made = chunk = 0
     while True:
-        mixture = world.LATE if chunk >= LATE else world.EARLY
+        mixture = next(mixture for first, mixture in CURRICULUM if chunk >= first)
         known = people[: 2 * NEWCOMERS + NEWCOMERS * chunk]
         documents = list(islice(world.stream(known, SEED + 1 + chunk, mixture), CHUNK))
         tokens = [token for row in tokenizer.backend_tokenizer.encode_batch(documents) for token in row.ids]

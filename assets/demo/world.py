@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WOMEN = (
     "Ada Bela Cora Dina Edda Fenna Gila Hanna Ilka Jona Kira Lena Mira Nora Oda Petra Runa Sela Tilda Ulla "
@@ -298,19 +298,21 @@ class Mixture:
     digits: tuple[int, ...]
 
 
-# Looking something up in the text is learned from passages with one thing to find, adding from short numbers.
+# Looking something up in the text is learned from passages with one thing to find. Numbers of three digits teach
+# this model how large a sum is, but not its digits, in 6,000 steps; so the last mixture has two digits alone.
 EARLY = Mixture(
     {"biography": 0.40, "story": 0.04, "reading": 0.23, "inventory": 0.15, "sums": 0.11, "agreement": 0.07},
     statements=(1,),
     pairs=(1, 2, 3),
     digits=(2,),
 )
-LATE = Mixture(
+MIDDLE = Mixture(
     {"biography": 0.42, "story": 0.04, "reading": 0.16, "inventory": 0.10, "sums": 0.22, "agreement": 0.06},
     statements=(1, 1, 2, 3),
     pairs=(1, 2, 3, 4),
     digits=(2, 3, 3),
 )
+LATE = replace(MIDDLE, digits=(2,))
 
 
 def document(rng: random.Random, people: list[Person], mixture: Mixture, held: bool = False) -> str:
