@@ -11,6 +11,7 @@ A block that is finished is written to `context.folder`; a run that resumes read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -271,14 +272,37 @@ def run_block(module: nn.Module, states: Tensor, call: Call) -> Tensor:
 
 
 def observe(block: Block, hidden: list[Tensor], calls: list[Call], collect: Collect) -> None:
-    """Run the block over all inputs and fill its linears' statistics."""
-    handles = [linear.module.register_forward_pre_hook(Accumulator(linear, collect)) for linear in block.linears]
-    try:
+    """Run the block over all inputs and fill its linears' statistics.
+
+    Linears that read the same tensor (q, k and v; gate and up) share one set of statistics.
+    """
+    groups = shared_inputs(block, hidden[0], calls[0])
+    with contextlib.ExitStack() as stack:
+        for group in groups:
+            hook = group[0].module.register_forward_pre_hook(Accumulator(group[0], collect))
+            stack.callback(hook.remove)
         for states, call in zip(hidden, calls, strict=True):
             run_block(block.module, states, call)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for first, *others in groups:
+        for other in others:
+            other.hessian, other.input_norm, other.tokens = first.hessian, first.input_norm, first.tokens
+
+
+def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLinear]]:
+    """The block's linears in order, those together that read the same tensor."""
+    readers: dict[int, tuple[Tensor, list[BlockLinear]]] = {}  # the tensors are kept, so that no id is used twice
+
+    def note(linear: BlockLinear, inputs: Tensor) -> None:
+        readers.setdefault(id(inputs), (inputs, []))[1].append(linear)
+
+    with contextlib.ExitStack() as stack:
+        for linear in block.linears:
+            hook = linear.module.register_forward_pre_hook(lambda _, args, linear=linear: note(linear, args[0]))
+            stack.callback(hook.remove)
+        run_block(block.module, states, call)
+    found = [group for _, group in readers.values()]
+    reached = {linear.name for group in found for linear in group}
+    return found + [[linear] for linear in block.linears if linear.name not in reached]
 
 
 def keep(model: LoadedModel, block: Block, path: Path) -> None:

@@ -56,6 +56,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Quantize the linears of every block; a linear that cannot be solved is rounded to nearest, and logged."""
     collect: Collect = "directions" if params.equal_tokens else "hessian"
     for block in walk_blocks(model, context, params, collect):
+        solvers: dict[int, Solver] = {}
         for linear in block.linears:
             context.check_cancelled()
             weight, dtype = linear.weight.float(), linear.weight.dtype
@@ -63,9 +64,11 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             try:
                 if linear.hessian is None:
                     raise LinAlgError("no token reached it")
-                quantized, damping = quantize_weight(weight, linear.hessian, params, linear.name, dtype, keep)
-                if damping != params.damping:
-                    context.log(f"{linear.name}: damping raised from {params.damping:g} to {damping:g}")
+                solver = solvers.get(id(linear.hessian)) or Solver(linear.hessian, params)
+                solvers[id(linear.hessian)] = solver
+                quantized = solver.quantize(weight, linear.name, dtype, keep)
+                if solver.damping != params.damping:
+                    context.log(f"{linear.name}: damping raised from {params.damping:g} to {solver.damping:g}")
             except LinAlgError as error:
                 context.log(f"{linear.name}: rounded to nearest instead, {error}")
                 quantized = round_to_nearest(weight, params, linear.name, dtype)
@@ -75,44 +78,55 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     return model
 
 
-def quantize_weight(
-    weight: Tensor, hessian: Tensor, params: Params, name: str, dtype: torch.dtype, keep: Tensor | None = None
-) -> tuple[QuantizedWeight, float]:
-    """GPTQ of a float32 weight (N, K) given its Hessian (K, K); scales are stored in `dtype`.
+class Solver:
+    """GPTQ for the linears that read one input, given its Hessian (K, K): ordered and factorized once.
 
-    Where `keep` (N, K) is False, the weight becomes zero. Returns the damping that was needed, too.
+    `damping` is what the factorization took.
+
+    Raises:
+        LinAlgError: the Hessian cannot be factorized.
     """
-    weight, hessian = weight.clone(), hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    grid = make_grid(weight, params, name, dtype, hessian.diagonal())
-    weight[:, dead] = 0  # inputs that are always zero: any level will do, zero costs nothing
-    columns = weight.shape[1]
-    group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
-    order = torch.arange(columns, device=weight.device)
-    if params.activation_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor, damping = inverse_factor(hessian[order][:, order], params.damping)
-    weight, group = weight[:, order], group[order]
-    keep = None if keep is None else keep[:, order]
-    codes = torch.empty_like(weight)
-    for start in range(0, columns, SLICE):
-        stop = min(start + SLICE, columns)
-        part, errors = weight[:, start:stop], torch.empty_like(weight[:, start:stop])
-        scale, zero = grid.columns(group[start:stop])  # (N, stop - start) each
-        for j in range(stop - start):
-            s, z = scale[:, j], zero[:, j]
-            code = (torch.round(part[:, j] / s) + z).clamp_(0, 2**params.bits - 1)
-            if keep is not None:
-                code = torch.where(keep[:, start + j], code, z)
-            row = factor[start + j, start + j : stop]
-            errors[:, j] = (part[:, j] - (code - z) * s) / row[0]
-            part[:, j + 1 :] -= torch.outer(errors[:, j], row[1:])
-            codes[:, start + j] = code
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(columns, device=order.device)
-    return grid.quantized(codes[:, inverse]), damping
+
+    def __init__(self, hessian: Tensor, params: Params) -> None:
+        self._params = params
+        self._dead = hessian.diagonal() == 0
+        self._importance = hessian.diagonal().clone()
+        hessian = hessian.clone()
+        hessian.diagonal()[self._dead] = 1
+        self._order = torch.arange(hessian.shape[0], device=hessian.device)
+        if params.activation_order:
+            self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        self._factor, self.damping = inverse_factor(hessian[self._order][:, self._order], params.damping)
+
+    def quantize(self, weight: Tensor, name: str, dtype: torch.dtype, keep: Tensor | None = None) -> QuantizedWeight:
+        """The float32 weight (N, K) on its grid; scales are stored in `dtype`.
+
+        Where `keep` (N, K) is False, the weight becomes zero.
+        """
+        grid = make_grid(weight, self._params, name, dtype, self._importance)
+        columns, top = weight.shape[1], 2**self._params.bits - 1
+        group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
+        weight = torch.where(self._dead, 0, weight)  # inputs that are always zero: zero costs nothing
+        weight, group = weight[:, self._order], group[self._order]
+        keep = None if keep is None else keep[:, self._order]
+        codes = torch.empty_like(weight)
+        for start in range(0, columns, SLICE):
+            stop = min(start + SLICE, columns)
+            part, errors = weight[:, start:stop], torch.empty_like(weight[:, start:stop])
+            scale, zero = grid.columns(group[start:stop])  # (N, stop - start) each
+            for j in range(stop - start):
+                s, z = scale[:, j], zero[:, j]
+                code = (torch.round(part[:, j] / s) + z).clamp_(0, top)
+                if keep is not None:
+                    code = torch.where(keep[:, start + j], code, z)
+                row = self._factor[start + j, start + j : stop]
+                errors[:, j] = (part[:, j] - (code - z) * s) / row[0]
+                part[:, j + 1 :] -= torch.outer(errors[:, j], row[1:])
+                codes[:, start + j] = code
+            weight[:, stop:] -= errors @ self._factor[start:stop, stop:]
+        inverse = torch.empty_like(self._order)
+        inverse[self._order] = torch.arange(columns, device=weight.device)
+        return grid.quantized(codes[:, inverse])
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:

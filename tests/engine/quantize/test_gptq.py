@@ -9,7 +9,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize import gptq, rtn
 from engine.quantize._grid import make_grid, round_to_nearest
-from engine.quantize.gptq import Params, inverse_factor, quantize_weight
+from engine.quantize.gptq import Params, Solver, inverse_factor
 from tests.conftest import Recorder
 
 
@@ -58,7 +58,7 @@ def test_codes_agree_with_the_slow_reference(
     weight = torch.randn(24, columns, generator=dice)
     hessian = hessian_of(correlated(4 * columns, columns))
     params = Params(bits=3, group_size=group, symmetric=symmetric, activation_order=activation_order)
-    found, _ = quantize_weight(weight, hessian, params, "w", torch.float32)
+    found = Solver(hessian, params).quantize(weight, "w", torch.float32)
     expected = slow_obq(weight, hessian, params, torch.float32)
     # A sum that lands on a rounding boundary may fall either way; one wrong update changes many codes.
     assert (found.codes.float() != expected).float().mean() < 0.002
@@ -67,7 +67,7 @@ def test_codes_agree_with_the_slow_reference(
 def test_identity_hessian_gives_round_to_nearest() -> None:
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     params = Params(bits=4, group_size=32)
-    found, _ = quantize_weight(weight, torch.eye(128), params, "w", torch.bfloat16)
+    found = Solver(torch.eye(128), params).quantize(weight, "w", torch.bfloat16)
     torch.testing.assert_close(found.codes, round_to_nearest(weight, params, "w", torch.bfloat16).codes)
 
 
@@ -76,7 +76,7 @@ def test_output_error_is_below_round_to_nearest(bits: int) -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
     inputs = correlated(512, 128)
     params = Params(bits=bits, group_size=32)
-    found, _ = quantize_weight(weight, hessian_of(inputs), params, "w", torch.float32)
+    found = Solver(hessian_of(inputs), params).quantize(weight, "w", torch.float32)
     nearest = round_to_nearest(weight, params, "w", torch.float32)
     error, baseline = ((inputs @ (q.dequantize() - weight).t()).square().sum() for q in (found, nearest))
     assert error < 0.9 * baseline
@@ -87,7 +87,7 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_it() -> None:
     keep = torch.rand(16, 64, generator=torch.Generator().manual_seed(4)) > 0.5
     inputs = correlated(256, 64)
     params = Params(bits=8, group_size=32)
-    found, _ = quantize_weight(weight, hessian_of(inputs), params, "w", torch.float32, keep)
+    found = Solver(hessian_of(inputs), params).quantize(weight, "w", torch.float32, keep)
     values = found.dequantize()
     assert bool((values[~keep] == 0).all())
     error = (inputs @ (values - weight).t()).square().sum()
@@ -108,7 +108,7 @@ def test_an_input_that_is_always_zero_does_no_harm() -> None:
     inputs = correlated(256, 64)
     inputs[:, 7] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
-    found, _ = quantize_weight(weight, hessian_of(inputs), Params(bits=4, group_size=64), "w", torch.float32)
+    found = Solver(hessian_of(inputs), Params(bits=4, group_size=64)).quantize(weight, "w", torch.float32)
     assert bool((found.dequantize()[:, 7] == 0).all())
 
 
@@ -128,3 +128,12 @@ def test_the_network_holds_what_the_codes_say(tiny: LoadedModel, context: Contex
     rtn.apply(tiny, rtn.Params(bits=4, group_size=32), context)
     for name, weight in tiny.quantized.items():
         torch.testing.assert_close(tiny.network.get_submodule(name).weight.data, weight.dequantize(), rtol=0, atol=0)
+
+
+def test_linears_that_read_one_input_are_factorized_once(
+    tiny: LoadedModel, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = []
+    monkeypatch.setattr(gptq, "inverse_factor", lambda *given: solved.append(given) or inverse_factor(*given))
+    gptq.apply(tiny, Params(samples=4, sequence_length=16, group_size=32), context)
+    assert len(solved) == 3 * 4  # q, k and v; o; gate and up; down
