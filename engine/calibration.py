@@ -61,21 +61,25 @@ class BlockLinear:
 
 
 @dataclass
-class Block:
-    """One decoder block with its linears; `number` counts from 0."""
-
-    number: int
-    name: str
-    module: nn.Module
-    linears: list[BlockLinear]
-
-
-@dataclass
 class Call:
     """The arguments one block received for one batch, but for the hidden states."""
 
     args: tuple[object, ...]
     kwargs: dict[str, object]
+
+
+@dataclass
+class Block:
+    """One decoder block with its linears; `number` counts from 0.
+
+    sample: hidden states (B, T, hidden) that enter the block and its other arguments, where text was asked for.
+    """
+
+    number: int
+    name: str
+    module: nn.Module
+    linears: list[BlockLinear]
+    sample: tuple[Tensor, Call] | None = None
 
 
 class Accumulator:
@@ -192,6 +196,8 @@ def walk_blocks(model: LoadedModel, context: Context, params: Params, collect: C
         else:
             named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(module)]
             block.linears = [linear for linear in named if select is None or select.selects(linear.name)]
+            if hidden:
+                block.sample = hidden[0], calls[number][0]
             if collect != "nothing":
                 observe(block, hidden, calls[number], collect)
             yield block

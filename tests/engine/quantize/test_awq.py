@@ -1,0 +1,75 @@
+"""AWQ: folding changes nothing, the best scale is never worse than none, and the arithmetic is the paper's."""
+
+import pytest
+import torch
+
+from engine.calibration import Block, BlockLinear, walk_blocks
+from engine.methods import Calibrated, Context
+from engine.models import LoadedModel
+from engine.quantize import awq
+from engine.quantize._fold import folds
+from tests.conftest import in_memory
+from tests.engine.test_calibration import FAMILIES
+
+# Where scales can be folded: the linear before, or "norm", and the linears that read it.
+PLACES = {
+    "llama": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
+    "qwen2": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
+    "qwen3": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
+    "gemma2": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
+    "gpt2": ["norm c_attn", "norm c_fc"],
+    "gpt_neox": ["norm query_key_value", "norm dense_h_to_4h"],
+    "opt": ["norm q_proj k_proj v_proj", "v_proj out_proj", "norm fc1", "fc1 fc2"],
+}
+
+
+@pytest.mark.parametrize("family", PLACES)
+@torch.no_grad()
+def test_folding_keeps_what_the_model_computes(family: str, context: Context) -> None:
+    model = in_memory(FAMILIES[family], torch.float32)
+    ids = torch.randint(3, 1280, (2, 24), generator=torch.Generator().manual_seed(1))
+    before = model.network(input_ids=ids).logits
+    names: list[list[str]] = []
+    for block in walk_blocks(model, context, Calibrated(samples=4, sequence_length=16)):
+        assert block.sample is not None
+        found = folds(block, *block.sample)
+        names.append([describe(fold.source, fold.readers, block) for fold in found])
+        for number, fold in enumerate(found):
+            fold.apply(torch.rand(fold.size, generator=torch.Generator().manual_seed(number)) + 0.5)
+    for each in names:
+        assert sorted(each) == sorted(PLACES[family])
+    torch.testing.assert_close(model.network(input_ids=ids).logits, before, rtol=1e-3, atol=1e-4)
+
+
+def describe(source: torch.nn.Module, readers: tuple[BlockLinear, ...], block: Block) -> str:
+    path = next(path for path, module in block.module.named_modules() if module is source)
+    first = path.rpartition(".")[2] if hasattr(source, "in_features") else "norm"
+    return " ".join([first, *(reader.name.rpartition(".")[2] for reader in readers)])
+
+
+def test_the_scale_is_the_one_worked_out_by_hand() -> None:
+    torch.testing.assert_close(awq.scale_for(torch.tensor([1.0, 16.0]), 0.5), torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(awq.scale_for(torch.tensor([3.0, 7.0]), 0.0), torch.ones(2))
+
+
+def test_large_channels_are_scaled_up_and_the_error_falls(tiny: LoadedModel, context: Context) -> None:
+    with torch.no_grad():  # one channel in each group that carries the most, as in trained models
+        for layer in tiny.network.model.layers:
+            layer.input_layernorm.weight[::32] *= 30
+    params = awq.Params(bits=3, group_size=32, samples=8, sequence_length=32)
+    block = next(walk_blocks(tiny, context, params, "directions"))
+    assert block.sample is not None
+    fold = next(fold for fold in folds(block, *block.sample) if len(fold.readers) == 3)
+    ratio, scale = awq.best_scale(fold, list(fold.readers), params)
+    assert ratio > 0
+    others = torch.ones(len(scale), dtype=torch.bool)
+    others[::32] = False
+    assert scale[::32].min() > scale[others].max()
+
+
+def test_a_resumed_block_keeps_its_folded_norm(tiny: LoadedModel, context: Context) -> None:
+    params = awq.Params(bits=4, group_size=32, samples=4, sequence_length=16)
+    awq.apply(tiny, params, context)
+    again = awq.apply(in_memory(tiny.network.config), params, context)  # every block is read back
+    for (name, one), (_, two) in zip(tiny.network.named_parameters(), again.network.named_parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, msg=name)
