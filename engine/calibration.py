@@ -35,6 +35,7 @@ from engine.packing import QuantizedWeight
 log = logging.getLogger(__name__)
 
 Collect = Literal["nothing", "norm", "hessian", "directions"]
+SAMPLE = 64  # tokens
 LONGEST_TEXT = 64 << 20  # bytes that are read of a text file
 
 
@@ -46,6 +47,7 @@ class BlockLinear:
         change the model.
     hessian: float32 (in, in), mean of 2 x xᵀ over the tokens, where it was asked for.
     input_norm: float32 (in,), the L2 norm of each input over the tokens, where it was asked for.
+    sample: float32 (at most SAMPLE, in), some of the inputs.
     """
 
     name: str
@@ -53,6 +55,7 @@ class BlockLinear:
     tokens: int = 0
     hessian: Tensor | None = None
     input_norm: Tensor | None = None
+    sample: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -96,6 +99,8 @@ class Accumulator:
                 linear.hessian = make_empty_hessian(inputs.shape[1], inputs.device)
             weighted = nn.functional.normalize(inputs) if self.collect == "directions" else inputs
             linear.hessian = accumulate_hessian(linear.hessian, linear.tokens, weighted)
+        if linear.sample is None:
+            linear.sample = inputs[:: max(1, inputs.shape[0] // SAMPLE)][:SAMPLE].clone()
         squares = inputs.square().sum(0)
         before = torch.zeros_like(squares) if linear.input_norm is None else linear.input_norm.square()
         linear.input_norm = (before + squares).sqrt()
@@ -292,6 +297,7 @@ def observe(block: Block, hidden: list[Tensor], calls: list[Call], collect: Coll
     for first, *others in groups:
         for other in others:
             other.hessian, other.input_norm, other.tokens = first.hessian, first.input_norm, first.tokens
+            other.sample = first.sample
 
 
 def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLinear]]:

@@ -98,15 +98,18 @@ class Run(Record):
     artifact: str | None = None
 
 
-EventKind = Literal["estimate", "phase", "progress", "sample", "log", "measurement", "output", "artifact", "finished"]
+EventKind = Literal[
+    "estimate", "phase", "progress", "sample", "log", "linear", "measurement", "output", "artifact", "finished"
+]
 
 
 class Event(Record):
     """One thing a worker said. `data` by kind:
 
     estimate {"memory" (B), "seconds"} · phase {"name"} · progress {"done", "total", "unit"} ·
-    sample {"series", "value", "unit"} · log {"text"} · measurement (a Measurement) · output (an Output) ·
-    artifact {"path"} · finished {"status", "reason"}
+    sample {"series", "value", "unit"} · log {"text"} · linear {"name", "bits", "error", ...}, as
+    `quantize._place` makes it · measurement (a Measurement) · output (an Output) · artifact {"path"} ·
+    finished {"status", "reason"}
     """
 
     run: str

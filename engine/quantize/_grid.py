@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from engine.calibration import Collect
 from engine.errors import BadParams
-from engine.methods import Selection
+from engine.methods import Calibrated, Selection
 from engine.packing import QuantizedWeight
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -37,6 +38,18 @@ class GridParams(Selection):
     group_size: int = Field(64, ge=8, le=4096, description="Inputs that share one scale, with granularity `group`.")
     symmetric: bool = Field(True, description="Levels symmetric around zero; else each scale has a zero point.")
     clipping: Clipping = Field("none", description="Narrow each range where that lowers the squared error (mse).")
+
+
+class HessianParams(GridParams, Calibrated):
+    """Settings of a scheme that weighs errors by the second moments of each linear's inputs."""
+
+    samples: int = Field(128, ge=1, le=4096, description="Calibration sequences that are read.")
+    equal_tokens: bool = Field(True, description="Every token counts alike, also where activations are huge.")
+
+    @property
+    def collect(self) -> Collect:
+        """What `walk_blocks` is to gather."""
+        return "directions" if self.equal_tokens else "hessian"
 
 
 @dataclass(frozen=True)

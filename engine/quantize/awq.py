@@ -22,11 +22,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Block, BlockLinear, Collect, walk_blocks
-from engine.methods import Calibrated, Context
+from engine.calibration import Block, BlockLinear, walk_blocks
+from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._fold import Fold, folds
-from engine.quantize._grid import Clipping, GridParams, round_to_nearest
+from engine.quantize._grid import Clipping, HessianParams, round_to_nearest
+from engine.quantize._place import place
 
 TITLE = "AWQ"
 CHANGES = ("disk", "memory", "latency")
@@ -34,27 +35,24 @@ RATIOS = tuple(step / 20 for step in range(21))
 SMALLEST = 1e-4  # of the largest channel: what is smaller counts as this
 
 
-class Params(GridParams, Calibrated):
+class Params(HessianParams):
     """Settings of AWQ: the grid and the calibration."""
 
     clipping: Clipping = Field("mse", description="Narrow each range where that lowers the squared error (mse).")
-    equal_tokens: bool = Field(True, description="Every token counts alike, also where activations are huge.")
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Fold the best scales into every block, then quantize its linears."""
-    collect: Collect = "directions" if params.equal_tokens else "hessian"
-    for block in walk_blocks(model, context, params, collect):
+    for block in walk_blocks(model, context, params, params.collect):
         scales = scale_block(block, params, context)
         for linear in block.linears:
             context.check_cancelled()
-            importance = None
-            if linear.hessian is not None:
-                importance = linear.hessian.diagonal() / scales.get(linear.name, torch.ones(())).square()
+            scale = scales.get(linear.name, torch.ones((), device=linear.weight.device))
+            importance = None if linear.hessian is None else linear.hessian.diagonal() / scale.square()
+            linear.sample = None if linear.sample is None else linear.sample / scale
             quantized = round_to_nearest(linear.weight, params, linear.name, linear.weight.dtype, importance)
-            linear.weight.copy_(quantized.dequantize())
-            model.quantized[linear.name] = quantized
-            linear.hessian = None
+            note = "no token reached it" if linear.hessian is None else ""
+            place(model, linear, quantized, context, note)
     return model
 
 

@@ -27,54 +27,63 @@ Zeros that an earlier pruning step made stay zeros; their rounding error is what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine.calibration import Collect, walk_blocks
-from engine.methods import Calibrated, Context
+from engine.calibration import walk_blocks
+from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import GridParams, make_grid, round_to_nearest
+from engine.quantize._grid import GridParams, HessianParams, make_grid, round_to_nearest
+from engine.quantize._place import place
 
 TITLE = "GPTQ"
 CHANGES = ("disk", "memory", "latency")
 SLICE = 128
 
 
-class Params(GridParams, Calibrated):
+class Params(HessianParams):
     """Settings of GPTQ: the grid, the calibration, the order and the damping."""
 
-    samples: int = Field(128, ge=1, le=4096, description="Calibration sequences that are read.")
     activation_order: bool = Field(True, description="Solve the columns with the largest inputs first.")
-    equal_tokens: bool = Field(True, description="Every token counts alike, also where activations are huge.")
     damping: float = Field(0.01, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to H.")
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
-    """Quantize the linears of every block; a linear that cannot be solved is rounded to nearest, and logged."""
-    collect: Collect = "directions" if params.equal_tokens else "hessian"
-    for block in walk_blocks(model, context, params, collect):
+    """Quantize the linears of every block."""
+    return solve(model, params, context, lambda name: params)
+
+
+def solve(
+    model: LoadedModel, params: Params, context: Context, grid_of: Callable[[str], GridParams]
+) -> LoadedModel:  # fmt: skip
+    """Quantize every linear on the grid that `grid_of` its name gives.
+
+    One that cannot be solved is rounded to nearest, and the audit says so.
+    """
+    for block in walk_blocks(model, context, params, params.collect):
         solvers: dict[int, Solver] = {}
         for linear in block.linears:
             context.check_cancelled()
-            weight, dtype = linear.weight.float(), linear.weight.dtype
+            weight, dtype, grid = linear.weight.float(), linear.weight.dtype, grid_of(linear.name)
             keep = weight != 0 if linear.name in model.pruned else None
+            note = ""
             try:
                 if linear.hessian is None:
                     raise LinAlgError("no token reached it")
                 solver = solvers.get(id(linear.hessian)) or Solver(linear.hessian, params)
                 solvers[id(linear.hessian)] = solver
-                quantized = solver.quantize(weight, linear.name, dtype, keep)
+                quantized = solver.quantize(weight, grid, linear.name, dtype, keep)
                 if solver.damping != params.damping:
-                    context.log(f"{linear.name}: damping raised from {params.damping:g} to {solver.damping:g}")
+                    note = f"damping raised from {params.damping:g} to {solver.damping:g}"
             except LinAlgError as error:
-                context.log(f"{linear.name}: rounded to nearest instead, {error}")
-                quantized = round_to_nearest(weight, params, linear.name, dtype)
-            linear.weight.copy_(quantized.dequantize())
-            model.quantized[linear.name] = quantized
-            linear.hessian = None
+                note = f"rounded to nearest instead, {error}"
+                quantized = round_to_nearest(weight, grid, linear.name, dtype)
+            place(model, linear, quantized, context, note)
     return model
 
 
@@ -88,7 +97,6 @@ class Solver:
     """
 
     def __init__(self, hessian: Tensor, params: Params) -> None:
-        self._params = params
         self._dead = hessian.diagonal() == 0
         self._importance = hessian.diagonal().clone()
         hessian = hessian.clone()
@@ -98,13 +106,15 @@ class Solver:
             self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         self._factor, self.damping = inverse_factor(hessian[self._order][:, self._order], params.damping)
 
-    def quantize(self, weight: Tensor, name: str, dtype: torch.dtype, keep: Tensor | None = None) -> QuantizedWeight:
-        """The float32 weight (N, K) on its grid; scales are stored in `dtype`.
+    def quantize(
+        self, weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, keep: Tensor | None = None
+    ) -> QuantizedWeight:
+        """The float32 weight (N, K) on the grid of `params`; scales are stored in `dtype`.
 
         Where `keep` (N, K) is False, the weight becomes zero.
         """
-        grid = make_grid(weight, self._params, name, dtype, self._importance)
-        columns, top = weight.shape[1], 2**self._params.bits - 1
+        grid = make_grid(weight, params, name, dtype, self._importance)
+        columns, top = weight.shape[1], 2**params.bits - 1
         group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
         weight = torch.where(self._dead, 0, weight)  # inputs that are always zero: zero costs nothing
         weight, group = weight[:, self._order], group[self._order]

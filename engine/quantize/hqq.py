@@ -31,6 +31,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import Grid, GridParams, make_grid
+from engine.quantize._place import place
 
 TITLE = "HQQ"
 CHANGES = ("disk", "memory", "latency")
@@ -51,8 +52,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         for linear in block.linears:
             context.check_cancelled()
             quantized = quantize_weight(linear.weight.float(), params, linear.name, linear.weight.dtype)
-            linear.weight.copy_(quantized.dequantize())
-            model.quantized[linear.name] = quantized
+            place(model, linear, quantized, context)
     return model
 
 

@@ -11,6 +11,7 @@ from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._grid import GridParams, round_to_nearest
+from engine.quantize._place import place
 
 TITLE = "Round to nearest"
 CHANGES = ("disk", "memory", "latency")
@@ -25,6 +26,5 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     for block in walk_blocks(model, context, params):
         for linear in block.linears:
             quantized = round_to_nearest(linear.weight, params, linear.name, linear.weight.dtype)
-            linear.weight.copy_(quantized.dequantize())
-            model.quantized[linear.name] = quantized
+            place(model, linear, quantized, context)
     return model

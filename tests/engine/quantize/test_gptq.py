@@ -58,7 +58,7 @@ def test_codes_agree_with_the_slow_reference(
     weight = torch.randn(24, columns, generator=dice)
     hessian = hessian_of(correlated(4 * columns, columns))
     params = Params(bits=3, group_size=group, symmetric=symmetric, activation_order=activation_order)
-    found = Solver(hessian, params).quantize(weight, "w", torch.float32)
+    found = Solver(hessian, params).quantize(weight, params, "w", torch.float32)
     expected = slow_obq(weight, hessian, params, torch.float32)
     # A sum that lands on a rounding boundary may fall either way; one wrong update changes many codes.
     assert (found.codes.float() != expected).float().mean() < 0.002
@@ -67,7 +67,7 @@ def test_codes_agree_with_the_slow_reference(
 def test_identity_hessian_gives_round_to_nearest() -> None:
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     params = Params(bits=4, group_size=32)
-    found = Solver(torch.eye(128), params).quantize(weight, "w", torch.bfloat16)
+    found = Solver(torch.eye(128), params).quantize(weight, params, "w", torch.bfloat16)
     torch.testing.assert_close(found.codes, round_to_nearest(weight, params, "w", torch.bfloat16).codes)
 
 
@@ -76,7 +76,7 @@ def test_output_error_is_below_round_to_nearest(bits: int) -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
     inputs = correlated(512, 128)
     params = Params(bits=bits, group_size=32)
-    found = Solver(hessian_of(inputs), params).quantize(weight, "w", torch.float32)
+    found = Solver(hessian_of(inputs), params).quantize(weight, params, "w", torch.float32)
     nearest = round_to_nearest(weight, params, "w", torch.float32)
     error, baseline = ((inputs @ (q.dequantize() - weight).t()).square().sum() for q in (found, nearest))
     assert error < 0.9 * baseline
@@ -87,7 +87,7 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_it() -> None:
     keep = torch.rand(16, 64, generator=torch.Generator().manual_seed(4)) > 0.5
     inputs = correlated(256, 64)
     params = Params(bits=8, group_size=32)
-    found = Solver(hessian_of(inputs), params).quantize(weight, "w", torch.float32, keep)
+    found = Solver(hessian_of(inputs), params).quantize(weight, params, "w", torch.float32, keep)
     values = found.dequantize()
     assert bool((values[~keep] == 0).all())
     error = (inputs @ (values - weight).t()).square().sum()
@@ -108,7 +108,8 @@ def test_an_input_that_is_always_zero_does_no_harm() -> None:
     inputs = correlated(256, 64)
     inputs[:, 7] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
-    found = Solver(hessian_of(inputs), Params(bits=4, group_size=64)).quantize(weight, "w", torch.float32)
+    params = Params(bits=4, group_size=64)
+    found = Solver(hessian_of(inputs), params).quantize(weight, params, "w", torch.float32)
     assert bool((found.dequantize()[:, 7] == 0).all())
 
 
