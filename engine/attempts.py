@@ -8,6 +8,7 @@
         worker.log     what the worker wrote to stdout and stderr
         blocks/        finished blocks, moved on to the next attempt
         artifact/      the result, renamed into place when complete
+    HOME/cache/        what one run measured and others can use
 
 The scheduler takes the lock before the worker exists and hands the open file down, so that there is no
 instant at which a live worker looks dead.
@@ -39,6 +40,12 @@ DURABLE = frozenset({"artifact", "finished"})
 def attempt_folder(home: Path, run: str, attempt: int) -> Path:
     """Where an attempt lives below the data folder `home`."""
     return home / "runs" / run / f"attempt-{attempt}"
+
+
+def cache_folder(attempt: Path) -> Path:
+    """What is kept for other runs, below the data folder of an attempt; below any other folder that itself."""
+    home = attempt.parents[2] if len(attempt.parents) > 2 and attempt.parents[1].name == "runs" else attempt
+    return home / "cache"
 
 
 def prepare(home: Path, run: str, attempt: int, request: dict[str, JsonValue]) -> Path:

@@ -173,13 +173,15 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, coun
     return torch.tensor(ids[: rows * length]).view(rows, length)[:count]
 
 
-def walk_blocks(model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing") -> Iterator[Block]:
+def walk_blocks(
+    model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing", *, keep_blocks: bool = True
+) -> Iterator[Block]:
     """Yield the model's blocks in order; what the caller changes in one is kept and seen by the next.
 
     A block has the linears that `params` selects. With `Calibrated` params, calibration text flows through the
     blocks and each linear comes with what `collect` asks for: `norm`; `hessian`, which includes the norm; or
     `directions`, a Hessian of inputs scaled to length 1. Finished blocks are stored and, in a resumed run, read back
-    and not yielded again.
+    and not yielded again; without `keep_blocks` this walk only looks.
     """
     name, modules = blocks(model.network)
     hidden: list[Tensor] = []
@@ -194,7 +196,7 @@ def walk_blocks(model: LoadedModel, context: Context, params: Params, collect: C
         context.check_cancelled()
         saved = context.folder / f"block-{number:04d}.safetensors"
         block = Block(number, f"{name}.{number}", module, [])
-        if saved.exists():
+        if keep_blocks and saved.exists():
             restore(model, block, saved)
             reused += 1
             context.log(f"reused {reused} finished blocks")
@@ -206,7 +208,8 @@ def walk_blocks(model: LoadedModel, context: Context, params: Params, collect: C
             if collect != "nothing":
                 observe(block, hidden, calls[number], collect)
             yield block
-            keep(model, block, saved)
+            if keep_blocks:
+                keep(model, block, saved)
         if number + 1 < len(modules):
             hidden = [run_block(module, states, call) for states, call in zip(hidden, _of(calls, number), strict=True)]
         context.progress(number + 1, len(modules), "blocks")

@@ -40,6 +40,13 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+        """Refuse what cannot work on a model with these (out, in) linears to change and so many parameters in all.
+
+        Raises:
+            BadParams: one line that names the linear and what would work.
+        """
+
 
 class Selection(Params):
     """Params of a method that works on some linears of the blocks: those of `targets` that `ignore` does not name.
@@ -85,12 +92,14 @@ class Calibrated(Params):
 class Context:
     """What a method may use of the run it is part of.
 
-    `folder` keeps finished work for resuming; `calibration` is the text file that calibrates.
+    `folder` keeps finished work for resuming, `cache` what is worth keeping for other runs; `calibration` is the
+    text file that calibrates.
     """
 
     device: str
     seed: int
     folder: Path
+    cache: Path
     calibration: Path
     emit: Emit = field(repr=False)
     check_cancelled: Callable[[], None] = field(repr=False)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import artifacts, methods, models, preflight
+from engine.attempts import cache_folder
 from engine.errors import BadArtifact, InputError, RunError, short
 from engine.methods import Context, Emit
 from engine.models import LoadedModel
@@ -55,7 +56,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
         emit("phase", {"name": method.title})
         kept = folder / "blocks" / f"step-{number}"
         text = preflight.calibration_file(recipe.calibration)
-        context = Context(device, recipe.seed, kept, text, emit, check_cancelled)
+        context = Context(device, recipe.seed, kept, cache_folder(folder), text, emit, check_cancelled)
         with torch.no_grad():
             model = method.apply(model, params, context)
     check_cancelled()

@@ -237,23 +237,16 @@ def estimate(recipe: Recipe) -> Estimate:
 
 
 def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
-    size, pattern = getattr(params, "group_size", None), getattr(params, "pattern", "unstructured")
     names = [name for name in shape.linears if not isinstance(params, Selection) or params.selects(name)]
     if not names and shape.linears and isinstance(params, Selection):
         raise BadParams(
             f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
             f"{short(params.ignore)!r}. Names are as in {next(iter(shape.linears))}."
         )
-    for name in names:
-        inputs = shape.linears[name][1]
-        if size and getattr(params, "granularity", "group") == "group" and inputs % size:
-            fitting = [n for n in (8, 16, 32, 64, 128, 256, 512, 1024) if inputs % n == 0]
-            raise BadParams(
-                f"{method.name}: group_size {size} does not divide the {inputs} inputs of {name}. "
-                f"Sizes that do: {', '.join(map(str, fitting)) or 'none of the usual'}."
-            )
-        if pattern != "unstructured" and inputs % int(pattern.split(":")[1]):
-            raise BadParams(f"{method.name}: the pattern {pattern} does not divide the {inputs} inputs of {name}.")
+    try:
+        params.check_model({name: shape.linears[name] for name in names}, shape.parameters)
+    except BadParams as error:
+        raise BadParams(f"{method.name}: {error}") from None
 
 
 def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:

@@ -99,7 +99,17 @@ class Run(Record):
 
 
 EventKind = Literal[
-    "estimate", "phase", "progress", "sample", "log", "linear", "measurement", "output", "artifact", "finished"
+    "estimate",
+    "phase",
+    "progress",
+    "sample",
+    "log",
+    "linear",
+    "budget",
+    "measurement",
+    "output",
+    "artifact",
+    "finished",
 ]
 
 
@@ -108,8 +118,8 @@ class Event(Record):
 
     estimate {"memory" (B), "seconds"} · phase {"name"} · progress {"done", "total", "unit"} ·
     sample {"series", "value", "unit"} · log {"text"} · linear {"name", "bits", "error", ...}, as
-    `quantize._place` makes it · measurement (a Measurement) · output (an Output) · artifact {"path"} ·
-    finished {"status", "reason"}
+    `quantize._place` makes it · budget {"points", "uniform", "chosen"} as `quantize.mixed` makes it ·
+    measurement (a Measurement) · output (an Output) · artifact {"path"} · finished {"status", "reason"}
     """
 
     run: str

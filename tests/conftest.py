@@ -44,7 +44,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def context(tmp_path: Path, recorder: Recorder) -> Context:
-    return Context("cpu", 0, tmp_path / "blocks", DEMO / "text.txt", recorder, lambda: None)
+    return Context("cpu", 0, tmp_path / "blocks", tmp_path / "cache", DEMO / "text.txt", recorder, lambda: None)
 
 
 def tiny_config(**changes: object) -> LlamaConfig:

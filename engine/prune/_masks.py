@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -22,6 +23,13 @@ class SparsityParams(Selection):
     )
     pattern: Pattern = Field("unstructured", description="Where the zeros may fall: anywhere, or N in each M inputs.")
 
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+        """Refuse a pattern that does not divide a linear's inputs."""
+        if self.pattern != "unstructured":
+            for name, (_, inputs) in linears.items():
+                if inputs % int(self.pattern.split(":")[1]):
+                    raise BadParams(f"the pattern {self.pattern} does not divide the {inputs} inputs of {name}.")
+
 
 def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bool) -> Tensor:
     """A mask (N, K), True for the weights to keep: those with the largest score in their row, or in the matrix.
@@ -32,13 +40,10 @@ def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bo
     Raises:
         BadParams: a pattern N:M on rows that M does not divide.
     """
+    params.check_model({name: (score.shape[0], score.shape[1])}, score.numel())
     rows, columns = score.shape
     if params.pattern != "unstructured":
         zeros, span = map(int, params.pattern.split(":"))
-        if columns % span:
-            raise BadParams(
-                f"The pattern {params.pattern} needs rows divisible by {span}; {name} has {columns} inputs."
-            )
         return _drop(score.view(-1, span), zeros).view(rows, columns)
     if by_row:
         return _drop(score, round(params.sparsity * columns))

@@ -12,6 +12,7 @@ on average, its column counts accordingly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ from engine.packing import QuantizedWeight
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Granularity = Literal["group", "channel", "tensor"]
 Clipping = Literal["none", "mse"]
+USUAL_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 RATIOS = tuple(1 - 0.03 * step for step in range(21))  # of the full range: 1 down to 0.4
 
 
@@ -38,6 +40,24 @@ class GridParams(Selection):
     group_size: int = Field(64, ge=8, le=4096, description="Inputs that share one scale, with granularity `group`.")
     symmetric: bool = Field(True, description="Levels symmetric around zero; else each scale has a zero point.")
     clipping: Clipping = Field("none", description="Narrow each range where that lowers the squared error (mse).")
+
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+        """Refuse a group size that does not divide a linear's inputs."""
+        for name, (_, inputs) in linears.items():
+            if self.granularity == "group" and inputs % self.group_size:
+                raise BadParams(
+                    f"group_size {self.group_size} does not divide the {inputs} inputs of {name}. "
+                    f"Sizes that do: {fitting_sizes(inputs)}."
+                )
+
+    def groups(self, columns: int) -> int:
+        """How many groups a row of `columns` weights has."""
+        return columns // self.group_size if self.granularity == "group" else 1
+
+
+def fitting_sizes(inputs: int) -> str:
+    """The usual group sizes that divide a number of inputs, as text."""
+    return ", ".join(str(size) for size in USUAL_SIZES if inputs % size == 0) or "none of the usual"
 
 
 class HessianParams(GridParams, Calibrated):
@@ -86,32 +106,19 @@ class Grid:
         )  # fmt: skip
 
 
-def group_count(columns: int, params: GridParams, name: str) -> int:
-    """How many groups a row of `columns` weights has.
-
-    Raises:
-        BadParams: the group size does not divide the row; names the module and sizes that do.
-    """
-    if params.granularity != "group":
-        return 1
-    if columns % params.group_size:
-        fitting = [size for size in (16, 32, 64, 128, 256, 512) if columns % size == 0]
-        sizes = ", ".join(map(str, fitting)) or "none of the usual"
-        raise BadParams(
-            f"group_size {params.group_size} does not divide the {columns} inputs of {name}. Sizes that do: {sizes}."
-        )
-    return columns // params.group_size
-
-
 def make_grid(
     weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, importance: Tensor | None = None
 ) -> Grid:
     """The grid of a float32 weight (N, K), with scales rounded to `dtype`.
 
     `importance` (K,) says how much an error in each column counts when ranges are clipped; None: all alike.
+
+    Raises:
+        BadParams: the group size does not divide the row; names the module and sizes that do.
     """
     rows, columns = weight.shape
-    groups = group_count(columns, params, name)
+    params.check_model({name: (rows, columns)}, weight.numel())
+    groups = params.groups(columns)
     grouped = weight.view(rows, groups, -1)  # (N, G, group_size)
     low, high = grouped.amin(-1), grouped.amax(-1)  # (N, G)
     if params.granularity == "tensor":

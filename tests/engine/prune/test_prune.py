@@ -44,7 +44,7 @@ def test_ties_still_give_exact_counts() -> None:
 
 
 def test_a_pattern_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(BadParams, match="up_proj has 10 inputs"):
+    with pytest.raises(BadParams, match="the 10 inputs of up_proj"):
         keep_largest(scores(4, 10), SparsityParams(pattern="2:4"), "up_proj", by_row=True)
 
 

@@ -1,0 +1,296 @@
+"""Give each linear the bits it needs: measure every linear once per option, then spend a budget where it counts.
+
+Mixed precision under a budget, solved as in HAWQ-V3 (Yao et al., 2021, arXiv 2011.10680): the loss of a whole
+assignment is taken as the sum of the losses of its parts, and the cheapest sum within the budget is found
+exactly. Better than equal bits of the same size where linears differ in how much they can bear.
+
+1.  For each linear l and option o (bits and group size), the change of its output by rounding, relative to the
+    output, from the second moments H of its inputs: e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ).
+2.  How much such a change costs the model: with only l rounded to `PROBE_BITS` bits, the KL divergence k(l) of the
+    model's predictions from the original's. A small change of an output costs in proportion to its square, so
+    o costs k(l) e(l, o) / e(l, probe).
+3.  The assignment with the least total cost whose stored bits, scales and all, fit the budget: a multiple-choice
+    knapsack, solved by dynamic programming over `CELLS` cells of the budget; sizes are rounded up to whole cells,
+    so the budget is never exceeded.
+4.  GPTQ with the grid that was chosen for each linear.
+
+Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, JsonValue
+from torch import Tensor
+
+from engine.calibration import BlockLinear, token_rows, walk_blocks
+from engine.errors import BadParams
+from engine.files import publish
+from engine.methods import Context
+from engine.models import LoadedModel
+from engine.quantize import gptq
+from engine.quantize._grid import Bits, GridParams, round_to_nearest
+
+TITLE = "Mixed precision"
+CHANGES = ("disk", "memory", "latency")
+WIDTHS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+Unit = Literal["bits", "mib"]
+UNITS = {"bits": "bits a weight", "mib": "MiB"}
+PROBE_BITS: Bits = 3
+PROBE_ROWS = 8  # calibration sequences on which the KL of step 2 is taken
+CELLS = 4000
+VERSION = 1  # of what is kept; raise it when steps 1 or 2 change
+
+
+class Params(gptq.Params):
+    """Settings of mixed precision: the budget, then those of GPTQ; `bits` and `group_size` are chosen, not set."""
+
+    budget: float = Field(3.5, gt=0.0, le=1e6, description="How much may be stored, scales included.")
+    unit: Unit = Field("bits", description="Of the budget: bits a quantized weight, or MiB of the whole model.")
+
+    def budget_bits(self, weights: int, parameters: int) -> float:
+        """The budget in bits for each of `weights` to quantize among `parameters` in all, the others of 16 bits."""
+        if self.unit == "bits":
+            return self.budget
+        return (self.budget * 2**23 - 16 * (parameters - weights)) / weights
+
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+        """Refuse linears that no group size divides, and a budget below the smallest options."""
+        weights, least = 0, 0.0
+        for name, (outputs, inputs) in linears.items():
+            sizes = [size for size in GROUP_SIZES if inputs % size == 0]
+            if not sizes:
+                raise BadParams(
+                    f"groups of {', '.join(map(str, GROUP_SIZES))} do not divide the {inputs} inputs of {name}."
+                )
+            weights += outputs * inputs
+            least += outputs * inputs * (WIDTHS[0] + self.overhead / max(sizes))
+        if weights and least > self.budget_bits(weights, parameters) * weights:
+            smallest = least / weights
+            if self.unit == "mib":
+                smallest = (least + 16 * (parameters - weights)) / 2**23
+            raise BadParams(
+                f"a budget of {self.budget:g} {UNITS[self.unit]} is below the smallest that is possible, "
+                f"{math.ceil(smallest * 1000) / 1000:g}."
+            )
+
+    @property
+    def overhead(self) -> int:
+        """Bits that a group stores beside its codes: the scale and, on asymmetric grids, the zero point."""
+        return 16 if self.symmetric else 16 + WIDTHS[0]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A grid for one linear: the bits it stores in all, and what it is expected to cost in KL (nats)."""
+
+    bits: Bits
+    group_size: int
+    stored: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A linear with its weights' number and the options it has."""
+
+    name: str
+    weights: int
+    options: tuple[Option, ...]
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Measure, choose, and quantize with GPTQ.
+
+    Raises:
+        BadParams: the budget is below the smallest assignment; the message names it.
+    """
+    file = context.cache / f"mixed-{fingerprint(model, params, context)}.json"
+    candidates = read(file)
+    if candidates is None:
+        candidates = measure(model, params, context)
+        keep(candidates, file)
+    else:
+        context.log("the sensitivity of each linear was measured before and is reused")
+    weights = sum(candidate.weights for candidate in candidates)
+    budget = params.budget_bits(weights, model.network.num_parameters())
+    chosen = choose(candidates, budget)
+    context.emit("budget", curve(candidates, budget))
+    for name, option in chosen.items():
+        context.log(f"{name}: {option.bits} bits in groups of {option.group_size}")
+
+    def grid_of(name: str) -> GridParams:
+        option = chosen[name]
+        return params.model_copy(update={"bits": option.bits, "group_size": option.group_size, "granularity": "group"})
+
+    return gptq.solve(model, params, context, grid_of)
+
+
+def measure(model: LoadedModel, params: Params, context: Context) -> list[Candidate]:
+    """Steps 1 and 2: every selected linear with the cost of each option."""
+    errors: dict[str, list[tuple[Bits, int, float, float]]] = {}
+    probes: dict[str, float] = {}
+    weights: dict[str, int] = {}
+    for block in walk_blocks(model, context, params, params.collect, keep_blocks=False):
+        for linear in block.linears:
+            context.check_cancelled()
+            found, probe = options_of(linear, params)
+            errors[linear.name], probes[linear.name] = found, probe
+            weights[linear.name] = linear.weight.numel()
+            linear.hessian = linear.sample = None
+    costs = probe_costs(model, params, context, list(errors))
+    return [
+        Candidate(
+            name,
+            weights[name],
+            tuple(
+                Option(bits, size, stored, costs[name] * error / probes[name]) for bits, size, stored, error in found
+            ),
+        )
+        for name, found in errors.items()
+    ]
+
+
+def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, int, float, float]], float]:
+    """(bits, group size, stored bits, relative error) of each option of a linear, and the error of the probe."""
+    weight, dtype = linear.weight.float(), linear.weight.dtype
+    moments = linear.hessian
+    energy = _energy(weight, moments)
+    found = []
+    for size in GROUP_SIZES:
+        for bits in WIDTHS:
+            if weight.shape[1] % size:
+                continue
+            grid = params.model_copy(update={"bits": bits, "group_size": size, "granularity": "group"})
+            importance = None if moments is None else moments.diagonal()
+            rounded = round_to_nearest(weight, grid, linear.name, dtype, importance)
+            error = _energy(rounded.dequantize().float() - weight, moments) / energy
+            found.append((bits, size, rounded.bits_per_weight() * weight.numel(), error))
+    probe = next(error for bits, _, _, error in found if bits == PROBE_BITS)
+    return found, max(probe, 1e-30)
+
+
+def _energy(weight: Tensor, moments: Tensor | None) -> float:
+    """tr(W H Wᵀ), or |W|² where no token was seen."""
+    if moments is None:
+        return float(weight.square().sum().clamp(min=1e-30))
+    return float(((weight @ moments) * weight).sum().clamp(min=1e-30))
+
+
+@torch.inference_mode()
+def probe_costs(model: LoadedModel, params: Params, context: Context, names: Sequence[str]) -> dict[str, float]:
+    """Step 2: the KL (nats a token) of the model's predictions when one linear alone is rounded to `PROBE_BITS`."""
+    rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, PROBE_ROWS).to(model.device)
+    reference = model.network(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
+    found: dict[str, float] = {}
+    for number, name in enumerate(names):
+        context.check_cancelled()
+        linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
+        kept = linear.weight.clone()
+        size = next(size for size in GROUP_SIZES if kept.shape[1] % size == 0)
+        grid = params.model_copy(update={"bits": PROBE_BITS, "group_size": size, "granularity": "group"})
+        linear.weight.copy_(round_to_nearest(kept, grid, name, kept.dtype).dequantize())
+        try:
+            ours = model.network(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
+        finally:
+            linear.weight.copy_(kept)
+        found[name] = max(float((reference.exp() * (reference - ours)).sum(-1).mean()), 1e-12)
+        context.progress(number + 1, len(names), "linears probed")
+    return found
+
+
+def choose(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:
+    """The option of each linear whose total cost is least within `budget` bits a weight on average.
+
+    Raises:
+        BadParams: even the smallest options need more.
+    """
+    weights = sum(candidate.weights for candidate in candidates)
+    least = sum(min(option.stored for option in candidate.options) for candidate in candidates)
+    if least > budget * weights:
+        raise BadParams(f"{budget:g} bits a weight are below the smallest that is possible, {least / weights:.3f}.")
+    cell = budget * weights / CELLS
+    # best[c]: the least cost of the linears so far in c cells; taken[i][c]: the option of linear i in it.
+    best = torch.zeros(CELLS + 1, dtype=torch.float64)
+    taken: list[Tensor] = []
+    for candidate in candidates:
+        totals = torch.full((len(candidate.options), CELLS + 1), torch.inf, dtype=torch.float64)
+        for place, option in enumerate(candidate.options):
+            cells = -int(-option.stored // cell)
+            if cells <= CELLS:
+                totals[place, cells:] = best[: CELLS + 1 - cells] + option.cost
+        best, pick = totals.min(0)
+        taken.append(pick)
+    if not torch.isfinite(best[-1]):  # rounding up to cells left no room: the smallest options fit all the same
+        return {c.name: min(c.options, key=lambda option: option.stored) for c in candidates}
+    left, chosen = CELLS, {}
+    for candidate, pick in zip(reversed(candidates), reversed(taken), strict=True):
+        option = candidate.options[int(pick[left])]
+        chosen[candidate.name] = option
+        left -= -int(-option.stored // cell)
+    return {candidate.name: chosen[candidate.name] for candidate in candidates}
+
+
+def curve(candidates: Sequence[Candidate], budget: float) -> dict[str, JsonValue]:
+    """The expected cost at a row of budgets and at this one, for the page's chart: bits a weight, KL in nats."""
+    weights = sum(candidate.weights for candidate in candidates)
+    least = sum(min(option.stored for option in candidate.options) for candidate in candidates) / weights
+    points: list[JsonValue] = []
+    for step in range(25):
+        bits = least + (8.5 - least) * step / 24
+        found = choose(candidates, bits * (1 + 1e-9)).values()
+        points.append([sum(o.stored for o in found) / weights, sum(o.cost for o in found)])
+    mine = choose(candidates, budget).values()
+    uniform: list[JsonValue] = []
+    for bits_, size in dict.fromkeys((o.bits, o.group_size) for c in candidates for o in c.options):
+        same = [next((o for o in c.options if (o.bits, o.group_size) == (bits_, size)), None) for c in candidates]
+        if all(same):
+            uniform.append([bits_, size, sum(o.stored for o in same if o) / weights, sum(o.cost for o in same if o)])
+    return {
+        "points": points, "uniform": uniform,
+        "chosen": [sum(o.stored for o in mine) / weights, sum(o.cost for o in mine)],
+    }  # fmt: skip
+
+
+def fingerprint(model: LoadedModel, params: Params, context: Context) -> str:
+    """What steps 1 and 2 depend on: the weights as they are, the text, the settings that enter."""
+    digest = hashlib.sha256()
+    about = {
+        "version": VERSION, "dtype": str(model.network.dtype), "samples": params.samples,
+        "sequence_length": params.sequence_length, "symmetric": params.symmetric, "clipping": params.clipping,
+        "equal_tokens": params.equal_tokens, "targets": params.targets, "ignore": params.ignore,
+    }  # fmt: skip
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    digest.update(context.calibration.read_bytes())
+    for name, weight in model.network.named_parameters():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 4096)].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def keep(candidates: Sequence[Candidate], file: Path) -> None:
+    """Write what was measured, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps([asdict(candidate) for candidate in candidates]))
+    publish(temporary, file)
+
+
+def read(file: Path) -> list[Candidate] | None:
+    """What was measured before, None where nothing was or it cannot be read."""
+    try:
+        return [
+            Candidate(body["name"], body["weights"], tuple(Option(**option) for option in body["options"]))
+            for body in json.loads(file.read_text())
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

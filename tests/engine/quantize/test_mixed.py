@@ -1,0 +1,98 @@
+"""Mixed precision: the knapsack against trying everything, the budget kept, the measurement reused."""
+
+import itertools
+import random
+
+import pytest
+
+from engine.errors import BadParams
+from engine.methods import Context
+from engine.models import LoadedModel
+from engine.quantize import mixed
+from engine.quantize.mixed import CELLS, Candidate, Option, choose, curve
+from tests.conftest import Recorder, in_memory, tiny_config
+
+SMALL = {"samples": 8, "sequence_length": 32, "targets": "*.mlp.*"}
+
+
+def candidates(seed: int) -> list[Candidate]:
+    dice = random.Random(seed)
+    found = []
+    for number in range(5):
+        weights = dice.choice((1000, 3000, 4000))
+        options = tuple(
+            Option(bits, 32, (bits + 0.5) * weights, dice.uniform(0.5, 1.5) * 4.0**-bits)  # type: ignore[arg-type]
+            for bits in (2, 3, 4, 8)
+        )
+        found.append(Candidate(f"w{number}", weights, options))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("budget", [2.6, 3.1, 4.5, 9.0])
+def test_the_cheapest_assignment_is_found(seed: int, budget: float) -> None:
+    given = candidates(seed)
+    weights = sum(c.weights for c in given)
+    chosen = choose(given, budget)
+    assert list(chosen) == [c.name for c in given]
+    assert sum(o.stored for o in chosen.values()) <= budget * weights
+    # Sizes are rounded up to cells: what is found is at least as good as the best within a budget so much smaller.
+    room = budget * weights * (1 - len(given) / CELLS)
+    best = min(
+        sum(o.cost for o in pick)
+        for pick in itertools.product(*(c.options for c in given))
+        if sum(o.stored for o in pick) <= room
+    )
+    assert sum(o.cost for o in chosen.values()) <= best + 1e-12
+
+
+def test_the_very_smallest_budget_still_has_an_answer() -> None:
+    given = candidates(0)
+    assert {o.bits for o in choose(given, 2.5).values()} == {2}
+    with pytest.raises(BadParams, match=r"2\.4 bits a weight are below the smallest that is possible, 2\.500"):
+        choose(given, 2.4)
+
+
+def test_the_curve_falls_and_holds_the_chosen_point() -> None:
+    shown = curve(candidates(1), 3.0)
+    points = shown["points"]
+    assert isinstance(points, list)
+    costs = [cost for _, cost in points]  # type: ignore[misc,union-attr]
+    assert costs == sorted(costs, reverse=True)
+    bits, _ = shown["chosen"]  # type: ignore[misc]
+    assert bits <= 3.0  # type: ignore[operator]
+    assert len(shown["uniform"]) == 4  # type: ignore[arg-type]
+
+
+def test_the_measurement_is_kept_for_other_budgets(
+    tiny: LoadedModel, context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed.apply(tiny, mixed.Params.model_validate(SMALL | {"budget": 3.0}), context)
+    assert sum(w.bits_per_weight() * w.codes.numel() for w in tiny.quantized.values()) <= 3.0 * sum(
+        w.codes.numel() for w in tiny.quantized.values()
+    )
+    assert len({w.bits for w in tiny.quantized.values()}) > 1
+    monkeypatch.setattr(mixed, "measure", None)  # a second measurement would be a call of None
+    again = in_memory(tiny_config())
+    other = Context("cpu", 0, context.folder / "other", context.cache, context.calibration, recorder, lambda: None)
+    mixed.apply(again, mixed.Params.model_validate(SMALL | {"budget": 5.0}), other)
+    assert any("measured before" in line for line in recorder.logs())
+    assert sum(w.bits for w in again.quantized.values()) > sum(w.bits for w in tiny.quantized.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": 2.0}, r"2 bits a weight is below the smallest that is possible, 2\.125"),
+        ({"budget": 0.01, "unit": "mib"}, r"0\.01 MiB is below the smallest that is possible"),
+    ],
+)
+def test_a_budget_that_is_too_small_is_refused_before_work(given: dict, message: str) -> None:
+    params = mixed.Params.model_validate(given)
+    with pytest.raises(BadParams, match=message):
+        params.check_model({"up": (256, 128)}, 100_000)
+
+
+def test_a_budget_in_mebibytes_counts_what_is_not_quantized() -> None:
+    params = mixed.Params.model_validate({"budget": 1.0, "unit": "mib"})
+    assert params.budget_bits(1_000_000, 1_100_000) == pytest.approx((2**23 - 1_600_000) / 1_000_000)
