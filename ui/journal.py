@@ -16,7 +16,7 @@ from engine.records import Event, EventKind, Run
 from engine.store import Store
 from ui.live import Point, Series, thin
 
-KINDS: tuple[EventKind, ...] = ("estimate", "phase", "progress", "sample", "log")
+KINDS: tuple[EventKind, ...] = ("estimate", "phase", "progress", "sample", "log", "linear", "budget")
 KEPT = 1000
 
 
@@ -30,12 +30,14 @@ class Story:
     phases: list[tuple[float, str]] = field(default_factory=list)
     series: dict[str, tuple[str, list[Point]]] = field(default_factory=dict)
     log: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=200))
+    linears: dict[str, dict[str, JsonValue]] = field(default_factory=dict)  # by name; also those of earlier attempts
+    budget: dict[str, JsonValue] | None = None
     progress: dict[str, object] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         """Take one event in."""
         self.seen = max(self.seen, event.number)
-        if event.attempt < self.attempt:
+        if event.attempt < self.attempt and event.kind not in ("linear", "budget"):
             return
         if event.attempt > self.attempt:
             self.attempt = event.attempt
@@ -47,6 +49,10 @@ class Story:
         elif event.kind == "phase":
             self.phases.append((event.time, str(data.get("name", ""))))
             self.progress = {}
+        elif event.kind == "linear":
+            self.linears[str(data.get("name"))] = dict(data)
+        elif event.kind == "budget":
+            self.budget = dict(data)
         elif event.kind == "progress":
             self.progress = dict(data)
         elif event.kind == "log":

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from engine.recipes import dump_recipe
 from engine.records import Measurement, Run, Status
-from ui import live, markup, wording
+from ui import audit, live, markup, wording
 from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
@@ -208,6 +208,7 @@ def run_detail(
     if truth := _estimate(run, story, series):
         parts.append(truth)
     parts += [_live(item, story) for item in series]
+    parts.append(audit.report([*story.linears.values()], story.budget))
     if run.status is Status.SUCCEEDED:
         names = ("recipe.yaml", "measurements.csv", "report.md")
         files = [

@@ -121,12 +121,26 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "family.distill": "Distill", "family.distill.about": "A smaller network that learns from the large one.",
         "change.disk": "smaller on disk", "change.memory": "less memory", "change.latency": "faster",
         "change.none": "no smaller by itself",
+        # what quantization did to each linear
+        "audit.title": "What became of each linear", "audit.map": "Relative squared error of each linear, %",
+        "audit.summary": "{count} linears at {bits} bits. Error of the {of}: median {median} %, worst {worst} %.",
+        "audit.output": "output", "audit.weight": "weight", "audit.block": "block",
+        "audit.clean": "Every linear was solved as asked: nothing fell back, nothing was skipped.",
+        "audit.odd": "{count} linears were not solved as asked",
+        "audit.histograms": "Weights of the {count} linears with the largest error",
+        "audit.histogram": "{name}: {low} to {high}; line before, bars after, {levels} of 40 bins used at {bits} bits",
+        "audit.budget": "What a budget buys", "audit.grid": "grid", "audit.bits": "stored bits a weight",
+        "audit.kl": "expected KL, nats", "audit.equal": "{bits} bit, groups of {size}",
+        "audit.mixed": "mixed, as chosen",
+        "audit.chosen": "Chosen: {bits} stored bits a weight, {kl} nats expected. Dots: equal bits everywhere.",
         # settings of methods
         "field.bits": "Bits", "field.group_size": "Group size", "field.samples": "Calibration samples",
-        "field.sequence_length": "Sequence length",
+        "field.sequence_length": "Sequence length", "field.equal_tokens": "Tokens count alike",
+        "field.activation_order": "Activation order",
         # choices; Gradio takes a bare "blocks" for one of its own words
         "choice.blocks": "every k-th block", "choice.size": "a given size", "choice.current": "as it is",
-        "choice.unstructured": "anywhere",
+        "choice.unstructured": "anywhere", "choice.mse": "by squared error", "choice.none": "none",
+        "choice.bits": "bits a weight", "choice.mib": "MiB",
         # errors
         "error.title": "That did not work",
         "error.unforeseen": "Something went wrong on our side. It is in the server's log as {number}.",
