@@ -50,11 +50,12 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
 
 
 def packed_modules(model: LoadedModel) -> dict[str, QuantizedWeight]:
-    """The quantized weights that the format can hold: those of `nn.Linear`, not of GPT-2's `Conv1D`."""
+    """The quantized weights that the format can hold: those of `nn.Linear` itself.
+
+    GPT-2's `Conv1D` it does not know, and Falcon's own linear reads its weight before it would be unpacked.
+    """
     return {
-        name: weight
-        for name, weight in model.quantized.items()
-        if isinstance(model.network.get_submodule(name), nn.Linear)
+        name: weight for name, weight in model.quantized.items() if type(model.network.get_submodule(name)) is nn.Linear
     }
 
 

@@ -28,6 +28,7 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
     "max_position_embeddings": 1 << 26,
 }
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TENSOR_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -215,6 +216,11 @@ def check(recipe: Recipe) -> Estimate:
     shape = inspect(resolve(recipe.model.source))
     if steps and "quantization_config" in shape.config:
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
+    if steps and (key := next((key for key in EXPERTS if _number(shape.config.get(key)) > 1), None)):
+        raise BadModel(
+            f"{short(recipe.model.source)} is a mixture of {shape.config[key]} experts ({shape.config['model_type']}). "
+            "Maquette can measure such models, but not compress them yet."
+        )
     for method, params in steps:
         _check_shapes(method, params, shape)
     calibration_file(recipe.calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +18,7 @@ from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from engine.methods import Context
-from engine.models import LoadedModel, load_tokenizer
+from engine.models import LoadedModel, attention, load_tokenizer
 from engine.preflight import DEMO
 from engine.records import EventKind
 
@@ -60,8 +61,8 @@ def tiny_config(**changes: object) -> LlamaConfig:
 def in_memory(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LoadedModel:
     """A model made at random, with the demo's tokenizer."""
     torch.manual_seed(seed)
-    attention = "eager" if config.model_type == "gemma2" else "sdpa"
-    network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    config = copy.deepcopy(config)  # building a model writes into its config
+    network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config)).eval()
     return LoadedModel(network, load_tokenizer(DEMO / "model"), DEMO / "model")
 
 

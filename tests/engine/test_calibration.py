@@ -4,17 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)  # fmt: skip
 
 from engine.calibration import (
     accumulate_hessian,
@@ -29,25 +18,7 @@ from engine.errors import BadText
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import LoadedModel, blocks
 from tests.conftest import Recorder, in_memory, tiny_config
-
-SIZES = {"vocab_size": 1280, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-         "num_attention_heads": 4}  # fmt: skip
-FAMILIES: dict[str, PretrainedConfig] = {
-    "llama": tiny_config(),
-    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2),
-    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
-    "gpt2": GPT2Config(vocab_size=1280, n_embd=64, n_layer=3, n_head=4, n_positions=64),
-    "gpt_neox": GPTNeoXConfig(**SIZES),
-    "opt": OPTConfig(
-        vocab_size=1280, hidden_size=64, ffn_dim=128, num_hidden_layers=3, num_attention_heads=4,
-        word_embed_proj_dim=64, max_position_embeddings=64, dropout=0.0,
-    ),
-    "gemma": GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=16),
-    "gemma2": Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=16, sliding_window=8),
-    "gemma3": Gemma3TextConfig(
-        **(SIZES | {"num_hidden_layers": 7}), num_key_value_heads=1, head_dim=16, sliding_window=8
-    ),
-}  # fmt: skip
+from tests.families import FAMILIES
 
 
 def block_outputs(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:

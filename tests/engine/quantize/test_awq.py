@@ -9,14 +9,16 @@ from engine.models import LoadedModel
 from engine.quantize import awq
 from engine.quantize._fold import folds
 from tests.conftest import in_memory
-from tests.engine.test_calibration import FAMILIES
+from tests.families import FAMILIES
 
 # Where scales can be folded: the linear before, or "norm", and the linears that read it.
+LLAMA = ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"]
 PLACES = {
-    "llama": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
-    "qwen2": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
-    "qwen3": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
-    "gemma2": ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"],
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "stablelm", "gemma2", "gemma3"), LLAMA),
+    "phi3": ["norm qkv_proj", "qkv_proj o_proj", "norm gate_up_proj", "gate_up_proj down_proj"],
+    "olmo2": ["v_proj o_proj", "up_proj down_proj"],  # its norms stand after the products
+    "bloom": ["norm query_key_value", "norm dense_h_to_4h"],
+    "falcon": ["norm query_key_value dense_h_to_4h"],
     "gpt2": ["norm c_attn", "norm c_fc"],
     "gpt_neox": ["norm query_key_value", "norm dense_h_to_4h"],
     "opt": ["norm q_proj k_proj v_proj", "v_proj out_proj", "norm fc1", "fc1 fc2"],
