@@ -215,7 +215,8 @@ class LeanDecoder:
             for block, (keys, values) in zip(self._blocks, self._caches, strict=True):
                 x = x + self._attend(block, keys, values, block.before_attention(x), cos, sin)
                 y = block.before_mlp(x)
-                x = x + block.down(F.silu(block.gate(y)).mul_(block.up(y)))
+                gate, up = block.gate_up(y).chunk(2, dim=-1)
+                x = x + block.down(F.silu(gate).mul_(up))
             logits: Tensor = self._head(self._norm(x))
         return logits
 
@@ -223,15 +224,16 @@ class LeanDecoder:
         """Attention of one token (B, hidden) to all before it and itself; keys and values (B, shared, room, D)."""
         heads, shared = self._heads
         batch, size = x.shape[0], cos.shape[-1]
-        q = block.q(x).view(batch, heads, size)
-        k = block.k(x).view(batch, shared, size)
+        q_k_v = block.q_k_v(x).view(batch, heads + 2 * shared, size)
+        both = q_k_v.narrow(1, 0, heads + shared)
         if block.head_norms is not None:
-            q, k = block.head_norms[0](q), block.head_norms[1](k)
-        both = torch.cat((q, k), dim=1).to(keys.dtype)  # (B, heads + shared, D)
+            q, k = both.narrow(1, 0, heads), both.narrow(1, heads, shared)
+            both = torch.cat((block.head_norms[0](q), block.head_norms[1](k)), dim=1)
+        both = both.to(keys.dtype)
         both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
         end = self._length
         keys.select(2, end - 1).copy_(both.narrow(1, heads, shared))
-        values.select(2, end - 1).copy_(block.v(x).view(batch, shared, size))
+        values.select(2, end - 1).copy_(q_k_v.narrow(1, heads + shared, shared))
         out = F.scaled_dot_product_attention(
             both.narrow(1, 0, heads).unsqueeze(2), keys.narrow(2, 0, end), values.narrow(2, 0, end),
             scale=block.scale, enable_gqa=heads != shared,
@@ -256,17 +258,35 @@ class _Norm:
 
 
 @dataclass(frozen=True)
+class _Side:
+    """Linears side by side that read the same input: one product where their weights can be joined."""
+
+    parts: tuple[nn.Module, ...]
+    joined: nn.Module | None
+
+    @classmethod
+    def of(cls, parts: list[nn.Module]) -> _Side:
+        kinds = {type(part) for part in parts}
+        join = getattr(kinds.pop(), "joined", None) if len(kinds) == 1 else None  # packed linears can
+        return cls(tuple(parts), join(parts) if join is not None else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs (B, n) of all parts in a row."""
+        if self.joined is None:
+            return torch.cat([part(x) for part in self.parts], dim=-1)
+        outputs: Tensor = self.joined(x)
+        return outputs
+
+
+@dataclass(frozen=True)
 class _Block:
     """The parts of one decoder block, looked up once."""
 
     before_attention: _Norm
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
+    q_k_v: _Side
     o: nn.Module
     before_mlp: _Norm
-    gate: nn.Module
-    up: nn.Module
+    gate_up: _Side
     down: nn.Module
     head_norms: tuple[_Norm, _Norm] | None
     scale: float
@@ -277,9 +297,10 @@ class _Block:
         attention = part("self_attn")
         normed = hasattr(attention, "q_norm")
         return cls(
-            _Norm.of(part("input_layernorm")), part("self_attn.q_proj"), part("self_attn.k_proj"),
-            part("self_attn.v_proj"), part("self_attn.o_proj"), _Norm.of(part("post_attention_layernorm")),
-            part("mlp.gate_proj"), part("mlp.up_proj"), part("mlp.down_proj"),
+            _Norm.of(part("input_layernorm")),
+            _Side.of([part(f"self_attn.{name}_proj") for name in "qkv"]), part("self_attn.o_proj"),
+            _Norm.of(part("post_attention_layernorm")),
+            _Side.of([part("mlp.gate_proj"), part("mlp.up_proj")]), part("mlp.down_proj"),
             (_Norm.of(part("self_attn.q_norm")), _Norm.of(part("self_attn.k_norm"))) if normed else None,
             float(vars(attention)["scaling"]),
         )  # fmt: skip

@@ -19,6 +19,7 @@ of 4 bits it is rounded to bfloat16 (measured: relative error of a product 0.002
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,6 +156,41 @@ class PackedLinear(nn.Module):
         grouped = codes.sub_(middle).view(blocks, -1, self.group, 64)  # (blocks, G, group, 64)
         torch.addcmul(zero.unsqueeze(2), grouped, scale.unsqueeze(2), out=grouped)
         return grouped.view(blocks, self.in_features, 64)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedLinear]) -> PackedLinear | None:
+        """One linear with the outputs of all `parts` in a row; None where they cannot be joined.
+
+        The parts' packed weights become views of the joined one, so only the scales exist twice; it is kept with
+        the first of them.
+        """
+        first = parts[0]
+        known: PackedLinear | None = vars(first).get("_joined")
+        if known is not None:
+            return known
+        alike = all((p.kernel, p.bits, p.group, p.in_features) == (
+            first.kernel, first.bits, first.group, first.in_features) for p in parts)  # fmt: skip
+        # The 4-bit storage is made of blocks of rows; other numbers of rows have smaller blocks at the end.
+        whole_blocks = first.kernel == "int8pack-cpu" or all(p.out_features % 64 == 0 for p in parts)
+        biased = [p.bias is not None for p in parts]
+        if first.kernel == "int4pack-cuda" or not alike or not whole_blocks or any(biased) != all(biased):
+            return None
+        joined = cls.__new__(cls)
+        nn.Module.__init__(joined)
+        for name in ("kernel", "bits", "in_features", "group", "_product", "halves", "many_rows"):
+            setattr(joined, name, getattr(first, name))
+        joined.out_features = sum(p.out_features for p in parts)
+        joined.register_buffer("packed", torch.cat([p.packed for p in parts]))
+        joined.register_buffer("scales", torch.cat([p.scales for p in parts], dim=0 if first.scales.dim() == 1 else 1))
+        joined.register_buffer(
+            "bias", torch.cat([p.bias for p in parts if p.bias is not None]) if all(biased) else None
+        )
+        start = 0
+        for part in parts:
+            part.packed = joined.packed[start : start + part.out_features]
+            start += part.out_features
+        vars(first)["_joined"] = joined  # not as a submodule: it is no part of the network
+        return joined
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, kernel={self.kernel}"

@@ -275,3 +275,24 @@ def test_the_cuda_kernel_computes_the_grids_product(bits: int, symmetric: bool) 
     linear = PackedLinear(weight, device="cuda")
     assert linear.kernel == "int4pack-cuda"
     assert relative_error(linear(x.cuda()), exact_product(x, weight)) < 0.004
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(4, 4), (3, 2), (8, 1), (8, 2), (6, 2)])
+def test_joined_linears_compute_what_each_computes(bits: int, groups: int) -> None:
+    parts = [PackedLinear(make(bits, groups, rows=rows)) for rows in (128, 64, 192)]
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = [part(x) for part in parts]
+    joined = PackedLinear.joined(parts)
+    assert joined is not None
+    torch.testing.assert_close(joined(x), torch.cat(before, dim=1), rtol=0, atol=0)
+    for part, expected in zip(parts, before, strict=True):
+        torch.testing.assert_close(part(x), expected, rtol=0, atol=0)
+        assert part.packed.untyped_storage().data_ptr() == joined.packed.untyped_storage().data_ptr()
+    assert PackedLinear.joined(parts) is joined
+    assert list(parts[0].children()) == []
+
+
+def test_what_cannot_be_joined_is_left_apart() -> None:
+    assert PackedLinear.joined([PackedLinear(make(4, 4)), PackedLinear(make(8, 4))]) is None
+    assert PackedLinear.joined([PackedLinear(make(4, 4, rows=64)), PackedLinear(make(4, 4, rows=16))]) is None
+    assert PackedLinear.joined([PackedLinear(make(4, 4)), PackedLinear(make(4, 4), torch.ones(128))]) is None
