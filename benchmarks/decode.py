@@ -1,4 +1,4 @@
-"""Decoding of a 250 M-parameter Llama shape: `python benchmarks/decode.py [--threads N] [--write]`.
+"""Decoding of a 250 M-parameter Llama shape: `python -m benchmarks.decode [--threads N] [--write]`.
 
 Prefill is bound by arithmetic, decoding by memory: each token reads all weights once, so fewer bytes are less
 time, until what surrounds the products costs as much. One process, one set of random weights, four ways to
@@ -12,25 +12,20 @@ import itertools
 import logging
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from benchmarks.sections import README, write_section
 from engine import hardware
 from engine.generate import decode
 from engine.packing import QuantizedWeight
 from engine.runtime.linear import PackedLinear
 
 log = logging.getLogger("decode")
-README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- decode -->", "<!-- /decode -->"
 SHAPE = LlamaConfig(
     vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16,
     num_key_value_heads=16, tie_word_embeddings=False, max_position_embeddings=2048,
@@ -119,7 +114,7 @@ def main() -> None:
     text = table(measure(ways, arguments.rounds), dense.num_parameters(), arguments.threads)
     log.info("%s", text)
     if arguments.write:
-        write(text)
+        write_section(README, "decode", text)
 
 
 def measure(ways: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
@@ -155,15 +150,6 @@ def priority() -> str:
     """A sentence where this process runs ahead of all others (`chrt -r 1`), for a machine that does other work."""
     ahead = hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
     return " Measured at real-time priority, beside other work." if ahead else ""
-
-
-def write(text: str) -> None:
-    """Replace what stands between the markers in README.md; add them where they are missing."""
-    before = README.read_text() if README.exists() else "# Benchmarks\n"
-    if BEGIN not in before:
-        before += f"\n## Decoding (`python benchmarks/decode.py --write`)\n{BEGIN}\n{END}\n"
-    head, _, rest = before.partition(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast the page answers while a run works: p95 of a refresh with 50 visitors. `python benchmarks/page.py`.
+"""How fast the page answers while a run works: p95 of a refresh with 50 visitors. `python -m benchmarks.page`.
 
 Starts `python app.py` on a free port with a fresh data folder, lets one visitor start a run, and then has
 50 visitors refresh the strip every two seconds, as their browsers do. Each refresh is the tick of the
@@ -12,17 +12,13 @@ import asyncio
 import os
 import platform
 import random
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import httpx
 
-ROOT = Path(__file__).parents[1]
-OPEN, CLOSE = "<!-- page -->", "<!-- /page -->"
+from benchmarks.sections import README, running_page, write_section
+
 INTERVAL = 2.0  # seconds between two ticks of a visitor
 SECONDS = 20.0  # of each half: the first visitor's runs must outlast it
 
@@ -32,24 +28,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--visitors", type=int, default=50)
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as home:
-        environment = {**os.environ, "MAQUETTE_HOME": home, "PORT": str(port), "HOST": "127.0.0.1"}
-        server = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-        try:
-            idle, busy, runs = asyncio.run(measure(f"http://127.0.0.1:{port}", options.visitors))
-        finally:
-            server.terminate()
-            server.wait(30)
-    write(report(options.visitors, idle, busy, runs))
+    with running_page() as (address, _):
+        idle, busy, runs = asyncio.run(measure(address, options.visitors))
+    text = report(options.visitors, idle, busy, runs)
+    write_section(README, "page", text)
+    sys.stdout.write(text + "\n")
 
 
 async def measure(address: str, visitors: int) -> tuple[list[float], list[float], int]:
     """Times of all refreshes in seconds, first with an idle engine, then while runs work."""
     async with httpx.AsyncClient(base_url=address, timeout=60, limits=httpx.Limits(max_connections=200)) as client:
-        await ready(client)
         config = (await client.get("/config")).json()
         strip = component(config, "mq-status")
         tick = next(
@@ -73,17 +61,6 @@ async def measure(address: str, visitors: int) -> tuple[list[float], list[float]
 def component(config: dict[str, list[dict[str, dict[str, str]]]], name: str) -> object:
     """The id of the component with an `elem_id`."""
     return next(c["id"] for c in config["components"] if c["props"].get("elem_id") == name)
-
-
-async def ready(client: httpx.AsyncClient) -> None:
-    """Return when the server answers."""
-    for _ in range(240):
-        try:
-            await client.get("/healthz")
-            return
-        except httpx.TransportError:
-            await asyncio.sleep(0.25)
-    raise SystemExit("the page did not start within a minute")
 
 
 async def crowd(client: httpx.AsyncClient, tick: int, visitors: int) -> list[float]:
@@ -119,19 +96,6 @@ def report(visitors: int, idle: list[float], busy: list[float], working: int) ->
         values = (1e3 * ordered[min(len(ordered) - 1, int(len(ordered) * q))] for q in (0.5, 0.95, 0.99))
         lines.append(f"| {name} | {len(times)} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
     return "\n".join(lines)
-
-
-def write(text: str) -> None:
-    """Put the table between the marks of benchmarks/README.md."""
-    path = ROOT / "benchmarks" / "README.md"
-    old = path.read_text() if path.exists() else "# Benchmarks\n"
-    section = f"{OPEN}\n{text}\n{CLOSE}"
-    if OPEN in old and CLOSE in old:
-        new = old.partition(OPEN)[0] + section + old.partition(CLOSE)[2]
-    else:
-        new = f"{old.rstrip()}\n\n## The page under load (`python benchmarks/page.py`)\n\n{section}\n"
-    path.write_text(new)
-    sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from benchmarks.sections import ROOT, write_section
 from engine import hardware, pipeline
 from engine.methods import methods
 from engine.records import EventKind, Measurement, Output, Recipe, Run, Status
 
-ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "assets" / "demo"
 TASKS = ("facts", "reading", "sums", "grammar")
 FIDELITY = ("size", "perplexity", "accuracy", "divergence")
@@ -31,11 +31,17 @@ STUDENT: dict[str, JsonValue] = {"student": "blocks", "keep_every": 2, "steps": 
 RECIPES: dict[str, list[object]] = {
     "original": [],
     "GPTQ 4 bit": [{"quantize/gptq": {"bits": 4}}],
+    "AWQ 4 bit": [{"quantize/awq": {"bits": 4}}],
+    "HQQ 4 bit": [{"quantize/hqq": {"bits": 4}}],
     "RTN 4 bit": [{"quantize/rtn": {"bits": 4}}],
     "GPTQ 3 bit": [{"quantize/gptq": {"bits": 3}}],
+    "AWQ 3 bit": [{"quantize/awq": {"bits": 3}}],
+    "HQQ 3 bit": [{"quantize/hqq": {"bits": 3}}],
     "RTN 3 bit": [{"quantize/rtn": {"bits": 3}}],
+    "Mixed, 3.25 bits a weight": [{"quantize/mixed": {"budget": 3.25}}],
     "GPTQ 2 bit": [{"quantize/gptq": {"bits": 2}}],
     "RTN 2 bit": [{"quantize/rtn": {"bits": 2}}],
+    "Mixed, 2.25 bits a weight": [{"quantize/mixed": {"budget": 2.25}}],
     "Magnitude 50 %": [{"prune/magnitude": {"sparsity": 0.5}}],
     "Wanda 50 %": [{"prune/wanda": {"sparsity": 0.5}}],
     "Magnitude 70 %": [{"prune/magnitude": {"sparsity": 0.7}}],
@@ -96,16 +102,6 @@ def table(results: Sequence[Result]) -> str:
     lines = [" | ".join(head), " | ".join(["---"] + ["---:"] * len(columns))]
     lines += [" | ".join([r.name, *(r.cell(column) for column in columns)]) for r in results]
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def write_section(file: Path, name: str, text: str) -> None:
-    """Replace what stands between the comments `<!-- name -->` and `<!-- /name -->`."""
-    body = file.read_text()
-    before, found, rest = body.partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not found or not end:
-        raise SystemExit(f"{file.name} has no section <!-- {name} -->")
-    file.write_text(f"{before}{found}\n{text}\n\n{end}{after}")
 
 
 def stored_comparison() -> None:

@@ -1,0 +1,60 @@
+"""What the benchmarks share: a section of a README that they write, and a page of their own to measure."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "benchmarks" / "README.md"
+
+
+def write_section(file: Path, name: str, text: str) -> None:
+    """Replace what stands between the comments `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        SystemExit: the file has no such section.
+    """
+    before, found, rest = file.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not found or not end:
+        raise SystemExit(f"{file.name} has no section <!-- {name} -->")
+    file.write_text(f"{before}{found}\n{text}\n\n{end}{after}")
+
+
+@contextmanager
+def running_page() -> Iterator[tuple[str, float]]:
+    """The address of `python app.py` with an empty data folder, and the seconds until it answered."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        environment = {**os.environ, "MAQUETTE_HOME": home, "PORT": str(port), "HOST": "127.0.0.1"}
+        began = time.monotonic()
+        server = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        try:
+            while not _answers(address):
+                if server.poll() is not None or time.monotonic() - began > 60:
+                    raise SystemExit("the page did not start within a minute")
+                time.sleep(0.1)
+            yield address, time.monotonic() - began
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/healthz", timeout=2).close()
+    except OSError:
+        return False
+    return True
