@@ -1,7 +1,8 @@
 """Write a model as a folder that any `transformers` user can load, whole or not at all, and verify it.
 
-Integer weights are stored as compressed-tensors `pack-quantized`: the codes, scales and zero points that
-the solver found. Files are written block by block and fsynced; a manifest names each with its SHA-256;
+Integer weights are stored as compressed-tensors: the codes, scales and zero points that the solver found, packed
+(`pack-quantized`), or as plain 8-bit integers where all weights and inputs are (`int-quantized`, what servers with
+integer kernels expect). Files are written block by block and fsynced; a manifest names each with its SHA-256;
 one rename publishes the folder.
 """
 
@@ -91,7 +92,8 @@ def stored_tensors(
             continue
         module = key.removesuffix(".weight")
         if key.endswith(".weight") and module in packed:
-            yield from pack_quantized(module, packed[module])
+            store = plain_quantized if is_plain(packed) else pack_quantized
+            yield from store(module, packed[module])
         elif tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             yield key, tensor.detach().cpu().contiguous()
@@ -113,6 +115,27 @@ def pack_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Te
         padded = torch.zeros(weight.zero.shape, dtype=torch.int32)
         padded[: words.shape[0]] = words
         yield f"{name}.weight_zero_point", padded
+    yield from _input_scale(name, weight)
+
+
+def is_plain(packed: Mapping[str, QuantizedWeight]) -> bool:
+    """Whether every weight has 8 bits, one scale a row and 8-bit inputs: then files hold plain integers."""
+    return all(
+        weight.inputs is not None and weight.bits == 8 and weight.symmetric and strategy(weight) == "channel"
+        for weight in packed.values()
+    )
+
+
+def plain_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one linear in compressed-tensors `int-quantized`: int8 (N, K), scales (N, 1)."""
+    yield f"{name}.weight", (weight.codes.cpu().to(torch.int16) - 128).to(torch.int8)
+    yield f"{name}.weight_scale", weight.scale.cpu().contiguous()
+    yield from _input_scale(name, weight)
+
+
+def _input_scale(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
+    if weight.inputs is not None and weight.inputs.scale is not None:
+        yield f"{name}.input_scale", torch.tensor([weight.inputs.scale], dtype=weight.scale.dtype)
 
 
 def strategy(weight: QuantizedWeight) -> str:
@@ -125,28 +148,37 @@ def strategy(weight: QuantizedWeight) -> str:
 
 def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight]) -> dict[str, JsonValue]:
     """The `quantization_config` of config.json: a group of modules for each different grid."""
-    grids: dict[tuple[int, bool, str, int | None], list[str]] = {}
+    grids: dict[tuple[int, bool, str, int | None, str | None], list[str]] = {}
     for name, weight in packed.items():
         kind = strategy(weight)
-        grids.setdefault(
-            (weight.bits, weight.symmetric, kind, weight.group_size if kind == "group" else None), []
-        ).append(name)
+        inputs = None if weight.inputs is None else ("token" if weight.inputs.scale is None else "tensor")
+        size = weight.group_size if kind == "group" else None
+        grids.setdefault((weight.bits, weight.symmetric, kind, size, inputs), []).append(name)
     groups: dict[str, JsonValue] = {}
-    for number, ((bits, symmetric, kind, size), names) in enumerate(grids.items()):
-        weights: dict[str, JsonValue] = {
-            "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": kind, "group_size": size,
-            "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
+    for number, ((bits, symmetric, kind, size, inputs), names) in enumerate(grids.items()):
+        common: dict[str, JsonValue] = {
+            "type": "int", "actorder": None, "block_structure": None, "observer_kwargs": {},
         }  # fmt: skip
+        weights: dict[str, JsonValue] = {
+            **common, "num_bits": bits, "symmetric": symmetric, "strategy": kind, "group_size": size,
+            "dynamic": False, "observer": "minmax",
+        }  # fmt: skip
+        activations: dict[str, JsonValue] | None = None
+        if inputs is not None:
+            activations = {
+                **common, "num_bits": 8, "symmetric": True, "strategy": inputs, "group_size": None,
+                "dynamic": inputs == "token", "observer": None if inputs == "token" else "minmax",
+            }  # fmt: skip
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(grids) == 1 else list(names),
-            "input_activations": None,
+            "input_activations": activations,
             "output_activations": None,
             "weights": weights,
         }
     others = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n not in packed]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "int-quantized" if is_plain(packed) else "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,

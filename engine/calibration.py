@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from engine.errors import BadText, short
 from engine.files import publish
 from engine.methods import Calibrated, Context, Params, Selection
-from engine.models import Linear, LoadedModel, blocks, linears
-from engine.packing import QuantizedWeight
+from engine.models import Linear, LoadedModel, blocks, linears, quantize_inputs
+from engine.packing import InputGrid, QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class BlockLinear:
         change the model.
     hessian: float32 (in, in), mean of 2 x xᵀ over the tokens, where it was asked for.
     input_norm: float32 (in,), the L2 norm of each input over the tokens, where it was asked for.
+    input_max: float32 (in,), the largest magnitude of each input over the tokens, with the norm.
     sample: float32 (at most SAMPLE, in), some of the inputs.
     """
 
@@ -55,6 +56,7 @@ class BlockLinear:
     tokens: int = 0
     hessian: Tensor | None = None
     input_norm: Tensor | None = None
+    input_max: Tensor | None = None
     sample: Tensor | None = None
 
     @property
@@ -101,6 +103,8 @@ class Accumulator:
             linear.hessian = accumulate_hessian(linear.hessian, linear.tokens, weighted)
         if linear.sample is None:
             linear.sample = inputs[:: max(1, inputs.shape[0] // SAMPLE)][:SAMPLE].clone()
+        largest = inputs.abs().amax(0)
+        linear.input_max = largest if linear.input_max is None else torch.maximum(linear.input_max, largest)
         squares = inputs.square().sum(0)
         before = torch.zeros_like(squares) if linear.input_norm is None else linear.input_norm.square()
         linear.input_norm = (before + squares).sqrt()
@@ -300,7 +304,7 @@ def observe(block: Block, hidden: list[Tensor], calls: list[Call], collect: Coll
     for first, *others in groups:
         for other in others:
             other.hessian, other.input_norm, other.tokens = first.hessian, first.input_norm, first.tokens
-            other.sample = first.sample
+            other.input_max, other.sample = first.input_max, first.sample
 
 
 def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLinear]]:
@@ -323,10 +327,12 @@ def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLi
 def keep(model: LoadedModel, block: Block, path: Path) -> None:
     """Write a finished block: its tensors and its linears' integer codes."""
     tensors = {f"state.{key}": value.contiguous() for key, value in block.module.state_dict().items()}
-    about: dict[str, object] = {"pruned": [n for n in model.pruned if n.startswith(block.name + ".")]}
+    about: dict[str, Any] = {"pruned": [n for n in model.pruned if n.startswith(block.name + ".")]}
     for linear in block.linears:
         if (weight := model.quantized.get(linear.name)) is not None:
             about[linear.name] = {"bits": weight.bits, "symmetric": weight.symmetric}
+            if weight.inputs is not None:
+                about[linear.name] |= {"inputs": weight.inputs.scale}
             for part in ("codes", "scale", "zero"):
                 tensors[f"{part}.{linear.name}"] = getattr(weight, part).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -346,4 +352,9 @@ def restore(model: LoadedModel, block: Block, path: Path) -> None:
     model.pruned.update(about.pop("pruned"))
     for name, grid in about.items():
         parts = {part: tensors[f"{part}.{name}"] for part in ("codes", "scale", "zero")}
-        model.quantized[name] = QuantizedWeight(bits=grid["bits"], symmetric=grid["symmetric"], **parts)
+        inputs = InputGrid(grid["inputs"]) if "inputs" in grid else None
+        model.quantized[name] = QuantizedWeight(
+            bits=grid["bits"], symmetric=grid["symmetric"], inputs=inputs, **parts
+        )  # fmt: skip
+        if inputs is not None:
+            quantize_inputs(model.network.get_submodule(name), inputs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from engine.errors import BadModel, short
-from engine.packing import QuantizedWeight
+from engine.packing import InputGrid, QuantizedWeight
 
 Linear = nn.Linear | Conv1D
 
@@ -99,6 +99,15 @@ def attention(config: PretrainedConfig) -> str:
     """`sdpa`, or `eager` for the families that have no other (Gemma 2). Never a kernel that a config names."""
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
+
+
+def quantize_inputs(linear: nn.Module, grid: InputGrid) -> None:
+    """Let a linear round its inputs to `grid` from now on, before it computes as it did."""
+
+    def round_(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (grid.fake(args[0]), *args[1:])
+
+    linear.register_forward_pre_hook(round_)
 
 
 def blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:

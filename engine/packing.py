@@ -15,12 +15,37 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class InputGrid:
+    """8-bit integers for the inputs of a linear, symmetric: a scale for each token as it comes, or one fixed `scale`.
+
+    The arithmetic is that of compressed-tensors, in the inputs' own dtype, so that strangers compute the same.
+    """
+
+    scale: float | None = None
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole numbers -128..127 in x's dtype, of x's shape (..., K), and their scales (..., 1)."""
+        if self.scale is None:
+            scale = x.abs().amax(-1, keepdim=True) / 127.5
+            scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+        else:
+            scale = torch.full_like(x[..., :1], self.scale)
+        return torch.round(x / scale).clamp_(-128, 127), scale
+
+    def fake(self, x: Tensor) -> Tensor:
+        """x rounded to the grid."""
+        codes, scale = self.encode(x)
+        return codes * scale
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """A linear's weight on a grid: w[n, k] = (codes[n, k] - zero[n, g]) * scale[n, g], g the group of k.
 
     codes: uint8 (N, K), 0 .. 2^bits - 1.
     scale: (N, G), in the dtype that is stored. G groups of K / G inputs; per tensor it is (1, 1).
     zero: uint8 of scale's shape; symmetric grids have 2^(bits - 1) everywhere.
+    inputs: the grid of the linear's inputs, None where they stay as they are.
     """
 
     codes: Tensor
@@ -28,6 +53,7 @@ class QuantizedWeight:
     zero: Tensor
     bits: int
     symmetric: bool
+    inputs: InputGrid | None = None
 
     @property
     def group_size(self) -> int:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from engine.records import Measurement
 
-STORED = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
+STORED = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".input_scale")
 
 
 def measure(folder: Path) -> list[Measurement]:

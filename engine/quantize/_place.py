@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.calibration import BlockLinear
 from engine.methods import Context
-from engine.models import LoadedModel
+from engine.models import LoadedModel, quantize_inputs
 from engine.packing import QuantizedWeight
 
 BINS = 40
@@ -36,6 +36,8 @@ def place(
         context.log(f"{linear.name}: {note}")
     context.emit("linear", audit)
     linear.weight.copy_(after)
+    if quantized.inputs is not None:
+        quantize_inputs(linear.module, quantized.inputs)
     model.quantized[linear.name] = quantized
     linear.hessian = linear.sample = None
 

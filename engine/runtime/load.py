@@ -21,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from engine import models
 from engine.errors import BadModel, short
 from engine.models import LoadedModel
-from engine.packing import QuantizedWeight, unpack
-from engine.runtime.linear import SIMULATED, PackedLinear, kernel_for
+from engine.packing import InputGrid, QuantizedWeight, unpack
+from engine.runtime.linear import INT8, SIMULATED, Int8Linear, PackedLinear, kernel_for
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
+ROUNDED = "inputs rounded to 8 bits"
+FORMATS = ("pack-quantized", "int-quantized")
 
 
 def load(folder: Path, device: str = "cpu") -> LoadedModel:
@@ -37,7 +39,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     files = TensorFiles(folder)
-    packed = [name.removesuffix(".weight_packed") for name in files.names if name.endswith(".weight_packed")]
+    packed = [name.removesuffix(".weight_scale") for name in files.names if name.endswith(".weight_scale")]
     if not packed:
         return models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
     schemes = Schemes(getattr(config, "quantization_config", None), folder)
@@ -45,7 +47,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     kernels = {name: _fill_packed(network, name, files, schemes, device) for name in packed}
     for name in files.names:
         module, _, part = name.rpartition(".")
-        if not (module in kernels and (part in PARTS or part == "bias")):
+        if not (module in kernels and (part in PARTS or part in ("weight", "bias"))):
             _fill_dense(network, name, files, device)
     _finish(network, folder, device)
     network.train(False)
@@ -101,15 +103,17 @@ class Schemes:
         if hasattr(config, "to_dict"):
             config = config.to_dict()
         groups = config.get("config_groups") if isinstance(config, dict) else None
-        if not isinstance(groups, dict) or not isinstance(config, dict) or config.get("format") != "pack-quantized":
+        if not isinstance(groups, dict) or not isinstance(config, dict) or config.get("format") not in FORMATS:
             raise BadModel(f"{short(folder.name)}: its weights are packed, but config.json does not say how.")
         self._folder = folder
         self._by_target: dict[str, dict[str, JsonValue]] = {
-            target: group["weights"] for group in groups.values() for target in group["targets"]
+            target: group["weights"] | {"inputs": group.get("input_activations")}
+            for group in groups.values()
+            for target in group["targets"]
         }
 
-    def of(self, name: str) -> tuple[int, bool]:
-        """(bits, symmetric) of a module: by its name, else by a `re:` pattern, else by its class.
+    def of(self, name: str) -> tuple[int, bool, str | None]:
+        """(bits, symmetric, strategy of the inputs) of a module: by its name, else by a pattern, else by its class.
 
         Raises:
             BadModel: no group covers it, or not with integers of 2 to 8 bits.
@@ -120,7 +124,11 @@ class Schemes:
         bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
         if not isinstance(bits, int) or bits not in range(2, 9) or weights.get("type", "int") != "int":
             raise BadModel(f"{short(self._folder.name)}: config.json gives {name} no integer scheme that we can read.")
-        return bits, bool(symmetric)
+        inputs = weights.get("inputs")
+        strategy = str(inputs.get("strategy")) if isinstance(inputs, dict) else None
+        if strategy not in (None, "token", "tensor") or (isinstance(inputs, dict) and inputs.get("num_bits") != 8):
+            raise BadModel(f"{short(self._folder.name)}: config.json quantizes the inputs of {name} as we cannot read.")
+        return bits, bool(symmetric), strategy
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -147,15 +155,24 @@ def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, scheme
     if (bias is None) != (linear.bias is None) or (bias is not None and bias.shape != (rows,)):
         raise files.bad(f"{name}.bias does not fit the config")
     dtype = linear.weight.dtype
+    if weight.inputs is not None and dtype == torch.bfloat16 and Int8Linear.knows(weight, device):
+        network.set_submodule(name, Int8Linear(weight, bias, device))
+        return INT8
     kernel = kernel_for(weight, device, dtype)
     if kernel is not None:
-        network.set_submodule(name, PackedLinear(weight, bias, device))
-        return kernel
+        packed = PackedLinear(weight, bias, device)
+        network.set_submodule(name, packed)
+        if weight.inputs is None:
+            return kernel
+        models.quantize_inputs(packed, weight.inputs)
+        return f"{kernel}, {ROUNDED}"
     dense = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(weight.dequantize().to(device, dtype), requires_grad=False)
     if bias is not None:
         dense.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)
     network.set_submodule(name, dense)
+    if weight.inputs is not None:
+        models.quantize_inputs(dense, weight.inputs)
     return SIMULATED.format(dtype=str(dtype).removeprefix("torch."))
 
 
@@ -165,8 +182,14 @@ def read_quantized(files: TensorFiles, name: str, rows: int, columns: int, schem
     Raises:
         BadModel: a part is missing or misshapen.
     """
-    bits, symmetric = schemes.of(name)
-    packed, scale, shape = (files.read(f"{name}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape"))
+    bits, symmetric, strategy = schemes.of(name)
+    inputs = None
+    if strategy is not None:
+        inputs = InputGrid(None if strategy == "token" else float(files.read(f"{name}.input_scale")))
+    scale = files.read(f"{name}.weight_scale")
+    if f"{name}.weight_packed" not in files.names:
+        return _read_plain(files, name, (rows, columns), scale, bits, inputs)
+    packed, shape = (files.read(f"{name}.{part}") for part in ("weight_packed", "weight_shape"))
     words = -(-columns * bits // 32)
     if packed.dtype != torch.int32 or packed.shape != (rows, words) or shape.tolist() != [rows, columns]:
         raise files.bad(f"{name}: {bits}-bit codes of shape {tuple(packed.shape)} do not fit {rows} x {columns}")
@@ -186,7 +209,18 @@ def read_quantized(files: TensorFiles, name: str, rows: int, columns: int, schem
         zero = unpack(points[:needed].T.contiguous(), bits, scale.shape[0]).T.contiguous()
     # A few rows at a time: unpacking takes a byte for every bit.
     codes = torch.cat([unpack(part, bits, columns) for part in torch.split(packed, 256)])
-    return QuantizedWeight(codes, scale, zero, bits, symmetric)
+    return QuantizedWeight(codes, scale, zero, bits, symmetric, inputs)
+
+
+def _read_plain(
+    files: TensorFiles, name: str, shape: tuple[int, int], scale: Tensor, bits: int, inputs: InputGrid | None
+) -> QuantizedWeight:
+    """A weight that stands in the file as int8 (N, K), with one scale a row."""
+    weight = files.read(f"{name}.weight")
+    if weight.dtype != torch.int8 or weight.shape != shape or scale.shape != (shape[0], 1) or bits != 8:
+        raise files.bad(f"{name}: 8-bit weights of shape {tuple(weight.shape)} do not fit {shape[0]} x {shape[1]}")
+    codes = (weight.to(torch.int16) + 128).to(torch.uint8)
+    return QuantizedWeight(codes, scale, torch.full_like(scale, 128, dtype=torch.uint8), bits, True, inputs)
 
 
 def _fill_dense(network: PreTrainedModel, name: str, files: TensorFiles, device: str) -> None:

@@ -1,6 +1,7 @@
 """The bundled demo model: good enough to be worth keeping, and the better method does less harm to it."""
 
 import dataclasses
+import itertools
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,7 @@ from engine.methods import Context
 from engine.models import LoadedModel, load
 from engine.preflight import DEMO
 from engine.prune import magnitude, wanda
-from engine.quantize import gptq, rtn
+from engine.quantize import awq, gptq, hqq, mixed, rtn
 
 
 def damage(method: ModuleType, demo: LoadedModel, context: Context, **params: object) -> tuple[float, float]:
@@ -30,7 +31,15 @@ def test_it_answers_three_tasks_in_nine_of_ten_cases(demo: LoadedModel) -> None:
     items = _text.items(demo)
     found = {m.name: m.value for m in accuracy.measure(items, accuracy.choices(demo, items))}
     assert min(found["accuracy.facts"], found["accuracy.sums"], found["accuracy.grammar"]) >= 0.9
-    assert found["accuracy.reading"] > 0.25 + 3 * 0.025  # three standard errors above chance
+    assert found["accuracy.reading"] >= 0.8
+
+
+def test_each_kind_of_damage_shows_more_than_the_one_before(demo: LoadedModel, context: Context) -> None:
+    steps = (
+        (gptq, {"bits": 4}), (rtn, {"bits": 3}), (gptq, {"bits": 2}), (magnitude, {"sparsity": 0.7}),
+    )  # fmt: skip
+    found = [damage(method, demo, context, **params)[1] for method, params in steps]
+    assert all(later > 1.2 * earlier for earlier, later in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -39,6 +48,22 @@ def test_gptq_harms_less_than_round_to_nearest(bits: int, demo: LoadedModel, con
     rounded, rounded_kl = damage(rtn, demo, context, bits=bits)
     assert kl < rounded_kl
     assert solved <= rounded * 1.002  # perplexities this close differ by less than their error at 4 bits
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("method", [awq, hqq])
+def test_awq_and_hqq_harm_less_than_round_to_nearest(
+    method: ModuleType, bits: int, demo: LoadedModel, context: Context
+) -> None:
+    _, kl = damage(method, demo, context, bits=bits)
+    _, rounded_kl = damage(rtn, demo, context, bits=bits)
+    assert kl < rounded_kl
+
+
+def test_mixed_precision_harms_less_than_equal_bits_of_the_same_size(demo: LoadedModel, context: Context) -> None:
+    _, kl = damage(mixed, demo, context, budget=3.25)
+    _, equal = damage(gptq, demo, context, bits=3, group_size=64)  # 3 + 16 / 64 stored bits a weight
+    assert kl < equal
 
 
 def test_wanda_harms_less_than_magnitude(demo: LoadedModel, context: Context) -> None:

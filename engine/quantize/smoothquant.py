@@ -1,0 +1,95 @@
+"""8-bit weights and 8-bit activations, after moving the activations' outliers into the weights.
+
+SmoothQuant (Xiao et al., 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", arXiv 2211.10438), W8A8. Weights are easy to round to 8 bits, activations are not: a few channels are many
+times larger than the others. Where a scale can be folded into the operation before (see `_fold.py`), channel j is
+divided by
+
+    s_j = max|X_j|^a / max|W_j|^(1 - a)
+
+and the weights' column multiplied by it; a = 0.5 shares the difficulty evenly. Then weights get one scale a row and
+inputs one a token, found as they come (`token`), or one that calibration fixed (`tensor`). Products are sums of
+integers: with `torch._int_mm` both the prompt and each token are faster than in bfloat16.
+
+By hand, max|X| = (16, 1), max|W| = (1, 1), a = 0.5: s = (4, 1), and the inputs' maxima become (4, 1).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from engine.calibration import Block, walk_blocks
+from engine.methods import Calibrated, Context, Selection
+from engine.models import LoadedModel
+from engine.packing import InputGrid, QuantizedWeight
+from engine.quantize._fold import Fold, folds
+from engine.quantize._grid import GridParams, round_to_nearest
+from engine.quantize._place import place
+
+TITLE = "SmoothQuant W8A8"
+CHANGES = ("disk", "memory", "latency")
+ROWS = GridParams.model_validate({"bits": 8, "granularity": "channel"})  # one scale for each row of the weight
+LEAST = 1e-5  # of the largest: maxima of channels and columns below this count as this
+
+
+class Params(Selection, Calibrated):
+    """Settings of SmoothQuant."""
+
+    strength: float = Field(0.5, ge=0.0, le=1.0, description="The a above: how much of the outliers weights take on.")
+    activations: Literal["token", "tensor"] = Field(
+        "token", description="One scale for each token as it comes, or one for all that calibration fixes."
+    )
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Fold the scales into every block, then round its weights and, from then on, their inputs."""
+    for block in walk_blocks(model, context, params, "norm"):
+        scales = smooth(block, params.strength)
+        for linear in block.linears:
+            context.check_cancelled()
+            scale = scales.get(linear.name, torch.ones((), device=linear.weight.device))
+            note, inputs = "", InputGrid()
+            if linear.input_max is None:
+                note = "no token reached it; one scale a token"
+            elif params.activations == "tensor":
+                largest = float((linear.input_max / scale).max())
+                inputs = InputGrid(float(torch.tensor(max(largest, 1e-6) / 127.5, dtype=linear.weight.dtype)))
+            linear.sample = None if linear.sample is None else linear.sample / scale
+            rounded = round_to_nearest(linear.weight, ROWS, linear.name, linear.weight.dtype)
+            place(model, linear, with_inputs(rounded, inputs), context, note)
+    return model
+
+
+def with_inputs(weight: QuantizedWeight, inputs: InputGrid) -> QuantizedWeight:
+    """The weight for inputs on a grid of their own."""
+    return QuantizedWeight(weight.codes, weight.scale, weight.zero, weight.bits, weight.symmetric, inputs)
+
+
+def smooth(block: Block, strength: float) -> dict[str, Tensor]:
+    """Fold a scale into each place of the block; the scale of each linear's inputs by its name."""
+    found: dict[str, Tensor] = {}
+    assert block.sample is not None
+    for fold in folds(block, *block.sample):
+        readers = [reader for reader in fold.readers if reader.input_max is not None]
+        if readers and not any(reader.name in found for reader in readers):
+            scale = scale_for(fold, strength)
+            fold.apply(scale)
+            found |= dict.fromkeys((reader.name for reader in fold.readers), fold.spread(scale))
+    return found
+
+
+def scale_for(fold: Fold, strength: float) -> Tensor:
+    """s (size,) of a fold, from the largest inputs and the largest weights of each channel."""
+    inputs = next(reader.input_max for reader in fold.readers if reader.input_max is not None)
+    weights = torch.stack([reader.weight.float().abs().amax(0) for reader in fold.readers]).amax(0)
+    return smoothing(fold.gather(inputs), fold.gather(weights), strength)
+
+
+def smoothing(inputs: Tensor, weights: Tensor, strength: float) -> Tensor:
+    """max|X|^a / max|W|^(1 - a) of channels (size,)."""
+    inputs, weights = (each.clamp(min=max(LEAST * float(each.max()), 1e-12)) for each in (inputs, weights))
+    return inputs.pow(strength) / weights.pow(1 - strength)
