@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.sections import README, write_section
 from engine import hardware
 from engine.generate import decode
-from engine.packing import QuantizedWeight
-from engine.runtime.linear import PackedLinear
+from engine.packing import InputGrid, QuantizedWeight
+from engine.runtime.linear import Int8Linear, PackedLinear
 
 log = logging.getLogger("decode")
 SHAPE = LlamaConfig(
@@ -62,7 +62,9 @@ def by_maquette(network: PreTrainedModel, prompt: list[int]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(times)]
 
 
-def packed(dense: PreTrainedModel, bits: int, group: int | None) -> PreTrainedModel:
+def packed(
+    dense: PreTrainedModel, bits: int, group: int | None, kind: type[PackedLinear | Int8Linear] = PackedLinear
+) -> PreTrainedModel:  # fmt: skip
     """A network of the same shape whose linears in the blocks compute on packed codes; shares all else."""
     with torch.device("meta"):
         network = LlamaForCausalLM(SHAPE).to(torch.bfloat16)
@@ -73,7 +75,7 @@ def packed(dense: PreTrainedModel, bits: int, group: int | None) -> PreTrainedMo
             network.get_submodule(name)._buffers[leaf] = buffer
     for name, module in dense.model.named_modules():
         if isinstance(module, nn.Linear):
-            network.model.set_submodule(name, PackedLinear(quantized(module.weight, bits, group)))
+            network.model.set_submodule(name, kind(quantized(module.weight, bits, group)))
     network.generation_config = dense.generation_config
     return network.eval()
 
@@ -87,7 +89,7 @@ def quantized(weight: torch.Tensor, bits: int, group: int | None) -> QuantizedWe
     scale = (split.abs().amax(-1) / (half - 0.5)).to(torch.bfloat16)
     codes = (split / scale.float().unsqueeze(-1)).round().add_(half).clamp_(0, 2 * half - 1)
     zero = torch.full_like(scale, half, dtype=torch.uint8)
-    return QuantizedWeight(codes.view(rows, columns).to(torch.uint8), scale, zero, bits, True)
+    return QuantizedWeight(codes.view(rows, columns).to(torch.uint8), scale, zero, bits, True, InputGrid())
 
 
 def main() -> None:
@@ -103,6 +105,7 @@ def main() -> None:
     dense = LlamaForCausalLM(SHAPE).to(torch.bfloat16).eval()
     dense.generation_config.eos_token_id = None
     four, eight, rows = packed(dense, 4, GROUP), packed(dense, 8, GROUP), packed(dense, 8, None)
+    integers = packed(dense, 8, None, Int8Linear)
     prompt = torch.randint(5, 32000, (PROMPT,)).tolist()
     ways: dict[str, Callable[[], list[float]]] = {
         "bf16, transformers `generate`": lambda: by_transformers(dense, prompt),
@@ -110,6 +113,7 @@ def main() -> None:
         f"4 bit, groups of {GROUP}, int4pack-cpu": lambda: by_maquette(four, prompt),
         f"8 bit, groups of {GROUP}, int4pack-cpu (two halves)": lambda: by_maquette(eight, prompt),
         "8 bit, one scale a row, int8pack-cpu": lambda: by_maquette(rows, prompt),
+        "8 bit, 8-bit inputs (W8A8), int8-int8": lambda: by_maquette(integers, prompt),
     }
     text = table(measure(ways, arguments.rounds), dense.num_parameters(), arguments.threads)
     log.info("%s", text)

@@ -172,9 +172,10 @@ class PackedLinear(nn.Module):
         alike = all((p.kernel, p.bits, p.group, p.in_features) == (
             first.kernel, first.bits, first.group, first.in_features) for p in parts)  # fmt: skip
         # The 4-bit storage is made of blocks of rows; other numbers of rows have smaller blocks at the end.
+        hooked = any(p._forward_pre_hooks for p in parts)  # what rounds the inputs of one does not see the joined
         whole_blocks = first.kernel == "int8pack-cpu" or all(p.out_features % 64 == 0 for p in parts)
         biased = [p.bias is not None for p in parts]
-        if first.kernel == "int4pack-cuda" or not alike or not whole_blocks or any(biased) != all(biased):
+        if first.kernel == "int4pack-cuda" or not alike or hooked or not whole_blocks or any(biased) != all(biased):
             return None
         joined = cls.__new__(cls)
         nn.Module.__init__(joined)
@@ -227,6 +228,30 @@ class Int8Linear(nn.Module):
         plain = weight.inputs is not None and weight.symmetric and weight.bits > 4 and weight.scale.shape[1] == 1
         # CUDA's integer product wants multiples of 8.
         return plain and (torch.device(device).type == "cpu" or (rows % 8 == 0 and columns % 8 == 0))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Int8Linear]) -> Int8Linear | None:
+        """As `PackedLinear.joined`; inputs are rounded once for all parts."""
+        first = parts[0]
+        known: Int8Linear | None = vars(first).get("_joined")
+        biased = [p.bias is not None for p in parts]
+        if known is not None or any(p.inputs != first.inputs for p in parts) or any(biased) != all(biased):
+            return known
+        joined = cls.__new__(cls)
+        nn.Module.__init__(joined)
+        joined.inputs, joined.in_features = first.inputs, first.in_features
+        joined.out_features = sum(p.out_features for p in parts)
+        joined.register_buffer("weight", torch.cat([p.weight for p in parts]))
+        joined.register_buffer("scales", torch.cat([p.scales for p in parts]))
+        joined.register_buffer(
+            "bias", torch.cat([p.bias for p in parts if p.bias is not None]) if all(biased) else None
+        )
+        start = 0
+        for part in parts:
+            part.weight = joined.weight[start : start + part.out_features]
+            start += part.out_features
+        vars(first)["_joined"] = joined
+        return joined
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)

@@ -39,7 +39,8 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     files = TensorFiles(folder)
-    packed = [name.removesuffix(".weight_scale") for name in files.names if name.endswith(".weight_scale")]
+    marks = (".weight_packed", ".weight_scale")
+    packed = sorted({name.rpartition(".")[0] for name in files.names if name.endswith(marks)})
     if not packed:
         return models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
     schemes = Schemes(getattr(config, "quantization_config", None), folder)

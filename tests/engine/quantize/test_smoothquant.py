@@ -73,6 +73,25 @@ def test_the_integer_product_is_that_of_the_rounded_operands(rows: int) -> None:
     assert apart(found, exact + bias.double()) < 0.004  # one rounding to bfloat16 and one of the bias
 
 
+def test_joined_linears_round_their_input_once_and_compute_the_same() -> None:
+    dice = torch.Generator().manual_seed(0)
+    parts = []
+    for rows in (32, 16, 48):
+        codes = torch.randint(0, 256, (rows, 64), generator=dice, dtype=torch.uint8)
+        scale = torch.rand(rows, 1, generator=dice).bfloat16()
+        zero = torch.full_like(scale, 128, dtype=torch.uint8)
+        parts.append(Int8Linear(QuantizedWeight(codes, scale, zero, 8, True, InputGrid())))
+    x = torch.randn(2, 64, generator=dice).bfloat16()
+    before = torch.cat([part(x) for part in parts], dim=1)
+    joined = Int8Linear.joined(parts)
+    assert joined is not None
+    torch.testing.assert_close(joined(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat([part(x) for part in parts], dim=1), before, rtol=0, atol=0)
+    parts[1].inputs = InputGrid(0.1)
+    vars(parts[0]).pop("_joined")
+    assert Int8Linear.joined(parts) is None
+
+
 @pytest.mark.parametrize("activations", ["token", "tensor"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt_neox"])
 def test_strangers_and_the_runtime_compute_the_same(
