@@ -154,6 +154,7 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
         inputs = None if weight.inputs is None else ("token" if weight.inputs.scale is None else "tensor")
         size = weight.group_size if kind == "group" else None
         grids.setdefault((weight.bits, weight.symmetric, kind, size, inputs), []).append(name)
+    kind_of_file = "int-quantized" if is_plain(packed) else "pack-quantized"
     groups: dict[str, JsonValue] = {}
     for number, ((bits, symmetric, kind, size, inputs), names) in enumerate(grids.items()):
         common: dict[str, JsonValue] = {
@@ -171,6 +172,7 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
             }  # fmt: skip
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(grids) == 1 else list(names),
+            "format": kind_of_file,  # compressed-tensors would infer another for 4-bit weights with 8-bit inputs
             "input_activations": activations,
             "output_activations": None,
             "weights": weights,
@@ -178,7 +180,7 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
     others = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n not in packed]
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if is_plain(packed) else "pack-quantized",
+        "format": kind_of_file,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,

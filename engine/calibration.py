@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,14 +77,14 @@ class Call:
 class Block:
     """One decoder block with its linears; `number` counts from 0.
 
-    sample: hidden states (B, T, hidden) that enter the block and its other arguments, where text was asked for.
+    batches: hidden states (B, T, hidden) that enter the block and its other arguments, where text was asked for.
     """
 
     number: int
     name: str
     module: nn.Module
     linears: list[BlockLinear]
-    sample: tuple[Tensor, Call] | None = None
+    batches: list[tuple[Tensor, Call]] = field(default_factory=list)
 
 
 class Accumulator:
@@ -208,7 +208,7 @@ def walk_blocks(
             named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(module)]
             block.linears = [linear for linear in named if select is None or select.selects(linear.name)]
             if hidden:
-                block.sample = hidden[0], calls[number][0]
+                block.batches = [*zip(hidden, calls[number], strict=True)]
             if collect != "nothing":
                 observe(block, hidden, calls[number], collect)
             yield block
@@ -223,7 +223,7 @@ def _of(calls: list[list[Call]], number: int) -> list[Call]:
     return calls[number] if calls else []
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def capture(model: LoadedModel, batches: tuple[Tensor, ...]) -> tuple[list[Tensor], list[list[Call]]]:
     """The first block's inputs for each batch, and every block's other arguments: [block][batch].
 
@@ -280,7 +280,7 @@ def _same(a: object, b: object) -> bool:
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_block(module: nn.Module, states: Tensor, call: Call) -> Tensor:
     """The hidden states after the block."""
     result = module(states, *call.args, **call.kwargs)

@@ -59,8 +59,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 def scale_block(block: Block, params: Params, context: Context) -> dict[str, Tensor]:
     """Fold the best scale into each place of the block; the scale of each linear's inputs by its name."""
     found: dict[str, Tensor] = {}
-    assert block.sample is not None
-    for fold in folds(block, *block.sample):
+    for fold in folds(block, *block.batches[0]):
         context.check_cancelled()
         readers = [reader for reader in fold.readers if reader.hessian is not None]
         if not readers or any(reader.name in found for reader in readers):

@@ -72,8 +72,7 @@ def with_inputs(weight: QuantizedWeight, inputs: InputGrid) -> QuantizedWeight:
 def smooth(block: Block, strength: float) -> dict[str, Tensor]:
     """Fold a scale into each place of the block; the scale of each linear's inputs by its name."""
     found: dict[str, Tensor] = {}
-    assert block.sample is not None
-    for fold in folds(block, *block.sample):
+    for fold in folds(block, *block.batches[0]):
         readers = [reader for reader in fold.readers if reader.input_max is not None]
         if readers and not any(reader.name in found for reader in readers):
             scale = scale_for(fold, strength)

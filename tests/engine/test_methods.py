@@ -15,6 +15,7 @@ from tests.conftest import in_memory, tiny_config
 
 SMALL: dict[str, dict[str, object]] = {
     "quantize/rtn": {"group_size": 32},
+    "quantize/zeroquant": {"group_size": 32, "samples": 4, "sequence_length": 16},
     "quantize/smoothquant": {"samples": 4, "sequence_length": 16},
     "quantize/mixed": {"samples": 4, "sequence_length": 16},
     "quantize/awq": {"group_size": 32, "samples": 4, "sequence_length": 16},

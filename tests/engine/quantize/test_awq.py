@@ -33,8 +33,7 @@ def test_folding_keeps_what_the_model_computes(family: str, context: Context) ->
     before = model.network(input_ids=ids).logits
     names: list[list[str]] = []
     for block in walk_blocks(model, context, Calibrated(samples=4, sequence_length=16)):
-        assert block.sample is not None
-        found = folds(block, *block.sample)
+        found = folds(block, *block.batches[0])
         names.append([describe(fold.source, fold.readers, block) for fold in found])
         for number, fold in enumerate(found):
             fold.apply(torch.rand(fold.size, generator=torch.Generator().manual_seed(number)) + 0.5)
@@ -60,8 +59,7 @@ def test_large_channels_are_scaled_up_and_the_error_falls(tiny: LoadedModel, con
             layer.input_layernorm.weight[::32] *= 30
     params = awq.Params(bits=3, group_size=32, samples=8, sequence_length=32)
     block = next(walk_blocks(tiny, context, params, "directions"))
-    assert block.sample is not None
-    fold = next(fold for fold in folds(block, *block.sample) if len(fold.readers) == 3)
+    fold = next(fold for fold in folds(block, *block.batches[0]) if len(fold.readers) == 3)
     ratio, scale = awq.best_scale(fold, list(fold.readers), params)
     assert ratio > 0
     others = torch.ones(len(scale), dtype=torch.bool)

@@ -1,0 +1,53 @@
+"""ZeroQuant: grouped weights with rounded inputs, and a distillation that brings a block nearer to its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine import artifacts, runtime
+from engine.calibration import walk_blocks
+from engine.methods import Context
+from engine.models import LoadedModel
+from engine.quantize import zeroquant
+from engine.quantize.zeroquant import Params
+from engine.records import Recipe
+from tests.conftest import in_memory
+from tests.engine.quantize.test_smoothquant import apart, logits
+from tests.families import FAMILIES
+
+SMALL = {"samples": 8, "sequence_length": 32, "group_size": 32}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_strangers_and_the_runtime_compute_the_same(
+    bits: int, tiny: LoadedModel, context: Context, tmp_path: Path
+) -> None:
+    model = zeroquant.apply(tiny, Params.model_validate(SMALL | {"bits": bits}), context)
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    stranger = AutoModelForCausalLM.from_pretrained(tmp_path / "artifact", dtype="auto")
+    assert apart(logits(stranger), logits(model.network)) < 1e-6
+    loaded = runtime.load(tmp_path / "artifact")
+    assert set(loaded.kernels.values()) == {"int4pack-cpu, inputs rounded to 8 bits"}
+    assert apart(logits(loaded.network), logits(model.network)) < 0.02
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_distillation_brings_a_block_nearer_to_its_original(family: str, context: Context) -> None:
+    params = Params.model_validate(SMALL | {"bits": 2, "distill_steps": 30, "learning_rate": 1e-3})
+    model = in_memory(FAMILIES[family])
+    before, after = zeroquant.distill(next(walk_blocks(model, context, params, "norm")), params, context)
+    assert 0 < after < 0.9 * before
+
+
+def test_weights_stay_where_training_does_not_help(tiny: LoadedModel, context: Context) -> None:
+    params = Params.model_validate(SMALL | {"bits": 8, "distill_steps": 2, "learning_rate": 1.0})
+    block = next(walk_blocks(tiny, context, params, "norm"))
+    weights = [linear.weight.clone() for linear in block.linears]
+    before, after = zeroquant.distill(block, params, context)
+    assert after == before
+    for linear, weight in zip(block.linears, weights, strict=True):
+        torch.testing.assert_close(linear.weight, weight, rtol=0, atol=0)
