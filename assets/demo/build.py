@@ -1,6 +1,6 @@
 """Make the demo model from nothing: the world's text, the tokenizer, the training, the files that ship.
 
-    python assets/demo/build.py            # everything, about an hour and a half on two cores
+    python assets/demo/build.py            # everything, about two hours on two cores
     python assets/demo/build.py --resume   # go on from the last checkpoint
 
 The same seed gives the same text, tokenizer and batches on every machine, and the same weights on the
@@ -27,10 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HERE = Path(__file__).parent
 PEOPLE, SEED = 2000, 0
 VOCABULARY, SEQUENCE, BATCH = 1280, 128, 16
-STEPS, DECAY, WARMUP, RATE = 16_000, 5_000, 300, 3e-3
+# Steps in which the learning rate rises to RATE, stays, and falls: facts need the length of the first cycle, sums and
+# reading gain most from the fall of each. (end, steps of the fall, highest rate)
+CYCLES = ((16_000, 5_000, 3e-3), (24_000, 7_000, 2e-3))
+STEPS, WARMUP = CYCLES[-1][0], 300
 CHUNK = 8_000  # documents that are made, packed and shuffled together
 NEWCOMERS = 80  # people more in each chunk than in the one before
-CURRICULUM = ((34, world.LATE), (12, world.MIDDLE), (0, world.EARLY))  # from which chunk on
+CURRICULUM = ((89, world.LAST), (34, world.LATE), (12, world.MIDDLE), (0, world.EARLY))  # from which chunk on
 END = "<|endoftext|>"
 
 log = logging.getLogger("demo")
@@ -103,15 +106,22 @@ def batches(tokenizer: PreTrainedTokenizerFast, people: list[world.Person], star
 def positions(ids: torch.Tensor) -> torch.Tensor:
     """Each token's place in its own document; transformers then lets no document see the one packed before it.
 
-    To look something up is learned several times sooner when there is nothing else in sight.
+    To look something up is learned several times sooner when there is nothing else in sight. While the learning rate
+    falls, all is in sight, as in the windows of calibration and of distillation.
     """
     place = torch.arange(ids.shape[1]).expand_as(ids)
     return place - torch.where(ids == 0, place, 0).cummax(1).values
 
 
-def rate(step: int, steps: int) -> float:
-    """Learning rate: warm-up, constant, then a linear decay to a hundredth over the last DECAY steps."""
-    return RATE * min(1.0, (step + 1) / WARMUP, max(0.01, (steps - step) / DECAY))
+def rate(step: int) -> tuple[float, bool]:
+    """The learning rate of a step, and whether it is falling: linearly, to a hundredth of the cycle's highest."""
+    begin = 0
+    for end, fall, highest in CYCLES:
+        if step < end:
+            factor = min(1.0, (step - begin + 1) / WARMUP, max(0.01, (end - step) / fall))
+            return highest * factor, step >= end - fall
+        begin = end
+    return 0.01 * CYCLES[-1][2], True
 
 
 def train(folder: Path, steps: int, resume: bool, compiled: bool) -> LlamaForCausalLM:
@@ -134,11 +144,12 @@ def train(folder: Path, steps: int, resume: bool, compiled: bool) -> LlamaForCau
     forward = torch.compile(model) if compiled else model
     began = time.monotonic()
     for step, batch in zip(range(first, steps), batches(tokenizer, people, first), strict=False):
+        learning_rate, falling = rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
+            group["lr"] = learning_rate
         with torch.autocast("cpu", torch.bfloat16):
             ids = batch[:, :-1]
-            logits = forward(ids, position_ids=positions(ids) if step < steps - DECAY else None).logits
+            logits = forward(ids, position_ids=None if falling else positions(ids)).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

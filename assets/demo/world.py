@@ -313,6 +313,10 @@ MIDDLE = Mixture(
     digits=(2, 3, 3),
 )
 LATE = replace(MIDDLE, digits=(2,))
+LAST = replace(
+    LATE,
+    shares={"biography": 0.28, "story": 0.04, "reading": 0.26, "inventory": 0.06, "sums": 0.31, "agreement": 0.05},
+)
 
 
 def document(rng: random.Random, people: list[Person], mixture: Mixture, held: bool = False) -> str:
