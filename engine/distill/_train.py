@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import Diverged
 from engine.files import publish
@@ -53,7 +53,7 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
         Diverged: the loss is not finite, or far above where it began.
     """
     network, dtype = student.network, student.network.dtype
-    network.to(torch.float32)  # type: ignore[arg-type]  # the stub takes the method for an unbound one
+    cast(network, torch.float32)
     network.train()
     network.config.use_cache = False
     parameters = dict(network.named_parameters())
@@ -89,9 +89,15 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
             context.progress(step + 1, schedule.steps, "steps")
         if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
             checkpoint(saved, parameters, optimizer, step + 1)
-    network.to(dtype)  # type: ignore[arg-type]
+    cast(network, dtype)
     network.eval()  # type: ignore[no-untyped-call]
     network.config.use_cache = True
+
+
+def cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters another dtype, and nothing else: rotary frequencies must keep their float32."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def draw(rows: Tensor, batch: int, step: int, seed: int) -> Tensor:

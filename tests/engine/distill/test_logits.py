@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import artifacts
 from engine.distill import logits
 from engine.distill._student import every_kth, of_size
 from engine.distill._train import Schedule, draw, train
 from engine.distill.logits import Params, distillation_loss
 from engine.errors import BadParams, Cancelled, Diverged
 from engine.methods import Context
-from engine.models import LoadedModel, blocks
+from engine.models import LoadedModel, blocks, load
+from engine.preflight import DEMO
+from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
 
 
@@ -93,6 +96,16 @@ def test_training_brings_the_student_closer_and_keeps_zeros(tmp_path: Path, cont
     assert bool((linear.weight[:, ::2] == 0).all())
     assert bool((linear.weight[:, 1::2] != 0).any())
     assert student.network.dtype == torch.bfloat16
+
+
+def test_a_trained_model_reloads_with_the_very_same_logits(tmp_path: Path, context: Context) -> None:
+    model = load(DEMO / "model")
+    student = logits.apply(model, Params(student="current", steps=2, batch=2), context)
+    artifacts.write(student, Recipe(), tmp_path / "artifact")
+    again = load(tmp_path / "artifact")
+    ids = torch.arange(3, 200)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(again.network(ids).logits, student.network(ids).logits, rtol=0, atol=0)
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(context: Context, recorder: Recorder) -> None:
