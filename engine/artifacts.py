@@ -43,7 +43,9 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
         model.network.generation_config.save_pretrained(temporary)
     model.tokenizer.save_pretrained(temporary)
     config = json.loads((temporary / "config.json").read_text())
-    if packed := packed_modules(model):
+    if model.stored_as is not None:
+        config["quantization_config"] = model.stored_as
+    elif packed := packed_modules(model):
         config["quantization_config"] = quantization_config(model.network, packed)
     (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_manifest(temporary, recipe)

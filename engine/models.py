@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -37,6 +38,7 @@ class LoadedModel:
         module equals `codes.dequantize()` where the weight is dense.
     pruned: names of the linears whose zeros must be kept by later steps.
     kernels: by module name, the kernel that computes it; empty while all weights are dense.
+    stored_as: the `quantization_config` of a library whose own modules stand in the network.
     """
 
     network: PreTrainedModel
@@ -45,6 +47,7 @@ class LoadedModel:
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
     kernels: dict[str, str] = field(default_factory=dict)
+    stored_as: dict[str, JsonValue] | None = None
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from engine.records import Measurement
 
+BITSANDBYTES = (".weight.absmax", ".weight.quant_", ".weight.nested_", ".SCB", ".weight_format")
 STORED = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".input_scale")
 
 
@@ -19,10 +20,14 @@ def measure(folder: Path) -> list[Measurement]:
     parameters = stored = zeros = weights = 0
     for file in files:
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, a safetensors file is no mapping
+            names = set(tensors.keys())
+            for name in sorted(names):
                 tensor = tensors.get_tensor(name)
                 stored += tensor.numel() * tensor.element_size()
-                if name.endswith(".weight_shape"):
+                if any(mark in name for mark in BITSANDBYTES) or f"{name}.absmax" in names:
+                    # Scales and tables are no parameters; each byte of a 4-bit weight holds two.
+                    parameters += 2 * tensor.numel() if f"{name}.absmax" in names else 0
+                elif name.endswith(".weight_shape"):
                     parameters += math.prod(tensor.tolist())
                 elif not name.endswith(STORED):
                     parameters += tensor.numel()

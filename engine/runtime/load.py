@@ -42,7 +42,9 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     marks = (".weight_packed", ".weight_scale")
     packed = sorted({name.rpartition(".")[0] for name in files.names if name.endswith(marks)})
     if not packed:
-        return models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
+        model = models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
+        model.kernels.update(library_kernels(model.network))
+        return model
     schemes = Schemes(getattr(config, "quantization_config", None), folder)
     network = _skeleton(config)
     kernels = {name: _fill_packed(network, name, files, schemes, device) for name in packed}
@@ -53,6 +55,16 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     _finish(network, folder, device)
     network.train(False)
     return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels)
+
+
+def library_kernels(network: PreTrainedModel) -> dict[str, str]:
+    """The modules that bitsandbytes computes, by name."""
+    found = {}
+    for name, module in network.named_modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            scheme = getattr(module.weight, "quant_type", "int8")
+            found[name] = f"bitsandbytes {scheme}"
+    return found
 
 
 class TensorFiles:

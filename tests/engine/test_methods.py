@@ -14,6 +14,7 @@ from engine.models import LoadedModel
 from tests.conftest import in_memory, tiny_config
 
 SMALL: dict[str, dict[str, object]] = {
+    "quantize/bitsandbytes": {"samples": 4, "sequence_length": 16},
     "quantize/rtn": {"group_size": 32},
     "quantize/zeroquant": {"group_size": 32, "samples": 4, "sequence_length": 16},
     "quantize/smoothquant": {"samples": 4, "sequence_length": 16},
@@ -59,7 +60,7 @@ def test_same_seed_same_result_and_shapes_are_kept(name: str, context: Context, 
     for key, value in first.network.state_dict().items():
         torch.testing.assert_close(second.network.state_dict()[key], value, rtol=0, atol=0)
     original = in_memory(tiny_config()).network.state_dict()
-    if method.family != "distill":
+    if method.family != "distill" and first.stored_as is None:  # a library's modules have shapes of their own
         assert {k: v.shape for k, v in first.network.state_dict().items()} == {k: v.shape for k, v in original.items()}
     assert any(not torch.equal(v, original[k]) for k, v in first.network.state_dict().items())
     assert first.network(torch.arange(9)[None]).logits.isfinite().all()

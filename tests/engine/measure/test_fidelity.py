@@ -128,9 +128,11 @@ def test_nothing_that_is_asked_stands_in_the_text_that_ships() -> None:
         for line in (DEMO / "tasks" / f"{task}.jsonl").read_text().splitlines():
             item = json.loads(line)
             if task == "reading":  # as a passage of its own; longer ones may say the same sentence
-                assert not any(known.startswith(item["prompt"]) for known in lines)
-            else:
-                assert item["prompt"] + (item["options"][item["answer"]] if task == "facts" else "") not in text
+                passage = item["prompt"].partition(". ")[0]
+                asked = tuple(f"{passage}. {word} " for word in ("Who", "What", "Where"))
+                assert not any(known.startswith(asked) for known in lines)
+            else:  # a question of grammar may be the beginning of a longer word: "mason" of "masons"
+                assert item["prompt"] + (item["options"][item["answer"]] if task == "facts" else " ") not in text
     held = (DEMO / "heldout.txt").read_text().splitlines()
     trained = set(text.splitlines())
     assert not trained & set(held)

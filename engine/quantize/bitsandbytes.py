@@ -1,0 +1,122 @@
+"""The schemes of the bitsandbytes library: LLM.int8(), NF4 and FP4, in the files that everybody reads.
+
+- `nf4`, `fp4` (Dettmers et al., 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314): 4 bits a
+  weight in blocks of 64, on levels that suit normally distributed weights (NF4) or on those of a 4-bit float. With
+  `double_quant` the blocks' scales are quantized too: 4.13 bits a weight instead of 4.5.
+- `int8` (Dettmers et al., 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv
+  2208.07339): 8-bit weights and inputs, but input channels with a magnitude above `threshold` are computed in 16 bits.
+  How many channels that is, is measured on calibration text and shown for each linear.
+
+Needs no calibration otherwise and takes seconds. Weights become the library's own modules, and are written before they
+compute for the first time: on some processors the first product repacks 4-bit weights, and files written afterwards are
+wrong. 4 bits are refused where a linear's inputs are not a multiple of 64 or its outputs of 32: there the library
+computes something else on a CPU without saying so.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, JsonValue
+from torch import Tensor, nn
+
+from engine.calibration import BlockLinear, walk_blocks
+from engine.errors import BadParams
+from engine.methods import Calibrated, Context, Selection
+from engine.models import LoadedModel, blocks, linears
+
+TITLE = "bitsandbytes"
+CHANGES = ("disk", "memory")
+
+
+class Params(Selection, Calibrated):
+    """Settings of bitsandbytes; the calibration only measures outliers, for `int8`."""
+
+    scheme: Literal["nf4", "fp4", "int8"] = Field("nf4", description="4-bit NormalFloat, 4-bit float, or LLM.int8().")
+    double_quant: bool = Field(True, description="With 4 bits: quantize the scales of the blocks, too.")
+    threshold: float = Field(6.0, gt=0.0, le=1e4, description="With int8: inputs above it stay 16 bit.")
+
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+        """Refuse the shapes that 4-bit products damage."""
+        if self.scheme != "int8":
+            for name, (outputs, inputs) in linears.items():
+                if inputs % 64 or outputs % 32:
+                    raise BadParams(
+                        f"{self.scheme} needs inputs divisible by 64 and outputs by 32; {name} has {inputs} and "
+                        f"{outputs}. Use int8, or leave it out with ignore."
+                    )
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Replace the selected linears of the blocks by the library's modules."""
+    shares = outliers(model, params, context) if params.scheme == "int8" else {}
+    prefix, modules = blocks(model.network)
+    chosen = [f"{prefix}.{number}.{path}" for number, block in enumerate(modules) for path, _ in linears(block)]
+    chosen = [name for name in chosen if params.selects(name)]
+    for number, name in enumerate(chosen):
+        context.check_cancelled()
+        linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
+        made = make(linear.weight, linear.module.bias, params)
+        model.network.set_submodule(name, made)
+        model.kernels[name] = f"bitsandbytes {params.scheme}"
+        if name in shares:
+            context.log(f"{name}: {shares[name]:.1%} of the input channels have outliers")
+        context.progress(number + 1, len(chosen), "linears")
+    if shares:
+        mean = sum(shares.values()) / len(shares)
+        context.log(f"{mean:.2%} of the input channels have outliers above {params.threshold:g} and stay 16 bit")
+    kept = [n for n, m in model.network.named_modules() if isinstance(m, nn.Linear) and n not in set(chosen)]
+    model.stored_as = config(params, kept)
+    return model
+
+
+@torch.no_grad()
+def make(weight: Tensor, bias: Tensor | None, params: Params) -> nn.Module:
+    """The library's module for a weight (N, K), quantized."""
+    library: Any = importlib.import_module("bitsandbytes.nn")  # here, for it is slow to import
+    rows, columns = weight.shape
+    made: nn.Module
+    if params.scheme == "int8":
+        made = library.Linear8bitLt(
+            columns, rows, bias is not None, has_fp16_weights=False, threshold=params.threshold
+        )  # fmt: skip
+        made.weight = library.Int8Params(weight.half().contiguous(), requires_grad=False, has_fp16_weights=False)
+    else:
+        made = library.Linear4bit(
+            columns, rows, bias is not None, compute_dtype=weight.dtype, compress_statistics=params.double_quant,
+            quant_type=params.scheme,
+        )  # fmt: skip
+        made.weight = library.Params4bit(
+            weight.clone().contiguous(), requires_grad=False, quant_type=params.scheme,
+            compress_statistics=params.double_quant, module=made,
+        )  # fmt: skip
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    made.to(weight.device)  # which is when the library quantizes
+    made.requires_grad_(False)
+    return made.eval()
+
+
+def outliers(model: LoadedModel, params: Params, context: Context) -> dict[str, float]:
+    """The share of each linear's input channels that exceed the threshold somewhere in the calibration text."""
+    found = {}
+    for block in walk_blocks(model, context, params, "norm", keep_blocks=False):
+        for linear in block.linears:
+            if linear.input_max is not None:
+                found[linear.name] = float((linear.input_max > params.threshold).float().mean())
+    return found
+
+
+def config(params: Params, kept: list[str]) -> dict[str, JsonValue]:
+    """The `quantization_config` of config.json, as transformers' BitsAndBytesConfig writes it."""
+    four = params.scheme != "int8"
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four,
+        "bnb_4bit_quant_type": params.scheme if four else "fp4", "bnb_4bit_use_double_quant": params.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": params.threshold,
+        "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_skip_modules": list[JsonValue](kept),
+    }  # fmt: skip
