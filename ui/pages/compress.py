@@ -31,7 +31,8 @@ STEP_LIMIT = 8
 Draft = dict[str, JsonValue]
 PRESETS: dict[str, tuple[Step, ...]] = {
     "gptq4": (Step(method="quantize/gptq", params={"bits": 4, "group_size": 64}),),
-    "rtn8": (Step(method="quantize/rtn", params={"bits": 8}),),
+    "mixed": (Step(method="quantize/mixed", params={"budget": 3.25}),),
+    "w8a8": (Step(method="quantize/smoothquant"),),
     "wanda24": (Step(method="prune/wanda", params={"pattern": "2:4"}),),
     "half": (Step(method="distill/logits", params={"keep_every": 2}),),
     "chain": (
