@@ -1,9 +1,9 @@
 """Write a model as a folder that any `transformers` user can load, whole or not at all, and verify it.
 
-Integer weights are stored as compressed-tensors: the codes, scales and zero points that the solver found, packed
-(`pack-quantized`), or as plain 8-bit integers where all weights and inputs are (`int-quantized`, what servers with
-integer kernels expect). Files are written block by block and fsynced; a manifest names each with its SHA-256;
-one rename publishes the folder.
+Quantized weights are stored as compressed-tensors: the codes, scales and zero points that the solver found, packed
+(`pack-quantized`), or plain where all weights and inputs are 8-bit integers (`int-quantized`) or all weights 8-bit
+floats (`float-quantized`), which is what servers with such kernels expect. Files are written block by block and
+fsynced; a manifest names each with its SHA-256; one rename publishes the folder.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def stored_tensors(
             continue
         module = key.removesuffix(".weight")
         if key.endswith(".weight") and module in packed:
-            store = plain_quantized if is_plain(packed) else pack_quantized
+            store = pack_quantized if format_of(packed) == "pack-quantized" else plain_quantized
             yield from store(module, packed[module])
         elif tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
@@ -120,17 +120,22 @@ def pack_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Te
     yield from _input_scale(name, weight)
 
 
-def is_plain(packed: Mapping[str, QuantizedWeight]) -> bool:
-    """Whether every weight has 8 bits, one scale a row and 8-bit inputs: then files hold plain integers."""
-    return all(
+def format_of(packed: Mapping[str, QuantizedWeight]) -> str:
+    """The format's name: plain numbers where every weight has 8 bits, one scale a row and 8-bit inputs, or is float."""
+    if all(weight.kind == "float" for weight in packed.values()):
+        return "float-quantized"
+    plain = all(
         weight.inputs is not None and weight.bits == 8 and weight.symmetric and strategy(weight) == "channel"
         for weight in packed.values()
     )
+    return "int-quantized" if plain else "pack-quantized"
 
 
 def plain_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one linear in compressed-tensors `int-quantized`: int8 (N, K), scales (N, 1)."""
-    yield f"{name}.weight", (weight.codes.cpu().to(torch.int16) - 128).to(torch.int8)
+    """The tensors of one linear in `int-quantized` or `float-quantized`: int8 or float8 (N, K), scales (N, 1)."""
+    codes = weight.codes.cpu()
+    plain = codes.view(torch.float8_e4m3fn) if weight.kind == "float" else (codes.to(torch.int16) - 128).to(torch.int8)
+    yield f"{name}.weight", plain
     yield f"{name}.weight_scale", weight.scale.cpu().contiguous()
     yield from _input_scale(name, weight)
 
@@ -156,11 +161,12 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
         inputs = None if weight.inputs is None else ("token" if weight.inputs.scale is None else "tensor")
         size = weight.group_size if kind == "group" else None
         grids.setdefault((weight.bits, weight.symmetric, kind, size, inputs), []).append(name)
-    kind_of_file = "int-quantized" if is_plain(packed) else "pack-quantized"
+    kind_of_file = format_of(packed)
     groups: dict[str, JsonValue] = {}
     for number, ((bits, symmetric, kind, size, inputs), names) in enumerate(grids.items()):
+        numbers = "float" if kind_of_file == "float-quantized" else "int"
         common: dict[str, JsonValue] = {
-            "type": "int", "actorder": None, "block_structure": None, "observer_kwargs": {},
+            "type": numbers, "actorder": None, "block_structure": None, "observer_kwargs": {},
         }  # fmt: skip
         weights: dict[str, JsonValue] = {
             **common, "num_bits": bits, "symmetric": symmetric, "strategy": kind, "group_size": size,

@@ -330,7 +330,7 @@ def keep(model: LoadedModel, block: Block, path: Path) -> None:
     about: dict[str, Any] = {"pruned": [n for n in model.pruned if n.startswith(block.name + ".")]}
     for linear in block.linears:
         if (weight := model.quantized.get(linear.name)) is not None:
-            about[linear.name] = {"bits": weight.bits, "symmetric": weight.symmetric}
+            about[linear.name] = {"bits": weight.bits, "symmetric": weight.symmetric, "kind": weight.kind}
             if weight.inputs is not None:
                 about[linear.name] |= {"inputs": weight.inputs.scale}
             for part in ("codes", "scale", "zero"):
@@ -352,9 +352,9 @@ def restore(model: LoadedModel, block: Block, path: Path) -> None:
     model.pruned.update(about.pop("pruned"))
     for name, grid in about.items():
         parts = {part: tensors[f"{part}.{name}"] for part in ("codes", "scale", "zero")}
-        inputs = InputGrid(grid["inputs"]) if "inputs" in grid else None
+        inputs = InputGrid(grid["inputs"], grid["kind"]) if "inputs" in grid else None
         model.quantized[name] = QuantizedWeight(
-            bits=grid["bits"], symmetric=grid["symmetric"], inputs=inputs, **parts
+            bits=grid["bits"], symmetric=grid["symmetric"], inputs=inputs, kind=grid["kind"], **parts
         )  # fmt: skip
         if inputs is not None:
             quantize_inputs(model.network.get_submodule(name), inputs)

@@ -9,27 +9,42 @@ signed range shifted to start at 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Kind = Literal["int", "float"]
+LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
+
 
 @dataclass(frozen=True)
 class InputGrid:
-    """8-bit integers for the inputs of a linear, symmetric: a scale for each token as it comes, or one fixed `scale`.
+    """8 bits for each input of a linear, symmetric: a scale for each token as it comes, or one fixed `scale`.
+
+    kind: integers, or 8-bit floats (e4m3).
 
     The arithmetic is that of compressed-tensors, in the inputs' own dtype, so that strangers compute the same.
     """
 
     scale: float | None = None
+    kind: Kind = "int"
+
+    @property
+    def levels(self) -> float:
+        """The largest input over its scale."""
+        return 127.5 if self.kind == "int" else LARGEST_FLOAT8
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole numbers -128..127 in x's dtype, of x's shape (..., K), and their scales (..., 1)."""
+        """Whole numbers -128..127, or 8-bit floats, in x's dtype and shape (..., K), and their scales (..., 1)."""
         if self.scale is None:
-            scale = x.abs().amax(-1, keepdim=True) / 127.5
+            scale = x.abs().amax(-1, keepdim=True) / self.levels
             scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
         else:
             scale = torch.full_like(x[..., :1], self.scale)
+        if self.kind == "float":
+            clamped = (x / scale).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+            return clamped.to(torch.float8_e4m3fn).to(x.dtype), scale
         return torch.round(x / scale).clamp_(-128, 127), scale
 
     def fake(self, x: Tensor) -> Tensor:
@@ -46,6 +61,7 @@ class QuantizedWeight:
     scale: (N, G), in the dtype that is stored. G groups of K / G inputs; per tensor it is (1, 1).
     zero: uint8 of scale's shape; symmetric grids have 2^(bits - 1) everywhere.
     inputs: the grid of the linear's inputs, None where they stay as they are.
+    kind: integers, or the bytes of 8-bit floats (e4m3), which know no zero point: w = float8(codes) * scale.
     """
 
     codes: Tensor
@@ -54,6 +70,7 @@ class QuantizedWeight:
     bits: int
     symmetric: bool
     inputs: InputGrid | None = None
+    kind: Kind = "int"
 
     @property
     def group_size(self) -> int:
@@ -63,6 +80,8 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """The weight (N, K) in the scale's dtype: the integer difference times the scale, rounded once."""
         rows, columns = self.codes.shape
+        if self.kind == "float":
+            return self.codes.view(torch.float8_e4m3fn).to(self.scale.dtype) * self.scale
         grouped = self.codes.view(rows, self.scale.shape[1], -1)  # (N, G, group_size)
         steps = grouped.to(torch.int16) - self.zero.to(torch.int16).unsqueeze(-1)
         return (steps.to(self.scale.dtype) * self.scale.unsqueeze(-1)).view(rows, columns)

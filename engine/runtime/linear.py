@@ -43,6 +43,8 @@ def kernel_for(weight: QuantizedWeight, device: torch.device | str, dtype: torch
     """The kernel that computes with `weight` on `device` for activations of `dtype`; None where there is none."""
     rows, columns = weight.codes.shape
     kind = torch.device(device).type
+    if weight.kind == "float":
+        return None
     if dtype != torch.bfloat16 or weight.scale.dtype != torch.bfloat16:
         return None
     if kind == "cpu" and weight.bits > 4 and weight.symmetric and weight.scale.shape[1] == 1:
@@ -225,7 +227,13 @@ class Int8Linear(nn.Module):
     def knows(weight: QuantizedWeight, device: torch.device | str) -> bool:
         """Whether this class computes with the weight on the device."""
         rows, columns = weight.codes.shape
-        plain = weight.inputs is not None and weight.symmetric and weight.bits > 4 and weight.scale.shape[1] == 1
+        plain = (
+            weight.kind == "int"
+            and weight.inputs is not None
+            and weight.symmetric
+            and weight.bits > 4
+            and weight.scale.shape[1] == 1
+        )
         # CUDA's integer product wants multiples of 8.
         return plain and (torch.device(device).type == "cpu" or (rows % 8 == 0 and columns % 8 == 0))
 

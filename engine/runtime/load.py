@@ -21,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from engine import models
 from engine.errors import BadModel, short
 from engine.models import LoadedModel
-from engine.packing import InputGrid, QuantizedWeight, unpack
+from engine.packing import InputGrid, Kind, QuantizedWeight, unpack
 from engine.runtime.linear import INT8, SIMULATED, Int8Linear, PackedLinear, kernel_for
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
 ROUNDED = "inputs rounded to 8 bits"
-FORMATS = ("pack-quantized", "int-quantized")
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
 
 
 def load(folder: Path, device: str = "cpu") -> LoadedModel:
@@ -96,7 +96,7 @@ class TensorFiles:
             raise self.bad(f"{name} is missing")
         with safe_open(self._file_of[name], framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(name).clone()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise self.bad(f"{name} holds NaN or infinite values")
         return tensor
 
@@ -125,8 +125,10 @@ class Schemes:
             for target in group["targets"]
         }
 
-    def of(self, name: str) -> tuple[int, bool, str | None]:
-        """(bits, symmetric, strategy of the inputs) of a module: by its name, else by a pattern, else by its class.
+    def of(self, name: str) -> tuple[int, bool, str | None, Kind]:
+        """(bits, symmetric, strategy of the inputs, kind of numbers) of a module.
+
+        By its name, else by a `re:` pattern, else by its class.
 
         Raises:
             BadModel: no group covers it, or not with integers of 2 to 8 bits.
@@ -135,13 +137,13 @@ class Schemes:
         target = name if name in self._by_target else next(patterns, "Linear")
         weights = self._by_target.get(target, {})
         bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
-        if not isinstance(bits, int) or bits not in range(2, 9) or weights.get("type", "int") != "int":
+        if not isinstance(bits, int) or bits not in range(2, 9) or weights.get("type", "int") not in ("int", "float"):
             raise BadModel(f"{short(self._folder.name)}: config.json gives {name} no integer scheme that we can read.")
         inputs = weights.get("inputs")
         strategy = str(inputs.get("strategy")) if isinstance(inputs, dict) else None
         if strategy not in (None, "token", "tensor") or (isinstance(inputs, dict) and inputs.get("num_bits") != 8):
             raise BadModel(f"{short(self._folder.name)}: config.json quantizes the inputs of {name} as we cannot read.")
-        return bits, bool(symmetric), strategy
+        return bits, bool(symmetric), strategy, "float" if weights.get("type") == "float" else "int"
 
 
 def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -195,13 +197,13 @@ def read_quantized(files: TensorFiles, name: str, rows: int, columns: int, schem
     Raises:
         BadModel: a part is missing or misshapen.
     """
-    bits, symmetric, strategy = schemes.of(name)
+    bits, symmetric, strategy, kind = schemes.of(name)
     inputs = None
     if strategy is not None:
-        inputs = InputGrid(None if strategy == "token" else float(files.read(f"{name}.input_scale")))
+        inputs = InputGrid(None if strategy == "token" else float(files.read(f"{name}.input_scale")), kind)
     scale = files.read(f"{name}.weight_scale")
     if f"{name}.weight_packed" not in files.names:
-        return _read_plain(files, name, (rows, columns), scale, bits, inputs)
+        return _read_plain(files, name, (rows, columns), scale, kind, inputs)
     packed, shape = (files.read(f"{name}.{part}") for part in ("weight_packed", "weight_shape"))
     words = -(-columns * bits // 32)
     if packed.dtype != torch.int32 or packed.shape != (rows, words) or shape.tolist() != [rows, columns]:
@@ -226,14 +228,15 @@ def read_quantized(files: TensorFiles, name: str, rows: int, columns: int, schem
 
 
 def _read_plain(
-    files: TensorFiles, name: str, shape: tuple[int, int], scale: Tensor, bits: int, inputs: InputGrid | None
+    files: TensorFiles, name: str, shape: tuple[int, int], scale: Tensor, kind: Kind, inputs: InputGrid | None
 ) -> QuantizedWeight:
-    """A weight that stands in the file as int8 (N, K), with one scale a row."""
+    """A weight that stands in the file as int8 or float8 (N, K), with one scale a row."""
     weight = files.read(f"{name}.weight")
-    if weight.dtype != torch.int8 or weight.shape != shape or scale.shape != (shape[0], 1) or bits != 8:
+    dtype = torch.int8 if kind == "int" else torch.float8_e4m3fn
+    if weight.dtype != dtype or weight.shape != shape or scale.shape != (shape[0], 1):
         raise files.bad(f"{name}: 8-bit weights of shape {tuple(weight.shape)} do not fit {shape[0]} x {shape[1]}")
-    codes = (weight.to(torch.int16) + 128).to(torch.uint8)
-    return QuantizedWeight(codes, scale, torch.full_like(scale, 128, dtype=torch.uint8), bits, True, inputs)
+    codes = weight.view(torch.uint8) if kind == "float" else (weight.to(torch.int16) + 128).to(torch.uint8)
+    return QuantizedWeight(codes, scale, torch.full_like(scale, 128, dtype=torch.uint8), 8, True, inputs, kind)
 
 
 def _fill_dense(network: PreTrainedModel, name: str, files: TensorFiles, device: str) -> None:

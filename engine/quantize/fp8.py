@@ -1,0 +1,55 @@
+"""8-bit floating-point weights, and inputs if wanted: the e4m3 format of recent GPUs.
+
+FP8 (Micikevicius et al., 2022, "FP8 Formats for Deep Learning", arXiv 2209.05433): a sign, 4 bits of exponent, 3 of
+mantissa, up to 448. Each row of a weight is scaled so that its largest value becomes 448; with `activations` each
+token's inputs are, too, as they come. No calibration. Relative precision is the same for large and small values, so
+outliers harm less than with integers; weights of the same size are coarser than with 8-bit integers.
+
+Files are half as large. What computes here is **simulated**: the values are those of FP8, the products are done in
+bfloat16, so nothing is faster and memory does not shrink. Servers with FP8 kernels read the same files.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from engine.calibration import walk_blocks
+from engine.methods import Context, Selection
+from engine.models import LoadedModel
+from engine.packing import LARGEST_FLOAT8, InputGrid, QuantizedWeight
+from engine.quantize._place import place
+
+TITLE = "FP8"
+CHANGES = ("disk",)
+
+
+class Params(Selection):
+    """Settings of FP8."""
+
+    activations: Literal["none", "token"] = Field(
+        "none", description="Inputs as they are, or FP8 with a scale a token."
+    )
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Round the linears of every block and, with `activations`, from then on their inputs."""
+    inputs = InputGrid(kind="float") if params.activations == "token" else None
+    for block in walk_blocks(model, context, params):
+        for linear in block.linears:
+            context.check_cancelled()
+            place(model, linear, quantize_weight(linear.weight, inputs), context)
+    return model
+
+
+def quantize_weight(weight: Tensor, inputs: InputGrid | None = None) -> QuantizedWeight:
+    """A weight (N, K) as 8-bit floats with one scale a row, stored in its dtype."""
+    scale = (weight.float().abs().amax(1, keepdim=True) / LARGEST_FLOAT8).to(weight.dtype)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = (weight.float() / scale.float()).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).contiguous()
+    zero = torch.full_like(scale, 128, dtype=torch.uint8)
+    return QuantizedWeight(codes, scale.contiguous(), zero, 8, True, inputs, "float")
