@@ -27,7 +27,9 @@ DEMO = ROOT / "assets" / "demo"
 TASKS = ("facts", "reading", "sums", "grammar")
 FIDELITY = ("size", "perplexity", "accuracy", "divergence")
 
-STUDENT: dict[str, JsonValue] = {"student": "blocks", "keep_every": 2, "steps": 300, "batch": 16}
+STUDENT: dict[str, JsonValue] = {
+    "student": "blocks", "keep_every": 2, "steps": 300, "batch": 16, "learning_rate": 0.003,
+}  # fmt: skip
 RECIPES: dict[str, list[object]] = {
     "original": [],
     "GPTQ 4 bit": [{"quantize/gptq": {"bits": 4}}],
@@ -48,7 +50,7 @@ RECIPES: dict[str, list[object]] = {
     "Magnitude 50 %": [{"prune/magnitude": {"sparsity": 0.5}}],
     "Wanda 50 %": [{"prune/wanda": {"sparsity": 0.5}}],
     "Magnitude 70 %": [{"prune/magnitude": {"sparsity": 0.7}}],
-    "Half the blocks, distilled": [{"distill/logits": {**STUDENT, "temperature": 1.0, "label_weight": 0.0}}],
+    "Half the blocks, distilled": [{"distill/logits": {**STUDENT}}],
     "Half the blocks, labels alone": [{"distill/logits": {**STUDENT, "label_weight": 1.0}}],
     "Prune 50 %, distill, 4 bit": [
         {"prune/wanda": {"sparsity": 0.5}},

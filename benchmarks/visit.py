@@ -9,6 +9,7 @@ Start is pressed on 4-bit GPTQ with another seed, so that it is a run of its own
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -42,6 +43,7 @@ def main() -> None:
         expect(page.locator("#mq-fit")).to_contain_text("Fits", timeout=PATIENCE)
         began = time.monotonic()
         page.locator("#mq-start").click()
+        expect(page.locator("#mq-detail .mq-badge")).to_have_text(re.compile("queued|running"), timeout=PATIENCE)
         # Start leads to the Runs tab, where the finished run shows its verdict against the original.
         expect(page.locator("#mq-detail .mq-badge")).to_have_text("succeeded", timeout=PATIENCE)
         expect(page.locator("#mq-detail .mq-verdict")).to_be_visible(timeout=PATIENCE)

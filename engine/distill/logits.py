@@ -41,7 +41,7 @@ class Params(Base):
     hidden_size: int = Field(128, ge=8, le=16384, description="With student `size`: width of the new network.")
     num_blocks: int = Field(2, ge=1, le=256, description="With student `size`: blocks of the new network.")
     temperature: float = Field(1.0, ge=0.1, le=100.0, description="Softens both distributions; 1 changes nothing.")
-    label_weight: float = Field(0.1, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
+    label_weight: float = Field(0.5, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
     steps: int = Field(300, ge=1, le=1_000_000, description="Optimizer steps.")
     batch: int = Field(16, ge=1, le=1024, description="Sequences in each step.")
     sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")

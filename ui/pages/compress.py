@@ -34,7 +34,7 @@ PRESETS: dict[str, tuple[Step, ...]] = {
     "mixed": (Step(method="quantize/mixed", params={"budget": 3.25}),),
     "w8a8": (Step(method="quantize/smoothquant"),),
     "wanda24": (Step(method="prune/wanda", params={"pattern": "2:4"}),),
-    "half": (Step(method="distill/logits", params={"keep_every": 2}),),
+    "half": (Step(method="distill/logits", params={"keep_every": 2, "learning_rate": 0.003}),),
     "chain": (
         Step(method="prune/wanda", params={"sparsity": 0.5}),
         Step(method="distill/logits", params={"student": "current"}),
