@@ -1,7 +1,8 @@
 """Fit each group's grid to its weights robustly, without calibration: half-quadratic quantization.
 
 HQQ (Badri and Shaji, 2023, "Half-Quadratic Quantization of Large Machine Learning Models"). Seconds for any
-model, better than rounding to nearest at 4 bits and below, no text needed. Minimises, for each group,
+model, no text needed; on the demo model clearly better than rounding to nearest at 2 bits, at 3 and 4 hardly.
+Minimises, for each group,
 
     sum |W - (Q - z) s|^p        with p < 1,
 
