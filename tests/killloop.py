@@ -150,6 +150,7 @@ class Lane:
             kill_worker(attempt_folder(self.home, run.id, run.attempt))
         if victim in ("server", "both"):
             os.kill(self._server, signal.SIGKILL)
+            until(lambda: not exists(self._server), "the killed server to be gone")  # its lock goes with it
             os.close(self._commands)
             self.tally.servers_killed += 1
             self.check(self._latest())
@@ -212,6 +213,15 @@ class Lane:
             )
         self.tally.reused += reused
         self.tally.finished += finished
+
+
+def exists(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def kill_worker(folder: Path) -> None:

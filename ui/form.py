@@ -17,7 +17,7 @@ from engine.methods import Calibrated, Method, Selection, bounds, field_kind
 from ui import wording
 
 Input = gr.Radio | gr.Dropdown | gr.Checkbox | gr.Textbox | gr.Number
-RADIO_LIMIT = 6  # up to so many choices a screen reader prefers radio buttons to a list
+RADIO_LIMIT = 7  # up to so many choices a screen reader prefers radio buttons to a list
 
 
 def inputs(method: Method, values: Mapping[str, JsonValue]) -> dict[str, Input]:

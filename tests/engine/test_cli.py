@@ -177,7 +177,7 @@ def test_methods(call) -> None:
     found = {method["name"]: method for method in json.loads(out[-1])["methods"]}
     assert code == 0
     assert found["quantize/gptq"]["settings"]["bits"]["default"] == 4
-    assert call("methods")[1][0].startswith("quantize/gptq: ")
+    assert call("methods")[1][0].startswith("quantize/awq: ")
 
 
 def test_measure(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_nothing_but_a_model_is_a_baseline() -> None:
         ("measure: [sise]", "Did you mean size?"),
         ("steps: [quantize/gptqq]", "Did you mean quantize/gptq"),
         ("steps: [{quantize/gptq: {bitz: 4}}]", "Did you mean bits?"),
-        ("steps: [{quantize/gptq: {bits: 5}}]", "bits"),
+        ("steps: [{quantize/gptq: {bits: 9}}]", "bits"),
         ("steps: [{quantize/gptq: {bits: '4'}}]", "bits"),
         ("steps: [{quantize/gptq: {group_size: .nan}}]", "group_size"),
         ("steps: [{quantize/gptq: 4}]", "settings"),
