@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import questions
 import torch
 import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -172,7 +173,7 @@ def quick_accuracy(
 ) -> dict[str, float]:
     """Share of items whose right option gets the highest total log-probability, for the training log."""
     result = {}
-    for name, items in world.tasks(people, count, SEED + 1).items():
+    for name, items in questions.tasks(people, count, SEED + 1).items():
         right = 0
         for item in items:
             prompt = tokenizer(item.prompt).input_ids
@@ -195,7 +196,7 @@ def write(model: LlamaForCausalLM) -> None:
     model.to(torch.bfloat16).save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
     (HERE / "tasks").mkdir(exist_ok=True)
-    for name, items in world.tasks(people, 300, SEED).items():
+    for name, items in questions.tasks(people, 300, SEED).items():
         lines = (json.dumps({"prompt": i.prompt, "options": i.options, "answer": i.answer}) for i in items)
         (HERE / "tasks" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     held = islice(world.stream(people, SEED, world.LATE, held=True), 600)
