@@ -113,6 +113,21 @@ def quantize_inputs(linear: nn.Module, grid: InputGrid) -> None:
     linear.register_forward_pre_hook(round_)
 
 
+def check_inputs_storable(model: LoadedModel) -> None:
+    """Refuse families whose own linears a file cannot say rounded inputs of.
+
+    Raises:
+        BadModel: a linear of the blocks is no `nn.Linear` itself (GPT-2's `Conv1D`, Falcon's own).
+    """
+    for block in blocks(model.network)[1]:
+        for path, linear in linears(block):
+            if type(linear) is not nn.Linear:
+                raise BadModel(
+                    f"{type(model.network).__name__} has {type(linear).__name__} at {path}: its saved files cannot say "
+                    "that inputs are rounded. Use a weight-only method for this family."
+                )
+
+
 def blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder blocks and the name of the list that holds them (`model.layers`, `transformer.h`, ...)."""
     count = network.config.get_text_config().num_hidden_layers

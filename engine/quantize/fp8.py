@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.calibration import walk_blocks
 from engine.methods import Context, Selection
-from engine.models import LoadedModel
+from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import LARGEST_FLOAT8, InputGrid, QuantizedWeight
 from engine.quantize._place import place
 
@@ -38,6 +38,8 @@ class Params(Selection):
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Round the linears of every block and, with `activations`, from then on their inputs."""
     inputs = InputGrid(kind="float") if params.activations == "token" else None
+    if inputs is not None:
+        check_inputs_storable(model)
     for block in walk_blocks(model, context, params):
         for linear in block.linears:
             context.check_cancelled()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.calibration import Block, walk_blocks
 from engine.methods import Calibrated, Context, Selection
-from engine.models import LoadedModel
+from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import InputGrid, QuantizedWeight
 from engine.quantize._fold import Fold, folds
 from engine.quantize._grid import GridParams, round_to_nearest
@@ -47,6 +47,7 @@ class Params(Selection, Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Fold the scales into every block, then round its weights and, from then on, their inputs."""
+    check_inputs_storable(model)
     for block in walk_blocks(model, context, params, "norm"):
         scales = smooth(block, params.strength)
         for linear in block.linears:

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from engine.calibration import Block, walk_blocks
 from engine.methods import Calibrated, Context
-from engine.models import LoadedModel
+from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import InputGrid
 from engine.quantize._grid import Bits, GridParams, round_to_nearest
 from engine.quantize._place import place
@@ -46,6 +46,7 @@ class Params(GridParams, Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Distill each block where that was asked for, then round its weights and, from then on, their inputs."""
+    check_inputs_storable(model)
     for block in walk_blocks(model, context, params, "norm"):
         if params.distill_steps:
             before, after = distill(block, params, context)

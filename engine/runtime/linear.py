@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -173,28 +173,13 @@ class PackedLinear(nn.Module):
             return known
         alike = all((p.kernel, p.bits, p.group, p.in_features) == (
             first.kernel, first.bits, first.group, first.in_features) for p in parts)  # fmt: skip
-        # The 4-bit storage is made of blocks of rows; other numbers of rows have smaller blocks at the end.
         hooked = any(p._forward_pre_hooks for p in parts)  # what rounds the inputs of one does not see the joined
+        # The 4-bit storage is made of blocks of rows; other numbers of rows have smaller blocks at the end.
         whole_blocks = first.kernel == "int8pack-cpu" or all(p.out_features % 64 == 0 for p in parts)
         biased = [p.bias is not None for p in parts]
         if first.kernel == "int4pack-cuda" or not alike or hooked or not whole_blocks or any(biased) != all(biased):
             return None
-        joined = cls.__new__(cls)
-        nn.Module.__init__(joined)
-        for name in ("kernel", "bits", "in_features", "group", "_product", "halves", "many_rows"):
-            setattr(joined, name, getattr(first, name))
-        joined.out_features = sum(p.out_features for p in parts)
-        joined.register_buffer("packed", torch.cat([p.packed for p in parts]))
-        joined.register_buffer("scales", torch.cat([p.scales for p in parts], dim=0 if first.scales.dim() == 1 else 1))
-        joined.register_buffer(
-            "bias", torch.cat([p.bias for p in parts if p.bias is not None]) if all(biased) else None
-        )
-        start = 0
-        for part in parts:
-            part.packed = joined.packed[start : start + part.out_features]
-            start += part.out_features
-        vars(first)["_joined"] = joined  # not as a submodule: it is no part of the network
-        return joined
+        return _join(parts, "packed", ("kernel", "bits", "in_features", "group", "_product", "halves", "many_rows"))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, kernel={self.kernel}"
@@ -245,21 +230,7 @@ class Int8Linear(nn.Module):
         biased = [p.bias is not None for p in parts]
         if known is not None or any(p.inputs != first.inputs for p in parts) or any(biased) != all(biased):
             return known
-        joined = cls.__new__(cls)
-        nn.Module.__init__(joined)
-        joined.inputs, joined.in_features = first.inputs, first.in_features
-        joined.out_features = sum(p.out_features for p in parts)
-        joined.register_buffer("weight", torch.cat([p.weight for p in parts]))
-        joined.register_buffer("scales", torch.cat([p.scales for p in parts]))
-        joined.register_buffer(
-            "bias", torch.cat([p.bias for p in parts if p.bias is not None]) if all(biased) else None
-        )
-        start = 0
-        for part in parts:
-            part.weight = joined.weight[start : start + part.out_features]
-            start += part.out_features
-        vars(first)["_joined"] = joined
-        return joined
+        return _join(parts, "weight", ("inputs", "in_features"))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -276,6 +247,32 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, kernel={INT8}"
+
+
+Part = TypeVar("Part", PackedLinear, Int8Linear)
+
+
+def _join(parts: Sequence[Part], matrix: str, alike: Sequence[str]) -> Part:
+    """A linear with the outputs of all parts in a row; their buffers `matrix` become views of its own.
+
+    It has the first part's attributes `alike`, and is kept with it, but not as a submodule of the network.
+    """
+    first = parts[0]
+    joined = type(first).__new__(type(first))
+    nn.Module.__init__(joined)
+    for name in alike:
+        setattr(joined, name, getattr(first, name))
+    joined.out_features = sum(part.out_features for part in parts)
+    whole = torch.cat([part.get_buffer(matrix) for part in parts])
+    biases = [part.bias for part in parts if part.bias is not None]
+    joined.register_buffer(matrix, whole)
+    rows = 0 if first.scales.dim() == 1 else 1  # (N,) or (G, N, 2)
+    joined.register_buffer("scales", torch.cat([part.scales for part in parts], dim=rows))
+    joined.register_buffer("bias", torch.cat(biases) if biases else None)
+    for part, view in zip(parts, torch.split(whole, [part.out_features for part in parts]), strict=True):
+        setattr(part, matrix, view)
+    vars(first)["_joined"] = joined
+    return joined
 
 
 def _kernel_group(group_size: int) -> int | None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import JsonValue
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, preflight, runtime
+from engine import artifacts, methods, preflight, runtime
 from engine.errors import BadModel
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
@@ -57,6 +58,15 @@ def test_gptq_reaches_every_linear_and_the_runtime_reads_it(family: str, context
     packed = {name for name in model.quantized if type(model.network.get_submodule(name)) is nn.Linear}
     assert set(loaded.kernels) == packed  # GPT-2's and Falcon's linears are stored dense
     assert bool(packed) == (family not in ("gpt2", "falcon"))
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "zeroquant", "fp8"])
+@pytest.mark.parametrize("family", ["gpt2", "falcon"])
+def test_rounded_inputs_that_no_file_can_hold_are_refused(family: str, method: str, context: Context) -> None:
+    chosen = methods.get(f"quantize/{method}")
+    given: dict[str, JsonValue] = {"activations": "token"} if method != "zeroquant" else {"group_size": 32}
+    with pytest.raises(BadModel, match="cannot say that inputs are rounded"):
+        chosen.apply(in_memory(FAMILIES[family]), chosen.check(given), context)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
