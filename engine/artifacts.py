@@ -1,33 +1,35 @@
 """Write a model as a folder that any `transformers` user can load, whole or not at all, and verify it.
 
-Quantized weights are stored as compressed-tensors: the codes, scales and zero points that the solver found, packed
-(`pack-quantized`), or plain where all weights and inputs are 8-bit integers (`int-quantized`) or all weights 8-bit
-floats (`float-quantized`), which is what servers with such kernels expect. Files are written block by block and
-fsynced; a manifest names each with its SHA-256; one rename publishes the folder.
+Files are written block by block, as `engine.shards` says, and fsynced; config.json tells how they are to be read; a
+manifest names each file with its SHA-256; one rename publishes the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from pydantic import JsonValue
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+from transformers.core_model_loading import dot_natural_key
 
+from engine import preflight, shards
+from engine.checkpoint import part_names
 from engine.errors import BadArtifact
 from engine.files import publish, sync
 from engine.models import LoadedModel, blocks
-from engine.packing import QuantizedWeight, pack
+from engine.packing import QuantizedWeight
 from engine.records import Recipe
+from engine.shards import Scheme, Shard, format_of, packed_modules, strategy
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
+LARGEST = 1 << 28  # bytes of a file that holds several parts
 
 
 def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
@@ -52,119 +54,58 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
     publish(temporary, folder)
 
 
-def packed_modules(model: LoadedModel) -> dict[str, QuantizedWeight]:
-    """The quantized weights that the format can hold: those of `nn.Linear` itself.
-
-    GPT-2's `Conv1D` it does not know, and Falcon's own linear reads its weight before it would be unpacked.
-    """
-    return {
-        name: weight for name, weight in model.quantized.items() if type(model.network.get_submodule(name)) is nn.Linear
-    }
-
-
 def write_weights(model: LoadedModel, folder: Path) -> None:
-    """One safetensors file for each block and one for the rest, with their index."""
-    prefix, modules = blocks(model.network)
-    shards = len(modules) + 1
-    packed = packed_modules(model)
+    """One safetensors file for each block, a few for the rest, and their index.
+
+    A block that stands in a finished file already is linked, not written again.
+    """
+    prefix, _ = blocks(model.network)
+    parts = part_names(model.network, prefix)
+    groups = [[part] for part in parts if part.startswith(f"{prefix}.")]
+    groups = [*_together(model, [part for part in parts if not part.startswith(f"{prefix}.")]), *groups]
     index: dict[str, str] = {}
     total = 0
-    for number in range(shards):
-        wanted = f"{prefix}.{number - 1}." if number else None
-        tensors = dict(stored_tensors(model, packed, prefix, wanted))
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    for number, group in enumerate(groups, 1):
+        file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        place = None if model.parts is None else model.parts.where[group[0]]
+        if isinstance(place, Shard):
+            os.link(place.path, file)
+        else:
+            shards.write(model, group, file)
+        headers = preflight.read_header(file)
+        index |= dict.fromkeys(headers, file.name)
+        total += sum(header.length for header in headers.values())
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=2) + "\n")
 
 
-def stored_tensors(
-    model: LoadedModel, packed: Mapping[str, QuantizedWeight], prefix: str, block: str | None
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one block (by its name with a final dot), or of all that is outside the blocks.
-
-    A tied weight is stored once, under the name that comes first.
-    """
-    seen: set[int] = set()
-    for key, tensor in model.network.state_dict().items():
-        inside = key.startswith(f"{prefix}.")
-        if (block is None and inside) or (block is not None and not key.startswith(block)):
-            continue
-        module = key.removesuffix(".weight")
-        if key.endswith(".weight") and module in packed:
-            store = pack_quantized if format_of(packed) == "pack-quantized" else plain_quantized
-            yield from store(module, packed[module])
-        elif tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            yield key, tensor.detach().cpu().contiguous()
-
-
-def pack_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one linear in compressed-tensors `pack-quantized`.
-
-    Zero points of an asymmetric grid are packed along the rows into the first words of a tensor that is
-    padded to the scales' shape: stock transformers 5.23 with compressed-tensors 0.20 allocates that
-    shape, and reads the words it needs; it cannot load the unpadded tensor that its writer makes.
-    """
-    yield f"{name}.weight_packed", pack(weight.codes.cpu(), weight.bits)
-    scale = weight.scale.cpu().contiguous()
-    yield f"{name}.weight_scale", scale.view(1) if strategy(weight) == "tensor" else scale
-    yield f"{name}.weight_shape", torch.tensor(weight.codes.shape, dtype=torch.int64)
-    if not weight.symmetric:
-        words = pack(weight.zero.cpu().t(), weight.bits).t()  # (ceil(N * bits / 32), G)
-        padded = torch.zeros(weight.zero.shape, dtype=torch.int32)
-        padded[: words.shape[0]] = words
-        yield f"{name}.weight_zero_point", padded
-    yield from _input_scale(name, weight)
-
-
-def format_of(packed: Mapping[str, QuantizedWeight]) -> str:
-    """The format's name: plain numbers where every weight has 8 bits, one scale a row and 8-bit inputs, or is float."""
-    if all(weight.kind == "float" for weight in packed.values()):
-        return "float-quantized"
-    plain = all(
-        weight.inputs is not None and weight.bits == 8 and weight.symmetric and strategy(weight) == "channel"
-        for weight in packed.values()
-    )
-    return "int-quantized" if plain else "pack-quantized"
-
-
-def plain_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one linear in `int-quantized` or `float-quantized`: int8 or float8 (N, K), scales (N, 1)."""
-    codes = weight.codes.cpu()
-    plain = codes.view(torch.float8_e4m3fn) if weight.kind == "float" else (codes.to(torch.int16) - 128).to(torch.int8)
-    yield f"{name}.weight", plain
-    yield f"{name}.weight_scale", weight.scale.cpu().contiguous()
-    yield from _input_scale(name, weight)
-
-
-def _input_scale(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
-    if weight.inputs is not None and weight.inputs.scale is not None:
-        yield f"{name}.input_scale", torch.tensor([weight.inputs.scale], dtype=weight.scale.dtype)
-
-
-def strategy(weight: QuantizedWeight) -> str:
-    """The format's name for what shares a scale."""
-    rows, groups = weight.scale.shape
-    if groups > 1:
-        return "group"
-    return "tensor" if rows == 1 else "channel"
+def _together(model: LoadedModel, parts: list[str]) -> Iterator[list[str]]:
+    """Parts to be written in one file, so that no file with several is larger than `LARGEST`."""
+    group: list[str] = []
+    size = 0
+    for part in parts:
+        module = model.network.get_submodule(part)
+        own = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+        if group and size + own > LARGEST:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += own
+    if group:
+        yield group
 
 
 def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight]) -> dict[str, JsonValue]:
     """The `quantization_config` of config.json: a group of modules for each different grid."""
-    grids: dict[tuple[int, bool, str, int | None, str | None], list[str]] = {}
-    for name, weight in packed.items():
-        kind = strategy(weight)
-        inputs = None if weight.inputs is None else ("token" if weight.inputs.scale is None else "tensor")
+    grids: dict[tuple[int, bool, str, int | None, str | None, str], list[str]] = {}
+    for name in sorted(packed, key=dot_natural_key):
+        weight = packed[name]
+        kind, inputs = strategy(weight), Scheme.of(weight).inputs
         size = weight.group_size if kind == "group" else None
-        grids.setdefault((weight.bits, weight.symmetric, kind, size, inputs), []).append(name)
-    kind_of_file = format_of(packed)
+        grids.setdefault((weight.bits, weight.symmetric, kind, size, inputs, format_of(weight)), []).append(name)
     groups: dict[str, JsonValue] = {}
-    for number, ((bits, symmetric, kind, size, inputs), names) in enumerate(grids.items()):
-        numbers = "float" if kind_of_file == "float-quantized" else "int"
+    for number, ((bits, symmetric, kind, size, inputs, format_), names) in enumerate(grids.items()):
+        numbers = "float" if format_ == "float-quantized" else "int"
         common: dict[str, JsonValue] = {
             "type": numbers, "actorder": None, "block_structure": None, "observer_kwargs": {},
         }  # fmt: skip
@@ -179,8 +120,8 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
                 "dynamic": inputs == "token", "observer": None if inputs == "token" else "minmax",
             }  # fmt: skip
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(grids) == 1 else list(names),
-            "format": kind_of_file,  # compressed-tensors would infer another for 4-bit weights with 8-bit inputs
+            "targets": ["Linear"] if len(grids) == 1 else _targets(names),
+            "format": format_,  # compressed-tensors would infer another for 4-bit weights with 8-bit inputs
             "input_activations": activations,
             "output_activations": None,
             "weights": weights,
@@ -188,13 +129,19 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
     others = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n not in packed]
     return {
         "quant_method": "compressed-tensors",
-        "format": kind_of_file,
+        "format": formats.pop() if len(formats := {key[-1] for key in grids}) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": list[JsonValue](others),
         "config_groups": groups,
     }
+
+
+def _targets(names: list[str]) -> list[JsonValue]:
+    """The modules of a group by name; experts by a pattern, for that is what `transformers` looks for."""
+    experts = [name for name in names if ".experts." in name]
+    return [*([r"re:.*\.experts\..*"] if experts else []), *(name for name in names if name not in experts)]
 
 
 def write_manifest(folder: Path, recipe: Recipe) -> None:

@@ -1,41 +1,44 @@
 """Calibration text to batches, and the walk over a model's blocks that every calibrated method takes.
 
-`walk_blocks` holds the inputs of one block at a time. It first lets the model run once over each batch
-and notes, with hooks, the arguments that every block really receives (masks, rotary embeddings, ...),
-which differ between families and, in some, between the blocks of one model. Then it replays the blocks
-one by one: the inputs of block i+1 are the outputs of block i *after* a method changed it, so that
+`walk_blocks` holds one block and its inputs at a time. It first lets the model's body run over each batch with
+stand-ins for the blocks, which note the arguments that every block receives (masks, rotary embeddings, ...): these
+differ between families and, in some, between the blocks of one model, but do not depend on what blocks compute. Then
+it runs the blocks one by one: the inputs of block i+1 are the outputs of block i *after* a method changed it, so that
 later blocks see, and can make up for, the error of earlier ones.
 
-A block that is finished is written to `context.folder`; a run that resumes reads it instead.
+A block that is finished is written to `context.folder` as it will stand in the artifact; a run that resumes reads it
+instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from engine import shards
 from engine.errors import BadText, short
-from engine.files import publish
 from engine.methods import Calibrated, Context, Params, Selection
-from engine.models import Linear, LoadedModel, blocks, linears, quantize_inputs
-from engine.packing import InputGrid, QuantizedWeight
+from engine.models import Linear, LoadedModel, blocks, linears
 
 log = logging.getLogger(__name__)
 
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
+HELD = 1 << 30  # bytes of hidden states that are kept in memory; more go to a file
+BATCH_TOKENS = 2048  # that flow through a block at a time
 LONGEST_TEXT = 64 << 20  # bytes that are read of a text file
 
 
@@ -73,18 +76,72 @@ class Call:
     kwargs: dict[str, object]
 
 
+class States:
+    """The hidden states of all batches, (B, T, hidden) each: in memory, or in a file where they are many."""
+
+    def __init__(self, first: Sequence[Tensor], folder: Path) -> None:
+        total = sum(states.numel() * states.element_size() for states in first)
+        self._device = first[0].device
+        self._folder = folder / "states" if total > HELD else None
+        self._held: list[Tensor | None] = [None] * len(first)
+        for number, states in enumerate(first):
+            self[number] = states
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, number: int) -> Tensor:
+        held = self._held[number]
+        return load_file(self._file(number), str(self._device), backend="pread")["states"] if held is None else held
+
+    def __setitem__(self, number: int, states: Tensor) -> None:
+        if self._folder is None:
+            self._held[number] = states
+        else:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({"states": states.contiguous()}, self._file(number))
+
+    def close(self) -> None:
+        """Delete the file."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, number: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{number:05d}.safetensors"
+
+
+@dataclass
+class Batches(Sequence[tuple[Tensor, Call]]):
+    """What enters a block, batch by batch: hidden states (B, T, hidden) and the block's other arguments."""
+
+    states: States
+    calls: list[Call]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @overload
+    def __getitem__(self, number: int) -> tuple[Tensor, Call]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[tuple[Tensor, Call]]: ...
+
+    def __getitem__(self, number: int | slice) -> tuple[Tensor, Call] | list[tuple[Tensor, Call]]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        return self.states[number], self.calls[number]
+
+
 @dataclass
 class Block:
-    """One decoder block with its linears; `number` counts from 0.
-
-    batches: hidden states (B, T, hidden) that enter the block and its other arguments, where text was asked for.
-    """
+    """One decoder block with its linears; `number` counts from 0. `batches` enter it, where text was asked for."""
 
     number: int
     name: str
     module: nn.Module
     linears: list[BlockLinear]
-    batches: list[tuple[Tensor, Call]] = field(default_factory=list)
+    batches: Sequence[tuple[Tensor, Call]] = ()
 
 
 class Accumulator:
@@ -185,75 +242,122 @@ def walk_blocks(
     A block has the linears that `params` selects. With `Calibrated` params, calibration text flows through the
     blocks and each linear comes with what `collect` asks for: `norm`; `hessian`, which includes the norm; or
     `directions`, a Hessian of inputs scaled to length 1. Finished blocks are stored and, in a resumed run, read back
-    and not yielded again; without `keep_blocks` this walk only looks.
+    and not yielded again; without `keep_blocks` this walk only looks, and the caller changes nothing.
     """
     name, modules = blocks(model.network)
-    hidden: list[Tensor] = []
-    calls: list[list[Call]] = []
-    select = params if isinstance(params, Selection) else None
+    flow: Flow | None = None
     if isinstance(params, Calibrated):
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
-        hidden, calls = capture(model, torch.split(rows.to(model.device), 8))
+        flow = capture(model, torch.split(rows.to(model.device), batch_size(rows.shape[1])), context.folder)
     reused = 0
     for number, module in enumerate(modules):
         context.check_cancelled()
-        saved = context.folder / f"block-{number:04d}.safetensors"
         block = Block(number, f"{name}.{number}", module, [])
-        if keep_blocks and saved.exists():
-            restore(model, block, saved)
+        saved = context.folder / f"block-{number:04d}.safetensors"
+        done = keep_blocks and saved.exists()
+        if done:
+            shards.adopt(model, block.name, saved)
             reused += 1
             context.log(f"reused {reused} finished blocks")
-        else:
-            named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(module)]
-            block.linears = [linear for linear in named if select is None or select.selects(linear.name)]
-            if hidden:
-                block.batches = [*zip(hidden, calls[number], strict=True)]
-            if collect != "nothing":
-                observe(block, hidden, calls[number], collect)
-            yield block
-            if keep_blocks:
-                keep(model, block, saved)
-        if number + 1 < len(modules):
-            hidden = [run_block(module, states, call) for states, call in zip(hidden, _of(calls, number), strict=True)]
+        last = number + 1 == len(modules)
+        if not done or (flow is not None and not last):
+            with model.opened(block.name):
+                if not last:
+                    model.prefetch(f"{name}.{number + 1}")
+                if not done:
+                    yield from _visit(block, params, flow, collect)
+                    if keep_blocks:
+                        shards.write(model, [block.name], saved)
+                        shards.place(model, block.name, saved)
+                if flow is not None and not last:
+                    flow.through(number, module)
         context.progress(number + 1, len(modules), "blocks")
+    if flow is not None:
+        flow.states.close()
 
 
-def _of(calls: list[list[Call]], number: int) -> list[Call]:
-    return calls[number] if calls else []
+def _visit(block: Block, params: Params, flow: Flow | None, collect: Collect) -> Iterator[Block]:
+    """Yield the block with what its linears' inputs were."""
+    named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(block.module)]
+    block.linears = [each for each in named if not isinstance(params, Selection) or params.selects(each.name)]
+    if flow is not None:
+        block.batches = Batches(flow.states, flow.calls[block.number])
+        if collect != "nothing":
+            observe(block, collect)
+    yield block
+
+
+def batch_size(length: int) -> int:
+    """Sequences that flow through a block at a time."""
+    return max(1, min(8, BATCH_TOKENS // length))
+
+
+@dataclass
+class Flow:
+    """Calibration text on its way through the blocks: what enters the next, and [block][batch] what else it gets."""
+
+    states: States
+    calls: list[list[Call]]
+
+    def through(self, number: int, module: nn.Module) -> None:
+        """Let the block compute: its outputs are what enters the next."""
+        for batch in range(len(self.states)):
+            self.states[batch] = run_block(module, self.states[batch], self.calls[number][batch])
+
+
+class StandIn(nn.Module):
+    """Takes a block's place while the model's body runs: notes what it is given and hands the hidden states on."""
+
+    def __init__(self, block: nn.Module, note: Callable[[tuple[object, ...], dict[str, object]], object]) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that it is not part of this module
+        self._note = note
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self._note(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._block[0], name)
 
 
 @torch.no_grad()
-def capture(model: LoadedModel, batches: tuple[Tensor, ...]) -> tuple[list[Tensor], list[list[Call]]]:
-    """The first block's inputs for each batch, and every block's other arguments: [block][batch].
+def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Flow:
+    """What enters the first block for each batch (B, T) of token ids, and every block's other arguments.
 
-    Arguments that are equal from batch to batch are kept once.
+    Arguments that are equal from batch to batch, or from block to block, are kept once.
     """
     _, modules = blocks(model.network)
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in modules]
+    tuples: list[bool] = []  # whether this family's blocks return a tuple: seen once, from the first
 
-    def note(number: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def note(number: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         states, rest, others = _split(args, kwargs)
-        if number == 0:
-            hidden.append(states.clone())
         call = Call(rest, others)
         known = calls[number][0] if calls[number] else (calls[number - 1][0] if number else None)
         calls[number].append(known if known is not None and _same(known, call) else call)
+        if number == 0:
+            hidden.append(states.clone())
+        if not tuples:
+            modules[0], stand_in = originals[0], modules[0]  # in its place, where its weights will be looked for
+            tuples.append(isinstance(modules[0](states, *rest, **others), tuple))
+            modules[0] = stand_in
+        return (states,) if tuples[0] else states
 
-    handles: list[RemovableHandle] = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, number=number: note(number, args, kwargs), with_kwargs=True
-        )
-        for number, module in enumerate(modules)
-    ]
+    originals = list(modules)
     try:
+        for number, module in enumerate(originals):
+            modules[number] = StandIn(module, functools.partial(note, number))
         for batch in batches:
-            model.network(input_ids=batch, use_cache=False)
+            model.network.base_model(input_ids=batch, use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
-    return hidden, calls
+        for number, module in enumerate(originals):
+            modules[number] = module
+    return Flow(States(hidden, folder), calls)
 
 
 def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, tuple[object, ...], dict[str, object]]:
@@ -289,17 +393,17 @@ def run_block(module: nn.Module, states: Tensor, call: Call) -> Tensor:
     return output
 
 
-def observe(block: Block, hidden: list[Tensor], calls: list[Call], collect: Collect) -> None:
-    """Run the block over all inputs and fill its linears' statistics.
+def observe(block: Block, collect: Collect) -> None:
+    """Run the block over all its inputs and fill its linears' statistics.
 
     Linears that read the same tensor (q, k and v; gate and up) share one set of statistics.
     """
-    groups = shared_inputs(block, hidden[0], calls[0])
+    groups = shared_inputs(block, *block.batches[0])
     with contextlib.ExitStack() as stack:
         for group in groups:
             hook = group[0].module.register_forward_pre_hook(Accumulator(group[0], collect))
             stack.callback(hook.remove)
-        for states, call in zip(hidden, calls, strict=True):
+        for states, call in block.batches:
             run_block(block.module, states, call)
     for first, *others in groups:
         for other in others:
@@ -322,39 +426,3 @@ def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLi
     found = [group for _, group in readers.values()]
     reached = {linear.name for group in found for linear in group}
     return found + [[linear] for linear in block.linears if linear.name not in reached]
-
-
-def keep(model: LoadedModel, block: Block, path: Path) -> None:
-    """Write a finished block: its tensors and its linears' integer codes."""
-    tensors = {f"state.{key}": value.contiguous() for key, value in block.module.state_dict().items()}
-    about: dict[str, Any] = {"pruned": [n for n in model.pruned if n.startswith(block.name + ".")]}
-    for linear in block.linears:
-        if (weight := model.quantized.get(linear.name)) is not None:
-            about[linear.name] = {"bits": weight.bits, "symmetric": weight.symmetric, "kind": weight.kind}
-            if weight.inputs is not None:
-                about[linear.name] |= {"inputs": weight.inputs.scale}
-            for part in ("codes", "scale", "zero"):
-                tensors[f"{part}.{linear.name}"] = getattr(weight, part).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-    publish(temporary, path)
-
-
-def restore(model: LoadedModel, block: Block, path: Path) -> None:
-    """Read back what `keep` wrote."""
-    from safetensors import safe_open
-
-    tensors = load_file(path, device=str(model.device))
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
-    block.module.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
-    model.pruned.update(about.pop("pruned"))
-    for name, grid in about.items():
-        parts = {part: tensors[f"{part}.{name}"] for part in ("codes", "scale", "zero")}
-        inputs = InputGrid(grid["inputs"], grid["kind"]) if "inputs" in grid else None
-        model.quantized[name] = QuantizedWeight(
-            bits=grid["bits"], symmetric=grid["symmetric"], inputs=inputs, kind=grid["kind"], **parts
-        )  # fmt: skip
-        if inputs is not None:
-            quantize_inputs(model.network.get_submodule(name), inputs)

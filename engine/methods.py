@@ -119,7 +119,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Method:
-    """One compression method, as its file describes it. `name` is `family/file`."""
+    """One compression method, as its file describes it. `name` is `family/file`.
+
+    whole: it needs all weights in memory at once, not only those of one block (`WHOLE = True` in the file).
+    """
 
     name: str
     title: str
@@ -128,6 +131,7 @@ class Method:
     changes: tuple[Change, ...]
     params: type[Params]
     apply: Callable[[LoadedModel, Params, Context], LoadedModel]
+    whole: bool = False
 
     @property
     def family(self) -> str:
@@ -194,7 +198,7 @@ def read(module: types.ModuleType, name: str) -> Method:
             raise TypeError(f"{name}: {key} has the unsupported type {info.annotation}")
     return Method(
         name, module.TITLE, documentation.splitlines()[0], documentation, tuple(module.CHANGES), module.Params,
-        module.apply,
+        module.apply, bool(getattr(module, "WHOLE", False)),
     )  # fmt: skip
 
 

@@ -1,44 +1,105 @@
-"""Load a causal LM from a folder; its blocks and its linears.
+"""Load a causal LM from a folder, whole or a part at a time; its blocks and its linears.
 
 Loads safetensors only, by absolute path, never a model's own code. A tensor that is missing, misshapen
 or not finite is refused: `transformers` would fill it at random with a warning.
+
+A model that is *streamed* has its weights in files. A part is opened when the network reaches it, or when somebody
+works on it, and closed afterwards; so the network can be called as any other, whatever memory there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)  # fmt: skip
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from engine.checkpoint import Checkpoint, attention, empty, part_names, part_of, read_config, shell
 from engine.errors import BadModel, short
 from engine.packing import InputGrid, QuantizedWeight
 
 Linear = nn.Linear | Conv1D
 
 
+class Part(Protocol):
+    """Where the weights of a part are while it is closed."""
+
+    def fill(self, model: LoadedModel, part: str) -> None:
+        """Give the part its weights."""
+
+    def prefetch(self, part: str) -> None:
+        """Begin to read what `fill` will need."""
+
+
+class Source(Part, Protocol):
+    """Where all parts of a model are at first; `tied` names weights that are another's, with the other's name."""
+
+    tied: Mapping[str, str]
+
+
+class Original:
+    """The model's own checkpoint.
+
+    Raises:
+        BadModel: weights are missing, misshapen or not finite.
+    """
+
+    def __init__(self, folder: Path, network: PreTrainedModel, parts: list[str]) -> None:
+        self._checkpoint = Checkpoint(folder, network, parts)
+        self._checkpoint.check_finite()
+        self.tied: Mapping[str, str] = self._checkpoint.tied
+
+    def fill(self, model: LoadedModel, part: str) -> None:
+        self._checkpoint.fill(model.network, part, model.device)
+
+    def prefetch(self, part: str) -> None:
+        self._checkpoint.prefetch(part)
+
+
+@dataclass
+class Parts:
+    """The parts of a streamed model in order, where each is, and which are open.
+
+    tied: names of the weights that are another's (the head's, where it is that of the embeddings), with its name.
+    """
+
+    device: torch.device
+    where: dict[str, Part]
+    tied: Mapping[str, str]
+    opened: set[str] = field(default_factory=set)
+
+    def fill(self, model: LoadedModel, part: str) -> None:
+        """Give a part its weights, those too that are another's."""
+        self.where[part].fill(model, part)
+        names = list(self.where)
+        for target, source in self.tied.items():
+            if part_of(target, names) == part:
+                lender = part_of(source, names)
+                if lender != part and lender not in self.opened:
+                    self.where[lender].fill(model, lender)
+                owner, _, leaf = target.rpartition(".")
+                model.network.get_submodule(owner)._parameters[leaf] = model.network.get_parameter(source)
+                if lender != part and lender not in self.opened:
+                    empty(model.network, lender, names)
+
+
 @dataclass
 class LoadedModel:
     """A network with its tokenizer and what is known about its weights.
 
-    quantized: integer codes by module name, as the solver found them. The network's dense weight of that
-        module equals `codes.dequantize()` where the weight is dense.
+    quantized: integer codes by module name, as the solver found them, on the meta device while their part is closed.
+        The network's dense weight of that module equals `codes.dequantize()` where the weight is dense.
     pruned: names of the linears whose zeros must be kept by later steps.
     kernels: by module name, the kernel that computes it; empty while all weights are dense.
     stored_as: the `quantization_config` of a library whose own modules stand in the network.
+    parts: of a streamed model; None where all weights are in memory.
     """
 
     network: PreTrainedModel
@@ -48,10 +109,93 @@ class LoadedModel:
     pruned: set[str] = field(default_factory=set)
     kernels: dict[str, str] = field(default_factory=dict)
     stored_as: dict[str, JsonValue] | None = None
+    parts: Parts | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        """Where the model computes."""
+        return self.network.device if self.parts is None else self.parts.device
+
+    @contextlib.contextmanager
+    def opened(self, part: str) -> Iterator[None]:
+        """The part has its weights meanwhile; changes to them are lost at the end unless they were stored."""
+        if self.parts is None or part in self.parts.opened:
+            yield
+            return
+        self.parts.fill(self, part)
+        self.parts.opened.add(part)
+        try:
+            yield
+        finally:
+            if self.parts is not None:  # else all was loaded meanwhile
+                self.parts.opened.discard(part)
+                empty(self.network, part, list(self.parts.where))
+                inside = [name for name in self.quantized if name == part or name.startswith(f"{part}.")]
+                self.quantized |= {name: self.quantized[name].to("meta") for name in inside}
+
+    def prefetch(self, part: str) -> None:
+        """Begin to read a part that will be opened soon."""
+        if self.parts is not None and part not in self.parts.opened:
+            self.parts.where[part].prefetch(part)
+
+    def load_all(self) -> None:
+        """Take all weights into memory, and keep them there."""
+        if self.parts is None:
+            return
+        for part, place in self.parts.where.items():
+            if part not in self.parts.opened:
+                place.fill(self, part)
+        if self.parts.tied:
+            self.network.tie_weights()
+        self.parts = None
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Names of the weights that are another's, and are stored once."""
+        if self.parts is not None:
+            return frozenset(self.parts.tied)
+        parameter, pairs = self.network.get_parameter, self.network.all_tied_weights_keys or {}
+        return frozenset(target for target, source in pairs.items() if parameter(target) is parameter(source))
+
+
+def stream(
+    folder: Path,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    source_of: Callable[[Path, PreTrainedModel, list[str]], Source] = Original,
+) -> LoadedModel:
+    """The model in `folder` with all parts closed, in evaluation mode, its experts as linears.
+
+    `source_of` makes what reads the folder, for a network and the names of its parts.
+
+    Raises:
+        BadModel: weights are missing, misshapen or not finite.
+    """
+    network = shell(read_config(folder), getattr(torch, dtype), device)
+    names = part_names(network, blocks(network)[0])
+    source = source_of(folder, network, names)
+    if (folder / "generation_config.json").exists():
+        network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model = LoadedModel(network, load_tokenizer(folder), folder)
+    model.parts = Parts(torch.device(device), dict.fromkeys(names, source), source.tied)
+    for name in names:
+        _open_when_reached(model, name)
+    return model
+
+
+def _open_when_reached(model: LoadedModel, part: str) -> None:
+    """Open a part for as long as its module computes."""
+    module = model.network.get_submodule(part)
+    stack = contextlib.ExitStack()
+
+    def before(module: nn.Module, args: object) -> None:
+        stack.enter_context(model.opened(part))
+
+    def after(module: nn.Module, args: object, output: object) -> None:
+        stack.close()
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)
 
 
 def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedModel:
@@ -60,7 +204,7 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
     Raises:
         BadModel: weights are missing, misshapen or not finite.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_config(folder)
     network: PreTrainedModel
     info: dict[str, object]
     try:
@@ -96,12 +240,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
-
-
-def attention(config: PretrainedConfig) -> str:
-    """`sdpa`, or `eager` for the families that have no other (Gemma 2). Never a kernel that a config names."""
-    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
 
 
 def quantize_inputs(linear: nn.Module, grid: InputGrid) -> None:

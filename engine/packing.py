@@ -8,7 +8,7 @@ signed range shifted to start at 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -86,6 +86,15 @@ class QuantizedWeight:
         steps = grouped.to(torch.int16) - self.zero.to(torch.int16).unsqueeze(-1)
         return (steps.to(self.scale.dtype) * self.scale.unsqueeze(-1)).view(rows, columns)
 
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """The rows `start` to `stop` of the weight; nothing is copied."""
+        grid = slice(None) if self.scale.shape[0] == 1 else slice(start, stop)
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[grid], zero=self.zero[grid])
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The weight with its tensors on a device."""
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
+
     def bits_per_weight(self) -> float:
         """Stored bits per weight: codes, scales and, where the grid is asymmetric, zero points."""
         per_scale = self.scale.element_size() * 8 + (0 if self.symmetric else self.bits)
@@ -99,6 +108,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
+    if 8 % bits == 0:  # no code straddles a byte
+        each = 8 // bits
+        whole = torch.zeros(rows, words * 4 * each, dtype=torch.uint8)
+        whole[:, :columns] = codes
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return (whole.view(rows, -1, each) << shifts).sum(-1, dtype=torch.uint8).view(torch.int32)
     # One row of single bits, least significant first, then bytes, then words.
     spread = (codes.to(torch.uint8).unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1  # (N, K, bits)
     padded = torch.zeros(rows, words * 32, dtype=torch.uint8)

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -29,7 +30,6 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
 }
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-TENSOR_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,27 @@ def inspect(folder: Path) -> Shape:
         BadModel: not a causal LM in safetensors that this machine's transformers knows, or damaged.
     """
     config = _config(folder)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     tensors: dict[str, tuple[int, ...]] = {}
     total = 0
     for file in files:
-        for name, (dtype, shape) in read_header(file).items():
-            tensors[name] = shape
-            total += math.prod(shape) * TENSOR_BYTES.get(dtype, 1)
+        for name, header in read_header(file).items():
+            tensors[name] = header.shape
+            total += header.length
     return Shape(folder, config, tensors, total)
 
 
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype and shape of each tensor of a safetensors file.
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor: its dtype and shape, and where its bytes are in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+def read_header(file: Path) -> dict[str, Header]:
+    """The tensors of a safetensors file by name; none is read.
 
     Raises:
         BadModel: truncated, or not a safetensors file.
@@ -149,8 +158,10 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         for name, entry in header.items():
             if name != "__metadata__":
-                result[name] = (str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
-                if int(entry["data_offsets"][1]) > size - 8 - length:
+                begin, end = map(int, entry["data_offsets"])
+                shape = tuple(int(n) for n in entry["shape"])
+                result[name] = Header(str(entry["dtype"]), shape, 8 + length + begin, end - begin)
+                if end > size - 8 - length:
                     raise broken
     except (KeyError, TypeError, ValueError, AttributeError):
         raise broken from None
@@ -187,7 +198,12 @@ def _config(folder: Path) -> dict[str, JsonValue]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        BadModel: there are none, or the index names others.
+    """
     name = short(folder.name)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():

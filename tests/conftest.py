@@ -17,8 +17,10 @@ import torch
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from engine.checkpoint import attention
+from engine.experts import separate
 from engine.methods import Context
-from engine.models import LoadedModel, attention, load_tokenizer
+from engine.models import LoadedModel, load_tokenizer
 from engine.preflight import DEMO
 from engine.records import EventKind
 
@@ -63,6 +65,7 @@ def in_memory(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, see
     torch.manual_seed(seed)
     config = copy.deepcopy(config)  # building a model writes into its config
     network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config)).eval()
+    separate(network)
     return LoadedModel(network, load_tokenizer(DEMO / "model"), DEMO / "model")
 
 

@@ -56,10 +56,10 @@ class KillPoint:
 
 def work(request: Path, lock: int, point: str | None, mutant: str | None) -> int:
     """Be the worker of one request, with a kill point and a mutation."""
-    from engine import attempts, calibration, pipeline, worker
+    from engine import attempts, pipeline, shards, verify, worker
 
     place = KillPoint(point)
-    emit, replace, fsync, keep = attempts.EventWriter.emit, os.replace, os.fsync, calibration.keep
+    emit, replace, fsync, keep = attempts.EventWriter.emit, os.replace, os.fsync, shards.write
     writers: list[attempts.EventWriter] = []
 
     def killing_emit(self: attempts.EventWriter, kind: str, data: dict) -> None:
@@ -77,15 +77,14 @@ def work(request: Path, lock: int, point: str | None, mutant: str | None) -> int
         else:
             place.around("replace", lambda: replace(source, target, **options))
 
-    def slow_keep(model: object, block: object, path: Path) -> None:
+    def slow_keep(model: object, parts: object, path: Path) -> None:
         time.sleep(SLOW)
-        if mutant != "forgets-blocks":
-            keep(model, block, path)
+        keep(model, parts, path)
 
     def child(request: dict, folder: Path, emit: Callable, check_cancelled: Callable) -> None:
         check_cancelled()
         if request["kind"] == "verify":
-            pipeline.verify(request)
+            verify.verify(request)
         else:
             pipeline.measure(request, emit)
 
@@ -93,8 +92,10 @@ def work(request: Path, lock: int, point: str | None, mutant: str | None) -> int
     os.replace = killing_replace
     os.fsync = lambda handle: place.around("fsync", lambda: fsync(handle))
     Path.replace = lambda self, target: killing_replace(self, target)
-    calibration.keep = slow_keep
+    shards.write = slow_keep
     pipeline.child = child
+    if mutant == "forgets-blocks":
+        shutil.rmtree(request.parent / "blocks", ignore_errors=True)
     return worker.main([str(request), "--lock", str(lock)])
 
 

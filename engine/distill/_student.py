@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from engine.checkpoint import attention
 from engine.errors import BadParams
-from engine.models import LoadedModel, attention, blocks
+from engine.experts import separate
+from engine.models import LoadedModel, blocks
 
 
 def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
@@ -76,6 +78,7 @@ def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) ->
         config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=False
     )
     assert isinstance(network, PreTrainedModel)
+    separate(network)
     network.to(device)  # type: ignore[arg-type]  # the stub takes the method for an unbound one
     network.eval()  # type: ignore[no-untyped-call]
     return network

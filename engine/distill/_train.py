@@ -54,7 +54,7 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
     """
     network, dtype = student.network, student.network.dtype
     cast(network, torch.float32)
-    network.train()
+    network.train().requires_grad_(True)
     network.config.use_cache = False
     parameters = dict(network.named_parameters())
     masks = {f"{name}.weight": parameters[f"{name}.weight"] != 0 for name in student.pruned}
@@ -90,7 +90,7 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
         if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
             checkpoint(saved, parameters, optimizer, step + 1)
     cast(network, dtype)
-    network.eval()  # type: ignore[no-untyped-call]
+    network.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     network.config.use_cache = True
 
 

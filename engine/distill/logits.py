@@ -29,6 +29,7 @@ from engine.preflight import calibration_file
 
 TITLE = "Logit distillation"
 CHANGES = ("disk", "memory", "latency")
+WHOLE = True
 
 
 class Params(Base):
@@ -52,6 +53,7 @@ class Params(Base):
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Build the student and train it; the teacher is loaded from the recipe's model."""
     rows = token_rows(model.tokenizer, calibration_file(params.text), params.sequence_length)
+    model.load_all()
     teacher = load(model.source, str(model.network.dtype).removeprefix("torch."), str(model.device)).network
     if params.student == "blocks":
         student = every_kth(model, params.keep_every)

@@ -30,6 +30,7 @@ from engine.models import LoadedModel, blocks, linears
 
 TITLE = "bitsandbytes"
 CHANGES = ("disk", "memory")
+WHOLE = True
 
 
 class Params(Selection, Calibrated):
@@ -52,6 +53,7 @@ class Params(Selection, Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Replace the selected linears of the blocks by the library's modules."""
+    model.load_all()
     shares = outliers(model, params, context) if params.scheme == "int8" else {}
     prefix, modules = blocks(model.network)
     chosen = [f"{prefix}.{number}.{path}" for number, block in enumerate(modules) for path, _ in linears(block)]

@@ -41,6 +41,7 @@ from engine.quantize._grid import Bits, GridParams, round_to_nearest
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
+WHOLE = True
 WIDTHS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 Unit = Literal["bits", "mib"]
@@ -114,6 +115,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     Raises:
         BadParams: the budget is below the smallest assignment; the message names it.
     """
+    model.load_all()
     file = context.cache / f"mixed-{fingerprint(model, params, context)}.json"
     candidates = read(file)
     if candidates is None:

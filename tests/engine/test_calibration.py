@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import calibration
 from engine.calibration import (
     accumulate_hessian,
     capture,
     make_empty_hessian,
     read_documents,
-    run_block,
     token_rows,
     walk_blocks,
 )  # fmt: skip
@@ -18,7 +18,7 @@ from engine.errors import BadText
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import LoadedModel, blocks
 from tests.conftest import Recorder, in_memory, tiny_config
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MIXTURES
 
 
 def block_outputs(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -35,15 +35,22 @@ def block_outputs(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replayed_blocks_give_what_the_model_gives(family: str) -> None:
-    model = in_memory(FAMILIES[family], torch.float32)
+@pytest.mark.parametrize("held", [calibration.HELD, 0], ids=["memory", "file"])
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+def test_replayed_blocks_give_what_the_model_gives(
+    family: str, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "HELD", held)
+    model = in_memory((FAMILIES | MIXTURES)[family], torch.float32)
     ids = torch.randint(3, 1280, (4, 24), generator=torch.Generator().manual_seed(1))
     expected = block_outputs(model, ids)
-    states, calls = capture(model, ids.split(2))
+    flow = capture(model, ids.split(2), tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == (0 if held else 2)
     for number, module in enumerate(blocks(model.network)[1]):
-        states = [run_block(module, s, call) for s, call in zip(states, calls[number], strict=True)]
-        torch.testing.assert_close(torch.cat(states), expected[number])
+        flow.through(number, module)
+        torch.testing.assert_close(torch.cat([flow.states[0], flow.states[1]]), expected[number])
+    flow.states.close()
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import artifacts, models, pipeline
+from engine import artifacts, models, pipeline, verify
 from engine.errors import BadArtifact, Cancelled, InputError
 from engine.records import MEASURES, Recipe
 from tests.conftest import Recorder
@@ -77,11 +77,12 @@ def test_an_artifact_that_is_not_the_model_fails_the_run(tiny_folder: Maker, tmp
     model = models.load(Path(wanted.model.source))
     artifact = tmp_path / "artifact"
     artifacts.write(model, wanted, artifact)
-    save_file(pipeline.probe(model), tmp_path / "expected.safetensors")
+    save_file(verify.probe(model), tmp_path / "expected.safetensors")
     request: pipeline.Request = {
         "kind": "verify", "folder": str(artifact), "expected": str(tmp_path / "expected.safetensors"), "device": "cpu",
+        "streamed": False, "bytes": 0,
     }  # fmt: skip
-    pipeline.verify(request)
+    verify.verify(request)
     file = next(artifact.glob("model-00002*"))
     if damage == "file":
         file.write_bytes(file.read_bytes()[:-1])
@@ -91,7 +92,7 @@ def test_an_artifact_that_is_not_the_model_fails_the_run(tiny_folder: Maker, tmp
         save_file(tensors | {name: -tensors[name]}, file, metadata={"format": "pt"})
         artifacts.write_manifest(artifact, wanted)  # the files are consistent; the numbers are not the model's
     with pytest.raises(BadArtifact):
-        pipeline.verify(request)
+        verify.verify(request)
 
 
 def test_a_failing_child_fails_the_run_with_its_reason(tiny_folder: Maker, tmp_path: Path) -> None:

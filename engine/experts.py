@@ -1,0 +1,73 @@
+"""The experts of a mixture, each with linears of its own.
+
+`transformers` 5 holds the experts of a block in two tensors, (experts, 2 x width, hidden) and (experts, hidden, width).
+Calibration needs to see which inputs each expert gets, and kernels compute with one packed matrix at a time. So the
+experts become modules: gate, up and down, under the names that checkpoints have for them, from which `transformers`
+fuses them again when it loads what was saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+# gate, up and down in checkpoints, for the families whose experts compute down(act(gate(x)) * up(x)), no biases.
+NAMES: Mapping[str, tuple[str, str, str]] = {
+    "mixtral": ("w1", "w3", "w2"),
+    "olmoe": ("gate_proj", "up_proj", "down_proj"),
+    "qwen2_moe": ("gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+class Expert(nn.Module):
+    """One expert: down(act(gate(x)) * up(x)); x and the result (tokens, hidden)."""
+
+    def __init__(self, names: tuple[str, str, str], hidden: int, width: int, activation: str) -> None:
+        super().__init__()
+        self._names = names
+        gate, up, down = names
+        self.add_module(gate, nn.Linear(hidden, width, bias=False))
+        self.add_module(up, nn.Linear(hidden, width, bias=False))
+        self.add_module(down, nn.Linear(width, hidden, bias=False))
+        self.act_fn = ACT2FN[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self._names)
+        result: Tensor = down(self.act_fn(gate(x)) * up(x))
+        return result
+
+
+class Experts(nn.ModuleList):
+    """All experts of a block, called as the family's own module is."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum (tokens, hidden) of the experts that the router chose, k for each token.
+
+        hidden_states: (tokens, hidden). top_k_index, top_k_weights: (tokens, k).
+        """
+        result = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self):
+            token, place = torch.where(top_k_index == number)
+            if token.numel():
+                output = expert(hidden_states[token]) * top_k_weights[token, place, None]
+                result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+
+def separate(network: PreTrainedModel) -> None:
+    """Replace the fused experts of the network's blocks; parameters are new, on the device that is torch's default."""
+    config = network.config.get_text_config()
+    names = NAMES.get(config.model_type)
+    if names is None:
+        return
+    for path, module in list(network.named_modules()):
+        fused, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
+        if fused is not None and down is not None and fused.dim() == 3:
+            count, hidden, width = down.shape
+            experts = [Expert(names, hidden, width, config.hidden_act) for _ in range(count)]
+            network.set_submodule(path, Experts(experts).to(fused.dtype), strict=True)

@@ -1,0 +1,76 @@
+"""Read an artifact part by part with nothing that wrote it: tensors by their names, packed ones by the library.
+
+The compressed-tensors library defines the format; what it unpacks is what the file says to others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import is_match
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine import models
+from engine.checkpoint import part_of
+from engine.errors import BadArtifact
+from engine.models import LoadedModel
+from engine.packing import InputGrid
+from engine.shards import TensorFiles
+
+
+class Stranger:
+    """The parts of a network in an artifact's files, read without anything that wrote them."""
+
+    def __init__(self, folder: Path, network: PreTrainedModel, parts: list[str]) -> None:
+        self._files = TensorFiles.of_folder(folder)
+        body = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        self._config = None if body is None else QuantizationConfig.model_validate(body)
+        self._keys: dict[str, list[str]] = {part: [] for part in parts}
+        for name in self._files.names:
+            self._keys[part_of(name, parts)].append(name)
+        present = {name.replace(".weight_packed", ".weight") for name in self._files.names}
+        self.tied: Mapping[str, str] = {
+            t: source for t, source in (network.all_tied_weights_keys or {}).items() if t not in present
+        }
+        for name, module in network.named_modules():
+            activations = None if f"{name}.weight_scale" not in self._files.names else self._scheme(name, module)[1]
+            if activations is not None:
+                scale = None if activations.dynamic else float(self._files.read(f"{name}.input_scale"))
+                models.quantize_inputs(module, InputGrid(scale, "float" if activations.type == "float" else "int"))
+
+    def fill(self, model: LoadedModel, part: str) -> None:
+        """Give the part its weights."""
+        modules: dict[str, dict[str, Tensor]] = {}
+        for key in self._keys[part]:
+            path, _, leaf = key.rpartition(".")
+            modules.setdefault(path, {})[leaf] = self._files.read(key).to(model.device)
+        for path, tensors in modules.items():
+            module = model.network.get_submodule(path)
+            if "weight_scale" in tensors:
+                scheme = self._scheme(path, module)[0]
+                library = BaseCompressor.get_value_from_registry(str(scheme.format))
+                packed = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "bias"}
+                tensors = {"weight": library.decompress(packed, scheme)["weight"]} | {
+                    leaf: tensor for leaf, tensor in tensors.items() if leaf == "bias"
+                }
+            for leaf, tensor in tensors.items():
+                if leaf in module._parameters:
+                    module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                else:
+                    module._buffers[leaf] = tensor
+
+    def prefetch(self, part: str) -> None:
+        """Nothing: the files were written a moment ago."""
+
+    def _scheme(self, path: str, module: nn.Module) -> tuple[QuantizationScheme, QuantizationArgs | None]:
+        """How config.json says that a module is packed, and how its inputs are rounded."""
+        assert self._config is not None
+        for scheme in self._config.config_groups.values():
+            if is_match(path, module, scheme.targets, self._config.ignore):
+                return scheme, scheme.input_activations
+        raise BadArtifact(f"config.json does not say how {path} is packed.")

@@ -1,0 +1,62 @@
+"""Believe a saved model only when a fresh process has read it as a stranger would and computed the same.
+
+Where the memory allows it, stock `transformers` loads the folder as anybody would. Where it does not, the network reads
+one part at a time (`engine.stranger`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine import artifacts, hardware, models
+from engine.errors import BadArtifact
+from engine.models import LoadedModel
+
+PROBE = 48  # tokens on which the logits are compared
+TOLERANCE = 0.02  # relative distance of logits; bf16 products differ in their last bits
+ROOM = 1.2  # of the dense weights' bytes that stock `transformers` needs to load a model
+
+
+@torch.inference_mode()
+def probe(model: LoadedModel) -> dict[str, Tensor]:
+    """Token ids drawn from a fixed seed and the model's logits for them, in float32."""
+    size = model.network.config.get_text_config().vocab_size
+    ids = torch.randint(size, (1, PROBE), generator=torch.Generator().manual_seed(0))
+    logits = model.network(input_ids=ids.to(model.device), use_cache=False).logits
+    return {"ids": ids, "logits": logits[0].float().cpu().contiguous()}
+
+
+def verify(request: Mapping[str, JsonValue]) -> str:
+    """Check files and logits of the artifact that a request names; says how.
+
+    Raises:
+        BadArtifact: it does not load, or computes something else than the model that was in memory.
+    """
+    folder, device = Path(str(request["folder"])), str(request["device"])
+    artifacts.verify(folder)
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    streamed = bool(request["streamed"]) and int(str(request["bytes"])) * ROOM > hardware.free_memory()
+    if streamed:
+        from engine.stranger import Stranger  # with a library that is slow to import
+
+        model = models.stream(folder, dtype, device, Stranger)
+    else:
+        model = models.load(folder, dtype, device)
+    expected = load_file(Path(str(request["expected"])))
+    with torch.inference_mode():
+        logits = model.network(input_ids=expected["ids"].to(model.device), use_cache=False).logits[0].float().cpu()
+    distance = ((logits - expected["logits"]).norm() / expected["logits"].norm()).item()
+    if not distance <= TOLERANCE:
+        raise BadArtifact(
+            f"The saved model computes other logits than the one in memory: {distance:.1%} apart, "
+            f"{TOLERANCE:.0%} is allowed."
+        )
+    how = "part by part, for it is larger than memory" if streamed else "with transformers"
+    return f"read back {how}: logits {distance:.2%} apart"
