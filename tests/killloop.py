@@ -50,8 +50,8 @@ PATIENCE = 120.0  # seconds for a run to reach its next state
 POINTS = (
     *(f"{when}:progress:{n}" for when in ("before", "after") for n in range(1, BLOCKS + 1)),
     *(f"{when}:{what}:1" for when in ("before", "after") for what in ("artifact", "finished")),
-    *(f"{when}:replace:{n}" for when in ("before", "after") for n in range(1, BLOCKS + 2)),
-    *(f"before:fsync:{n}" for n in range(1, 12)),
+    *(f"{when}:replace:{n}" for when in ("before", "after") for n in range(1, BLOCKS + 3)),
+    *(f"before:fsync:{n}" for n in range(1, 14)),
 )
 
 

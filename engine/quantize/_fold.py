@@ -26,7 +26,7 @@ from engine.models import Linear
 # The linear before, of how many equal parts of its rows the last is read, and the linear that reads it.
 LINEAR_PAIRS = (
     ("v_proj", 1, "o_proj"), ("v_proj", 1, "out_proj"), ("v_proj", 1, "dense"), ("qkv_proj", 0, "o_proj"),
-    ("up_proj", 1, "down_proj"), ("gate_up_proj", 2, "down_proj"), ("fc1", 1, "fc2"),
+    ("up_proj", 1, "down_proj"), ("w3", 1, "w2"), ("gate_up_proj", 2, "down_proj"), ("fc1", 1, "fc2"),
 )  # fmt: skip
 AGREEMENT = 0.02  # relative distance of bfloat16 outputs that differ in rounding only
 

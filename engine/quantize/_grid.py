@@ -12,7 +12,7 @@ on average, its column counts accordingly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Granularity = Literal["group", "channel", "tensor"]
 Clipping = Literal["none", "mse"]
 USUAL_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+STRETCH = 1 << 23  # weights that are worked on at a time
 RATIOS = tuple(1 - 0.03 * step for step in range(21))  # of the full range: 1 down to 0.4
 
 
@@ -98,6 +99,12 @@ class Grid:
             return self.scale[:, group : group + 1].float(), self.zero[:, group : group + 1].float()
         return self.scale[:, group].float(), self.zero[:, group].float()
 
+    def rows(self, rows: slice) -> Grid:
+        """The grid of some rows."""
+        if self.scale.shape[0] == 1:
+            return self
+        return Grid(self.scale[rows], self.zero[rows], self.bits, self.symmetric)
+
     def quantized(self, codes: Tensor) -> QuantizedWeight:
         """Codes (N, K) together with this grid, ready to be stored."""
         return QuantizedWeight(
@@ -109,7 +116,7 @@ class Grid:
 def make_grid(
     weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, importance: Tensor | None = None
 ) -> Grid:
-    """The grid of a float32 weight (N, K), with scales rounded to `dtype`.
+    """The grid of a weight (N, K), with scales rounded to `dtype`.
 
     `importance` (K,) says how much an error in each column counts when ranges are clipped; None: all alike.
 
@@ -118,6 +125,21 @@ def make_grid(
     """
     rows, columns = weight.shape
     params.check_model({name: (rows, columns)}, weight.numel())
+    if params.granularity == "tensor":
+        return _make_grid(weight.float(), params, dtype, importance)
+    parts = [_make_grid(weight[some].float(), params, dtype, importance) for some in stretches(weight)]
+    scale, zero = torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts])
+    return Grid(scale, zero, params.bits, params.symmetric)
+
+
+def stretches(weight: Tensor) -> Iterator[slice]:
+    """The rows of a weight (N, K) in stretches of `STRETCH` weights at most, for work that needs room for copies."""
+    step = max(1, STRETCH // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
+
+
+def _make_grid(weight: Tensor, params: GridParams, dtype: torch.dtype, importance: Tensor | None) -> Grid:
+    rows, columns = weight.shape
     groups = params.groups(columns)
     grouped = weight.view(rows, groups, -1)  # (N, G, group_size)
     low, high = grouped.amin(-1), grouped.amax(-1)  # (N, G)
@@ -167,8 +189,8 @@ def round_to_nearest(
     weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, importance: Tensor | None = None
 ) -> QuantizedWeight:
     """Each weight (N, K) to the nearest level of its grid; `importance` as in `make_grid`."""
-    weight = weight.float()
     grid = make_grid(weight, params, name, dtype, importance)
     groups = grid.scale.shape[1]
     index = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] // groups)
-    return grid.quantized(grid.encode(weight, index))
+    codes = [grid.rows(some).encode(weight[some].float(), index).to(torch.uint8) for some in stretches(weight)]
+    return grid.quantized(torch.cat(codes))

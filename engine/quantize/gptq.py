@@ -38,7 +38,7 @@ from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import GridParams, HessianParams, make_grid, round_to_nearest
+from engine.quantize._grid import Grid, GridParams, HessianParams, make_grid, round_to_nearest, stretches
 from engine.quantize._place import place
 
 TITLE = "GPTQ"
@@ -69,7 +69,7 @@ def solve(
         solvers: dict[int, Solver] = {}
         for linear in block.linears:
             context.check_cancelled()
-            weight, dtype, grid = linear.weight.float(), linear.weight.dtype, grid_of(linear.name)
+            weight, dtype, grid = linear.weight, linear.weight.dtype, grid_of(linear.name)
             keep = weight != 0 if linear.name in model.pruned else None
             note = ""
             try:
@@ -97,24 +97,31 @@ class Solver:
     """
 
     def __init__(self, hessian: Tensor, params: Params) -> None:
-        self._dead = hessian.diagonal() == 0
         self._importance = hessian.diagonal().clone()
-        hessian = hessian.clone()
-        hessian.diagonal()[self._dead] = 1
+        self._dead = self._importance == 0
         self._order = torch.arange(hessian.shape[0], device=hessian.device)
         if params.activation_order:
-            self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        self._factor, self.damping = inverse_factor(hessian[self._order][:, self._order], params.damping)
+            ranks = torch.where(self._dead, 1, self._importance)
+            self._order = torch.argsort(ranks, descending=True, stable=True)
+        self._factor, self.damping = inverse_factor(hessian, params.damping, self._order)
 
     def quantize(
         self, weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, keep: Tensor | None = None
     ) -> QuantizedWeight:
-        """The float32 weight (N, K) on the grid of `params`; scales are stored in `dtype`.
+        """The weight (N, K) on the grid of `params`; scales are stored in `dtype`.
 
-        Where `keep` (N, K) is False, the weight becomes zero.
+        Where `keep` (N, K) is False, the weight becomes zero. Rows do not depend on each other.
         """
         grid = make_grid(weight, params, name, dtype, self._importance)
-        columns, top = weight.shape[1], 2**params.bits - 1
+        codes = [
+            self._solve(weight[rows].float(), grid.rows(rows), None if keep is None else keep[rows])
+            for rows in stretches(weight)
+        ]
+        return grid.quantized(torch.cat(codes))
+
+    def _solve(self, weight: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
+        """The codes (N, K), uint8, of a float32 weight."""
+        columns, top = weight.shape[1], 2**grid.bits - 1
         group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
         weight = torch.where(self._dead, 0, weight)  # inputs that are always zero: zero costs nothing
         weight, group = weight[:, self._order], group[self._order]
@@ -136,22 +143,29 @@ class Solver:
             weight[:, stop:] -= errors @ self._factor[start:stop, stop:]
         inverse = torch.empty_like(self._order)
         inverse[self._order] = torch.arange(columns, device=weight.device)
-        return grid.quantized(codes[:, inverse])
+        return codes[:, inverse].to(torch.uint8)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, float]:
     """The upper Cholesky factor U of (H + d I)⁻¹ = Uᵀ U and the damping that it took, raised tenfold on failure.
+
+    H's rows and columns are taken in `order`; those of inputs that are always zero count as the identity's. At most
+    two matrices of H's size exist beside it at any time.
 
     Raises:
         LinAlgError: not positive definite even with the whole mean diagonal added.
     """
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal()
+    mean = torch.where(diagonal == 0, 1, diagonal).mean()
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
+        damped = hessian[order[:, None], order]
+        damped.diagonal().copy_(torch.where(damped.diagonal() == 0, 1, damped.diagonal()) + damping * mean)
         try:
             lower = torch.linalg.cholesky(damped)
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True), damping
+            del damped
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            return torch.linalg.cholesky(inverse, upper=True), damping
         except LinAlgError:
             if damping >= 1:
                 raise

@@ -5,6 +5,7 @@ import torch
 
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.packing import QuantizedWeight
 from engine.quantize import gptq, rtn
 from engine.quantize._place import BINS, histogram, relative_error
 from tests.conftest import Recorder
@@ -42,9 +43,12 @@ def test_fewer_bits_give_a_larger_error_and_few_tokens_are_noted(
 
 
 def test_error_and_histogram_by_hand() -> None:
-    before, after = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.0]])
+    def whole(*codes: int) -> QuantizedWeight:
+        return QuantizedWeight(torch.tensor([codes], dtype=torch.uint8), torch.ones(1, 1), torch.zeros(1, 1), 2, False)
+
+    before, after = torch.tensor([[3.0, 4.0]]), whole(3, 3)
     assert relative_error(before, after, None) == pytest.approx(1 / 25)
     assert relative_error(before, after, torch.tensor([[1.0, 1.0], [1.0, 0.0]])) == pytest.approx(1 / 58)
-    counts = histogram(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]]))
+    counts = histogram(torch.tensor([[0.0, 1.0]]), whole(0, 2))
     assert counts["before"] == counts["after"] == [1, *[0] * (BINS - 2), 1]
-    assert sum(histogram(torch.ones(2, 2), torch.ones(2, 2))["before"]) == 4  # type: ignore[arg-type]
+    assert sum(histogram(torch.ones(1, 4), whole(1, 1, 1, 1))["before"]) == 4  # type: ignore[arg-type]
