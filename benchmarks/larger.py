@@ -12,19 +12,18 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from benchmarks.sections import README, write_section
 from engine import hardware
@@ -70,41 +69,109 @@ def make(folder: Path, number: int) -> None:
 
 @dataclass
 class Watched:
-    """A run of the command line: its last line of JSON, seconds, and the largest resident bytes of its processes."""
+    """A run of the command line: its result, seconds, and the most resident bytes of its worker's processes."""
 
     result: dict[str, object]
     seconds: float
     peak: int
-    by_phase: dict[str, int] = field(default_factory=dict)
 
 
-def run(recipe: Path, home: Path, kill_after: str = "", resume: str = "") -> Watched:
-    """Run a recipe, or resume a run; kill all its processes when a line says `kill_after`."""
-    what = ["resume", resume] if resume else ["run", str(recipe)]
-    command = [sys.executable, "-m", "engine", *what, "--home", str(home), "--json"]
-    began, peak, phase, phases = time.monotonic(), 0, "", {}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert process.stdout is not None
-        os.set_blocking(process.stderr.fileno(), False)
+def run(recipe: Path, home: Path, *, resume: str = "", kill_at: str = "") -> Watched:
+    """Run a recipe, or go on with a run; kill all its processes once a file `kill_at` exists below `home`."""
+    command = [sys.executable, "-m", "engine", "run", *([] if resume else [str(recipe)]), "--home", str(home), "--json"]
+    command += ["--resume", resume] if resume else []
+    began, peak = time.monotonic(), 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         while process.poll() is None:
-            mine = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            resident = sum(_resident(each) for each in mine)
-            peak = max(peak, resident)
-            for line in process.stderr.read().splitlines() if (ready := process.stderr.readable()) and ready else []:
-                log.info("  %s", line)
-                phase = line if not line.startswith(" ") else phase
-                if kill_after and kill_after in line:
-                    for each in mine:
-                        each.send_signal(signal.SIGKILL)
-            phases[phase] = max(phases.get(phase, 0), resident)
+            workers = psutil.Process(process.pid).children(recursive=True)
+            peak = max(peak, sum(resident(worker) for worker in workers))
+            if kill_at and any(home.rglob(kill_at)):
+                for each in [*workers, psutil.Process(process.pid)]:
+                    each.send_signal(signal.SIGKILL)
             time.sleep(0.05)
+        assert process.stdout is not None
         out = process.stdout.read().splitlines()
-    return Watched(json.loads(out[-1]) if out else {}, time.monotonic() - began, peak, phases)
+    return Watched(json.loads(out[-1]) if out else {}, time.monotonic() - began, peak)
 
 
-def _resident(process: psutil.Process) -> int:
+def resident(process: psutil.Process) -> int:
+    """Resident bytes, 0 where the process has ended."""
     try:
         return int(process.memory_info().rss)
     except psutil.Error:
         return 0
+
+
+def artifact(home: Path) -> Path:
+    """The one artifact below a data folder."""
+    (found,) = home.glob("runs/*/attempt-*/artifact")
+    return found
+
+
+def main() -> None:
+    """Measure and report; with --write also into README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "maquette-larger")
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--methods", default="rtn,gptq")
+    parser.add_argument("--no-kill", action="store_true", help="leave out the run that is killed and resumed")
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = arguments.folder / f"model-{arguments.blocks}"
+    make(model, arguments.blocks)
+    lines = [
+        f"A checkpoint with the shape of an 8 B Llama, {arguments.blocks} blocks of random weights, "
+        f"{size(model) / 1e9:.1f} GB. {hardware.machine()}. Peak: resident memory of all processes of the run "
+        "together, reading the artifact back included.",
+        "",
+        "| method | minutes | peak, GiB | artifact, GB | after `kill -9` |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name in arguments.methods.split(","):
+        recipe = arguments.folder / f"{name}.yaml"
+        steps = [{f"quantize/{name}": STEPS[name]}]
+        recipe.write_text(json.dumps({"model": str(model), "measure": ["size"], "steps": steps}))
+        home = arguments.folder / f"home-{name}"
+        shutil.rmtree(home, ignore_errors=True)
+        whole = run(recipe, home)
+        if whole.result.get("status") != "succeeded":
+            raise SystemExit(f"{name}: {whole.result}")
+        made, bytes_ = digests(artifact(home)), size(artifact(home))
+        shutil.rmtree(home)
+        after = "" if arguments.no_kill else killed_and_resumed(recipe, home, arguments.blocks, made)
+        cells = (name, f"{whole.seconds / 60:.1f}", f"{whole.peak / 2**30:.2f}", f"{bytes_ / 1e9:.2f}", after)
+        lines.append(f"| {' | '.join(cells)} |")
+        log.info("%s", lines[-1])
+    if arguments.write:
+        write_section(README, "larger", "\n".join(lines))
+
+
+def killed_and_resumed(recipe: Path, home: Path, blocks: int, expected: dict[str, str]) -> str:
+    """Kill a run in its middle block, go on with it, and compare the artifact's files with `expected`."""
+    middle = blocks // 2  # finished blocks count from 0: the next one is at work
+    run(recipe, home, kill_at=f"block-{middle:04d}.safetensors")
+    (name,) = (folder.name for folder in (home / "runs").iterdir())
+    again = run(recipe, home, resume=name)
+    found = digests(artifact(home)) if again.result.get("status") == "succeeded" else {}
+    same = "identical to the byte" if found == expected else f"DIFFERENT: {again.result}"
+    shutil.rmtree(home)
+    return f"killed in block {middle + 1}, resumed in {again.seconds / 60:.1f} min, {same}"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a folder."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def size(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+if __name__ == "__main__":
+    main()

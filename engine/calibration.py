@@ -32,12 +32,12 @@ from engine import shards
 from engine.errors import BadText, short
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, linears
+from engine.preflight import HELD
 
 log = logging.getLogger(__name__)
 
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
-HELD = 1 << 30  # bytes of hidden states that are kept in memory; more go to a file
 BATCH_TOKENS = 2048  # that flow through a block at a time
 LONGEST_TEXT = 64 << 20  # bytes that are read of a text file
 

@@ -47,6 +47,13 @@ class Params(BaseModel):
             BadParams: one line that names the linear and what would work.
         """
 
+    def unfit_for_experts(self) -> str:
+        """Why files cannot hold the experts of a mixture as these settings make them; "" where they can.
+
+        `transformers` fuses experts when it loads them: they need one symmetric scheme, and inputs as they are.
+        """
+        return ""
+
 
 class Selection(Params):
     """Params of a method that works on some linears of the blocks: those of `targets` that `ignore` does not name.

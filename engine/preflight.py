@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from pydantic import JsonValue
 
 from engine import hardware, methods
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
+from engine.experts import NAMES
 from engine.methods import Calibrated, Method, Params, Selection
 from engine.records import Recipe
 
@@ -28,6 +30,7 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
     "num_attention_heads": 4096,
     "max_position_embeddings": 1 << 26,
 }
+HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -47,6 +50,17 @@ class Shape:
     @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Parameters of each block, and of each module beside the blocks."""
+        found: dict[str, int] = {}
+        for name, shape in self.tensors.items():
+            *path, _ = name.split(".")
+            number = next((place for place, word in enumerate(path) if word.isdigit()), None)
+            part = ".".join(path if number is None else path[: number + 1])
+            found[part] = found.get(part, 0) + math.prod(shape)
+        return found
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -232,11 +246,8 @@ def check(recipe: Recipe) -> Estimate:
     shape = inspect(resolve(recipe.model.source))
     if steps and "quantization_config" in shape.config:
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
-    if steps and (key := next((key for key in EXPERTS if _number(shape.config.get(key)) > 1), None)):
-        raise BadModel(
-            f"{short(recipe.model.source)} is a mixture of {shape.config[key]} experts ({shape.config['model_type']}). "
-            "Maquette can measure such models, but not compress them yet."
-        )
+    if steps:
+        _check_experts(steps, shape)
     for method, params in steps:
         _check_shapes(method, params, shape)
     calibration_file(recipe.calibration)
@@ -244,7 +255,7 @@ def check(recipe: Recipe) -> Estimate:
     if not estimate.fits:
         raise TooBig(
             f"The run needs {estimate.total / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} are free. "
-            "Use fewer calibration samples, a smaller model, or close other programs."
+            "Use fewer calibration samples or measurements (`size` alone needs least), or close other programs."
         )
     return estimate
 
@@ -256,6 +267,36 @@ def estimate(recipe: Recipe) -> Estimate:
         InputError: the recipe or its model cannot be read.
     """
     return _estimate(recipe, inspect(resolve(recipe.model.source)), methods.check(recipe))
+
+
+def experts(config: Mapping[str, JsonValue]) -> int:
+    """How many experts the blocks of a model have, by its config.json; 0 where it is no mixture."""
+    return max((_number(config.get(key)) for key in EXPERTS), default=0)
+
+
+def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
+    """Refuse mixtures whose layout is not known, and what a file cannot say of experts, which share one scheme."""
+    count = experts(shape.config)
+    kind = str(shape.config["model_type"])
+    if count < 2:
+        return
+    if kind not in NAMES:
+        raise BadModel(
+            f"{short(shape.folder.name)} is a mixture of {count} experts of the type {kind}; Maquette can compress "
+            f"those of {', '.join(NAMES)}."
+        )
+    linears = [name for name in shape.linears if ".experts." in name]
+    for method, params in steps:
+        chosen = sum(params.selects(name) for name in linears) if isinstance(params, Selection) else len(linears)
+        if method.family != "quantize" or not chosen:
+            continue
+        if chosen < len(linears):
+            raise BadParams(
+                f"{method.name}: {chosen} of {len(linears)} linears of experts are selected; files can hold all of "
+                "them quantized or none. Ignore `*.experts.*`, or none of them."
+            )
+        if reason := params.unfit_for_experts():
+            raise BadParams(f"{method.name}: {reason} Choose other settings, or ignore `*.experts.*`.")
 
 
 def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
@@ -272,31 +313,47 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
 
 
 def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:
+    """Compressing and measuring follow each other: the larger of the two counts."""
     width = WIDTHS[recipe.model.dtype]
     config = shape.config.get
     hidden, layers = _number(config("hidden_size", 768)), _number(config("num_hidden_layers", 12))
-    weights = shape.parameters * width
-    activations = tokens = 0
+    dense = shape.parameters * width
+    streamed = bool(steps) and not any(method.whole for method, _ in steps)
+    weights = width * max(shape.parts.values()) if streamed else dense
+    activations = 0
     notes = []
     work = 0.0  # floating-point operations
     for method, params in steps:
         if isinstance(params, Calibrated):
             tokens = params.samples * params.sequence_length
-            widest = max((inputs for _, inputs in shape.linears.values()), default=hidden)
-            activations = max(activations, 2 * tokens * hidden * width + 8 * widest * widest)
+            states = min(2 * tokens * hidden * width, HELD)
+            activations = max(activations, states + _solving(shape, getattr(params, "collect", "norm")))
             work += 6.0 * tokens * shape.parameters
         if method.family == "distill":
             activations = max(activations, 16 * shape.parameters)
             work += 8.0 * _number(getattr(params, "steps", 0)) * 2048 * shape.parameters
         if not method.changes:
             notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
-    kv_cache = 2 * layers * hidden * width * 8 * 256  # eight sequences of 256 tokens, as latency is measured
-    baseline = weights if "divergence" in recipe.measure and recipe.steps else 0
+    kv_cache = 0
+    if set(recipe.measure) - {"size"}:
+        kv_cache = 2 * layers * hidden * width * 8 * 256  # eight sequences of 256 tokens, as latency is measured
+        baseline = dense if "divergence" in recipe.measure and recipe.steps else 0
+        weights = max(weights, dense + baseline)
+    elif streamed and dense > hardware.free_memory():
+        notes.append("Larger than memory: one block at a time.")
     fidelity = 2e5 * min(shape.parameters, 5e7) * bool(set(recipe.measure) - {"size"})  # large models read less text
     seconds = 8 + (work + fidelity) / 5e10  # starting three processes; the demo model on two cores gives the rate
-    return Estimate(
-        weights + baseline, kv_cache, activations, RUNTIME, hardware.free_memory(), seconds, tuple(notes)
-    )  # fmt: skip
+    seconds += 4 * dense / 1e9  # reading, rounding and writing each weight
+    return Estimate(weights, kv_cache, activations, RUNTIME, hardware.free_memory(), seconds, tuple(notes))
+
+
+def _solving(shape: Shape, collect: str) -> int:
+    """Bytes of a block's statistics and of the factorization of the largest, in float32."""
+    inputs = sorted({inputs for _, inputs in shape.linears.values()}, reverse=True) or [0]
+    if collect not in ("hessian", "directions"):
+        return 8 * sum(inputs)
+    # One Hessian for each input that is read: of attention, of its output, of the feed-forward, of its output.
+    return 4 * (sum(size * size for size in inputs) + 2 * inputs[-1] ** 2) + 8 * inputs[0] ** 2
 
 
 def _number(value: object) -> int:

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import artifacts, hardware, models
+from engine import artifacts, hardware, models, preflight
 from engine.errors import BadArtifact
 from engine.models import LoadedModel
 
@@ -41,7 +41,8 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     """
     folder, device = Path(str(request["folder"])), str(request["device"])
     artifacts.verify(folder)
-    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    config = json.loads((folder / "config.json").read_text())
+    dtype = config["dtype"]
     streamed = bool(request["streamed"]) and int(str(request["bytes"])) * ROOM > hardware.free_memory()
     if streamed:
         from engine.stranger import Stranger  # with a library that is slow to import
@@ -52,7 +53,7 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     expected = load_file(Path(str(request["expected"])))
     with torch.inference_mode():
         logits = model.network(input_ids=expected["ids"].to(model.device), use_cache=False).logits[0].float().cpu()
-    distance = ((logits - expected["logits"]).norm() / expected["logits"].norm()).item()
+    distance = distance_of(logits, expected["logits"], mixture=preflight.experts(config) > 1)
     if not distance <= TOLERANCE:
         raise BadArtifact(
             f"The saved model computes other logits than the one in memory: {distance:.1%} apart, "
@@ -60,3 +61,15 @@ def verify(request: Mapping[str, JsonValue]) -> str:
         )
     how = "part by part, for it is larger than memory" if streamed else "with transformers"
     return f"read back {how}: logits {distance:.2%} apart"
+
+
+def distance_of(logits: Tensor, expected: Tensor, *, mixture: bool) -> float:
+    """The relative distance of logits (T, V); of a mixture of experts that of the middle token.
+
+    Where two experts are nearly equal in a router's eyes, the last bit of a product decides which one a token gets: a
+    few tokens may come out otherwise although every weight is right.
+    """
+    difference = logits - expected
+    if mixture:
+        return float((difference.norm(dim=-1) / expected.norm(dim=-1)).median())
+    return float(difference.norm() / expected.norm())

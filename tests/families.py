@@ -13,10 +13,12 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -58,4 +60,8 @@ MIXTURES: dict[str, PretrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(
         **GROUPED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
     ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=96
+    ),
+    "olmoe": OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2),
 }  # fmt: skip

@@ -51,6 +51,9 @@ class GridParams(Selection):
                     f"Sizes that do: {fitting_sizes(inputs)}."
                 )
 
+    def unfit_for_experts(self) -> str:
+        return "" if self.symmetric else "experts are stored without zero points."
+
     def groups(self, columns: int) -> int:
         """How many groups a row of `columns` weights has."""
         return columns // self.group_size if self.granularity == "group" else 1

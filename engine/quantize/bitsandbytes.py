@@ -50,6 +50,9 @@ class Params(Selection, Calibrated):
                         f"{outputs}. Use int8, or leave it out with ignore."
                     )
 
+    def unfit_for_experts(self) -> str:
+        return "the library knows linears only, and fused experts are none."
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Replace the selected linears of the blocks by the library's modules."""

@@ -34,6 +34,9 @@ class Params(Selection):
         "none", description="Inputs as they are, or FP8 with a scale a token."
     )
 
+    def unfit_for_experts(self) -> str:
+        return "" if self.activations == "none" else "files cannot say that the inputs of experts are rounded."
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Round the linears of every block and, with `activations`, from then on their inputs."""

@@ -84,6 +84,9 @@ class Params(gptq.Params):
                 f"{math.ceil(smallest * 1000) / 1000:g}."
             )
 
+    def unfit_for_experts(self) -> str:
+        return "experts are stored with the same bits, all of them."
+
     @property
     def overhead(self) -> int:
         """Bits that a group stores beside its codes: the scale and, on asymmetric grids, the zero point."""

@@ -44,6 +44,9 @@ class Params(Selection, Calibrated):
         "token", description="One scale for each token as it comes, or one for all that calibration fixes."
     )
 
+    def unfit_for_experts(self) -> str:
+        return "files cannot say that the inputs of experts are rounded."
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Fold the scales into every block, then round its weights and, from then on, their inputs."""

@@ -43,6 +43,9 @@ class Params(GridParams, Calibrated):
     distill_steps: int = Field(0, ge=0, le=100_000, description="Optimizer steps for each block; 0: rounding alone.")
     learning_rate: float = Field(1e-4, gt=0.0, le=1.0, description="Of the distillation (Adam).")
 
+    def unfit_for_experts(self) -> str:
+        return "files cannot say that the inputs of experts are rounded."
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Distill each block where that was asked for, then round its weights and, from then on, their inputs."""
