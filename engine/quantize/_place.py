@@ -12,26 +12,19 @@ from engine.models import LoadedModel, quantize_inputs
 from engine.packing import QuantizedWeight
 
 BINS = 40
+MOST_LEVELS = 64  # of a grid that a histogram can still show apart
 FEW_TOKENS = 256  # below which statistics of a linear's inputs are called few
 
 
 def place(
     model: LoadedModel, linear: BlockLinear, quantized: QuantizedWeight, context: Context, note: str = ""
 ) -> None:
-    """Give the linear the weight that its codes stand for, and forget its statistics.
-
-    Emits `linear`: its name, bits, group size, relative squared error of its output (of its weight where no text was
-    read), tokens that were seen, a note where something unusual happened, and histograms before and after.
-    """
-    before, after = linear.weight.float(), quantized.dequantize().float()
+    """Give the linear the weight that its codes stand for, and forget its statistics; emits `linear`."""
+    after = quantized.dequantize().float()
     if linear.tokens and linear.tokens < FEW_TOKENS:
         note = note or f"only {linear.tokens} tokens reached it"
-    audit: dict[str, JsonValue] = {
-        "name": linear.name, "bits": quantized.bits, "group_size": quantized.group_size,
-        "bits_per_weight": quantized.bits_per_weight(), "error": relative_error(before, after, linear.sample),
-        "of": "weight" if linear.sample is None else "output", "tokens": linear.tokens, "note": note,
-        "histogram": histogram(before, after),
-    }  # fmt: skip
+    stored = quantized.bits_per_weight()
+    audit = describe(linear, after, quantized.bits, quantized.group_size, stored, levels(quantized), note)
     if note:
         context.log(f"{linear.name}: {note}")
     context.emit("linear", audit)
@@ -40,6 +33,39 @@ def place(
         quantize_inputs(linear.module, quantized.inputs)
     model.quantized[linear.name] = quantized
     linear.hessian = linear.sample = None
+
+
+def describe(
+    linear: BlockLinear, after: Tensor, bits: int, group_size: int, bits_per_weight: float, levels: list[float],
+    note: str = "",
+) -> dict[str, JsonValue]:  # fmt: skip
+    """What became of a linear whose weight (N, K) becomes `after`, as the event `linear` says it.
+
+    name, bits, group_size, the number of weights, the bits stored for each with scales and zero points, the relative
+    squared error `of` its output (of its weight where no text was read), tokens that were seen, a note where something
+    unusual happened, and histograms before and after with the grid's `levels`.
+    """
+    before = linear.weight.float()
+    return {
+        "name": linear.name, "bits": bits, "group_size": group_size, "weights": before.numel(),
+        "bits_per_weight": bits_per_weight, "error": relative_error(before, after, linear.sample),
+        "of": "weight" if linear.sample is None else "output", "tokens": linear.tokens, "note": note,
+        "histogram": {**histogram(before, after), "levels": list[JsonValue](levels)},
+    }  # fmt: skip
+
+
+def levels(quantized: QuantizedWeight) -> list[float]:
+    """The values that codes stand for where the scale is the median one (each group has a grid of its own).
+
+    Empty where they are more than `MOST_LEVELS`.
+    """
+    count = 2**quantized.bits
+    if count > MOST_LEVELS:
+        return []
+    scale, place = quantized.scale.float().flatten().median(0)
+    codes = torch.arange(count, device=scale.device) - quantized.zero.flatten()[place].float()
+    found: list[float] = (codes * scale).tolist()
+    return found
 
 
 def relative_error(before: Tensor, after: Tensor, inputs: Tensor | None) -> float:

@@ -5,8 +5,9 @@ import torch
 
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.packing import QuantizedWeight
 from engine.quantize import gptq, rtn
-from engine.quantize._place import BINS, histogram, relative_error
+from engine.quantize._place import BINS, histogram, levels, relative_error
 from tests.conftest import Recorder
 
 
@@ -25,6 +26,8 @@ def test_every_linear_is_told_of_once(tiny: LoadedModel, context: Context, recor
         assert 0 < each["error"] < 0.1
         assert each["of"] == "output"
         assert each["tokens"] == 16 * 32
+        assert each["weights"] == sum(each["histogram"]["before"]) == tiny.quantized[each["name"]].codes.numel()
+        assert len(each["histogram"]["levels"]) == 8
         assert each["note"] == ""
         assert sum(each["histogram"]["before"]) == sum(each["histogram"]["after"])
 
@@ -39,6 +42,16 @@ def test_fewer_bits_give_a_larger_error_and_few_tokens_are_noted(
     assert all(each["error"] > 10 * worst for name, each in found.items() if "mlp" in name)
     assert {each["note"] for each in found.values()} == {"only 32 tokens reached it"}
     assert {tiny.quantized[name].bits for name in found if "mlp" in name} == {2}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_levels_are_those_of_the_median_scale(symmetric: bool) -> None:
+    scale = torch.tensor([[0.5, 4.0], [1.0, 2.0], [8.0, 16.0]])  # the median is 2, of row 1, group 1
+    zero = torch.full((3, 2), 2, dtype=torch.uint8) if symmetric else torch.tensor([[0, 0], [0, 1], [0, 0]]).byte()
+    weight = QuantizedWeight(torch.zeros(3, 8, dtype=torch.uint8), scale, zero, 2, symmetric)
+    assert levels(weight) == ([-4, -2, 0, 2] if symmetric else [-2, 0, 2, 4])
+    eight = QuantizedWeight(torch.zeros(3, 8, dtype=torch.uint8), scale, zero, 8, symmetric)
+    assert levels(eight) == []
 
 
 def test_error_and_histogram_by_hand() -> None:
