@@ -19,12 +19,12 @@ def read_documents(path: Path) -> list[str]:
     raw = read_bytes(path, LONGEST_TEXT)
     text = raw.decode("utf-8", errors="ignore" if len(raw) == LONGEST_TEXT else "replace")
     if text.count("\ufffd") > len(text) // 100:
-        raise BadText(f"{short(path)} is not UTF-8 text.")
+        raise BadText(f"{short(path.name)} is not UTF-8 text.")
     lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix == ".jsonl":
         lines = [_json_text(line, number, path) for number, line in enumerate(lines, 1)]
     if not lines:
-        raise BadText(f"The text {short(path)} is empty.")
+        raise BadText(f"The text {short(path.name)} is empty.")
     return lines
 
 
@@ -38,9 +38,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
         with path.open("rb") as file:
             raw = file.read(limit)
     except OSError as error:
-        raise BadText(f"The text {short(path)} cannot be read: {error.strerror}.") from None
+        raise BadText(f"The text {short(path.name)} cannot be read: {error.strerror}.") from None
     if b"\0" in raw[:65536]:
-        raise BadText(f"{short(path)} is a binary file; a text or JSONL file in UTF-8 is needed.")
+        raise BadText(f"{short(path.name)} is a binary file; a text or JSONL file in UTF-8 is needed.")
     return raw
 
 
@@ -48,12 +48,12 @@ def _json_text(line: str, number: int, path: Path) -> str:
     try:
         return str(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError):
-        raise BadText(f'{short(path)}, line {number}: a JSON object with a "text" is needed.') from None
+        raise BadText(f'{short(path.name)}, line {number}: a JSON object with a "text" is needed.') from None
 
 
 def too_short(path: Path, tokens: int, length: int) -> BadText:
     """What to say of a text of so many tokens where one sequence needs `length`."""
     return BadText(
-        f"The text {short(path)} has {tokens} tokens, one sequence needs {length}. "
+        f"The text {short(path.name)} has {tokens} tokens, one sequence needs {length}. "
         "Give a longer text or a smaller sequence_length."
     )

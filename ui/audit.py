@@ -91,7 +91,7 @@ def outlier_map(linears: Sequence[Audit]) -> Markup | None:
         return wording.digits(100 * sum(_number(each["outliers"]) for each in some) / len(some), 2), ""
 
     table = _map(found, "outliers", say("audit.outliers"), say("audit.mean"), lambda each: "", total)
-    return tag("div", tag("p", say("audit.outlier_share", share=total(found)[0]), class_="mq-sub"), table)
+    return markup.join((tag("p", say("audit.outlier_share", share=total(found)[0]), class_="mq-sub"), table))
 
 
 def _map(
@@ -129,8 +129,9 @@ def _map(
     body = [line(row, (cell(row, leaf) for leaf in columns), some) for row, some in rows.items()]
     body.append(line(edge, map(sums, columns.values()), linears))
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
-    table = tag("table", tag("caption", caption), head, tag("tbody", *body))
-    return tag("div", table, class_="mq-heat", tabindex="0", role="region", aria_label=caption)
+    table = tag("table", tag("caption", caption, class_="unseen"), head, tag("tbody", *body))
+    scrolled = tag("div", table, class_="mq-heat", tabindex="0", role="region", aria_label=caption)
+    return markup.join((tag("p", caption, class_="mq-sub", aria_hidden="true"), scrolled))
 
 
 def notes(linears: Sequence[Audit]) -> Markup:

@@ -63,6 +63,8 @@ def lines(series: Series, phases: Sequence[tuple[float, str]] = (), expected: Ex
         return HEIGHT * (1 - max(0.0, value) / high)
 
     drawn = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in series.points)
+    if phases and phases[0][0] > start:  # what came before the first phase has a width, too
+        phases = [(start, say("phase.start")), *phases]
     edges = [*(moment for moment, _ in phases[1:]), last_seen] if phases else []
     bands = [
         markup.tag(

@@ -23,7 +23,7 @@ from ui.desk import Entry
 from ui.wording import say
 
 QUALITIES = ("accuracy", "kl", "perplexity")
-NAMING = ("bits", "scheme")  # settings that name a line also where they are left at their default
+NAMING = ("bits", "scheme", "budget")  # settings that name a line also where they are left at their default
 MOST_TICKS = 7
 
 
@@ -68,7 +68,7 @@ def line(recipe: Recipe) -> str:
             fields = get(step.method).params.model_fields
         except UnknownName:  # a run of a method that is no more
             fields = {}
-        filled = {} if "budget" in fields else {key: fields[key].default for key in NAMING if key in fields}
+        filled = {key: fields[key].default for key in NAMING if key in fields}
         steps.append(step.model_copy(update={"params": filled | step.params}))
     return recipe.model_copy(update={"steps": tuple(steps)}).title()
 

@@ -104,6 +104,8 @@ def test_live_lines_stay_inside_the_drawing() -> None:
     assert html.count('class="limit"') == 2
     assert "Dashed: what was expected, 477 MiB at most and done after 8.0 s." in html
     assert [float(w) for w in re.findall(r"width:([\d.]+)%", html)] == [12.5, 37.5]  # names as wide as their bands
+    late = live.lines(series, [(11.0, "loading")])
+    assert re.findall(r'width:([\d.]+)%" title="(\w+)"', late) == [("25.00", "Starting"), ("75.00", "loading")]
 
 
 def test_one_point_and_no_point_draw() -> None:
