@@ -238,9 +238,14 @@ def when(moment: float, now: float | None = None) -> str:
 
 
 def run_label(run: Run) -> str:
-    """A run for a list of choices: its title, its model where it is not the demo, and a piece of its id."""
-    model = "" if run.recipe.model.source == "demo" else f" · {source(run.recipe.model.source)}"
-    return f"{run.recipe.title()}{model} · {run.id[-6:]}"
+    """A run for a list of choices: as `run_name`, and a piece of its id."""
+    return f"{run_name(run)} · {run.id[-6:]}"
+
+
+def run_name(run: Run) -> str:
+    """A run's title, and its model where it is not the demo."""
+    title, model = run.recipe.title(), run.recipe.model.source
+    return title if model == "demo" else f"{title} · {source(model)}"
 
 
 def source(path: str) -> str:
