@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,17 +28,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from engine import shards
-from engine.errors import BadText, short
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, linears
 from engine.preflight import HELD
+from engine.text import read_documents, too_short
 
 log = logging.getLogger(__name__)
 
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
 BATCH_TOKENS = 2048  # that flow through a block at a time
-LONGEST_TEXT = 64 << 20  # bytes that are read of a text file
 
 
 @dataclass
@@ -179,37 +177,6 @@ def accumulate_hessian(hessian: Tensor, seen: int, inputs: Tensor) -> Tensor:
     return hessian.mul_(seen / total).addmm_(inputs.t(), inputs, alpha=2 / total)
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a text file (one a line) or a JSONL file (its `text` fields).
-
-    Raises:
-        BadText: not there, not UTF-8 text, empty, or a JSONL line without `text`.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LONGEST_TEXT)
-    except OSError as error:
-        raise BadText(f"The text {short(path)} cannot be read: {error.strerror}.") from None
-    if b"\0" in raw[:65536]:
-        raise BadText(f"{short(path)} is a binary file; a text or JSONL file in UTF-8 is needed.")
-    text = raw.decode("utf-8", errors="ignore" if len(raw) == LONGEST_TEXT else "replace")
-    if text.count("\ufffd") > len(text) // 100:
-        raise BadText(f"{short(path)} is not UTF-8 text.")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        lines = [_json_text(line, number, path) for number, line in enumerate(lines, 1)]
-    if not lines:
-        raise BadText(f"The text {short(path)} is empty.")
-    return lines
-
-
-def _json_text(line: str, number: int, path: Path) -> str:
-    try:
-        return str(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError):
-        raise BadText(f'{short(path)}, line {number}: a JSON object with a "text" is needed.') from None
-
-
 def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, count: int | None = None) -> Tensor:
     """Packed token ids (rows, length) of a text's documents, in order; `count` rows at most.
 
@@ -227,10 +194,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, coun
             break
     rows = len(ids) // length
     if rows == 0:
-        raise BadText(
-            f"The text {short(path)} has {len(ids)} tokens, one sequence needs {length}. "
-            "Give a longer text or a smaller sequence_length."
-        )
+        raise too_short(path, len(ids), length)
     return torch.tensor(ids[: rows * length]).view(rows, length)[:count]
 
 

@@ -19,6 +19,7 @@ from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
 from engine.methods import Calibrated, Method, Params, Selection
 from engine.records import Recipe
+from engine.text import read_bytes, read_documents, too_short
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 RUNTIME = 700 << 20  # resident bytes of Python, torch and transformers before a model is loaded
@@ -32,6 +33,7 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
 }
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -250,7 +252,10 @@ def check(recipe: Recipe) -> Estimate:
         _check_experts(steps, shape)
     for method, params in steps:
         _check_shapes(method, params, shape)
-    calibration_file(recipe.calibration)
+    text = calibration_file(recipe.calibration)
+    for _, params in steps:
+        if isinstance(params, Calibrated):
+            _check_text(text, shape.folder, params.sequence_length)
     estimate = _estimate(recipe, shape, steps)
     if not estimate.fits:
         raise TooBig(
@@ -310,6 +315,21 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
         params.check_model({name: shape.linears[name] for name in names}, shape.parameters)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
+
+
+def _check_text(text: Path, folder: Path, length: int) -> None:
+    """Refuse a text that is no text, empty, or certainly shorter than one sequence of `length` tokens."""
+    file = folder / "tokenizer.json"
+    if len(read_bytes(text, SHORT_TEXT)) == SHORT_TEXT:
+        return
+    documents = read_documents(text)
+    if not file.is_file():
+        return  # only the worker can count
+    from tokenizers import Tokenizer
+
+    counted = sum(len(each.ids) for each in Tokenizer.from_file(str(file)).encode_batch(documents))
+    if counted + len(documents) < length:  # each document may get a token that ends it
+        raise too_short(text, counted, length)
 
 
 def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:

@@ -182,9 +182,14 @@ def _step_title(step: Step) -> str:
     shown = []
     if "bits" in params:
         shown.append(f"{params['bits']} bit")
-    if isinstance(sparsity := params.get("sparsity"), int | float):
-        pattern = params.get("pattern", "unstructured")
-        shown.append(f"{sparsity:.0%}" if pattern == "unstructured" else str(pattern))
+    if isinstance(budget := params.get("budget"), int | float):
+        shown.append(f"{budget:g} {'MiB' if params.get('unit') == 'mib' else 'bit'}")
+    if "scheme" in params:
+        shown.append(str(params["scheme"]))
+    if (pattern := params.get("pattern", "unstructured")) != "unstructured":
+        shown.append(str(pattern))
+    elif isinstance(sparsity := params.get("sparsity"), int | float):
+        shown.append(f"{sparsity:.0%}")
     if "keep_every" in params and params.get("student", "blocks") == "blocks":
         shown.append(f"1/{params['keep_every']} blocks")
-    return " ".join([name.upper() if name in ("rtn", "gptq") else name.capitalize(), *shown])
+    return " ".join([name.upper() if name in ("rtn", "gptq", "awq", "hqq", "fp8") else name.capitalize(), *shown])

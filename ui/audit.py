@@ -7,7 +7,7 @@ the cell or stands in the table below.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 from pydantic import JsonValue
@@ -18,19 +18,21 @@ from ui.wording import say
 
 Audit = Mapping[str, JsonValue]
 WIDTH, HEIGHT = 360, 150
+TICK = 9  # height of the mark below a histogram that stands for a level of the grid
 SHOWN = 3  # histograms
 
 
-def report(linears: Sequence[Audit], budget: Audit | None) -> Markup | None:
-    """The whole section of a run's page; None where nothing was quantized."""
+def report(linears: Sequence[Audit], budget: Audit | None, whole: float | None = None) -> Markup | None:
+    """The whole section of a run's page; None where nothing was quantized. `whole`: bits a weight of the whole file."""
     if not linears:
         return None
     parts: list[Markup | None] = [
         tag("h3", say("audit.title")),
         tag("p", summary(linears), class_="mq-sub"),
+        tag("p", storage(linears, whole), class_="mq-sub"),
         heat_map(linears),
     ]
-    parts += [notes(linears), curve(budget) if budget else None, histograms(linears)]
+    parts += [outlier_map(linears), notes(linears), curve(budget) if budget else None, histograms(linears)]
     return tag("section", *parts, class_="mq-audit")
 
 
@@ -45,29 +47,91 @@ def summary(linears: Sequence[Audit]) -> str:
     )  # fmt: skip
 
 
+def storage(linears: Sequence[Audit], whole: float | None) -> str:
+    """The bits that are stored for each weight: of these linears, and of the whole file where that was measured."""
+    stored, weights = stored_bits(linears)
+    text = say("audit.stored", bits=f"{stored / max(weights, 1):.3g}", size=wording.size(stored / 8))
+    return text if whole is None else f"{text} {say('audit.whole', bits=f'{whole:.3g}')}"
+
+
+def stored_bits(linears: Iterable[Audit]) -> tuple[float, float]:
+    """All bits that linears store, and the number of their weights."""
+    counts = [(_number(each["bits_per_weight"]), weights_of(each)) for each in linears]
+    return sum(bits * count for bits, count in counts), sum(count for _, count in counts)
+
+
+def weights_of(each: Audit) -> float:
+    """How many weights a linear has; runs of earlier versions say it by their histogram alone."""
+    found = each.get("histogram")
+    return _number(each.get("weights")) or (sum(_numbers(found.get("before"))) if isinstance(found, dict) else 0.0)
+
+
 def heat_map(linears: Sequence[Audit]) -> Markup:
-    """Blocks down, linears across: the relative error in per cent, darker where it is larger, and the bits."""
+    """Blocks down, linears across: the relative error in per cent, darker where larger, the bits, sums at the edges."""
+
+    def small(each: Audit) -> str:
+        return say("audit.cell", bits=str(each["bits"]))
+
+    def total(some: Sequence[Audit]) -> tuple[str, str]:
+        stored, weights = stored_bits(some)
+        error = 100 * sum(_number(each["error"]) for each in some)
+        text = say("audit.total", bits=f"{stored / max(weights, 1):.3g}", size=wording.size(stored / 8))
+        return wording.digits(error, 2), text
+
+    return _map(linears, "error", say("audit.map"), say("audit.sum"), small, total)
+
+
+def outlier_map(linears: Sequence[Audit]) -> Markup | None:
+    """The share of each linear's input channels that hold outliers; None where the method looked for none."""
+    found = [each for each in linears if isinstance(each.get("outliers"), int | float)]
+    if not found:
+        return None
+
+    def total(some: Sequence[Audit]) -> tuple[str, str]:
+        return wording.digits(100 * sum(_number(each["outliers"]) for each in some) / len(some), 2), ""
+
+    table = _map(found, "outliers", say("audit.outliers"), say("audit.mean"), lambda each: "", total)
+    return markup.join((tag("p", say("audit.outlier_share", share=total(found)[0]), class_="mq-sub"), table))
+
+
+def _map(
+    linears: Sequence[Audit], key: str, caption: str, edge: str, small: Callable[[Audit], str],
+    total: Callable[[Sequence[Audit]], tuple[str, str]],
+) -> Markup:  # fmt: skip
+    """A table of the fraction `key` of each linear in per cent; `total` gives number and remark for the edges."""
     cells = {split(str(each["name"])): each for each in linears}
-    rows = list(dict.fromkeys(block for block, _ in cells))
-    columns = list(dict.fromkeys(leaf for _, leaf in cells))
-    logs = [math.log10(max(_number(each["error"]), 1e-12)) for each in linears]
+    rows: dict[str, list[Audit]] = {}
+    columns: dict[str, list[Audit]] = {}
+    for (block, leaf), each in cells.items():
+        rows.setdefault(block, []).append(each)
+        columns.setdefault(leaf, []).append(each)
+    logs = [math.log10(value) for each in linears if (value := _number(each[key])) > 0] or [0.0]
     low, high = min(logs), max(max(logs), min(logs) + 1e-9)
 
     def cell(block: str, leaf: str) -> Markup:
         each = cells.get((block, leaf))
         if each is None:
             return tag("td")
-        error = _number(each["error"])
-        share = (math.log10(max(error, 1e-12)) - low) / (high - low)
-        text = wording.digits(100 * error, 2)
-        detail = f"{each['name']}: {text} %, {_number(each['bits_per_weight']):.3g} bits"
-        bits = tag("small", f"{each['bits']} bit")
-        return tag("td", text, bits, style=f"--heat: {12 + 68 * share:.0f}%", title=detail)
+        value = _number(each[key])
+        heat = f"--heat: {12 + 68 * (math.log10(value) - low) / (high - low):.0f}%" if value > 0 else None
+        text = wording.digits(100 * value, 2)
+        detail = say("audit.detail", name=str(each["name"]), value=text, bits=f"{_number(each['bits_per_weight']):.3g}")
+        return tag("td", text, tag("small", remark) if (remark := small(each)) else None, style=heat, title=detail)
 
-    head = tag("tr", tag("th", say("audit.block"), scope="col"), *(tag("th", leaf, scope="col") for leaf in columns))
-    body = [tag("tr", tag("th", row, scope="row"), *(cell(row, leaf) for leaf in columns)) for row in rows]
-    table = tag("table", tag("caption", say("audit.map")), tag("thead", head), tag("tbody", *body))
-    return tag("div", table, class_="mq-heat", tabindex="0", role="region", aria_label=say("audit.map"))
+    def sums(some: Sequence[Audit]) -> Markup:
+        text, remark = total(some)
+        return tag("td", text, tag("small", remark) if remark else None, class_="sum")
+
+    def line(label: str, drawn: Iterable[Markup], some: Sequence[Audit]) -> Markup:
+        return tag("tr", tag("th", label, scope="row"), *drawn, sums(some))
+
+    names = (say("audit.block"), *columns, edge)
+    body = [line(row, (cell(row, leaf) for leaf in columns), some) for row, some in rows.items()]
+    body.append(line(edge, map(sums, columns.values()), linears))
+    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
+    table = tag("table", tag("caption", caption, class_="unseen"), head, tag("tbody", *body))
+    scrolled = tag("div", table, class_="mq-heat", tabindex="0", role="region", aria_label=caption)
+    return markup.join((tag("p", caption, class_="mq-sub", aria_hidden="true"), scrolled))
 
 
 def notes(linears: Sequence[Audit]) -> Markup:
@@ -76,18 +140,23 @@ def notes(linears: Sequence[Audit]) -> Markup:
     if not odd:
         return tag("p", say("audit.clean"), class_="mq-sub")
     listed = [tag("li", tag("code", str(each["name"])), f": {each['note']}") for each in odd]
-    return markup.details(say("audit.odd", count=len(odd)), tag("ul", *listed, class_="mq-notes"))
+    summary = say("audit.odd" if len(odd) > 1 else "audit.odd_one", count=len(odd))
+    return markup.details(summary, tag("ul", *listed, class_="mq-notes"))
 
 
-def histograms(linears: Sequence[Audit]) -> Markup:
-    """The weights of the linears with the largest errors: before as an area, after as the bars of the grid."""
+def histograms(linears: Sequence[Audit]) -> Markup | None:
+    """The weights of the linears with the largest errors: before as a line, after as bars, the grid as ticks."""
     worst = sorted(linears, key=lambda each: -_number(each["error"]))[:SHOWN]
     drawn = [figure for each in worst if (figure := histogram(each)) is not None]
-    return markup.details(say("audit.histograms", count=len(drawn)), tag("div", *drawn, class_="mq-bars"))
+    if not drawn:
+        return None
+    about = tag("p", say("audit.histogram.about"), class_="mq-sub")
+    summary = say("audit.histograms" if len(drawn) > 1 else "audit.histogram.one", count=len(drawn))
+    return markup.details(summary, about, tag("div", *drawn, class_="mq-bars"))
 
 
 def histogram(each: Audit) -> Markup | None:
-    """One linear's weights before and after."""
+    """One linear's weights before and after, with a tick below for each level of its grid."""
     found = each.get("histogram")
     if not isinstance(found, dict):
         return None
@@ -96,6 +165,7 @@ def histogram(each: Audit) -> Markup | None:
         return None
     top = max(*before, *after, 1.0)
     step = WIDTH / len(before)
+    low, high = _number(found.get("low")), _number(found.get("high"))
 
     def y(value: float) -> float:
         return HEIGHT * (1 - math.sqrt(value / top))  # by the root, so that the tails can be seen
@@ -108,14 +178,16 @@ def histogram(each: Audit) -> Markup | None:
         if v
     ]
     line = " ".join(f"{(i + 0.5) * step:.1f},{y(v):.1f}" for i, v in enumerate(before))
-    low, high = _number(found.get("low")), _number(found.get("high"))
+    levels = _numbers(found.get("levels"))
+    places = [f"{WIDTH * (level - low) / (high - low):.1f}" for level in levels if low <= level <= high]
+    ticks = [tag("line", x1=x, x2=x, y1=HEIGHT + 2, y2=HEIGHT + 2 + TICK) for x in places]
     text = say(
         "audit.histogram", name=str(each["name"]), low=f"{low:.3g}", high=f"{high:.3g}",
-        levels=sum(v > 0 for v in after), bits=str(each["bits"]),
+        levels=len(levels) or 2 ** int(_number(each["bits"])),
     )  # fmt: skip
     drawing = tag(
-        "svg", *bars, tag("polyline", points=line), viewBox=f"0 0 {WIDTH} {HEIGHT}", preserveAspectRatio="none",
-        role="img", aria_label=text,
+        "svg", *bars, *ticks, tag("polyline", points=line), viewBox=f"0 0 {WIDTH} {HEIGHT + 2 + TICK}",
+        preserveAspectRatio="none", role="img", aria_label=text,
     )  # fmt: skip
     return tag("figure", drawing, tag("figcaption", text))
 
@@ -132,7 +204,7 @@ def curve(budget: Audit) -> Markup:
 
     def at(point: tuple[float, float]) -> tuple[str, str]:
         x = 8 + (WIDTH - 16) * (point[0] - left) / max(right - left, 1e-9)
-        y = 8 + (HEIGHT - 16) * (1 - (math.log10(max(point[1], 1e-12)) - low) / (high - low))
+        y = 20 + (HEIGHT - 48) * (1 - (math.log10(max(point[1], 1e-12)) - low) / (high - low))
         return f"{x:.1f}", f"{y:.1f}"
 
     line = " ".join(",".join(at(point)) for point in points)
@@ -143,17 +215,24 @@ def curve(budget: Audit) -> Markup:
         dots.append(tag("g", title, tag("circle", cx=x, cy=y, r=3, class_="equal")))
     x, y = at(chosen)
     text = say("audit.chosen", bits=f"{chosen[0]:.2f}", kl=wording.digits(chosen[1], 2))
+    up, along = say("audit.kl"), say("audit.bits")
+    edges = (
+        tag("text", f"{up}: {10**high:.2g}", x=0, y=10), tag("text", f"{10**low:.2g}", x=0, y=HEIGHT - 16),
+        tag("text", f"{left:.3g} {along}", x=0, y=HEIGHT - 3),
+        tag("text", f"{right:.3g}", x=WIDTH, y=HEIGHT - 3, class_="end"),
+    )  # fmt: skip
     drawing = tag(
-        "svg", tag("polyline", points=line), *dots, tag("circle", cx=x, cy=y, r=5, class_="chosen"),
+        "svg", tag("polyline", points=line), *dots, tag("circle", cx=x, cy=y, r=5, class_="chosen"), *edges,
         viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=text,
     )  # fmt: skip
     rows = [(say("audit.equal", bits=f"{b:.0f}", size=f"{s:.0f}"), f"{x:.2f}", f"{c:.3g}") for b, s, x, c in marks]
     rows.append((say("audit.mixed"), f"{chosen[0]:.2f}", f"{chosen[1]:.3g}"))
-    headers = (say("audit.grid"), say("audit.bits"), say("audit.kl"))
+    headers = (say("audit.grid"), along, up)
     table = markup.details(
         say("chart.numbers", chart=say("audit.budget")), markup.table(headers, rows, caption=say("audit.budget"))
     )
-    return tag("figure", tag("strong", say("audit.budget")), drawing, tag("figcaption", text), table, class_="mq-curve")
+    figure = tag("figure", tag("strong", say("audit.budget")), drawing, tag("figcaption", text), class_="mq-curve")
+    return tag("div", figure, table)
 
 
 def split(name: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from engine.records import Measurement
-from ui import markup, wording
+from ui import markup, sheet, wording
 from ui.wording import Measured, say
 
 ACCENT = "#4f46e5"
@@ -21,6 +21,7 @@ GREY = "#737380"
 # Okabe and Ito's palette for colour-blind readers, after our grey and accent; dark enough on white.
 COLOURS = (GREY, ACCENT, "#c2570c", "#0e7a5f", "#a21caf", "#0369a1")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+NAMED_POINTS = 4
 Named = tuple[str, Measured]
 
 
@@ -34,11 +35,14 @@ class Chart:
     rows: tuple[tuple[str, ...], ...] = ()
 
     def table(self) -> Markup:
-        """The numbers behind the figure, one click away."""
+        """The numbers behind the figure, one click away, and as a CSV file."""
         if not self.rows:
             return Markup("")
+        file = sheet.write([self.headers, *self.rows])
         return markup.details(
-            say("chart.numbers", chart=self.caption), markup.table(self.headers, self.rows, caption=self.caption)
+            say("chart.numbers", chart=self.caption),
+            markup.table(self.headers, self.rows, caption=self.caption),
+            markup.file_link(say("chart.csv"), file, "maquette-chart.csv"),
         )
 
 
@@ -53,7 +57,7 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
         return Chart(None, caption)
     divisor, cost_unit = _scale(points[0][1], max(p[1].value for p in points))
     share = 100 if quality in wording.FRACTIONS else 1
-    figure = _figure(f"{wording.name(cost)}, {cost_unit}", _axis(points[0][2]))
+    figure = empty_figure(f"{wording.name(cost)}, {cost_unit}", axis_title(points[0][2]))
     edge = front([(x.value, y.value) for _, x, y in points], higher=bool(points[0][2].higher_is_better))
     line = sorted((points[i][1].value / divisor, points[i][2].value * share) for i in edge)
     figure.add_scatter(
@@ -61,12 +65,14 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
         line={"color": ACCENT, "width": 1.5, "dash": "dot"},
     )  # fmt: skip
     middle = (min(p[1].value for p in points) + max(p[1].value for p in points)) / 2
+    named = len(points) <= NAMED_POINTS  # more names would lie on one another: then the legend has them
     for number, (label, x, y) in enumerate(points):
-        index = 0 if label == say("original.title") else 1 + number % (len(COLOURS) - 1)  # the original is grey
+        index = 0 if label == say("original.title") else 1 + number  # the original is grey
         figure.add_scatter(
-            x=[x.value / divisor], y=[y.value * share], name=label, mode="markers+text", text=[label],
-            textposition="top right" if x.value <= middle else "top left", cliponaxis=False, showlegend=False,
-            marker={"size": 11, "color": _colour(index), "symbol": _symbol(index)},
+            x=[x.value / divisor], y=[y.value * share], name=label, text=[label],
+            mode="markers+text" if named else "markers",
+            textposition="top right" if x.value <= middle else "top left", cliponaxis=False, showlegend=not named,
+            marker={"size": 11, "color": colour(index), "symbol": symbol(index)},
             error_y={"type": "data", "array": [1.96 * (y.error or 0) * share], "thickness": 1.5, "width": 5},
             hovertemplate=f"%{{text}}<br>{wording.value(x)}<br>{wording.value(y)} {wording.error(y)}<extra></extra>",
         )  # fmt: skip
@@ -74,7 +80,7 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
         (
             label,
             wording.value(x),
-            f"{wording.value(y)} {wording.error(y)}".strip(),
+            wording.shown(y),
             say("yes") if i in edge else say("no"),
         )
         for i, (label, x, y) in enumerate(points)
@@ -105,11 +111,11 @@ def accuracy(runs: Sequence[Named]) -> Chart:
     if not tasks:
         return Chart(None, caption)
     names = [task.removeprefix("accuracy.") for task in tasks]
-    figure = _figure("", say("axis.percent"))
+    figure = empty_figure("", say("axis.percent"))
     for index, (label, measured) in enumerate(runs):
         found = [measured.get(task) for task in tasks]
         figure.add_bar(
-            x=names, y=[100 * m.value if m else None for m in found], name=label, marker_color=_colour(index),
+            x=names, y=[100 * m.value if m else None for m in found], name=label, marker_color=colour(index),
             error_y={"type": "data", "array": [196 * (m.error or 0) if m else 0 for m in found], "width": 4},
             marker_pattern_shape="" if index % 2 == 0 else "/", marker_pattern_fillmode="overlay",
             marker_pattern_size=6, marker_pattern_solidity=0.15,
@@ -127,13 +133,13 @@ def latency(runs: Sequence[Named]) -> Chart:
     if not spans:
         return Chart(None, caption)
     labels = list(dict.fromkeys(label for label, _, _ in spans))
-    figure = _figure(say("axis.ms"), "")
+    figure = empty_figure(say("axis.ms"), "")
     for label, key, (p50, p95, p99) in spans:
         index = labels.index(label)
         row = f"{say('short.' + key)} · {label}"
         figure.add_scatter(
             x=[1e3 * p for p in (p50, p95, p99)], y=[row] * 3, mode="lines+markers", showlegend=False, name=label,
-            line={"color": _colour(index), "width": 3},
+            line={"color": colour(index), "width": 3},
             marker={"size": [13, 9, 9], "symbol": ["circle", "line-ns-open", "x-thin-open"], "line": {"width": 2}},
             hovertemplate="%{x:.3g} ms<extra>%{y}</extra>",
         )  # fmt: skip
@@ -152,20 +158,17 @@ def memory(runs: Sequence[Named]) -> Chart:
         return Chart(None, caption)
     top = max(m[key].value for _, m in runs for key in present if key in m)
     divisor, unit = _bytes(top)
-    figure = _figure("", unit)
+    figure = empty_figure("", unit)
     names = [wording.name(key) for key in present]
     for index, (label, measured) in enumerate(runs):
         values = [measured[key].value / divisor if key in measured else None for key in present]
-        figure.add_bar(x=names, y=values, name=label, marker_color=_colour(index), hovertemplate="%{y:.3g} " + unit)
+        figure.add_bar(x=names, y=values, name=label, marker_color=colour(index), hovertemplate="%{y:.3g} " + unit)
     figure.update_layout(barmode="group", bargap=0.25)
     return Chart(figure, caption, (say("run"), *names), _rows(runs, present))
 
 
 def _rows(runs: Iterable[Named], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        (label, *(f"{wording.value(m[k])} {wording.error(m[k])}".strip() if k in m else "–" for k in keys))
-        for label, m in runs
-    )
+    return tuple((label, *(wording.shown(m[k]) if k in m else "–" for k in keys)) for label, m in runs)
 
 
 def _percentiles(measurement: Measurement) -> tuple[float, float, float]:
@@ -193,21 +196,25 @@ def _bytes(top: float) -> tuple[float, str]:
     return 1024.0**step, units[step]
 
 
-def _axis(measurement: Measurement) -> str:
+def axis_title(measurement: Measurement) -> str:
+    """A quality's name with its unit and the direction that is better."""
     direction = say("axis.higher" if measurement.higher_is_better else "axis.lower")
     unit = ", %" if measurement.name in wording.FRACTIONS else ""
     return f"{wording.name(measurement.name)}{unit} ({direction})"
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
+def colour(index: int) -> str:
+    """The colour of the series of that index: grey for 0, which is the original's; the others in turn."""
+    return COLOURS[index if index == 0 else 1 + (index - 1) % (len(COLOURS) - 1)]
 
 
-def _symbol(index: int) -> str:
+def symbol(index: int) -> str:
+    """Its mark; six marks and five colours make thirty pairs."""
     return SYMBOLS[index % len(SYMBOLS)]
 
 
-def _figure(x: str, y: str) -> go.Figure:
+def empty_figure(x: str, y: str) -> go.Figure:
+    """Axes with titles in our look, for light and dark paper."""
     axis = {"gridcolor": "rgba(128,128,140,0.22)", "zeroline": False, "automargin": True, "title": {"standoff": 12}}
     figure = go.Figure()
     figure.update_layout(

@@ -36,7 +36,7 @@ def inputs(method: Method, values: Mapping[str, JsonValue]) -> dict[str, Input]:
 
 def widget(name: str, info: FieldInfo, value: JsonValue) -> Input:
     """The input for one field: radio or list for a choice, a box for a number or a text."""
-    label, about = wording.known(f"field.{name}", name.replace("_", " ").capitalize()), info.description
+    label, about = wording.known(f"field.{name}", name.replace("_", " ").capitalize()), _plain(info.description)
     kind = field_kind(info)
     if kind == "choice":
         choices = [
@@ -57,6 +57,11 @@ def widget(name: str, info: FieldInfo, value: JsonValue) -> Input:
         number, minimum=low, maximum=high, precision=0 if kind == "int" else None, step=0.05 if share else 1,
         label=label, info=about, interactive=True,
     )  # fmt: skip
+
+
+def _plain(text: str | None) -> str | None:
+    """A description whose asterisks stay asterisks where Gradio reads Markdown; code stays code."""
+    return text and text.replace("*", "\\*")
 
 
 def read(method: Method, name: str, value: object) -> JsonValue:

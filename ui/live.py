@@ -40,12 +40,21 @@ def sparkline(values: Sequence[float], label: str, top: float | None = None) -> 
     )  # fmt: skip
 
 
-def lines(series: Series, phases: Sequence[tuple[float, str]] = (), limit: float | None = None) -> Markup:
-    """One series over time, the phases as bands below it, and a `limit` (an estimate) as a dashed line."""
+@dataclass(frozen=True)
+class Expected:
+    """What a run was estimated to take: its peak in the series' unit, and when it would be done (epoch seconds)."""
+
+    peak: float
+    done: float
+
+
+def lines(series: Series, phases: Sequence[tuple[float, str]] = (), expected: Expected | None = None) -> Markup:
+    """One series over time, the phases as bands below it, and what was expected as two dashed lines."""
     if not series.points:
         return Markup("")
-    start, end = series.points[0][0], max(series.points[-1][0], series.points[0][0] + 1)
-    high = 1.08 * max([value for _, value in series.points] + ([limit] if limit else [])) or 1.0
+    start, last_seen = series.points[0][0], max(series.points[-1][0], series.points[0][0] + 1e-3)
+    end = max(last_seen, expected.done) if expected else last_seen
+    high = 1.08 * max([value for _, value in series.points] + ([expected.peak] if expected else [])) or 1.0
 
     def x(moment: float) -> float:
         return WIDTH * min(1.0, max(0.0, (moment - start) / (end - start)))
@@ -54,7 +63,9 @@ def lines(series: Series, phases: Sequence[tuple[float, str]] = (), limit: float
         return HEIGHT * (1 - max(0.0, value) / high)
 
     drawn = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in series.points)
-    edges = [*(moment for moment, _ in phases[1:]), end] if phases else []
+    if phases and phases[0][0] > start:  # what came before the first phase has a width, too
+        phases = [(start, say("phase.start")), *phases]
+    edges = [*(moment for moment, _ in phases[1:]), last_seen] if phases else []
     bands = [
         markup.tag(
             "rect", x=f"{x(moment):.1f}", y=0, width=f"{max(0.0, x(until) - x(moment)):.1f}", height=HEIGHT,
@@ -63,36 +74,42 @@ def lines(series: Series, phases: Sequence[tuple[float, str]] = (), limit: float
         for index, ((moment, _), until) in enumerate(zip(phases, edges, strict=True))
         if until > start
     ]  # fmt: skip
-    bound = (
-        markup.tag("line", x1=0, x2=WIDTH, y1=f"{y(limit):.1f}", y2=f"{y(limit):.1f}", class_="limit")
-        if limit
-        else None
-    )
+    bounds = _bounds(x(expected.done), y(expected.peak)) if expected else ()
     peak = max(value for _, value in series.points)
     last = series.points[-1][1]
     text = say(
         "live.summary", name=series.name, last=wording.quantity(last, series.unit),
-        peak=wording.quantity(peak, series.unit), span=wording.duration(end - start),
+        peak=wording.quantity(peak, series.unit), span=wording.duration(last_seen - start),
     )  # fmt: skip
     drawing = markup.tag(
-        "svg", *bands, bound, markup.tag("polyline", points=drawn), viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        "svg", *bands, *bounds, markup.tag("polyline", points=drawn), viewBox=f"0 0 {WIDTH} {HEIGHT}",
         preserveAspectRatio="none", class_="mq-lines", role="img", aria_label=text,
     )  # fmt: skip
-    names = markup.tag(
-        "ol", *(_phase(p, x, edges[i], start) for i, p in enumerate(phases) if edges[i] > start), class_="mq-phases"
-    )
+    items = [_phase(*p, edges[i], start, end) for i, p in enumerate(phases) if edges[i] > start]
+    names = markup.tag("ol", *items, class_="mq-phases")
     head = markup.tag(
         "div", markup.tag("strong", series.name), markup.tag("span", text.split(": ", 1)[-1]), class_="mq-line"
     )
-    return markup.tag("figure", head, drawing, names if phases else None, class_="mq-live")
+    note = _note(expected, series.unit, start) if expected else None
+    return markup.tag("figure", head, drawing, names if phases else None, note, class_="mq-live")
 
 
-def _phase(phase: tuple[float, str], x: object, until: float, start: float) -> Markup:
-    moment, label = phase
-    share = max(until - max(moment, start), 0.0)
-    return markup.tag(
-        "li", label, markup.tag("small", wording.duration(share)), style=f"flex-grow:{max(share, 0.01):.2f}"
-    )
+def _note(expected: Expected, unit: str, start: float) -> Markup:
+    span = wording.duration(max(0.0, expected.done - start))
+    text = say("live.expected", peak=wording.quantity(expected.peak, unit), span=span)
+    return markup.tag("figcaption", text, class_="mq-sub")
+
+
+def _bounds(x: float, y: float) -> tuple[Markup, Markup]:
+    """A dashed line across at `y` and one down at `x`."""
+    across = markup.tag("line", x1=0, x2=WIDTH, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="limit")
+    return across, markup.tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=0, y2=HEIGHT, class_="limit")
+
+
+def _phase(moment: float, label: str, until: float, start: float, end: float) -> Markup:
+    span = max(until - max(moment, start), 0.0)
+    share = f"width:{100 * span / (end - start):.2f}%"  # as wide as its band above
+    return markup.tag("li", label, markup.tag("small", wording.duration(span)), style=share, title=label)
 
 
 def thin(points: Sequence[Point], limit: int = 400) -> tuple[Point, ...]:

@@ -7,6 +7,7 @@ whoever wrote it: a visitor, a model, a recipe, an error.
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup, escape
@@ -119,6 +120,12 @@ def link(text: str, href: str, download: bool = False) -> Markup:
     """A link; only addresses on this server or on the web, never `javascript:`."""
     assert href.startswith(("/", "./", "?", "#", "https://", "http://")), href
     return tag("a", text, href=href, download=download)
+
+
+def file_link(text: str, content: str, name: str) -> Markup:
+    """A link that saves `content` as the CSV file `name`; it stands in the page, the server is not asked."""
+    address = f"data:text/csv;charset=utf-8,{urllib.parse.quote(content)}"
+    return tag("p", tag("a", text, href=address, download=name), class_="mq-sub")
 
 
 PARTS = ("weights", "kv_cache", "activations", "runtime")

@@ -1,22 +1,16 @@
-"""A finished run as files to take away: the recipe, the measurements as CSV, a report in Markdown.
-
-A spreadsheet runs a cell that begins with = + - @ as a formula; names and notes from outside must not.
-"""
+"""A finished run as files to take away: the recipe, the measurements as CSV, a report in Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable
 
 from engine.recipes import dump_recipe
-from ui import wording
+from ui import sheet, wording
 from ui.desk import Entry
 from ui.wording import say
 
 Writer = Callable[[Entry, Entry | None], str]
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def recipe(entry: Entry, baseline: Entry | None = None) -> str:
@@ -26,15 +20,12 @@ def recipe(entry: Entry, baseline: Entry | None = None) -> str:
 
 def measurements(entry: Entry, baseline: Entry | None = None) -> str:
     """Every measurement as one CSV row: name, value, standard error, unit, protocol."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(["name", "value", "error", "unit", "higher_is_better", "details"])
+    rows: list[list[str | float | None]] = [["name", "value", "error", "unit", "higher_is_better", "details"]]
     for name in wording.sort(entry.measured):
         m = entry.measured[name]
-        error = "" if m.error is None else repr(m.error)
-        text = [m.unit, "" if m.higher_is_better is None else str(m.higher_is_better), json.dumps(m.details)]
-        writer.writerow([_cell(m.name), repr(m.value), error, *map(_cell, text)])
-    return out.getvalue()
+        better = "" if m.higher_is_better is None else str(m.higher_is_better)
+        rows.append([m.name, m.value, m.error, m.unit, better, json.dumps(m.details)])
+    return sheet.write(rows)
 
 
 def markdown(entry: Entry, baseline: Entry | None = None) -> str:
@@ -61,10 +52,6 @@ WRITERS: dict[str, tuple[Writer, str]] = {
     "measurements.csv": (measurements, "text/csv; charset=utf-8"),
     "report.md": (markdown, "text/markdown; charset=utf-8"),
 }
-
-
-def _cell(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _plain(text: str) -> str:

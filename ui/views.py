@@ -170,7 +170,7 @@ def runs_table(runs: Sequence[Run], picked: str, needle: str, now: float) -> Mar
         rows.append(
             (
                 button,
-                source if source == "demo" else source[-40:],
+                tag("span", wording.source(source), title=source),
                 markup.badge(run.status),
                 took,
                 wording.when(run.created, now),
@@ -207,8 +207,9 @@ def run_detail(
         parts.append(_results(entry, baseline))
     if truth := _estimate(run, story, series):
         parts.append(truth)
-    parts += [_live(item, story) for item in series]
-    parts.append(audit.report([*story.linears.values()], story.budget))
+    parts += [_live(item, run, story) for item in series]
+    whole = entry.measured.get("size.bits_per_weight") if entry is not None else None
+    parts.append(audit.report([*story.linears.values()], story.budget, whole.value if whole else None))
     if run.status is Status.SUCCEEDED:
         names = ("recipe.yaml", "measurements.csv", "report.md")
         files = [
@@ -244,25 +245,36 @@ def _results(entry: Entry, baseline: Entry | None) -> Markup:
     return join((tag("p", words, class_="mq-verdict"), compare_table(baseline, entry)))
 
 
-def _live(series: Series, story: Story) -> Markup:
+def _live(series: Series, run: Run, story: Story) -> Markup:
     label = wording.known(f"series.{series.name}", series.name)
     named = Series(label, series.unit, series.points)
     phases = [(moment, phase_name(name)) for moment, name in story.phases] if series.name.startswith("memory") else []
-    estimate = _number(story.estimate.get("memory")) if series.name == "memory.resident" else 0.0
-    return live.lines(named, phases, estimate or None)
+    memory, seconds = (_number(story.estimate.get(key)) for key in ("memory", "seconds"))
+    expected = None
+    if series.name == "memory.resident" and memory and run.started:
+        expected = live.Expected(memory, run.started + seconds)
+    return live.lines(named, phases, expected)
 
 
 def _estimate(run: Run, story: Story, series: Sequence[Series]) -> Markup | None:
     """What was expected of the run beside what it took, once it is done."""
     points = next((item.points for item in series if item.name == "memory.resident"), ())
-    if run.status is not Status.SUCCEEDED or not story.estimate or not points or not run.started or not run.finished:
+    memory, seconds = (_number(story.estimate.get(key)) for key in ("memory", "seconds"))
+    if run.status is not Status.SUCCEEDED or not points or not run.started or not run.finished:
         return None
-    text = say(
-        "estimate.truth", memory=wording.size(_number(story.estimate.get("memory"))),
-        seconds=wording.duration(_number(story.estimate.get("seconds"))),
-        peak=wording.size(max(value for _, value in points)), span=wording.duration(run.finished - run.started),
-    )  # fmt: skip
-    return tag("p", text, class_="mq-sub")
+    if min(memory, seconds) <= 0:
+        return None
+    peak, span = max(value for _, value in points), run.finished - run.started
+    rows = [
+        (say("estimate.memory"), wording.size(memory), wording.size(peak), _times(peak / memory)),
+        (say("estimate.time"), wording.duration(seconds), wording.duration(span), _times(span / seconds)),
+    ]
+    headers = (say("estimate.title"), say("estimate.expected"), say("estimate.took"), say("estimate.ratio"))
+    return markup.table(headers, rows, caption=say("estimate.title"))
+
+
+def _times(ratio: float) -> str:
+    return f"{wording.digits(ratio, 2)}×"
 
 
 def differences(entries: Sequence[Entry]) -> Markup:

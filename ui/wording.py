@@ -110,6 +110,11 @@ def error(measurement: Measurement) -> str:
     return f"± {quantity(1.96 * measurement.error, measurement.unit, measurement.name)}"
 
 
+def shown(measurement: Measurement) -> str:
+    """Its value and, where it is known, its 95 % interval."""
+    return f"{value(measurement)} {error(measurement)}".strip()
+
+
 def difference(a: Measurement, b: Measurement) -> str:
     """From A to B: a ratio for sizes, times and speeds, a difference for shares and fidelity."""
     root = a.name.split(".")[0]
@@ -233,7 +238,19 @@ def when(moment: float, now: float | None = None) -> str:
 
 
 def run_label(run: Run) -> str:
-    """A run for a list of choices: its title, its model where it is not the demo, and a piece of its id."""
-    source = run.recipe.model.source
-    model = "" if source == "demo" else f" · {source.rstrip('/').rsplit('/', 1)[-1]}"
-    return f"{run.recipe.title()}{model} · {run.id[-6:]}"
+    """A run for a list of choices: as `run_name`, and a piece of its id."""
+    return f"{run_name(run)} · {run.id[-6:]}"
+
+
+def run_name(run: Run) -> str:
+    """A run's title, and its model where it is not the demo."""
+    title, model = run.recipe.title(), run.recipe.model.source
+    return title if model == "demo" else f"{title} · {source(model)}"
+
+
+def source(path: str) -> str:
+    """A model's source for a reader: the folder's name; the run's where it is what a run has made."""
+    parts = path.rstrip("/").split("/")
+    if len(parts) > 2 and parts[-1] == "artifact":
+        return say("source.run", run=parts[-3][-6:])
+    return parts[-1]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
+from pydantic import JsonValue
 from safetensors import safe_open
 
 from engine.records import Measurement
@@ -45,7 +48,7 @@ def measure(folder: Path) -> list[Measurement]:
             higher_is_better=False,
             details={"protocol": "all stored tensors, scales and zero points included, over all parameters"},
         ),
-        Measurement(name="size.parameters", value=parameters, unit="1", higher_is_better=False),
+        Measurement(name="size.parameters", value=parameters, unit="1", higher_is_better=False, details=family(folder)),
     ]
     if weights:
         found.append(
@@ -57,3 +60,25 @@ def measure(folder: Path) -> list[Measurement]:
             )
         )
     return found
+
+
+def family(folder: Path) -> dict[str, JsonValue]:
+    """What models of one family have in common whatever their size: the architecture's name and the vocabulary.
+
+    `vocabulary` is a digest of the tokenizer's: where it is equal, also perplexities can be compared.
+    """
+    found: dict[str, JsonValue] = {}
+    if architecture := _read(folder / "config.json").get("model_type"):
+        found["architecture"] = architecture
+    model = _read(folder / "tokenizer.json").get("model")
+    if vocabulary := model.get("vocab") if isinstance(model, dict) else None:
+        found["vocabulary"] = hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()[:12]
+    return found
+
+
+def _read(file: Path) -> dict[str, JsonValue]:
+    try:
+        body = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}  # the size is known all the same
+    return body if isinstance(body, dict) else {}

@@ -33,14 +33,23 @@ STRETCH = 1 << 23  # weights that are worked on at a time
 RATIOS = tuple(1 - 0.03 * step for step in range(21))  # of the full range: 1 down to 0.4
 
 
-class GridParams(Selection):
-    """Settings that every integer weight grid has."""
+class Levels(Selection):
+    """How many levels a grid has, and what shares a scale."""
 
     bits: Bits = Field(4, description="Bits of each integer code.")
     granularity: Granularity = Field("group", description="What shares one scale: a group of inputs, a row, a matrix.")
     group_size: int = Field(64, ge=8, le=4096, description="Inputs that share one scale, with granularity `group`.")
+
+
+class Range(Selection):
+    """Where the levels of a grid begin and end."""
+
     symmetric: bool = Field(True, description="Levels symmetric around zero; else each scale has a zero point.")
     clipping: Clipping = Field("none", description="Narrow each range where that lowers the squared error (mse).")
+
+
+class GridParams(Range, Levels):
+    """Settings that every integer weight grid has."""
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse a group size that does not divide a linear's inputs."""
@@ -64,7 +73,7 @@ def fitting_sizes(inputs: int) -> str:
     return ", ".join(str(size) for size in USUAL_SIZES if inputs % size == 0) or "none of the usual"
 
 
-class HessianParams(GridParams, Calibrated):
+class Moments(Calibrated):
     """Settings of a scheme that weighs errors by the second moments of each linear's inputs."""
 
     samples: int = Field(128, ge=1, le=4096, description="Calibration sequences that are read.")

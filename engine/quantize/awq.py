@@ -26,7 +26,7 @@ from engine.calibration import Block, BlockLinear, walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._fold import Fold, folds
-from engine.quantize._grid import Clipping, HessianParams, round_to_nearest
+from engine.quantize._grid import Clipping, GridParams, Moments, round_to_nearest
 from engine.quantize._place import place
 
 TITLE = "AWQ"
@@ -35,7 +35,7 @@ RATIOS = tuple(step / 20 for step in range(21))
 SMALLEST = 1e-4  # of the largest channel: what is smaller counts as this
 
 
-class Params(HessianParams):
+class Params(Moments, GridParams):
     """Settings of AWQ: the grid and the calibration."""
 
     clipping: Clipping = Field("mse", description="Narrow each range where that lowers the squared error (mse).")

@@ -27,6 +27,7 @@ from engine.calibration import BlockLinear, walk_blocks
 from engine.errors import BadParams
 from engine.methods import Calibrated, Context, Selection
 from engine.models import LoadedModel, blocks, linears
+from engine.quantize._place import describe
 
 TITLE = "bitsandbytes"
 CHANGES = ("disk", "memory")
@@ -65,10 +66,9 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         context.check_cancelled()
         linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
         made = make(linear.weight, linear.module.bias, params)
+        context.emit("linear", audit(linear, made, params, shares.get(name)))
         model.network.set_submodule(name, made)
         model.kernels[name] = f"bitsandbytes {params.scheme}"
-        if name in shares:
-            context.log(f"{name}: {shares[name]:.1%} of the input channels have outliers")
         context.progress(number + 1, len(chosen), "linears")
     if shares:
         mean = sum(shares.values()) / len(shares)
@@ -103,6 +103,28 @@ def make(weight: Tensor, bias: Tensor | None, params: Params) -> nn.Module:
     made.to(weight.device)  # which is when the library quantizes
     made.requires_grad_(False)
     return made.eval()
+
+
+@torch.no_grad()
+def audit(linear: BlockLinear, made: nn.Module, params: Params, outliers: float | None) -> dict[str, JsonValue]:
+    """What became of a linear: the error of its weight, every stored byte, its levels, its share of outliers."""
+    library: Any = importlib.import_module("bitsandbytes.functional")
+    weight: Any = made.weight
+    grid: list[float] = []
+    if params.scheme == "int8":
+        after = library.int8_vectorwise_dequant(weight.data, weight.SCB)
+        size = linear.weight.shape[1]
+    else:
+        state = weight.quant_state
+        after, size = library.dequantize_4bit(weight.data, state), state.blocksize
+        scales = state.absmax
+        if state.nested:
+            scales = library.dequantize_blockwise(scales, state.state2) + state.offset
+        grid = sorted((state.code * scales.median()).tolist())
+    stored = sum(t.numel() * t.element_size() for key, t in made.state_dict().items() if key != "bias")
+    bits = 8 if params.scheme == "int8" else 4
+    said = describe(linear, lambda rows: after[rows], bits, size, 8 * stored / linear.weight.numel(), grid)
+    return said if outliers is None else said | {"outliers": outliers}
 
 
 def outliers(model: LoadedModel, params: Params, context: Context) -> dict[str, float]:

@@ -38,7 +38,7 @@ from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import Grid, GridParams, HessianParams, make_grid, round_to_nearest, stretches
+from engine.quantize._grid import Grid, GridParams, Moments, make_grid, round_to_nearest, stretches
 from engine.quantize._place import place
 
 TITLE = "GPTQ"
@@ -46,11 +46,15 @@ CHANGES = ("disk", "memory", "latency")
 SLICE = 128
 
 
-class Params(HessianParams):
-    """Settings of GPTQ: the grid, the calibration, the order and the damping."""
+class SolverParams(Moments):
+    """Settings of the solver, whatever the grid: the calibration, the order and the damping."""
 
     activation_order: bool = Field(True, description="Solve the columns with the largest inputs first.")
     damping: float = Field(0.01, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to H.")
+
+
+class Params(SolverParams, GridParams):
+    """Settings of GPTQ: the grid and the solver."""
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
@@ -59,7 +63,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
 
 def solve(
-    model: LoadedModel, params: Params, context: Context, grid_of: Callable[[str], GridParams]
+    model: LoadedModel, params: SolverParams, context: Context, grid_of: Callable[[str], GridParams]
 ) -> LoadedModel:  # fmt: skip
     """Quantize every linear on the grid that `grid_of` its name gives.
 
@@ -96,7 +100,7 @@ class Solver:
         LinAlgError: the Hessian cannot be factorized.
     """
 
-    def __init__(self, hessian: Tensor, params: Params) -> None:
+    def __init__(self, hessian: Tensor, params: SolverParams) -> None:
         self._importance = hessian.diagonal().clone()
         self._dead = self._importance == 0
         self._order = torch.arange(hessian.shape[0], device=hessian.device)

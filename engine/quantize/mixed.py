@@ -37,7 +37,7 @@ from engine.files import publish
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize import gptq
-from engine.quantize._grid import Bits, GridParams, round_to_nearest
+from engine.quantize._grid import Bits, GridParams, Range, round_to_nearest
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
@@ -52,8 +52,8 @@ CELLS = 4000
 VERSION = 1  # of what is kept; raise it when steps 1 or 2 change
 
 
-class Params(gptq.Params):
-    """Settings of mixed precision: the budget, then those of GPTQ; `bits` and `group_size` are chosen, not set."""
+class Params(gptq.SolverParams, Range):
+    """Settings of mixed precision: the budget, and those of GPTQ but for bits and groups, which are chosen."""
 
     budget: float = Field(3.5, gt=0.0, le=1e6, description="How much may be stored, scales included.")
     unit: Unit = Field("bits", description="Of the budget: bits a quantized weight, or MiB of the whole model.")
@@ -86,6 +86,11 @@ class Params(gptq.Params):
 
     def unfit_for_experts(self) -> str:
         return "experts are stored with the same bits, all of them."
+
+    def grid(self, bits: Bits, group_size: int) -> GridParams:
+        """The grid of one option."""
+        body = {"bits": bits, "group_size": group_size, "symmetric": self.symmetric, "clipping": self.clipping}
+        return GridParams.model_validate(body)
 
     @property
     def overhead(self) -> int:
@@ -135,7 +140,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
     def grid_of(name: str) -> GridParams:
         option = chosen[name]
-        return params.model_copy(update={"bits": option.bits, "group_size": option.group_size, "granularity": "group"})
+        return params.grid(option.bits, option.group_size)
 
     return gptq.solve(model, params, context, grid_of)
 
@@ -175,7 +180,7 @@ def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, in
         for bits in WIDTHS:
             if weight.shape[1] % size:
                 continue
-            grid = params.model_copy(update={"bits": bits, "group_size": size, "granularity": "group"})
+            grid = params.grid(bits, size)
             importance = None if moments is None else moments.diagonal()
             rounded = round_to_nearest(weight, grid, linear.name, dtype, importance)
             error = _energy(rounded.dequantize().float() - weight, moments) / energy
@@ -202,7 +207,7 @@ def probe_costs(model: LoadedModel, params: Params, context: Context, names: Seq
         linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
         kept = linear.weight.clone()
         size = next(size for size in GROUP_SIZES if kept.shape[1] % size == 0)
-        grid = params.model_copy(update={"bits": PROBE_BITS, "group_size": size, "granularity": "group"})
+        grid = params.grid(PROBE_BITS, size)
         linear.weight.copy_(round_to_nearest(kept, grid, name, kept.dtype).dequantize())
         try:
             ours = model.network(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)

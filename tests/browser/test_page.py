@@ -166,6 +166,12 @@ def test_differences_and_files_of_finished_runs(open_page: Open, returning: Stor
     answer = stranger.request.get(f"/runs/{run}/recipe.yaml", fail_on_status_code=False)
     assert answer.status == 404
     expect(page.locator("#mq-detail .mq-live").first).to_be_visible()
+    expect(page.locator("#mq-detail .mq-heat td.sum").last).to_contain_text("bits")
+    expect(page.locator("#mq-scaling .main-svg").first).to_be_visible(timeout=30_000)
+    page.locator("#mq-scaling-numbers summary").click()
+    with page.expect_download() as drawn:
+        page.get_by_role("link", name="The same as CSV").click()
+    assert "GPTQ 4 bit" in Path(drawn.value.path()).read_text()
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("tab", name="Compare", exact=True)).to_have_attribute("aria-selected", "true")
 

@@ -153,6 +153,34 @@ def test_calibration_that_is_not_there(tiny_folder: Maker) -> None:
     assert "calibration file" in refuse(recipe(tiny_folder(), "quantize/gptq", calibration="nowhere.txt"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n\n", "is empty"),
+        ("a.txt", b"Two words", "one sequence needs 128. Give a longer text or a smaller sequence_length"),
+        ("a.txt", b"\x7fELF\0\1" * 100_000, "binary file"),
+        ("a.txt", b"\xff\xfe\xfa" * 500, "not UTF-8"),
+        ("a.jsonl", b'{"body": "no text"}\n', 'line 1: a JSON object with a "text"'),
+    ],
+)
+def test_a_text_that_cannot_calibrate(
+    tiny_folder: Maker, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    text = tmp_path / name
+    text.write_bytes(content)
+    wanted = {"quantize/gptq": {"group_size": 32}}
+    assert words in refuse(recipe(tiny_folder(), wanted, calibration=str(text)))
+    # What reads no text is not held up by one.
+    preflight.check(recipe(tiny_folder(), {"quantize/rtn": {"group_size": 32}}, calibration=str(text)))
+
+
+def test_a_short_text_is_enough_for_short_sequences(tiny_folder: Maker, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the lamp is in the barn and the cat is on the roof")
+    step = {"quantize/gptq": {"group_size": 32, "sequence_length": 8}}
+    preflight.check(recipe(tiny_folder(), step, calibration=str(tmp_path / "a.txt")))
+
+
 def test_a_model_that_does_not_fit(tiny_folder: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder()
     monkeypatch.setattr(preflight.hardware, "free_memory", lambda: 1 << 20)

@@ -37,6 +37,7 @@ def measured(shrink: float = 1.0, worse: float = 0.0) -> list[Measurement]:
     found = [
         Measurement(name="size.bytes", value=5_400_000 / shrink, unit="B", higher_is_better=False),
         Measurement(name="size.bits_per_weight", value=16 / shrink, unit="bit", higher_is_better=False),
+        Measurement(name="size.parameters", value=2_700_000, unit="1", details={"architecture": "llama"}),
         Measurement(name="memory.loaded", value=9e6 / shrink + 4e6, unit="B", higher_is_better=False),
         Measurement(name="memory.peak", value=14e6 / shrink + 6e6, unit="B", higher_is_better=False),
         Measurement(name="latency.ttft", value=0.006, error=1e-4, unit="s", higher_is_better=False, details=first),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import urllib.parse
 
 import pytest
 
@@ -33,6 +36,21 @@ def test_the_pareto_chart_draws_points_and_intervals() -> None:
     assert points[1]["y"][0] == pytest.approx(4.3)
     assert points[1]["error_y"]["array"][0] == pytest.approx(1.96 * 0.06)
     assert [row[-1] for row in chart.rows] == ["yes", "yes", "no"]
+
+
+def test_many_runs_are_named_by_the_legend_not_one_over_another() -> None:
+    chart = charts.pareto([(f"run {i}", m) for i in range(5) for _, m in runs()[:1]])
+    assert chart.figure is not None
+    drawn = [trace for trace in json.loads(chart.figure.to_json())["data"] if trace.get("mode") == "markers"]
+    assert [trace["name"] for trace in drawn if trace["showlegend"]] == [f"run {i}" for i in range(5)]
+
+
+def test_a_charts_numbers_can_be_taken_away_and_run_no_formula() -> None:
+    html = charts.memory([("=cmd()", runs()[0][1])]).table()
+    content = urllib.parse.unquote(re.findall(r'href="data:text/csv;charset=utf-8,([^"]+)"', html)[0])
+    header, row = csv.reader(content.splitlines())
+    assert header == ["Run", "Size on disk", "Memory, loaded", "Memory, peak"]
+    assert row == ["'=cmd()", "5.15 MiB", "12.4 MiB", "19.1 MiB"]
 
 
 def test_shares_are_drawn_in_per_cent() -> None:
@@ -77,11 +95,17 @@ def test_thinning_keeps_the_peak_and_the_end() -> None:
 
 def test_live_lines_stay_inside_the_drawing() -> None:
     series = Series("memory.resident", "B", ((10.0, 1e8), (11.0, 4e8), (14.0, 2e8)))
-    html = live.lines(series, [(9.0, "loading"), (11.0, "GPTQ")], limit=5e8)
+    expected = live.Expected(peak=5e8, done=18.0)
+    html = live.lines(series, [(9.0, "loading"), (11.0, "GPTQ")], expected)
     pairs = [pair.split(",") for pair in html.split('points="')[1].split('"')[0].split()]
     assert all(0 <= float(x) <= live.WIDTH and 0 <= float(y) <= live.HEIGHT for x, y in pairs)
+    assert float(pairs[-1][0]) == live.WIDTH / 2  # the run ended half way to when it was expected to
     assert "peak 381 MiB" in html
-    assert "limit" in html
+    assert html.count('class="limit"') == 2
+    assert "Dashed: what was expected, 477 MiB at most and done after 8.0 s." in html
+    assert [float(w) for w in re.findall(r"width:([\d.]+)%", html)] == [12.5, 37.5]  # names as wide as their bands
+    late = live.lines(series, [(11.0, "loading")])
+    assert re.findall(r'width:([\d.]+)%" title="(\w+)"', late) == [("25.00", "Starting"), ("75.00", "loading")]
 
 
 def test_one_point_and_no_point_draw() -> None:

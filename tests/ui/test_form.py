@@ -19,6 +19,16 @@ def test_the_form_of_every_method_holds_its_defaults(name: str) -> None:
     assert all(component.label and component.info for component in inputs.values())
 
 
+def test_what_a_method_chooses_itself_cannot_be_set() -> None:
+    assert not {"bits", "group_size", "granularity"} & set(methods()["quantize/mixed"].params.model_fields)
+    assert {"symmetric", "clipping", "damping", "budget"} <= set(methods()["quantize/mixed"].params.model_fields)
+
+
+def test_patterns_in_descriptions_keep_their_asterisks() -> None:
+    widget = form.inputs(methods()["quantize/gptq"], {})["targets"]
+    assert r"\*.mlp.\*" in widget.info  # Gradio reads Markdown there
+
+
 def test_a_value_that_the_form_cannot_send_is_still_judged() -> None:
     method = methods()["quantize/gptq"]
     with pytest.raises(BadParams, match="bits"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.records import Measurement
+from engine.records import Measurement, Model, Run
 from tests.ui import fakes
 from ui import wording
 from ui.words import ENGLISH
@@ -85,3 +85,18 @@ def test_every_word_that_exists_is_used() -> None:
         if f'"{key}"' not in source and f"'{key}'" not in source and not key.startswith(tuple(families))
     }
     assert unused == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("demo", "GPTQ 4 bit"),
+        ("/models/llama-1b/", "GPTQ 4 bit · llama-1b"),
+        ("/home/x/runs/34cd970c/attempt-1/artifact", "GPTQ 4 bit · model of run cd970c"),
+    ],
+)
+def test_a_run_is_named_with_its_model_where_that_is_not_the_demo(source: str, name: str) -> None:
+    recipe = fakes.GPTQ.model_copy(update={"model": Model(source=source)})
+    run = Run(id="0123456789", recipe=recipe, created=1.0)
+    assert wording.run_name(run) == name
+    assert wording.run_label(run) == f"{name} · 456789"

@@ -284,7 +284,7 @@ def _front(desk: Desk, owner: str, cost: str, quality: str) -> charts.Chart:
     entries = desk.entries(owner)
     own = [entry for entry in entries if not entry.stored]
     shown = own if len(own) > 1 else entries
-    return charts.pareto([(entry.run.recipe.title(), entry.measured) for entry in shown[:40]], cost, quality)
+    return charts.pareto([(wording.run_name(entry.run), entry.measured) for entry in shown[:40]], cost, quality)
 
 
 def _legend() -> Markup:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import Linear
 from transformers import AutoModelForCausalLM
 
 from engine import artifacts, runtime
@@ -65,7 +66,32 @@ def test_outliers_are_measured_and_told(context: Context, recorder: Recorder) ->
     assert found["model.layers.0.self_attn.q_proj"] == pytest.approx(16 / 64)
     assert found["model.layers.0.mlp.down_proj"] == 0
     bitsandbytes.apply(model, Params.model_validate(SMALL | {"scheme": "int8"}), context)
-    assert any("q_proj: 25.0% of the input channels have outliers" in line for line in recorder.logs())
+    told = {data["name"]: data["outliers"] for kind, data in recorder.said if kind == "linear"}
+    assert told == found
+    mean = sum(found.values()) / len(found)
+    assert any(f"{mean:.2%} of the input channels have outliers" in line for line in recorder.logs())
+
+
+@pytest.mark.parametrize(("scheme", "double", "bits"), [("nf4", True, 4.13), ("fp4", False, 4.5), ("int8", True, 8)])
+def test_each_linear_is_audited_with_every_byte(
+    scheme: str, double: bool, bits: float, tiny: LoadedModel, context: Context, recorder: Recorder
+) -> None:
+    before = {
+        name: module.weight.clone() for name, module in tiny.network.named_modules() if isinstance(module, Linear)
+    }
+    params = Params.model_validate(SMALL | {"scheme": scheme, "double_quant": double, "targets": "*.mlp.*"})
+    bitsandbytes.apply(tiny, params, context)
+    told = [data for kind, data in recorder.said if kind == "linear"]
+    assert len(told) == 3 * 3
+    for each in told:
+        assert each["weights"] == before[each["name"]].numel()
+        # Tables of a few hundred bytes weigh much on the tiny model's linears.
+        tables = 8 * (16 * 4 + (256 * 4 if double else 0) + 300) / each["weights"]
+        assert bits <= each["bits_per_weight"] < bits + (1 if scheme == "int8" else tables)
+        assert 0 < each["error"] < (0.001 if scheme == "int8" else 0.05)
+        assert ("outliers" in each) == (scheme == "int8")
+        assert len(each["histogram"]["levels"]) == (0 if scheme == "int8" else 16)
+        assert sum(each["histogram"]["after"]) == each["weights"]
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (64, 96)])

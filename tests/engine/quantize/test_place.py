@@ -7,7 +7,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
 from engine.quantize import gptq, rtn
-from engine.quantize._place import BINS, histogram, relative_error
+from engine.quantize._place import BINS, histogram, levels, relative_error
 from tests.conftest import Recorder
 
 
@@ -26,6 +26,8 @@ def test_every_linear_is_told_of_once(tiny: LoadedModel, context: Context, recor
         assert 0 < each["error"] < 0.1
         assert each["of"] == "output"
         assert each["tokens"] == 16 * 32
+        assert each["weights"] == sum(each["histogram"]["before"]) == tiny.quantized[each["name"]].codes.numel()
+        assert len(each["histogram"]["levels"]) == 8
         assert each["note"] == ""
         assert sum(each["histogram"]["before"]) == sum(each["histogram"]["after"])
 
@@ -42,13 +44,20 @@ def test_fewer_bits_give_a_larger_error_and_few_tokens_are_noted(
     assert {tiny.quantized[name].bits for name in found if "mlp" in name} == {2}
 
 
-def test_error_and_histogram_by_hand() -> None:
-    def whole(*codes: int) -> QuantizedWeight:
-        return QuantizedWeight(torch.tensor([codes], dtype=torch.uint8), torch.ones(1, 1), torch.zeros(1, 1), 2, False)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_levels_are_those_of_the_median_scale(symmetric: bool) -> None:
+    scale = torch.tensor([[0.5, 4.0], [1.0, 2.0], [8.0, 16.0]])  # the median is 2, of row 1, group 1
+    zero = torch.full((3, 2), 2, dtype=torch.uint8) if symmetric else torch.tensor([[0, 0], [0, 1], [0, 0]]).byte()
+    weight = QuantizedWeight(torch.zeros(3, 8, dtype=torch.uint8), scale, zero, 2, symmetric)
+    assert levels(weight) == ([-4, -2, 0, 2] if symmetric else [-2, 0, 2, 4])
+    eight = QuantizedWeight(torch.zeros(3, 8, dtype=torch.uint8), scale, zero, 8, symmetric)
+    assert levels(eight) == []
 
-    before, after = torch.tensor([[3.0, 4.0]]), whole(3, 3)
+
+def test_error_and_histogram_by_hand() -> None:
+    before, after = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.0]]).__getitem__
     assert relative_error(before, after, None) == pytest.approx(1 / 25)
     assert relative_error(before, after, torch.tensor([[1.0, 1.0], [1.0, 0.0]])) == pytest.approx(1 / 58)
-    counts = histogram(torch.tensor([[0.0, 1.0]]), whole(0, 2))
+    counts = histogram(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]]).__getitem__)
     assert counts["before"] == counts["after"] == [1, *[0] * (BINS - 2), 1]
-    assert sum(histogram(torch.ones(1, 4), whole(1, 1, 1, 1))["before"]) == 4  # type: ignore[arg-type]
+    assert sum(histogram(torch.ones(2, 2), torch.ones(2, 2).__getitem__)["before"]) == 4  # type: ignore[arg-type]
