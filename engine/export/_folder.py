@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -115,6 +116,10 @@ class Artifact:
             for name, shape in self._shapes.items()
             if name.endswith(".weight") and len(shape) == 2 and block_of(name) >= 0
         ]
+
+    def dynamic(self) -> dict[str, JsonValue]:
+        """GPTQModel's way to leave the dense linears alone: patterns of names, each with a minus sign."""
+        return {f"-:^{re.escape(name)}$": {} for name in self.dense_linears()}
 
     def usual_group_size(self) -> int:
         """The group size that is right for most linears."""

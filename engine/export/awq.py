@@ -49,7 +49,8 @@ def export(artifact: Path, folder: Path) -> None:
             )
     config: JsonValue = {
         "quant_method": "awq", "bits": BITS, "group_size": usual, "zero_point": True, "version": "gemm",
-        "modules_to_not_convert": list[JsonValue](opened.dense_linears()) or None,
+        "modules_to_not_convert": list[JsonValue](opened.dense_linears()) or None,  # transformers, vLLM
+        "dynamic": opened.dynamic() or None,  # the same for GPTQModel
     }  # fmt: skip
     write(opened, folder, config, tensors)
 

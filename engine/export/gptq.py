@@ -87,7 +87,7 @@ def quantization_config(artifact: Artifact, version: int) -> dict[str, JsonValue
     size = artifact.usual_group_size()
     grids = {name: (about.bits, about.group_size(size), about.symmetric) for name, about in artifact.packed.items()}
     usual = Counter(grids.values()).most_common(1)[0][0]
-    dynamic: dict[str, JsonValue] = {f"-:^{re.escape(name)}$": {} for name in artifact.dense_linears()}
+    dynamic = artifact.dynamic()
     for name, grid in grids.items():
         differing = {key: value for key, value, other in zip(SETTINGS, grid, usual, strict=True) if value != other}
         if differing:

@@ -269,9 +269,8 @@ def test_an_export_replaces_nothing_and_leaves_nothing(
 
 
 READER = """
-import json, sys, torch
+import sys, torch
 from gptqmodel import BACKEND, GPTQModel
-logits = {}
 for folder in sys.argv[1:]:
     backend = BACKEND.AWQ_TORCH if folder.endswith("awq") else BACKEND.GPTQ_TORCH
     model = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.bfloat16)
