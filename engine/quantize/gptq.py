@@ -4,16 +4,16 @@ GPTQ (Frantar et al., 2022, arXiv 2210.17323). Minimises |XW - XQ|² for each li
 H = 2 X Xᵀ of calibration inputs. Needs calibration text, no training; the best choice at 4 bits and
 below among the weight-only schemes here.
 
-The weight is worked through column by column, in slices. With the upper Cholesky factor U of H⁻¹ = Uᵀ U,
-whose row j says how much of column j's error the later columns must absorb:
+The weight is worked through column by column, in slices. With the upper triangular M of H = M Mᵀ, the error is the
+sum over the columns j of |((W - Q) M)_j|², in which only the columns up to j appear. So each can be made small in turn:
 
-    q_j   = nearest level to w_j
-    e_j   = (w_j - q_j) / U_jj
-    w_k  -= e_j U_jk            for k > j
+    q_j = nearest level to w_j + sum over k < j of (w_k - q_k) M_kj / M_jj
 
-Within a slice at once, beyond it once per slice ("lazy batch updates", section 3.3). By hand, with the
-grid of whole numbers, w = (0.6, 0.6) and U = [[1, 0.5], [0, 1]]: q_0 = 1, e_0 = -0.4, so w_1 becomes
-0.6 + 0.4 * 0.5 = 0.8 and q_1 = 1.
+which are the codes of the paper, whose update reads the Cholesky factor of H⁻¹ instead (Chen et al., 2025, "The
+Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", arXiv 2507.18553). As nothing is inverted,
+factorizing takes a quarter of the arithmetic, and happens in place. Columns before a slice count at once, by one
+product; within it, one by one. By hand, with the grid of whole numbers, w = (0.6, 0.6) and M = [[1, -1], [0, 2]]:
+q_0 = 1 leaves -0.4, so w_1 counts as 0.6 + -0.4 * -1/2 = 0.8 and q_1 = 1.
 
 Activation order is *static*: columns are solved in the order of falling H_jj, but every column keeps the
 group, and so the scale, of its place in the row. Files need no index then, and kernels stay fast.
@@ -97,14 +97,19 @@ class Solver:
     """
 
     def __init__(self, hessian: Tensor, params: Params) -> None:
-        self._dead = hessian.diagonal() == 0
         self._importance = hessian.diagonal().clone()
-        hessian = hessian.clone()
-        hessian.diagonal()[self._dead] = 1
-        self._order = torch.arange(hessian.shape[0], device=hessian.device)
+        self._dead = self._importance == 0
+        importance = torch.where(self._dead, 1, self._importance)
+        self._order = torch.arange(len(hessian), device=hessian.device)
         if params.activation_order:
-            self._order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        self._factor, self.damping = inverse_factor(hessian[self._order][:, self._order], params.damping)
+            self._order = torch.argsort(importance, descending=True, stable=True)
+        self._turned, self.damping = turned_factor(hessian, self._order, params.damping)
+
+    def _slice(self, start: int, stop: int) -> Tensor:
+        """M_kj / M_jj of the columns j from `start` to `stop` and all rows k before `stop`: (stop, stop - start)."""
+        size = len(self._turned)
+        part = self._turned[size - stop :, size - stop : size - start].flip(0, 1)
+        return part / part[start:].diagonal()
 
     def quantize(
         self, weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, keep: Tensor | None = None
@@ -119,40 +124,49 @@ class Solver:
         weight = torch.where(self._dead, 0, weight)  # inputs that are always zero: zero costs nothing
         weight, group = weight[:, self._order], group[self._order]
         keep = None if keep is None else keep[:, self._order]
-        codes = torch.empty_like(weight)
+        # Transposed, so that a column is contiguous: (K, N).
+        wanted = weight.t().contiguous()
+        missed, codes = torch.empty_like(wanted), torch.empty_like(wanted, dtype=torch.uint8)  # missed: w - q
+        del weight
         for start in range(0, columns, SLICE):
             stop = min(start + SLICE, columns)
-            part, errors = weight[:, start:stop], torch.empty_like(weight[:, start:stop])
-            scale, zero = grid.columns(group[start:stop])  # (N, stop - start) each
+            factor = self._slice(start, stop)
+            part = torch.addmm(wanted[start:stop], factor[:start].t(), missed[:start])  # (stop - start, N)
+            scale, zero = (each.t().contiguous() for each in grid.columns(group[start:stop]))  # (stop - start, N) each
             for j in range(stop - start):
-                s, z = scale[:, j], zero[:, j]
-                code = (torch.round(part[:, j] / s) + z).clamp_(0, top)
+                s, z = scale[j], zero[j]
+                code = (torch.round(part[j] / s) + z).clamp_(0, top)
                 if keep is not None:
                     code = torch.where(keep[:, start + j], code, z)
-                row = self._factor[start + j, start + j : stop]
-                errors[:, j] = (part[:, j] - (code - z) * s) / row[0]
-                part[:, j + 1 :] -= torch.outer(errors[:, j], row[1:])
-                codes[:, start + j] = code
-            weight[:, stop:] -= errors @ self._factor[start:stop, stop:]
+                missed[start + j] = wanted[start + j] - (code - z) * s
+                part[j + 1 :].addr_(factor[start + j, j + 1 :], missed[start + j])
+                codes[start + j] = code
         inverse = torch.empty_like(self._order)
-        inverse[self._order] = torch.arange(columns, device=weight.device)
-        return grid.quantized(codes[:, inverse])
+        inverse[self._order] = torch.arange(columns, device=codes.device)
+        return grid.quantized(codes[inverse].t())
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper Cholesky factor U of (H + d I)⁻¹ = Uᵀ U and the damping that it took, raised tenfold on failure.
+def turned_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """M of H' + d I = M Mᵀ, where H' is H (K, K) in an order, and the damping that it took.
+
+    M is upper triangular; it comes turned by half a circle, so lower triangular, as it is computed: L = M.flip(0, 1).
+    Inputs that are always zero count as 1. The damping is raised tenfold on failure.
 
     Raises:
         LinAlgError: not positive definite even with the whole mean diagonal added.
     """
-    mean = hessian.diagonal().mean()
+    backward = order.flip(0)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        try:
-            lower = torch.linalg.cholesky(damped)
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True), damping
-        except LinAlgError:
-            if damping >= 1:
-                raise
-            damping = min(1.0, damping * 10)
+        turned = hessian[
+            backward[:, None], backward
+        ].t()  # its own transpose, in the layout that is factorized in place
+        diagonal = turned.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal.add_(damping * diagonal.mean())
+        torch.linalg.cholesky_ex(turned, out=(turned, failed))
+        if not failed:
+            return turned, damping
+        if damping >= 1:
+            raise LinAlgError(f"its Hessian is not positive definite (order {int(failed)})")
+        damping = min(1.0, damping * 10)
