@@ -89,7 +89,9 @@ def measure(subject: str, task: str, peer: str, repetitions: int) -> None:
             ["-m", "benchmarks.peers.by_maquette"] if peer == OURS else [str(Path(__file__).parent / f"by_{peer}.py")]
         )
         asked = {"model": str(subjects.folder(subject)), "rows": str(subjects.rows()), "task": task, "out": str(out)}
-        found = watch.run([str(environments.python(peer)), *script], asked, CACHE / "logs" / f"{name}.{number}.log")
+        folder = ROOT if peer == OURS else CACHE  # where peers leave logs of their own
+        said = CACHE / "logs" / f"{name}.{number}.log"
+        found = watch.run([str(environments.python(peer)), *script], asked, folder, said)
         runs.append(asdict(found))
         log.info("%s: %.1f s, %.2f GiB", name, found.seconds, found.peak / 2**30)
         if number == 0:

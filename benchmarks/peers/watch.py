@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.peers.environments import ENVIRONMENT
-from benchmarks.sections import ROOT
 from engine import hardware
 
 INTERVAL = 0.2  # seconds between looks at the memory of the process group
@@ -24,8 +23,8 @@ class Watched:
     peak: int
 
 
-def run(command: list[str], request: dict[str, str], log: Path) -> Watched:
-    """Start `command` with a request and watch it until it ends; what it says on stderr goes to `log`.
+def run(command: list[str], request: dict[str, str], folder: Path, log: Path) -> Watched:
+    """Start `command` with a request in `folder` and watch it until it ends; what it says on stderr goes to `log`.
 
     The peak is the largest of the samples of its process group, taken from outside, and of what the kernel counted.
 
@@ -38,7 +37,7 @@ def run(command: list[str], request: dict[str, str], log: Path) -> Watched:
     samples = [0]
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [*command, json.dumps(request)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors,
+            [*command, json.dumps(request)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors,
             text=True, start_new_session=True,
         )  # fmt: skip
 

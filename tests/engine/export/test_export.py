@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.peers import products
 from engine import artifacts, export
 from engine.errors import BadArtifact, InputError, UnknownName
 from engine.export import _folder, awq, gptq
@@ -23,6 +24,7 @@ from engine.packing import QuantizedWeight
 from engine.quantize import gptq as gptq_method
 from engine.quantize import rtn, smoothquant
 from engine.records import Recipe
+from engine.runtime.load import TensorFiles
 from tests.conftest import in_memory, tiny_config
 
 STRANGER = "MAQUETTE_GPTQMODEL_PYTHON"  # the interpreter of an environment that has gptqmodel
@@ -305,3 +307,16 @@ def test_gptqmodel_computes_the_same(context: Context, tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"})
     for name, logits in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.logits"), logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("bits", gptq.BITS)
+def test_the_benchmarks_read_what_is_written(bits: int, tiny: LoadedModel, context: Context, tmp_path: Path) -> None:
+    rtn.apply(tiny, rtn.Params.model_validate({"bits": bits, "group_size": 32}), context)
+    folder = exported(tiny, "gptq", tmp_path)
+    original = tmp_path / "original"
+    tiny.network.save_pretrained(original)
+    for product in (folder, tmp_path / "artifact"):
+        read = TensorFiles(products.measurable(product, original, tmp_path / "dense"))
+        for name in tiny.quantized:
+            weight = tiny.network.get_submodule(name).weight.data
+            torch.testing.assert_close(read.read(f"{name}.weight"), weight, rtol=0, atol=0)
