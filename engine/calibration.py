@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
 BATCH_TOKENS = 2048  # that flow through a block at a time
+STRIP = 2048  # rows of a Hessian that are computed at once
 
 
 @dataclass
@@ -172,9 +173,17 @@ def make_empty_hessian(size: int, device: torch.device) -> Tensor:
 
 
 def accumulate_hessian(hessian: Tensor, seen: int, inputs: Tensor) -> Tensor:
-    """The mean of 2 x xᵀ after `inputs` (tokens, in), given that over the `seen` tokens before."""
-    total = seen + inputs.shape[0]
-    return hessian.mul_(seen / total).addmm_(inputs.t(), inputs, alpha=2 / total)
+    """The mean of 2 x xᵀ after `inputs` (tokens, in), given that over the `seen` tokens before.
+
+    A large one is computed strip by strip from the diagonal to the right and mirrored, which is half the work.
+    """
+    total, size = seen + inputs.shape[0], hessian.shape[0]
+    for start in range(0, size, STRIP):
+        stop = min(start + STRIP, size)
+        strip = hessian[start:stop, start:]
+        strip.mul_(seen / total).addmm_(inputs[:, start:stop].t(), inputs[:, start:], alpha=2 / total)
+        hessian[stop:, start:stop] = strip[:, stop - start :].t()
+    return hessian
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, count: int | None = None) -> Tensor:

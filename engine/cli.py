@@ -2,6 +2,7 @@
 
     python -m engine run RECIPE.yaml [--home DIR] [--measure a,b] [--json]     also: run --resume RUN
     python -m engine measure FOLDER [--measure a,b] [--baseline FOLDER] [--json]
+    python -m engine export ARTIFACT --format gptq|gptq_v2|awq --to FOLDER [--json]
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
 
 Results go to stdout, progress and errors to stderr. With --json the last line of stdout is one JSON object.
@@ -22,7 +23,7 @@ from typing import NoReturn, Protocol, Self
 
 from pydantic import JsonValue
 
-from engine import doctor, methods, preflight
+from engine import doctor, export, methods, preflight
 from engine.errors import BadRecipe, InputError, MaquetteError, short
 from engine.recipes import choose_measures, load_recipe
 from engine.records import MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
@@ -122,6 +123,18 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
         _json({**_no_result("succeeded"), "artifact": str(folder), "measurements": _values([*found.values()])})
     else:
         _table(_rows(list(found.values())))
+    return 0
+
+
+def export_artifact(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`export`: write an artifact in a format that other programs read."""
+    source, target = preflight.resolve(options.artifact), Path(options.to).expanduser().absolute()
+    export.exporter(options.format)(source, target)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    if options.json:
+        _json({"status": "succeeded", "format": options.format, "folder": str(target), "bytes": size})
+    else:
+        _line(f"{target}  {options.format}  {size:,} bytes")
     return 0
 
 
@@ -239,6 +252,10 @@ def _parser() -> argparse.ArgumentParser:
     meter.add_argument("--measure", help=f"default: {','.join(MEASURES)}")
     meter.add_argument("--baseline", help="the original model, for kl, top1_agreement and flips")
     meter.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    exporter = add("export", export_artifact, with_home=False)
+    exporter.add_argument("artifact", metavar="ARTIFACT", help="the folder that a run saved")
+    exporter.add_argument("--format", required=True, help=", ".join(export.formats()))
+    exporter.add_argument("--to", required=True, metavar="FOLDER", help="a folder that is not there yet")
     add("methods", list_methods, with_home=False)
     add("runs", list_runs)
     comparer = add("compare", compare)

@@ -4,16 +4,16 @@ GPTQ (Frantar et al., 2022, arXiv 2210.17323). Minimises |XW - XQ|² for each li
 H = 2 X Xᵀ of calibration inputs. Needs calibration text, no training; the best choice at 4 bits and
 below among the weight-only schemes here.
 
-The weight is worked through column by column, in slices. With the upper Cholesky factor U of H⁻¹ = Uᵀ U,
-whose row j says how much of column j's error the later columns must absorb:
+The weight is worked through column by column, in slices. With the upper triangular M of H = M Mᵀ, the error is the
+sum over the columns j of |((W - Q) M)_j|², in which only the columns up to j appear. So each can be made small in turn:
 
-    q_j   = nearest level to w_j
-    e_j   = (w_j - q_j) / U_jj
-    w_k  -= e_j U_jk            for k > j
+    q_j = nearest level to w_j + sum over k < j of (w_k - q_k) M_kj / M_jj
 
-Within a slice at once, beyond it once per slice ("lazy batch updates", section 3.3). By hand, with the
-grid of whole numbers, w = (0.6, 0.6) and U = [[1, 0.5], [0, 1]]: q_0 = 1, e_0 = -0.4, so w_1 becomes
-0.6 + 0.4 * 0.5 = 0.8 and q_1 = 1.
+which are the codes of the paper, whose update reads the Cholesky factor of H⁻¹ instead (Chen et al., 2025, "The
+Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", arXiv 2507.18553). As nothing is inverted,
+factorizing takes a quarter of the arithmetic, and happens in place. Columns before a slice count at once, by one
+product; within it, one by one. By hand, with the grid of whole numbers, w = (0.6, 0.6) and M = [[1, -1], [0, 2]]:
+q_0 = 1 leaves -0.4, so w_1 counts as 0.6 + -0.4 * -1/2 = 0.8 and q_1 = 1.
 
 Activation order is *static*: columns are solved in the order of falling H_jj, but every column keeps the
 group, and so the scale, of its place in the row. Files need no index then, and kernels stay fast.
@@ -38,7 +38,7 @@ from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import Grid, GridParams, Moments, make_grid, round_to_nearest, stretches
+from engine.quantize._grid import GridParams, Moments, make_grid, round_to_nearest
 from engine.quantize._place import place
 
 TITLE = "GPTQ"
@@ -103,74 +103,70 @@ class Solver:
     def __init__(self, hessian: Tensor, params: SolverParams) -> None:
         self._importance = hessian.diagonal().clone()
         self._dead = self._importance == 0
-        self._order = torch.arange(hessian.shape[0], device=hessian.device)
+        importance = torch.where(self._dead, 1, self._importance)
+        self._order = torch.arange(len(hessian), device=hessian.device)
         if params.activation_order:
-            ranks = torch.where(self._dead, 1, self._importance)
-            self._order = torch.argsort(ranks, descending=True, stable=True)
-        self._factor, self.damping = inverse_factor(hessian, params.damping, self._order)
+            self._order = torch.argsort(importance, descending=True, stable=True)
+        self._turned, self.damping = turned_factor(hessian, self._order, params.damping)
+
+    def _slice(self, start: int, stop: int) -> Tensor:
+        """M_kj / M_jj of the columns j from `start` to `stop` and all rows k before `stop`: (stop, stop - start)."""
+        size = len(self._turned)
+        part = self._turned[size - stop :, size - stop : size - start].flip(0, 1)
+        return part / part[start:].diagonal()
 
     def quantize(
         self, weight: Tensor, params: GridParams, name: str, dtype: torch.dtype, keep: Tensor | None = None
     ) -> QuantizedWeight:
         """The weight (N, K) on the grid of `params`; scales are stored in `dtype`.
 
-        Where `keep` (N, K) is False, the weight becomes zero. Rows do not depend on each other.
+        Where `keep` (N, K) is False, the weight becomes zero.
         """
         grid = make_grid(weight, params, name, dtype, self._importance)
-        codes = [
-            self._solve(weight[rows].float(), grid.rows(rows), None if keep is None else keep[rows])
-            for rows in stretches(weight)
-        ]
-        return grid.quantized(torch.cat(codes))
-
-    def _solve(self, weight: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
-        """The codes (N, K), uint8, of a float32 weight."""
-        columns, top = weight.shape[1], 2**grid.bits - 1
+        columns, top = weight.shape[1], 2**params.bits - 1
         group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
-        weight = torch.where(self._dead, 0, weight)  # inputs that are always zero: zero costs nothing
-        weight, group = weight[:, self._order], group[self._order]
-        keep = None if keep is None else keep[:, self._order]
-        codes = torch.empty_like(weight)
+        group, keep = group[self._order], None if keep is None else keep[:, self._order]
+        # Transposed, so that a column is contiguous: (K, N).
+        wanted = weight[:, self._order].t().float().contiguous()
+        wanted[self._dead[self._order]] = 0  # inputs that are always zero: zero costs nothing
+        missed, codes = torch.empty_like(wanted), torch.empty_like(wanted, dtype=torch.uint8)  # missed: w - q
         for start in range(0, columns, SLICE):
             stop = min(start + SLICE, columns)
-            part, errors = weight[:, start:stop], torch.empty_like(weight[:, start:stop])
-            scale, zero = grid.columns(group[start:stop])  # (N, stop - start) each
+            factor = self._slice(start, stop)
+            part = torch.addmm(wanted[start:stop], factor[:start].t(), missed[:start])  # (stop - start, N)
+            scale, zero = (each.t().contiguous() for each in grid.columns(group[start:stop]))  # (stop - start, N) each
             for j in range(stop - start):
-                s, z = scale[:, j], zero[:, j]
-                code = (torch.round(part[:, j] / s) + z).clamp_(0, top)
+                s, z = scale[j], zero[j]
+                code = (torch.round(part[j] / s) + z).clamp_(0, top)
                 if keep is not None:
                     code = torch.where(keep[:, start + j], code, z)
-                row = self._factor[start + j, start + j : stop]
-                errors[:, j] = (part[:, j] - (code - z) * s) / row[0]
-                part[:, j + 1 :] -= torch.outer(errors[:, j], row[1:])
-                codes[:, start + j] = code
-            weight[:, stop:] -= errors @ self._factor[start:stop, stop:]
+                missed[start + j] = wanted[start + j] - (code - z) * s
+                part[j + 1 :].addr_(factor[start + j, j + 1 :], missed[start + j])
+                codes[start + j] = code
         inverse = torch.empty_like(self._order)
-        inverse[self._order] = torch.arange(columns, device=weight.device)
-        return codes[:, inverse].to(torch.uint8)
+        inverse[self._order] = torch.arange(columns, device=codes.device)
+        return grid.quantized(codes[inverse].t())
 
 
-def inverse_factor(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, float]:
-    """The upper Cholesky factor U of (H + d I)⁻¹ = Uᵀ U and the damping that it took, raised tenfold on failure.
+def turned_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """M of H' + d I = M Mᵀ, where H' is H (K, K) in an order, and the damping that it took.
 
-    H's rows and columns are taken in `order`; those of inputs that are always zero count as the identity's. At most
-    two matrices of H's size exist beside it at any time.
+    M is upper triangular; it comes turned by half a circle, so lower triangular, as it is computed: L = M.flip(0, 1).
+    Inputs that are always zero count as 1. The damping is raised tenfold on failure.
 
     Raises:
         LinAlgError: not positive definite even with the whole mean diagonal added.
     """
-    diagonal = hessian.diagonal()
-    mean = torch.where(diagonal == 0, 1, diagonal).mean()
+    backward = order.flip(0)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while True:
-        damped = hessian[order[:, None], order]
-        damped.diagonal().copy_(torch.where(damped.diagonal() == 0, 1, damped.diagonal()) + damping * mean)
-        try:
-            lower = torch.linalg.cholesky(damped)
-            del damped
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            return torch.linalg.cholesky(inverse, upper=True), damping
-        except LinAlgError:
-            if damping >= 1:
-                raise
-            damping = min(1.0, damping * 10)
+        turned = hessian[backward[:, None], backward].t()  # its own transpose, laid out to be factorized in place
+        diagonal = turned.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal.add_(damping * diagonal.mean())
+        torch.linalg.cholesky_ex(turned, out=(turned, failed))
+        if not failed:
+            return turned, damping
+        if damping >= 1:
+            raise LinAlgError(f"its Hessian is not positive definite (order {int(failed)})")
+        damping = min(1.0, damping * 10)

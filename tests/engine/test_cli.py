@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import cli, doctor, pipeline, preflight
 from engine.errors import OutOfMemory
@@ -74,6 +75,29 @@ def test_run_in_words(call) -> None:
     assert code == 0
     assert "succeeded" in out[0]
     assert out[1].split() == ["kl", "1.5", "±", "0.1", "nat"]
+
+
+def test_export(call, tmp_path: Path) -> None:
+    from engine import artifacts
+    from engine.models import LoadedModel, load
+    from engine.packing import QuantizedWeight
+
+    model: LoadedModel = load(preflight.DEMO / "model")
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.network.get_submodule(name).weight.data
+    codes = torch.full(weight.shape, 5, dtype=torch.uint8)
+    scale, zero = torch.ones(len(weight), 2).bfloat16(), torch.full((len(weight), 2), 8, dtype=torch.uint8)
+    model.quantized[name] = QuantizedWeight(codes, scale, zero, 4, True)
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    code, out, _ = call("export", "artifact", "--format", "gptq", "--to", "out", "--json")
+    assert code == 0
+    assert json.loads(out[-1])["folder"] == str(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    code, _, err = call("export", "artifact", "--format", "gptq", "--to", "out")
+    assert (code, len(err)) == (2, 1)
+    code, _, err = call("export", "artifact", "--format", "gtpq", "--to", "other")
+    assert (code, len(err)) == (2, 1)
+    assert "Did you mean gptq" in err[0]
 
 
 def test_run_elsewhere(call, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize import gptq, rtn
 from engine.quantize._grid import make_grid, round_to_nearest
-from engine.quantize.gptq import Params, Solver, inverse_factor
+from engine.quantize.gptq import Params, Solver, turned_factor
 from tests.conftest import Recorder
 
 
@@ -98,11 +98,13 @@ def test_damping_is_raised_until_the_factorization_succeeds() -> None:
     flat = correlated(512, 24).double()
     hessian = (flat.t() @ flat / 512).float()
     hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(24)  # no longer positive definite
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(2))
-    factor, damping = inverse_factor(hessian, 0.001, order)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    lower, damping = turned_factor(hessian, order, 0.001)
+    factor = lower.flip(0, 1)
     assert damping > 0.001
-    damped = (hessian + damping * hessian.diagonal().mean() * torch.eye(24))[order][:, order]
-    torch.testing.assert_close((factor.t() @ factor) @ damped, torch.eye(24), atol=2e-3, rtol=0)
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(24)
+    torch.testing.assert_close(factor @ factor.t(), damped[order][:, order])
+    torch.testing.assert_close(factor, factor.triu())
 
 
 def test_an_input_that_is_always_zero_does_no_harm() -> None:
@@ -117,10 +119,10 @@ def test_an_input_that_is_always_zero_does_no_harm() -> None:
 def test_a_linear_that_cannot_be_solved_is_logged(
     tiny: LoadedModel, context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(hessian: Tensor, damping: float, order: Tensor) -> tuple[Tensor, float]:
+    def fail(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
         raise torch.linalg.LinAlgError("not positive definite")
 
-    monkeypatch.setattr(gptq, "inverse_factor", fail)
+    monkeypatch.setattr(gptq, "turned_factor", fail)
     gptq.apply(tiny, Params(samples=4, sequence_length=16, group_size=32), context)
     assert sum("rounded to nearest instead" in line for line in recorder.logs()) == 3 * 7
     assert len(tiny.quantized) == 3 * 7
@@ -136,6 +138,6 @@ def test_linears_that_read_one_input_are_factorized_once(
     tiny: LoadedModel, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved = []
-    monkeypatch.setattr(gptq, "inverse_factor", lambda *given: solved.append(given) or inverse_factor(*given))
+    monkeypatch.setattr(gptq, "turned_factor", lambda *given: solved.append(given) or turned_factor(*given))
     gptq.apply(tiny, Params(samples=4, sequence_length=16, group_size=32), context)
     assert len(solved) == 3 * 4  # q, k and v; o; gate and up; down
