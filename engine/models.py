@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from engine.errors import BadModel, short
-from engine.packing import InputGrid, QuantizedWeight
+from engine.packing import CACHE_KEY, CacheGrid, InputGrid, QuantizedWeight
 
 Linear = nn.Linear | Conv1D
 
@@ -39,6 +39,7 @@ class LoadedModel:
     pruned: names of the linears whose zeros must be kept by later steps.
     kernels: by module name, the kernel that computes it; empty while all weights are dense.
     stored_as: the `quantization_config` of a library whose own modules stand in the network.
+    kv_cache: how keys and values are held in generation; None: as they are.
     """
 
     network: PreTrainedModel
@@ -48,6 +49,7 @@ class LoadedModel:
     pruned: set[str] = field(default_factory=set)
     kernels: dict[str, str] = field(default_factory=dict)
     stored_as: dict[str, JsonValue] | None = None
+    kv_cache: CacheGrid | None = None
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +90,17 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
             raise BadModel(f"{short(folder.name)}: {name} holds NaN or infinite values; the checkpoint is damaged.")
     network.to(torch.device(device))  # type: ignore[arg-type]  # the stub takes the method for an unbound one
     network.eval()  # type: ignore[no-untyped-call]
-    return LoadedModel(network, load_tokenizer(folder), folder)
+    return LoadedModel(network, load_tokenizer(folder), folder, kv_cache=cache_grid(config, folder))
+
+
+def cache_grid(config: PretrainedConfig, folder: Path) -> CacheGrid | None:
+    """How the config of the model in `folder` says that keys and values are held.
+
+    Raises:
+        BadModel: it says so in a way that we do not write.
+    """
+    entry = getattr(config, CACHE_KEY, None)
+    return None if entry is None else CacheGrid.read(entry, folder.name)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

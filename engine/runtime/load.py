@@ -54,7 +54,8 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
             _fill_dense(network, name, files, device)
     _finish(network, folder, device)
     network.train(False)
-    return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels)
+    kv_cache = models.cache_grid(config, folder)
+    return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels, kv_cache=kv_cache)
 
 
 def library_kernels(network: PreTrainedModel) -> dict[str, str]:
