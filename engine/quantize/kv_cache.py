@@ -2,10 +2,21 @@
 
 KIVI (Liu et al., 2024, "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", arXiv 2402.02750). No weight
 changes and no text is needed: whenever a group of tokens is full, its keys and values are rounded and packed, with a
-scale and a low (both bfloat16) for each group. Keys share them along tokens, one channel at a time, since some channels
-are large for every token; values along channels, one token at a time, so that the errors of tokens that are not
-attended to stay with them. The newest tokens stay as they are: those of the `window` and of the group that is not full.
+scale and a low (both bfloat16) for each group: 9 or 5 bits a number with groups of 32. Keys share them along tokens,
+one channel at a time, since some channels are large for every token; values along channels, one token at a time, so
+that the errors of tokens that are not attended to stay with them. The newest tokens stay as they are: those of the
+`window` and of the group that is not full yet. A prompt is read exactly, then packed.
 
+Tried on the demo model with 4 bits and groups of 32. Keys: relative squared error 0.0044 along tokens, 0.0065 along
+channels. Values are the other way round there, 0.0040 and 0.0064, at KL divergences too close to choose by; the
+paper's larger models decide for channels. Grids symmetric around zero have 1.5 to 1.7 times the error and take half a
+bit less. Windows of 32 and 128 exact tokens did not lower the KL on texts of 480 tokens by more than its error, so
+there is none unless it is asked for.
+
+Slower, not faster: keys and values are unpacked for attention, one block at a time, and the lean decode loop, which
+knows no packed cache, is not used. Perplexity, KL and accuracy are measured with all keys and values rounded, also
+those that generation would keep exact: what a text much longer than window and group would see. Written text, and the
+score of a text, use the cache as it is. The files keep the settings in config.json, where other programs ignore them.
 """
 
 from __future__ import annotations
