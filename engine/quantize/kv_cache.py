@@ -60,9 +60,8 @@ class Params(methods.Params):
 
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
         """Refuse groups that do not fit the heads, and families whose cache is another."""
-        kind, layers = config.get("model_type"), config.get("layer_types") or []
-        assert isinstance(layers, list)
-        other = sorted({str(layer) for layer in layers} - ATTENTION)
+        kind, layers = config.get("model_type"), config.get("layer_types")
+        other = sorted({str(layer) for layer in layers} - ATTENTION) if isinstance(layers, list) else []
         if kind in OTHER_CACHES or other:
             what = f"layers of {other[0]}" if other else "a cache of its own"
             raise BadModel(f"{kind} has {what}: its keys and values cannot be quantized. Leave quantize/kv_cache out.")
