@@ -39,6 +39,8 @@ RECIPES: dict[str, list[object]] = {
     "SmoothQuant, 8-bit weights and inputs": [{"quantize/smoothquant": {}}],
     "ZeroQuant, 4-bit weights, 8-bit inputs": [{"quantize/zeroquant": {"bits": 4}}],
     "bitsandbytes NF4": [{"quantize/bitsandbytes": {}}],
+    "KV cache 8 bit": [{"quantize/kv_cache": {"bits": 8}}],
+    "KV cache 4 bit": [{"quantize/kv_cache": {"bits": 4}}],
     "GPTQ 3 bit": [{"quantize/gptq": {"bits": 3}}],
     "AWQ 3 bit": [{"quantize/awq": {"bits": 3}}],
     "HQQ 3 bit": [{"quantize/hqq": {"bits": 3}}],

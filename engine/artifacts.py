@@ -6,6 +6,7 @@ manifest names each file with its SHA-256; one rename publishes the folder.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from engine.checkpoint import part_names
 from engine.errors import BadArtifact
 from engine.files import publish, sync
 from engine.models import LoadedModel, blocks
-from engine.packing import QuantizedWeight
+from engine.packing import CACHE_KEY, QuantizedWeight
 from engine.records import Recipe
 from engine.shards import Scheme, Shard, format_of, packed_modules, strategy
 
@@ -49,6 +50,8 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
         config["quantization_config"] = model.stored_as
     elif packed := packed_modules(model):
         config["quantization_config"] = quantization_config(model.network, packed)
+    if model.kv_cache is not None:  # a key of ours, which `transformers` keeps and does not read
+        config[CACHE_KEY] = dataclasses.asdict(model.kv_cache)
     (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_manifest(temporary, recipe)
     publish(temporary, folder)

@@ -4,7 +4,8 @@ A token of a packed model costs a few milliseconds, so what surrounds the produc
 through `transformers` as always. For the Llama family the tokens after it run through `LeanDecoder`: the
 same modules, with preallocated keys and values and nothing else around them. Its first step repeats the
 last token of the prompt and is compared with what `transformers` said; where the two disagree, and for
-every other family, `transformers` goes on with its own cache.
+every other family, `transformers` goes on with its own cache. So it does for models that hold keys and
+values packed, with the cache of `engine.kv_cache`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from engine.kv_cache import PackedCache
 from engine.models import LoadedModel
+from engine.packing import CacheGrid
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,9 @@ def generate(
     """
     stops = end_tokens(model.network)
     dice = torch.Generator().manual_seed(seed)
-    for step in decode(model.network, prompt_ids, max_new_tokens, temperature=temperature, dice=dice):
+    for step in decode(
+        model.network, prompt_ids, max_new_tokens, kv_cache=model.kv_cache, temperature=temperature, dice=dice
+    ):
         yield Generated(int(step.tokens[0]), step.logprobs[0])
         if int(step.tokens[0]) in stops:
             return
@@ -71,10 +76,13 @@ def decode(
     max_new_tokens: int,
     *,
     batch: int = 1,
+    kv_cache: CacheGrid | None = None,
     temperature: float = 0.0,
     dice: torch.Generator | None = None,
 ) -> Iterator[Step]:
     """`max_new_tokens` steps of `batch` sequences that begin with the same prompt; no token ends them.
+
+    With `kv_cache`, keys and values are held packed.
 
     Raises:
         ValueError: the prompt is empty.
@@ -84,7 +92,7 @@ def decode(
     if max_new_tokens < 1:
         return
     ids = torch.tensor([prompt_ids] * batch, device=network.device)
-    logits, cache = _read_prompt(network, ids)
+    logits, cache = _read_prompt(network, ids, kv_cache)
     step = _choose(logits, temperature, dice)
     yield step
     decoder: _Decoder | None = None
@@ -103,8 +111,40 @@ def score(model: LoadedModel, ids: list[int], start: int) -> Tensor:
     """
     if not 1 <= start <= len(ids):
         raise ValueError(f"start {start} is outside 1..{len(ids)}")
+    if model.kv_cache is not None:
+        return _score_packed(model.network, ids, start, model.kv_cache)
     logits: Tensor = model.network(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
     return logits[0, start - 1 : len(ids) - 1].float().log_softmax(-1)
+
+
+def _score_packed(network: PreTrainedModel, ids: list[int], start: int, grid: CacheGrid) -> Tensor:
+    """`score` with every prediction from the packed cache that `decode` would have at its place.
+
+    Tokens that see the same packed groups are read at once.
+    """
+    cache = PackedCache(network.config, grid)
+    parts = []
+    place, end = 0, start  # of the tokens that are read next: first the prompt, as `decode` does
+    while place < len(ids):
+        part = torch.tensor([ids[place:end]], device=network.device)
+        parts.append(network(input_ids=part, past_key_values=cache, use_cache=True).logits[0])
+        place, end = end, end + cache.room
+    return torch.cat(parts)[start - 1 : len(ids) - 1].float().log_softmax(-1)
+
+
+@torch.inference_mode()
+def cache_bytes(model: LoadedModel, ids: list[int]) -> int:
+    """Bytes of the keys and values that `decode` holds after a text, for one sequence.
+
+    Raises:
+        ValueError: the text is empty.
+    """
+    if not ids:
+        raise ValueError("a text of no tokens has no keys and values")
+    rows = torch.tensor([ids], device=model.device)
+    logits, cache = _read_prompt(model.network, rows, model.kv_cache)
+    decoder = _decoder(model.network, cache, rows, logits, len(ids))
+    return decoder.cache_bytes
 
 
 def end_tokens(network: PreTrainedModel) -> frozenset[int]:
@@ -115,14 +155,19 @@ def end_tokens(network: PreTrainedModel) -> frozenset[int]:
 
 
 class _Decoder(Protocol):
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that are held."""
+
     def step(self, ids: Tensor) -> Tensor:
         """Logits (B, V) after one more token (B, 1)."""
 
 
 @torch.inference_mode()
-def _read_prompt(network: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Cache]:
+def _read_prompt(network: PreTrainedModel, ids: Tensor, grid: CacheGrid | None) -> tuple[Tensor, Cache]:
     """Logits (B, V) after the prompt (B, n), and its keys and values."""
-    output = network(input_ids=ids, use_cache=True, logits_to_keep=1)
+    cache = None if grid is None else PackedCache(network.config, grid)
+    output = network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1], output.past_key_values
 
 
@@ -136,8 +181,11 @@ def _choose(logits: Tensor, temperature: float, dice: torch.Generator | None) ->
 
 
 def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor, room: int) -> _Decoder:
-    """The lean decoder where it agrees with `transformers` about the prompt's end, else `transformers`."""
-    if LeanDecoder.supports(network):
+    """The lean decoder where it agrees with `transformers` about the prompt's end, else `transformers`.
+
+    The lean decoder knows no packed cache.
+    """
+    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network):
         lean = LeanDecoder(network, cache, room)
         seen = lean.step(ids[:, -1:])
         distance = (seen.float() - logits.float()).norm() / logits.float().norm()
@@ -152,6 +200,13 @@ class _WholeModel:
 
     def __init__(self, network: PreTrainedModel, cache: Cache) -> None:
         self._network, self._cache = network, cache
+
+    @property
+    def cache_bytes(self) -> int:
+        if isinstance(self._cache, PackedCache):
+            return self._cache.nbytes
+        held = [(layer.keys, layer.values) for layer in self._cache.layers if isinstance(layer, DynamicLayer)]
+        return sum(states.nbytes for pair in held for states in pair if states is not None)
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -204,6 +259,11 @@ class LeanDecoder:
             for layer in cache.layers
             if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         ]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that are held, room for later ones included."""
+        return sum(states.nbytes for pair in self._caches for states in pair)
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from engine.records import MEASURES, EventKind, Recipe, Step
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel
+    from engine.packing import CacheGrid
 
 FAMILIES = ("quantize", "prune", "distill")
 Change = Literal["disk", "memory", "latency"]
@@ -53,6 +54,18 @@ class Params(BaseModel):
         `transformers` fuses experts when it loads them: they need one symmetric scheme, and inputs as they are.
         """
         return ""
+
+    def check_config(self, config: Mapping[str, JsonValue]) -> None:
+        """Refuse what cannot work on a model with this config.json.
+
+        Raises:
+            BadParams: one line that names what would work.
+            BadModel: one line that names the family.
+        """
+
+    def cache_grid(self) -> CacheGrid | None:
+        """How the model is to hold keys and values, for a step that says this and changes no weight."""
+        return None
 
 
 class Selection(Params):
@@ -248,8 +261,10 @@ def check(recipe: Recipe) -> list[tuple[Method, Params]]:
         if name not in MEASURES:
             raise UnknownName("measurement", name, MEASURES)
     steps = [_checked(step) for step in recipe.steps]
-    for (earlier, _), (later, _) in itertools.pairwise(steps):
-        if earlier.family == "quantize":
+    for (earlier, settings), (later, next_settings) in itertools.pairwise(steps):
+        if settings.cache_grid() is not None:
+            raise BadRecipe(f"{later.name} cannot follow {earlier.name}. Put {earlier.name} last, once.")
+        if earlier.family == "quantize" and next_settings.cache_grid() is None:
             raise BadRecipe(
                 f"{later.name} cannot follow {earlier.name}: it would change weights whose integer codes are "
                 "already fixed. Put quantization last."

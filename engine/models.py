@@ -18,12 +18,19 @@ from typing import Protocol
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
 from transformers.pytorch_utils import Conv1D
 
 from engine.checkpoint import Checkpoint, attention, empty, part_names, part_of, read_config, shell
 from engine.errors import BadModel, short
-from engine.packing import InputGrid, QuantizedWeight
+from engine.packing import CACHE_KEY, CacheGrid, InputGrid, QuantizedWeight
 
 Linear = nn.Linear | Conv1D
 
@@ -100,6 +107,7 @@ class LoadedModel:
     kernels: by module name, the kernel that computes it; empty while all weights are dense.
     stored_as: the `quantization_config` of a library whose own modules stand in the network.
     parts: of a streamed model; None where all weights are in memory.
+    kv_cache: how keys and values are held in generation; None: as they are.
     """
 
     network: PreTrainedModel
@@ -110,6 +118,7 @@ class LoadedModel:
     kernels: dict[str, str] = field(default_factory=dict)
     stored_as: dict[str, JsonValue] | None = None
     parts: Parts | None = None
+    kv_cache: CacheGrid | None = None
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +241,17 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
             raise BadModel(f"{short(folder.name)}: {name} holds NaN or infinite values; the checkpoint is damaged.")
     network.to(torch.device(device))  # type: ignore[arg-type]  # the stub takes the method for an unbound one
     network.eval()  # type: ignore[no-untyped-call]
-    return LoadedModel(network, load_tokenizer(folder), folder)
+    return LoadedModel(network, load_tokenizer(folder), folder, kv_cache=cache_grid(config, folder))
+
+
+def cache_grid(config: PretrainedConfig, folder: Path) -> CacheGrid | None:
+    """How the config of the model in `folder` says that keys and values are held.
+
+    Raises:
+        BadModel: it says so in a way that we do not write.
+    """
+    entry = getattr(config, CACHE_KEY, None)
+    return None if entry is None else CacheGrid.read(entry, folder.name)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -14,8 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.errors import BadModel, short
+
 Kind = Literal["int", "float"]
 LARGEST_FLOAT8 = 448.0  # of float8_e4m3fn
+CACHE_KEY = "maquette_kv_cache"  # of config.json
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,47 @@ class QuantizedWeight:
         """Stored bits per weight: codes, scales and, where the grid is asymmetric, zero points."""
         per_scale = self.scale.element_size() * 8 + (0 if self.symmetric else self.bits)
         return self.bits + per_scale * self.scale.numel() / self.codes.numel()
+
+
+@dataclass(frozen=True)
+class CacheGrid:
+    """How a model holds keys and values while it generates: codes of `bits`, a scale and a low for each group.
+
+    group_size: tokens (of keys) or channels (of values) that share a scale.
+    window: the newest tokens that stay as they are, at least; groups are packed as soon as they are full beyond it.
+    """
+
+    bits: Literal[4, 8]
+    group_size: int
+    window: int
+
+    @classmethod
+    def read(cls, entry: object, name: str) -> CacheGrid:
+        """The grid that config.json of the model `name` holds under `CACHE_KEY`.
+
+        Raises:
+            BadModel: it is none that we write.
+        """
+        if isinstance(entry, dict) and set(entry) == {"bits", "group_size", "window"}:
+            bits, size, window = entry["bits"], entry["group_size"], entry["window"]
+            if bits in (4, 8) and all(type(n) is int for n in (size, window)) and size > 0 and window >= 0:
+                return cls(bits, size, window)
+        raise BadModel(f"{short(name)}: config.json says {CACHE_KEY} = {short(entry)}; no such KV cache is known.")
+
+    @property
+    def label(self) -> str:
+        """What stands beside the kernels' names."""
+        return f"KV cache {self.bits} bit, unpacked for attention"
+
+    def packed_tokens(self, tokens: int) -> int:
+        """How many of `tokens` tokens are packed."""
+        return max(0, tokens - self.window) // self.group_size * self.group_size
+
+    def bytes(self, tokens: int, head_size: int, width: int) -> int:
+        """Bytes of the keys and values of one head after `tokens` tokens; numbers that are not packed take `width`."""
+        packed = self.packed_tokens(tokens)
+        scales = 2 * packed * head_size // self.group_size  # of keys and of values
+        return 2 * packed * head_size * self.bits // 8 + 2 * 2 * scales + 2 * (tokens - packed) * head_size * width
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

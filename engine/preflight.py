@@ -18,6 +18,7 @@ from engine import hardware, methods
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
 from engine.methods import Calibrated, Method, Params, Selection
+from engine.packing import CACHE_KEY, CacheGrid
 from engine.records import Recipe
 from engine.text import read_bytes, read_documents, too_short
 
@@ -63,6 +64,11 @@ class Shape:
             part = ".".join(path if number is None else path[: number + 1])
             found[part] = found.get(part, 0) + math.prod(shape)
         return found
+
+    @property
+    def cache_grid(self) -> CacheGrid | None:
+        """How the model holds keys and values, where it says so."""
+        return CacheGrid.read(self.config[CACHE_KEY], self.folder.name) if CACHE_KEY in self.config else None
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -246,7 +252,7 @@ def check(recipe: Recipe) -> Estimate:
     """
     steps = methods.check(recipe)
     shape = inspect(resolve(recipe.model.source))
-    if steps and "quantization_config" in shape.config:
+    if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     if steps:
         _check_experts(steps, shape)
@@ -313,6 +319,7 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
         )
     try:
         params.check_model({name: shape.linears[name] for name in names}, shape.parameters)
+        params.check_config(shape.config)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
 
@@ -336,7 +343,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
     """Compressing and measuring follow each other: the larger of the two counts."""
     width = WIDTHS[recipe.model.dtype]
     config = shape.config.get
-    hidden, layers = _number(config("hidden_size", 768)), _number(config("num_hidden_layers", 12))
+    hidden = _number(config("hidden_size", 768))
     dense = shape.parameters * width
     streamed = bool(steps) and not any(method.whole for method, _ in steps)
     weights = width * max(shape.parts.values()) if streamed else dense
@@ -356,9 +363,10 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
             notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
     kv_cache = 0
     if set(recipe.measure) - {"size"}:
-        kv_cache = 2 * layers * hidden * width * 8 * 256  # eight sequences of 256 tokens, as latency is measured
-        baseline = dense if "divergence" in recipe.measure and recipe.steps else 0
-        weights = max(weights, dense + baseline)
+        grid = next((found for _, params in steps if (found := params.cache_grid())), shape.cache_grid)
+        # The lean decoder holds float32 on a CPU; a packed cache holds its newest tokens in the model's dtype.
+        kv_cache = cache_bytes(shape.config, grid, width if grid or recipe.device == "cuda" else 4)
+        weights = max(weights, dense + (dense if "divergence" in recipe.measure and recipe.steps else 0))
     elif streamed and dense > hardware.free_memory():
         notes.append("Larger than memory: one block at a time.")
     fidelity = 2e5 * min(shape.parameters, 5e7) * bool(set(recipe.measure) - {"size"})  # large models read less text
@@ -374,6 +382,32 @@ def _solving(shape: Shape, collect: str) -> int:
         return 8 * sum(inputs)
     # One Hessian for each input that is read: of attention, of its output, of the feed-forward, of its output.
     return 4 * (sum(size * size for size in inputs) + 2 * inputs[-1] ** 2) + 8 * inputs[0] ** 2
+
+
+def cache_bytes(config: Mapping[str, JsonValue], grid: CacheGrid | None, width: int) -> int:
+    """Bytes of the keys and values of eight sequences of 256 tokens, as latency is measured.
+
+    Where they are packed: codes, scales, newest tokens, and what one block unpacks for attention.
+    """
+    blocks, heads, size = attention_sizes(config)
+    whole = 2 * 8 * heads * 256 * size * width  # of one block, in numbers of `width` bytes
+    if grid is None:
+        return blocks * whole
+    return blocks * 8 * heads * grid.bytes(256, size, width) + whole
+
+
+def attention_sizes(config: Mapping[str, JsonValue]) -> tuple[int, int, int]:
+    """Blocks, heads of keys and values, and numbers of a head, under the names that the families have for them."""
+
+    def first(*keys: str) -> int:
+        return next((number for key in keys if (number := _number(config.get(key)))), 0)
+
+    hidden = first("hidden_size", "n_embd") or 768
+    heads = first("num_attention_heads", "n_head") or 12
+    shared = first("num_key_value_heads", "num_kv_heads") or heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):  # Falcon
+        shared = 1
+    return first("num_hidden_layers", "n_layer") or 12, shared, first("v_head_dim", "head_dim") or hidden // heads
 
 
 def _number(value: object) -> int:

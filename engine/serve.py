@@ -61,7 +61,8 @@ def serve(source: str, device: str, commands: TextIO, replies: TextIO) -> None:
     inbox: queue.Queue[Command | None] = queue.Queue()
     threading.Thread(target=_listen, args=(commands, inbox), daemon=True).start()
     model = runtime.load(preflight.resolve(source), device)
-    _reply(replies, "ready", {"kernels": [*sorted(set(model.kernels.values()))]})
+    cache = [model.kv_cache.label] if model.kv_cache else []
+    _reply(replies, "ready", {"kernels": [*sorted(set(model.kernels.values())), *cache]})
     while (command := inbox.get()) is not None:
         try:
             for event, data in _answer(model, command):

@@ -17,8 +17,8 @@ Measured = Mapping[str, Measurement]
 
 # The order in which measurements are shown; names not listed follow in alphabetical order.
 ORDER = (
-    "size.bytes", "size.bits_per_weight", "size.sparsity", "memory.loaded", "memory.peak", "latency.ttft",
-    "latency.tpot", "throughput.b1", "throughput.b8", "perplexity", "bits_per_byte", "accuracy", "kl",
+    "size.bytes", "size.bits_per_weight", "size.sparsity", "memory.loaded", "memory.peak", "memory.kv_cache",
+    "latency.ttft", "latency.tpot", "throughput.b1", "throughput.b8", "perplexity", "bits_per_byte", "accuracy", "kl",
     "top1_agreement", "flips",
 )  # fmt: skip
 FRACTIONS = ("accuracy", "top1_agreement", "flips", "size.sparsity")

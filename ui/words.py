@@ -26,7 +26,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         # names of measurements
         "name.size.bytes": "Size on disk", "name.size.bits_per_weight": "Bits per weight",
         "name.size.sparsity": "Zeros", "name.size.parameters": "Parameters", "name.memory.loaded": "Memory, loaded",
-        "name.memory.peak": "Memory, peak", "name.latency.ttft": "Time to first token",
+        "name.memory.peak": "Memory, peak", "name.memory.kv_cache": "KV cache of one text",
+        "name.latency.ttft": "Time to first token",
         "name.latency.tpot": "Time per token", "name.throughput.b1": "Throughput, batch 1",
         "name.throughput.b8": "Throughput, batch 8", "name.perplexity": "Perplexity",
         "name.bits_per_byte": "Bits per byte", "name.accuracy": "Accuracy", "name.accuracy.task": "Accuracy, {task}",

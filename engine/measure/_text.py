@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engine.kv_cache import PackedCache, RoundedLayer
 from engine.models import LoadedModel
+from engine.packing import CacheGrid
 from engine.preflight import DEMO
 
 LONGEST = 512  # tokens of a document that are read
@@ -101,8 +104,33 @@ def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def log_probabilities(model: LoadedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Log-probabilities (rows, length, vocabulary) in float32 of the token after each; padded on the right."""
+    """Log-probabilities (rows, length, vocabulary) in float32 of the token after each; padded on the right.
+
+    Where the model holds keys and values in few bits, all of them are rounded, also the newest, which generation keeps
+    as they are: a text sees what the end of one much longer than the window would.
+    """
+    if model.kv_cache is not None:
+        return _with_rounded_cache(model, rows, model.kv_cache)
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=model.device)
     logits = model.network(input_ids=ids, use_cache=False).logits
     return torch.log_softmax(logits.float(), -1)
+
+
+def _with_rounded_cache(model: LoadedModel, rows: Sequence[Sequence[int]], grid: CacheGrid) -> Tensor:
+    """`log_probabilities` of rows of equal length at a time: padding would share scales with the text."""
+    lengths = [len(row) for row in rows]
+    found = torch.zeros(len(rows), max(lengths), model.network.config.get_text_config().vocab_size, device=model.device)
+    for length in sorted(set(lengths)):
+        places = [place for place, other in enumerate(lengths) if other == length]
+        ids = torch.tensor([list(rows[place]) for place in places], device=model.device)
+        cache = PackedCache(model.network.config, grid, RoundedLayer)
+        logits = model.network(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        found[places, :length] = torch.log_softmax(logits.float(), -1)
+    return found
+
+
+def about_cache(model: LoadedModel) -> dict[str, JsonValue]:
+    """What the details of a measurement say of a cache in few bits; nothing where there is none."""
+    grid = model.kv_cache
+    return {} if grid is None else {"kv_cache": f"{grid.bits} bit, every key and value rounded, the newest too"}

@@ -76,7 +76,8 @@ def kernels(model: LoadedModel) -> str:
     dense = f"dense {str(model.network.dtype).removeprefix('torch.')}"
     names = Counter(model.kernels.values())
     names[dense] += sum(name not in model.kernels for name, _ in linears(model.network))
-    return ", ".join(f"{name} x {count}" for name, count in names.most_common() if count)
+    found = [f"{name} x {count}" for name, count in names.most_common() if count]
+    return ", ".join(found + ([model.kv_cache.label] if model.kv_cache else []))
 
 
 def _repeat(
@@ -97,7 +98,7 @@ def _repeat(
 def _generate(model: LoadedModel, prompt: list[int], new_tokens: int, batch: int) -> list[float]:
     times = []
     last = _now(model.device)
-    for _ in decode(model.network, prompt, new_tokens, batch=batch):
+    for _ in decode(model.network, prompt, new_tokens, batch=batch, kv_cache=model.kv_cache):
         now = _now(model.device)
         times.append(now - last)
         last = now

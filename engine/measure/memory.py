@@ -1,4 +1,4 @@
-"""Memory of a model: what loading it takes, and the most that is taken while it generates.
+"""Memory of a model: what loading it takes, the most that is taken while it generates, what keys and values hold.
 
 On CUDA it is what torch's allocator handed out. On a CPU it is the growth of the process's resident memory,
 and is called so. Resident memory also grows by what is done for the first time (imported code, a
@@ -20,10 +20,13 @@ import psutil
 import torch
 from pydantic import JsonValue
 
+from engine.generate import cache_bytes
+from engine.models import LoadedModel
 from engine.records import Measurement
 
 T = TypeVar("T")
 EVERY = 0.005  # seconds between two looks, where the kernel does not keep the peak itself
+CACHE_TOKENS = 256  # as many as the estimate before a run counts
 CUDA = "cuda allocated"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -56,6 +59,21 @@ def generating(work: Callable[[], T], loaded: Measurement) -> tuple[T, Measureme
         result = work()
     protocol = f"loaded + highest growth, {highest.method}"
     return result, _measurement("memory.peak", loaded.value + max(0, highest.bytes - before), cuda, protocol)
+
+
+def of_cache(model: LoadedModel, text: list[int]) -> Measurement:
+    """`memory.kv_cache`: the bytes of keys and values that one sequence of CACHE_TOKENS tokens holds, scales included.
+
+    They are counted from the tensors that the decoder really keeps: on a CPU the lean decoder's are float32.
+    """
+    config = model.network.config.get_text_config()
+    count = min(CACHE_TOKENS, getattr(config, "max_position_embeddings", CACHE_TOKENS))
+    held = cache_bytes(model, (text * count)[:count])
+    details: dict[str, JsonValue] = {
+        "protocol": "tensors that are held after reading one sequence", "tokens": count, "per_token": held / count,
+        "kind": model.kv_cache.label if model.kv_cache else "exact",
+    }  # fmt: skip
+    return Measurement(name="memory.kv_cache", value=held, unit="B", higher_is_better=False, details=details)
 
 
 def resident() -> int:

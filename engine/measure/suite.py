@@ -47,27 +47,32 @@ def _speed(model: LoadedModel, prompt: list[int], loaded: Measurement, wanted: s
     emit("phase", {"name": "measuring memory and latency"})
     found, peak = memory.generating(lambda: latency.measure(model, prompt, emit=emit), loaded)
     if "memory" in wanted:
-        say([loaded, peak])
+        say([loaded, peak, memory.of_cache(model, prompt)])
     if "latency" in wanted:
         say(found)
 
 
 def _fidelity(model: LoadedModel, baseline: LoadedModel | None, wanted: set[str], emit: Emit, say: Say) -> None:
     """How well the model still predicts, answers and writes."""
+    about = _text.about_cache(model)
+
+    def tell(found: list[Measurement]) -> None:
+        say([each.model_copy(update={"details": each.details | about}) for each in found])
+
     documents = _text.documents(model)
     if "perplexity" in wanted:
         emit("phase", {"name": "measuring perplexity"})
-        say(perplexity.measure(model, documents))
+        tell(perplexity.measure(model, documents))
     if "accuracy" in wanted:
         emit("phase", {"name": "measuring accuracy"})
         items = _text.items(model)
         chosen = accuracy.choices(model, items)
-        say(accuracy.measure(items, chosen))
+        tell(accuracy.measure(items, chosen))
         if baseline is not None:
-            say([accuracy.flips(items, chosen, accuracy.choices(baseline, items))])
+            tell([accuracy.flips(items, chosen, accuracy.choices(baseline, items))])
     if "divergence" in wanted and baseline is not None:
         emit("phase", {"name": "measuring divergence"})
-        say(divergence.measure(model, baseline, documents))
+        tell(divergence.measure(model, baseline, documents))
     if "outputs" in wanted:
         emit("phase", {"name": "writing outputs"})
         for output in outputs.measure(model, baseline, _text.prompts()):

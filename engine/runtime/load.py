@@ -52,7 +52,8 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
         if not (module in kernels and (part in PARTS or part in ("weight", "bias"))):
             _fill_dense(network, name, files, device)
     _finish(network, folder)
-    return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels)
+    kv_cache = models.cache_grid(config, folder)
+    return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels, kv_cache=kv_cache)
 
 
 def library_kernels(network: PreTrainedModel) -> dict[str, str]:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from engine import models, preflight
 from engine.errors import BadModel, InputError, TooBig
 from engine.records import Recipe
+from tests.conftest import in_memory
+from tests.families import FAMILIES
 
 Maker = Callable[..., Path]
 
@@ -121,6 +123,9 @@ def test_damaged_weights_are_refused_when_loading(tiny_folder: Maker, damage: st
         ({"quantize/gptq": {"targets": "*.nothing"}}, "no linear is left by targets '*.nothing'"),
         ({"quantize/gptq": {"group_size": 48}}, "Sizes that do: 8, 16, 32, 64, 128"),
         ({"quantize/gptq": {"bitz": 4}}, "Did you mean bits"),
+        ({"quantize/kv_cache": {"bits": 3}}, "bits"),
+        ({"quantize/kv_cache": {"group_size": 32}}, "does not divide the 16 channels of a head. Sizes that do: 8, 16"),
+        ({"quantize/kv_cache": {"window": -1}}, "window"),
         ({"quantize/gtpq": {}}, "Did you mean quantize/gptq"),
         ({"prune/wanda": {"sparsity": 1.0}}, "sparsity"),
         ({"prune/wanda": {"sparsity": -0.1}}, "sparsity"),
@@ -147,6 +152,60 @@ def test_a_pattern_that_does_not_divide_the_width(tiny_folder: Maker) -> None:
 
 def test_nothing_may_follow_quantization(tiny_folder: Maker) -> None:
     assert "Put quantization last" in refuse(recipe(tiny_folder(), "quantize/rtn", "prune/magnitude"))
+
+
+def test_the_kv_cache_comes_last_once(tiny_folder: Maker) -> None:
+    step, folder = {"quantize/kv_cache": {"group_size": 16}}, tiny_folder()
+    preflight.check(recipe(folder, {"quantize/rtn": {"group_size": 32}}, step))
+    for others in ((step, "quantize/rtn"), (step, step)):
+        assert "Put quantize/kv_cache last, once" in refuse(recipe(folder, *others))
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "mamba2"}, {"layer_types": ["full_attention", "linear_attention", "full_attention"]}]
+)
+def test_families_without_keys_and_values_are_refused_by_name(tiny_folder: Maker, change: dict[str, object]) -> None:
+    folder = tiny_folder()
+    edit(folder, **change)
+    said = refuse(recipe(folder, {"quantize/kv_cache": {"group_size": 16}}))
+    assert "keys and values cannot be quantized" in said
+    assert str(change.get("model_type", "layers of linear_attention")) in said
+
+
+@pytest.mark.parametrize(
+    "entry", [{"bits": 4}, {"bits": 3, "group_size": 16, "window": 0}, {"bits": 4, "group_size": "16", "window": 0}, 4]
+)
+def test_a_kv_cache_that_nobody_wrote_is_refused(tiny_folder: Maker, entry: object) -> None:
+    folder = tiny_folder()
+    edit(folder, maquette_kv_cache=entry)
+    assert "no such KV cache is known" in refuse(recipe(folder))
+    with pytest.raises(BadModel, match="no such KV cache"):
+        models.load(folder)
+
+
+def test_the_estimate_counts_the_keys_and_values_that_will_be_held(tiny_folder: Maker) -> None:
+    folder = tiny_folder()  # 3 blocks, 2 heads of 16 channels
+    numbers = 8 * 256 * 2 * 3 * 2 * 16
+    step = {"quantize/kv_cache": {"bits": 4, "group_size": 16}}
+    exact, packed = (preflight.estimate(recipe(folder, *steps)) for steps in ((), (step,)))
+    assert exact.kv_cache == 4 * numbers  # float32 on a CPU
+    assert preflight.estimate(recipe(folder, device="cuda")).kv_cache == 2 * numbers
+    # Half a byte, and 4 bytes for each group of 16; one block is unpacked for attention.
+    assert packed.kv_cache == numbers // 2 + 4 * numbers // 16 + 2 * numbers // 3
+    assert packed.total == packed.weights + packed.kv_cache + packed.runtime
+    edit(folder, maquette_kv_cache={"bits": 4, "group_size": 16, "window": 0})
+    assert preflight.estimate(recipe(folder)).kv_cache == packed.kv_cache
+    assert "already quantized" in refuse(recipe(folder, step))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sizes_of_attention_are_those_of_the_family(family: str) -> None:
+    network = in_memory(FAMILIES[family]).network
+    with torch.no_grad():
+        cache = network(torch.arange(5)[None], use_cache=True).past_key_values
+    _, heads, _, size = cache.layers[0].values.shape
+    config = json.loads(network.config.to_json_string())
+    assert preflight.attention_sizes(config) == (len(cache.layers), heads, size)
 
 
 def test_calibration_that_is_not_there(tiny_folder: Maker) -> None:
