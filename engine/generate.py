@@ -22,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from engine.models import LoadedModel
+from engine.runtime.native.decoder import NativeDecoder
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ def _choose(logits: Tensor, temperature: float, dice: torch.Generator | None) ->
 def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor, room: int) -> _Decoder:
     """The lean decoder where it agrees with `transformers` about the prompt's end, else `transformers`."""
     if LeanDecoder.supports(network):
-        lean = LeanDecoder(network, cache, room)
+        native = NativeDecoder.supports(network, len(ids))
+        lean = NativeDecoder(network, cache, room) if native else LeanDecoder(network, cache, room)
         seen = lean.step(ids[:, -1:])
         distance = (seen.float() - logits.float()).norm() / logits.float().norm()
         if distance <= AGREEMENT:

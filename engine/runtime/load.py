@@ -22,7 +22,8 @@ from engine import models
 from engine.errors import BadModel, short
 from engine.models import LoadedModel
 from engine.packing import InputGrid, Kind, QuantizedWeight, unpack
-from engine.runtime.linear import INT8, SIMULATED, Int8Linear, PackedLinear, kernel_for
+from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
+from engine.runtime.pages import use_large_pages
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
 ROUNDED = "inputs rounded to 8 bits"
@@ -30,7 +31,7 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
 
 
 def load(folder: Path, device: str = "cpu") -> LoadedModel:
-    """The model in `folder` in its own dtype and in evaluation mode, its packed linears as `PackedLinear`.
+    """The model in `folder` in its own dtype and in evaluation mode, with linears that compute on packed weights.
 
     `kernels` names, for each quantized linear, the kernel that computes it, or says that it is simulated.
 
@@ -44,6 +45,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     if not packed:
         model = models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
         model.kernels.update(library_kernels(model.network))
+        use_large_pages(model.network)
         return model
     schemes = Schemes(getattr(config, "quantization_config", None), folder)
     network = _skeleton(config)
@@ -54,6 +56,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
             _fill_dense(network, name, files, device)
     _finish(network, folder, device)
     network.train(False)
+    use_large_pages(network)
     return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels)
 
 
@@ -171,16 +174,16 @@ def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, scheme
         raise files.bad(f"{name}.bias does not fit the config")
     dtype = linear.weight.dtype
     if weight.inputs is not None and dtype == torch.bfloat16 and Int8Linear.knows(weight, device):
-        network.set_submodule(name, Int8Linear(weight, bias, device))
-        return INT8
-    kernel = kernel_for(weight, device, dtype)
-    if kernel is not None:
-        packed = PackedLinear(weight, bias, device)
+        integers = Int8Linear(weight, bias, device)
+        network.set_submodule(name, integers)
+        return integers.kernel
+    packed = packed_linear(weight, bias, device, dtype)
+    if packed is not None:
         network.set_submodule(name, packed)
         if weight.inputs is None:
-            return kernel
+            return packed.kernel
         models.quantize_inputs(packed, weight.inputs)
-        return f"{kernel}, {ROUNDED}"
+        return f"{packed.kernel}, {ROUNDED}"
     dense = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(weight.dequantize().to(device, dtype), requires_grad=False)
     if bias is not None:
