@@ -1,29 +1,32 @@
-"""Decoding of a 250 M-parameter Llama shape: `python -m benchmarks.decode [--threads N] [--write]`.
+"""Decoding and prefill of a 250 M-parameter Llama shape: `python -m benchmarks.decode [--threads N] [--write]`.
 
 Prefill is bound by arithmetic, decoding by memory: each token reads all weights once, so fewer bytes are less
-time, until what surrounds the products costs as much. One process, one set of random weights, four ways to
+time, until what surrounds the products costs as much. One process, one set of random weights, all ways to
 the next token in turn, so that whatever else the machine does falls on all alike; medians over all tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import logging
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.sections import README, write_section
 from engine import hardware
 from engine.generate import decode
 from engine.packing import InputGrid, QuantizedWeight
-from engine.runtime.linear import Int8Linear, PackedLinear
+from engine.runtime.linear import Int8Linear, packed_linear
+from engine.runtime.pages import use_large_pages
 
 log = logging.getLogger("decode")
 SHAPE = LlamaConfig(
@@ -31,40 +34,51 @@ SHAPE = LlamaConfig(
     num_key_value_heads=16, tie_word_embeddings=False, max_position_embeddings=2048,
 )  # fmt: skip
 PROMPT, NEW, GROUP = 32, 32, 64
+BATCHES = (1, 4, 16)
+PREFILL = 512  # tokens
+Way = Callable[[], list[float]]
 
 
-class Clock:
-    """A streamer for `generate` that notes when each token comes."""
+class Clock(StoppingCriteria):
+    """Called by `generate` after each token of a batch: notes when, and stops nothing."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def put(self, value: torch.Tensor) -> None:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing to do after the last token."""
+        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def by_transformers(network: PreTrainedModel, prompt: list[int]) -> list[float]:
+def by_transformers(network: PreTrainedModel, prompt: list[int], batch: int) -> list[float]:
     """Seconds of each token after the first, through `generate` with its defaults."""
     clock = Clock()
     with torch.inference_mode():
-        network.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, pad_token_id=0, streamer=clock)
-    return [b - a for a, b in itertools.pairwise(clock.times[1:])]  # the first put is the prompt
+        network.generate(
+            torch.tensor([prompt] * batch), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )  # fmt: skip
+    return [b - a for a, b in itertools.pairwise(clock.times)]
 
 
-def by_maquette(network: PreTrainedModel, prompt: list[int]) -> list[float]:
+def by_maquette(network: PreTrainedModel, prompt: list[int], batch: int) -> list[float]:
     """Seconds of each token after the first, through Maquette's own loop."""
     times = []
-    for _ in decode(network, prompt, NEW):
+    for _ in decode(network, prompt, NEW, batch=batch):
         times.append(time.perf_counter())
-    return [b - a for a, b in itertools.pairwise(times)]
+    # The second token also pays for the change of decoders and the check of their first step.
+    return [b - a for a, b in itertools.pairwise(times[1:])]
 
 
-def packed(
-    dense: PreTrainedModel, bits: int, group: int | None, kind: type[PackedLinear | Int8Linear] = PackedLinear
-) -> PreTrainedModel:  # fmt: skip
+@torch.inference_mode()
+def prefill(network: PreTrainedModel, prompt: list[int]) -> list[float]:
+    """Seconds of one forward pass of `transformers` over the prompt."""
+    began = time.perf_counter()
+    network(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+    return [time.perf_counter() - began]
+
+
+def packed(dense: PreTrainedModel, bits: int, group: int | None, integers: bool = False) -> PreTrainedModel:
     """A network of the same shape whose linears in the blocks compute on packed codes; shares all else."""
     with torch.device("meta"):
         network = LlamaForCausalLM(SHAPE).to(torch.bfloat16)
@@ -75,9 +89,18 @@ def packed(
             network.get_submodule(name)._buffers[leaf] = buffer
     for name, module in dense.model.named_modules():
         if isinstance(module, nn.Linear):
-            network.model.set_submodule(name, kind(quantized(module.weight, bits, group)))
+            weight = quantized(module.weight, bits, group)
+            linear = Int8Linear(weight) if integers else packed_linear(weight, None, "cpu", torch.bfloat16)
+            assert linear is not None
+            network.model.set_submodule(name, linear)
     network.generation_config = dense.generation_config
+    use_large_pages(network)
     return network.eval()
+
+
+def kernel(network: PreTrainedModel) -> str:
+    """The kernel of the blocks' linears."""
+    return str(getattr(network.model.layers[0].mlp.down_proj, "kernel", "dense"))
 
 
 def quantized(weight: torch.Tensor, bits: int, group: int | None) -> QuantizedWeight:
@@ -102,27 +125,37 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    dense = LlamaForCausalLM(SHAPE).to(torch.bfloat16).eval()
-    dense.generation_config.eos_token_id = None
-    four, eight, rows = packed(dense, 4, GROUP), packed(dense, 8, GROUP), packed(dense, 8, None)
-    integers = packed(dense, 8, None, Int8Linear)
-    prompt = torch.randint(5, 32000, (PROMPT,)).tolist()
-    ways: dict[str, Callable[[], list[float]]] = {
-        "bf16, transformers `generate`": lambda: by_transformers(dense, prompt),
-        "bf16, Maquette's loop": lambda: by_maquette(dense, prompt),
-        f"4 bit, groups of {GROUP}, int4pack-cpu": lambda: by_maquette(four, prompt),
-        f"8 bit, groups of {GROUP}, int4pack-cpu (two halves)": lambda: by_maquette(eight, prompt),
-        "8 bit, one scale a row, int8pack-cpu": lambda: by_maquette(rows, prompt),
-        "8 bit, 8-bit inputs (W8A8), int8-int8": lambda: by_maquette(integers, prompt),
+    stock = LlamaForCausalLM(SHAPE).to(torch.bfloat16).eval()
+    stock.generation_config.eos_token_id = None
+    dense = copy.deepcopy(stock)
+    use_large_pages(dense)
+    networks = {
+        "bf16": dense,
+        f"4 bit, groups of {GROUP}": packed(dense, 4, GROUP),
+        f"8 bit, groups of {GROUP}": packed(dense, 8, GROUP),
+        "8 bit, one scale a row": packed(dense, 8, None),
+        "8 bit, 8-bit inputs (W8A8)": packed(dense, 8, None, integers=True),
     }
-    text = table(measure(ways, arguments.rounds), dense.num_parameters(), arguments.threads)
+    networks = {f"{name}, {kernel(network)}": network for name, network in networks.items()}
+    long = torch.randint(5, 32000, (PREFILL,)).tolist()
+    prompt = long[:PROMPT]
+    tables = []
+    for batch in BATCHES:
+        ways: dict[str, Way] = {"bf16, transformers `generate`": partial(by_transformers, stock, prompt, batch)}
+        ways |= {name: partial(by_maquette, network, prompt, batch) for name, network in networks.items()}
+        title = f"Decoding, batch {batch}: ms for the next token of all sequences"
+        tables.append(table(title, measure(ways, arguments.rounds)))
+    ways = {"bf16, transformers": partial(prefill, stock, long)}
+    ways |= {name: partial(prefill, network, long) for name, network in networks.items()}
+    tables.append(table(f"Prefill of {PREFILL} tokens through transformers: ms", measure(ways, 3 * arguments.rounds)))
+    text = "\n\n".join([about(stock.num_parameters(), arguments.threads), *tables])
     log.info("%s", text)
     if arguments.write:
         write_section(README, "decode", text)
 
 
-def measure(ways: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per token of each way; the first round warms up."""
+def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -131,15 +164,21 @@ def measure(ways: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str
     return seconds
 
 
-def table(seconds: dict[str, list[float]], parameters: int, threads: int) -> str:
-    """The table in Markdown, with what it was measured on."""
+def about(parameters: int, threads: int) -> str:
+    """What was measured, on what."""
+    return (
+        f"{parameters / 1e6:.0f} M parameters (12 blocks of 1024, feed-forward 4096, 32,000 tokens), prompt of"
+        f" {PROMPT}, {NEW} new tokens. {hardware.machine()}; {threads} threads; torch {torch.__version__}."
+        f" The embeddings and the head stay bf16. The first line of each table is stock transformers, all others are"
+        f" Maquette's loop.{priority()}"
+    )
+
+
+def table(title: str, seconds: dict[str, list[float]]) -> str:
+    """A table in Markdown; the first line is what the others are compared with."""
     first = statistics.median(next(iter(seconds.values())))
     lines = [
-        f"{parameters / 1e6:.0f} M parameters (12 blocks of 1024, feed-forward 4096, 32,000 tokens), prompt of"
-        f" {PROMPT}, {NEW} new tokens, batch 1. {hardware.machine()}; {threads} threads; torch {torch.__version__}."
-        f" The embeddings and the head stay bf16.{priority()}",
-        "",
-        "| way | ms per token, median | 5th to 95th percentile | times as fast |",
+        f"| {title} | median | 5th to 95th percentile | times as fast |",
         "|---|---|---|---|",
     ]
     for name, values in seconds.items():

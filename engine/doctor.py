@@ -71,8 +71,19 @@ def _kernels() -> list[Finding]:
         import torch
     except ImportError as error:
         return [Finding("kernels", f"torch cannot be imported: {error}", good=False)]
+    from engine.runtime.native.library import available
+
     return [
-        Finding(name, operator if hasattr(torch.ops.aten, operator) else f"{operator} is missing: simulated only")
+        Finding(
+            "our own kernels", "built" if available() else "not here (AVX-512 and g++ build them): torch's compute"
+        ),
+        *_operators(torch.ops.aten),
+    ]
+
+
+def _operators(aten: object) -> list[Finding]:
+    return [
+        Finding(name, operator if hasattr(aten, operator) else f"{operator} is missing: simulated only")
         for name, operator in KERNELS.items()
     ]
 

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from engine.kv_cache import PackedCache
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
+from engine.runtime.native.decoder import NativeDecoder
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,8 @@ def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor
     The lean decoder knows no packed cache.
     """
     if not isinstance(cache, PackedCache) and LeanDecoder.supports(network):
-        lean = LeanDecoder(network, cache, room)
+        kind = NativeDecoder if NativeDecoder.supports(network, len(ids)) else LeanDecoder
+        lean: _Decoder = kind(network, cache, room)
         seen = lean.step(ids[:, -1:])
         distance = (seen.float() - logits.float()).norm() / logits.float().norm()
         if distance <= AGREEMENT:

@@ -1,6 +1,7 @@
 """Linears that compute on packed integer weights, and the kernels they use.
 
-Decoding reads every weight once for each token, so its time is the time of the bytes. Three layouts:
+Decoding reads every weight once for each token, so its time is the time of the bytes. Where our own kernels
+(`native/`) are at hand they compute; elsewhere, and on GPUs, torch's do, in three layouts:
 
     int4pack-cpu    torch's CPU kernel of 4-bit codes, bfloat16 activations, groups of 32 to 256 inputs
     int8pack-cpu    torch's CPU kernel of 8-bit codes with one scale a row
@@ -27,20 +28,32 @@ import torch
 from torch import Tensor, nn
 
 from engine.packing import QuantizedWeight
+from engine.runtime.native.library import Matrix, available
+from engine.runtime.native.linear import NativeLinear, multiply, native_kernel
 
 Kernel = Literal["int4pack-cpu", "int8pack-cpu", "int4pack-cuda"]
-INT8 = "int8-int8"
+INT8, INT8_NATIVE = "int8-int8", "int8-int8-avx512"
 GROUP_SIZES = (256, 128, 64, 32)
 SIMULATED = "simulated: dense {dtype}"
 
 # From this many rows on a product is bound by arithmetic, and unpacking a stretch of weights to bfloat16 for the dense
 # kernel is faster than the integer kernels (measured on Zen 4, two cores: 4 bits, one scale a row, halves).
 MANY_ROWS_INT4, MANY_ROWS_INT8, MANY_ROWS_HALVES = 80, 24, 40
+MANY_ROWS_INT8_INT8 = 17  # from here on torch's integer product is faster than ours
 STRETCH_BYTES = 1 << 21  # of unpacked weights at a time: they stay in the cache
 
 
+def packed_linear(
+    weight: QuantizedWeight, bias: Tensor | None, device: torch.device | str, dtype: torch.dtype
+) -> NativeLinear | PackedLinear | None:
+    """The linear that computes on `weight` for activations of `dtype`; None where no kernel knows it."""
+    if native_kernel(weight, device, dtype) is not None:
+        return NativeLinear(weight, bias)
+    return PackedLinear(weight, bias, device) if kernel_for(weight, device, dtype) is not None else None
+
+
 def kernel_for(weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> Kernel | None:
-    """The kernel that computes with `weight` on `device` for activations of `dtype`; None where there is none."""
+    """torch's kernel that computes with `weight` on `device` for activations of `dtype`; None where there is none."""
     rows, columns = weight.codes.shape
     kind = torch.device(device).type
     if weight.kind == "float":
@@ -74,7 +87,7 @@ class _Int4:
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + bias with W packed: x (..., K), y (..., N). Holds no dense weight.
+    """y = x W^T + bias with W packed for torch's kernels: x (..., K), y (..., N). Holds no dense weight.
 
     Raises:
         ValueError: no kernel of this device can compute with the weight (ask `kernel_for` first).
@@ -190,11 +203,12 @@ class Int8Linear(nn.Module):
 
     weight: int8 (N, K); scales: (N,); x (..., K) in bfloat16, y (..., N). `torch._int_mm` uses the processor's or
     the GPU's integer instructions: on two Zen 4 cores 2 to 5 times as fast as bfloat16 (1,024 x 4,096, one thread: one
-    row 0.08 ms against 0.38, 512 rows 10 ms against 21).
+    row 0.08 ms against 0.38, 512 rows 10 ms against 21). Up to 16 rows our own kernel computes where it is at hand.
     """
 
     weight: Tensor
     scales: Tensor
+    sums: Tensor | None  # int32 (N,): of each row's codes, for our own kernel
     bias: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, device: torch.device | str = "cpu") -> None:
@@ -204,9 +218,21 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.codes.shape
         codes = (weight.codes.to(torch.int16) - 2 ** (weight.bits - 1)).to(torch.int8)
         scales = weight.scale.expand(self.out_features, 1).reshape(-1).contiguous()
+        native = torch.device(device).type == "cpu" and weight.scale.dtype == torch.bfloat16 and available()
+        self.kernel = INT8_NATIVE if native else INT8
         self.register_buffer("weight", codes.to(device))
         self.register_buffer("scales", scales.to(device))
+        self.register_buffer("sums", codes.sum(dim=1, dtype=torch.int32) if native else None)
         self.register_buffer("bias", None if bias is None else bias.detach().to(device, torch.bfloat16))
+
+    def matrix(self) -> Matrix | None:
+        """What our own kernels read, pointing into the buffers; None where they do not compute this linear."""
+        if self.sums is None:
+            return None
+        parts = (self.weight, self.scales, None, self.sums, self.bias)
+        pointers = [None if part is None else part.data_ptr() for part in parts]
+        shape = (self.out_features, self.in_features, self.in_features)
+        return Matrix(Matrix.INT8_INT8, *shape, *pointers, self.inputs.scale or 0.0)
 
     @staticmethod
     def knows(weight: QuantizedWeight, device: torch.device | str) -> bool:
@@ -230,10 +256,14 @@ class Int8Linear(nn.Module):
         biased = [p.bias is not None for p in parts]
         if known is not None or any(p.inputs != first.inputs for p in parts) or any(biased) != all(biased):
             return known
-        return _join(parts, "weight", ("inputs", "in_features"))
+        return _join(parts, "weight", ("inputs", "in_features", "kernel"))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The product, by our own kernel for few rows and by torch's for many."""
         rows = x.reshape(-1, self.in_features)
+        matrix = self.matrix() if rows.shape[0] < MANY_ROWS_INT8_INT8 else None
+        if matrix is not None:
+            return multiply(matrix, x)
         codes, scale = self.inputs.encode(rows)
         integers = codes.to(torch.int8)
         missing = max(0, 17 - rows.shape[0]) if x.is_cuda else 0  # CUDA's wants more than 16 rows
@@ -246,7 +276,7 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, kernel={INT8}"
+        return f"{self.in_features}, {self.out_features}, kernel={self.kernel}"
 
 
 Part = TypeVar("Part", PackedLinear, Int8Linear)
@@ -269,6 +299,8 @@ def _join(parts: Sequence[Part], matrix: str, alike: Sequence[str]) -> Part:
     rows = 0 if first.scales.dim() == 1 else 1  # (N,) or (G, N, 2)
     joined.register_buffer("scales", torch.cat([part.scales for part in parts], dim=rows))
     joined.register_buffer("bias", torch.cat(biases) if biases else None)
+    if isinstance(joined, Int8Linear):
+        joined.register_buffer("sums", None)  # our own kernel joins by itself
     for part, view in zip(parts, torch.split(whole, [part.out_features for part in parts]), strict=True):
         setattr(part, matrix, view)
     vars(first)["_joined"] = joined

@@ -20,7 +20,8 @@ from engine import models
 from engine.checkpoint import read_config, shell
 from engine.errors import BadModel, short
 from engine.models import LoadedModel
-from engine.runtime.linear import INT8, SIMULATED, Int8Linear, PackedLinear, kernel_for
+from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
+from engine.runtime.pages import use_large_pages
 from engine.shards import PARTS, Scheme, TensorFiles, read_quantized
 
 ROUNDED = "inputs rounded to 8 bits"
@@ -28,7 +29,7 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precisio
 
 
 def load(folder: Path, device: str = "cpu") -> LoadedModel:
-    """The model in `folder` in its own dtype and in evaluation mode, its packed linears as `PackedLinear`.
+    """The model in `folder` in its own dtype and in evaluation mode, with linears that compute on packed weights.
 
     `kernels` names, for each quantized linear, the kernel that computes it, or says that it is simulated.
 
@@ -42,6 +43,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     if not packed:
         model = models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
         model.kernels.update(library_kernels(model.network))
+        use_large_pages(model.network)
         return model
     schemes = Schemes(getattr(config, "quantization_config", None), folder)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
@@ -52,6 +54,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
         if not (module in kernels and (part in PARTS or part in ("weight", "bias"))):
             _fill_dense(network, name, files, device)
     _finish(network, folder)
+    use_large_pages(network)
     kv_cache = models.cache_grid(config, folder)
     return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels, kv_cache=kv_cache)
 
@@ -113,16 +116,16 @@ def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, scheme
         raise files.bad(f"{name}.bias does not fit the config")
     dtype = linear.weight.dtype
     if weight.inputs is not None and dtype == torch.bfloat16 and Int8Linear.knows(weight, device):
-        network.set_submodule(name, Int8Linear(weight, bias, device))
-        return INT8
-    kernel = kernel_for(weight, device, dtype)
-    if kernel is not None:
-        packed = PackedLinear(weight, bias, device)
+        integers = Int8Linear(weight, bias, device)
+        network.set_submodule(name, integers)
+        return integers.kernel
+    packed = packed_linear(weight, bias, device, dtype)
+    if packed is not None:
         network.set_submodule(name, packed)
         if weight.inputs is None:
-            return kernel
+            return packed.kernel
         models.quantize_inputs(packed, weight.inputs)
-        return f"{kernel}, {ROUNDED}"
+        return f"{packed.kernel}, {ROUNDED}"
     dense = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(weight.dequantize().to(device, dtype), requires_grad=False)
     if bias is not None:

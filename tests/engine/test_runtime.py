@@ -28,6 +28,7 @@ from engine.models import LoadedModel, blocks, linears
 from engine.packing import QuantizedWeight, pack
 from engine.records import Recipe
 from engine.runtime.linear import PackedLinear, kernel_for
+from engine.runtime.native.library import SWITCH, available
 from tests.conftest import in_memory, tiny_config
 
 SMALL = {"vocab_size": 1280, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -131,6 +132,17 @@ def test_the_kernel_is_named_or_there_is_none(
             PackedLinear(weight)
 
 
+@pytest.fixture(params=["ours", "torch's"])
+def four_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel of 4 bits, once where our own kernels compute and once where torch's do."""
+    if request.param == "torch's":
+        monkeypatch.setenv(SWITCH, "0")
+        return "int4pack-cpu"
+    if not available():
+        pytest.skip("our own kernels cannot be built here")
+    return "int4-avx512"
+
+
 def quantize(model: LoadedModel, bits: int, groups: int, symmetric: bool = True) -> LoadedModel:
     """Put a random grid on every linear of the blocks."""
     prefix, _ = blocks(model.network)
@@ -151,7 +163,7 @@ def logits(network: torch.nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_packed_and_computes_what_was_saved(family: str, tmp_path: Path) -> None:
+def test_every_family_loads_packed_and_computes_what_was_saved(family: str, four_bits: str, tmp_path: Path) -> None:
     model = quantize(in_memory(FAMILIES[family]), 4, 2)
     artifacts.write(model, Recipe(), tmp_path / "artifact")
     loaded = runtime.load(tmp_path / "artifact")
@@ -161,11 +173,11 @@ def test_every_family_loads_packed_and_computes_what_was_saved(family: str, tmp_
         assert loaded.kernels == {}
     else:
         assert set(loaded.kernels) == set(model.quantized)
-        assert set(loaded.kernels.values()) == {"int4pack-cpu"}
-        kinds = {type(loaded.network.get_submodule(name)) for name in loaded.kernels}
-        assert kinds == {PackedLinear}
+        assert set(loaded.kernels.values()) == {four_bits}
+        assert {getattr(loaded.network.get_submodule(name), "kernel", None) for name in loaded.kernels} == {four_bits}
 
 
+@pytest.mark.usefixtures("four_bits")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "groups"), [(2, 2), (3, 1), (4, 0), (5, 2), (6, 1), (7, 2), (8, 1), (8, 2)])
 def test_every_grid_survives_the_artifact(bits: int, groups: int, symmetric: bool, tmp_path: Path) -> None:
@@ -181,12 +193,13 @@ def test_every_grid_survives_the_artifact(bits: int, groups: int, symmetric: boo
     torch.testing.assert_close(logits(stranger), logits(model.network), rtol=0, atol=0)
 
 
-def test_where_no_kernel_exists_the_layer_is_dense_and_called_simulated(tmp_path: Path) -> None:
-    model = quantize(in_memory(tiny_config()), 4, 4)  # groups of 16 and 32 inputs
+def test_where_no_kernel_exists_the_layer_is_dense_and_called_simulated(four_bits: str, tmp_path: Path) -> None:
+    groups = 4 if four_bits == "int4pack-cpu" else 16  # of 16 and 32 inputs, or of 4 and 8: only `down_proj` is known
+    model = quantize(in_memory(tiny_config()), 4, groups)
     artifacts.write(model, Recipe(), tmp_path / "artifact")
     loaded = runtime.load(tmp_path / "artifact")
     down = {name for name in loaded.kernels if name.endswith("down_proj")}
-    assert {loaded.kernels[name] for name in down} == {"int4pack-cpu"}
+    assert {loaded.kernels[name] for name in down} == {four_bits}
     assert {loaded.kernels[name] for name in set(loaded.kernels) - down} == {"simulated: dense bfloat16"}
     assert relative_error(logits(loaded.network), logits(model.network).double()) < 0.02
 
@@ -254,14 +267,16 @@ def test_an_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
         runtime.load(folder)
 
 
-def test_several_groups_of_modules_with_their_own_bits(tmp_path: Path) -> None:
+def test_several_groups_of_modules_with_their_own_bits(four_bits: str, tmp_path: Path) -> None:
     model = quantize(in_memory(tiny_config()), 4, 2)
     down = make(8, 1, rows=64, columns=128)
     model.quantized["model.layers.1.mlp.down_proj"] = down
     model.network.get_submodule("model.layers.1.mlp.down_proj").weight.data.copy_(down.dequantize())
     artifacts.write(model, Recipe(), tmp_path / "artifact")
     loaded = runtime.load(tmp_path / "artifact")
-    assert loaded.kernels["model.layers.1.mlp.down_proj"] == "int8pack-cpu"
+    eight_bits = {"int4pack-cpu": "int8pack-cpu", "int4-avx512": "int8-avx512"}[four_bits]
+    assert loaded.kernels["model.layers.1.mlp.down_proj"] == eight_bits
+    assert loaded.kernels["model.layers.0.mlp.down_proj"] == four_bits
     assert relative_error(logits(loaded.network), logits(model.network).double()) < 0.02
 
 

@@ -1,0 +1,171 @@
+// A decoder block of the Llama family for one new token of each sequence, and the functions that Python calls.
+// Roundings to bfloat16 stand where `transformers` has them, so that only the order of sums differs.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+// Mirrored by `_Block` in library.py.
+struct Block {
+    const bf16 *before_attention, *before_mlp;   // RMS norms (hidden)
+    const bf16 *query_norm, *key_norm;           // RMS norms (size) or null
+    float epsilon;
+    int32_t hidden, inner, heads, shared, size;  // inner: of the feed-forward; shared: heads of keys and values
+    Matrix q_k_v[3], o, gate_up[2], down;
+};
+
+// RMS norm: weight times x / sqrt(mean of squares + epsilon), the quotient rounded first.
+void normalize(const bf16* x, const bf16* weight, int n, float epsilon, bf16* out) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int k = 0; k < n; k += 16) {
+        const __m512 v = load(x + k, lanes(n - k));
+        squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / float(n) + epsilon));
+    for (int k = 0; k < n; k += 16) {
+        const __mmask16 mask = lanes(n - k);
+        const __m512 v = rounded(_mm512_mul_ps(load(x + k, mask), factor));
+        store(out + k, _mm512_mul_ps(v, load(weight + k, mask)), mask);
+    }
+}
+
+// Rotate the pairs (i, i + size / 2) of a head by the angles of its position; cos and sin: float32 (size / 2).
+void rotate(bf16* head, const float* cos, const float* sin, int size) {
+    const int half = size / 2;
+    for (int k = 0; k < half; k += 16) {
+        const __mmask16 mask = lanes(half - k);
+        const __m512 a = load(head + k, mask), b = load(head + half + k, mask);
+        const __m512 c = _mm512_maskz_loadu_ps(mask, cos + k), s = _mm512_maskz_loadu_ps(mask, sin + k);
+        store(head + k, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), mask);
+        store(head + half + k, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), mask);
+    }
+}
+
+void add(bf16* x, const bf16* y, long n) {
+    for (long k = 0; k < n; k += 16) {
+        const __mmask16 mask = lanes(n - k);
+        store(x + k, _mm512_add_ps(load(x + k, mask), load(y + k, mask)), mask);
+    }
+}
+
+// gate[i] = silu(gate[i]) up[i]
+void gated(bf16* gate, const bf16* up, int n) {
+    const __m512 one = _mm512_set1_ps(1);
+    for (int k = 0; k < n; k += 16) {
+        const __mmask16 mask = lanes(n - k);
+        const __m512 g = load(gate + k, mask);
+        const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), g));
+        store(gate + k, _mm512_mul_ps(rounded(_mm512_div_ps(g, _mm512_add_ps(one, e))), load(up + k, mask)), mask);
+    }
+}
+
+// Softmax attention of one query (size) to keys and values (length, size); weights: room for `length` numbers.
+void attend_head(const bf16* q, const bf16* keys, const bf16* values, int length, int size, float scale, float* weights,
+                 bf16* out) {
+    float largest = -INFINITY;
+    for (int t = 0; t < length; ++t) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int k = 0; k < size; k += 32) {
+            const __mmask32 mask = size - k >= 32 ? ~__mmask32(0) : (__mmask32(1) << (size - k)) - 1;
+            sum = dot(sum, _mm512_maskz_loadu_epi16(mask, q + k),
+                      _mm512_maskz_loadu_epi16(mask, keys + long(t) * size + k));
+        }
+        weights[t] = _mm512_reduce_add_ps(sum) * scale;
+        largest = std::max(largest, weights[t]);
+    }
+    __m512 sums = _mm512_setzero_ps();
+    for (int t = 0; t < length; t += 16) {
+        const __mmask16 mask = lanes(length - t);
+        const __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, weights + t), _mm512_set1_ps(largest)));
+        _mm512_mask_storeu_ps(weights + t, mask, e);
+        sums = _mm512_mask_add_ps(sums, mask, sums, e);
+    }
+    const __m512 whole = _mm512_set1_ps(_mm512_reduce_add_ps(sums));
+    for (int k = 0; k < size; k += 64) {  // four vectors at a time
+        __m512 found[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        __mmask16 masks[4];
+        for (int j = 0; j < 4; ++j) masks[j] = lanes(std::max(0, size - k - 16 * j));
+        for (int t = 0; t < length; ++t)
+            for (int j = 0; j < 4; ++j)
+                found[j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[t]),
+                                           load(values + long(t) * size + k + 16 * j, masks[j]), found[j]);
+        for (int j = 0; j < 4; ++j) store(out + k + 16 * j, _mm512_div_ps(found[j], whole), masks[j]);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void maquette_multiply(const Matrix* matrix, const bf16* x, int m, bf16* out, int threads) {
+    multiply(matrix, 1, x, m, out, threads);
+}
+
+void maquette_multiply_many(const Matrix* matrix, const bf16* x, long m, bf16* out, int threads) {
+    multiply_many(*matrix, x, m, out, threads);
+}
+
+void maquette_normalize(const bf16* x, const bf16* weight, int m, int n, float epsilon, bf16* out) {
+    for (int i = 0; i < m; ++i) normalize(x + long(i) * n, weight, n, epsilon, out + long(i) * n);
+}
+
+// q_k_v (B, heads + 2 shared, size): queries and keys rotated, and values, of the tokens x (B, hidden).
+void maquette_project(const Block* block, const bf16* x, int batch, const float* cos, const float* sin, bf16* q_k_v,
+                      int threads) {
+    const int rotated = block->heads + block->shared, size = block->size;
+    std::vector<bf16> normed(size_t(batch) * block->hidden);
+    maquette_normalize(x, block->before_attention, batch, block->hidden, block->epsilon, normed.data());
+    multiply(block->q_k_v, 3, normed.data(), batch, q_k_v, threads);
+    for (int i = 0; i < batch; ++i)
+        for (int h = 0; h < rotated; ++h) {
+            bf16* head = q_k_v + (long(i) * (rotated + block->shared) + h) * size;
+            const bf16* norm = h < block->heads ? block->query_norm : block->key_norm;
+            if (norm) normalize(head, norm, size, block->epsilon, head);
+            rotate(head, cos, sin, size);
+        }
+}
+
+// Put the new keys and values at `at` of keys and values (B, shared, room, size); out (B, heads, size): attention to
+// all up to there.
+void maquette_attend(const bf16* q_k_v, bf16* keys, bf16* values, int batch, int heads, int shared, int size, int room,
+                     int at, float scale, bf16* out, int threads) {
+    const int all = heads + 2 * shared;
+    for (int i = 0; i < batch * shared; ++i) {
+        const bf16* from = q_k_v + (long(i / shared) * all + heads + i % shared) * size;
+        std::copy(from, from + size, keys + (long(i) * room + at) * size);
+        std::copy(from + shared * size, from + (shared + 1) * size, values + (long(i) * room + at) * size);
+    }
+    threads = int(std::min(long(threads), 1 + long(batch) * heads * size * at / (1 << 14)));
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> weights(at + 1);
+#pragma omp for schedule(static)
+        for (int i = 0; i < batch * heads; ++i) {
+            const int sequence = i / heads, head = i % heads;
+            const long states = (long(sequence) * shared + head / (heads / shared)) * room * size;
+            attend_head(q_k_v + (long(sequence) * all + head) * size, keys + states, values + states, at + 1, size,
+                        scale, weights.data(), out + long(i) * size);
+        }
+    }
+}
+
+// The rest of the block: x (B, hidden) becomes the block's output, from the attention's (B, heads size).
+void maquette_finish(const Block* block, const bf16* attended, bf16* x, int batch, int threads) {
+    const int hidden = block->hidden, inner = block->inner;
+    std::vector<bf16> y(size_t(batch) * hidden), wide(size_t(batch) * 2 * inner), gates(size_t(batch) * inner);
+    multiply(&block->o, 1, attended, batch, y.data(), threads);
+    add(x, y.data(), long(batch) * hidden);
+    maquette_normalize(x, block->before_mlp, batch, hidden, block->epsilon, y.data());
+    multiply(block->gate_up, 2, y.data(), batch, wide.data(), threads);
+    for (int i = 0; i < batch; ++i) {
+        bf16* row = wide.data() + long(i) * 2 * inner;
+        gated(row, row + inner, inner);
+        std::copy(row, row + inner, gates.data() + long(i) * inner);
+    }
+    multiply(&block->down, 1, gates.data(), batch, y.data(), threads);
+    add(x, y.data(), long(batch) * hidden);
+}
+}

@@ -1,0 +1,148 @@
+"""Decode steps of a Llama-like network in our own kernels: three calls for a block, nothing between them in Python.
+
+    project   norm, query, key and value in one pass over their weights, norms of heads, rotation
+    attend    the new keys and values into the cache, attention to all of it
+    finish    output, residual, norm, gate and up in one pass, silu, down, residual
+
+Keys and values are bfloat16 (B, shared heads, room, size), as `transformers` keeps them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from engine.runtime.linear import Int8Linear
+from engine.runtime.native.library import Block, Matrix, library
+from engine.runtime.native.linear import NativeLinear, multiply
+
+MOST_ROWS = 16  # sequences; products of more are bound by arithmetic, and torch's are as good
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+class NativeDecoder:
+    """Decodes where `supports`; the network must be of the Llama family (the caller has looked).
+
+    Starts with the prompt's `cache` less its last token; `room` is the number of tokens that there will ever be.
+    """
+
+    @staticmethod
+    def supports(network: PreTrainedModel, batch: int) -> bool:
+        """Whether every product of the blocks is one that our kernels compute."""
+        if network.device.type != "cpu" or network.dtype != torch.bfloat16 or batch > MOST_ROWS or library() is None:
+            return False
+        layers = network.base_model.get_submodule("layers").children()
+        return all(_matrices(layer) is not None for layer in layers)
+
+    @torch.inference_mode()
+    def __init__(self, network: PreTrainedModel, cache: Cache, room: int) -> None:
+        kernels = library()
+        assert kernels is not None
+        self._kernels = kernels
+        # The blocks point into these; they stay even where the network's own tensors are moved meanwhile.
+        self._kept = [tensor.detach() for tensor in [*network.parameters(), *network.buffers()]]
+        self._length, self._room = cache.get_seq_length() - 1, room
+        self._states = [
+            (_with_room(layer.keys, self._length, room), _with_room(layer.values, self._length, room))
+            for layer in cache.layers
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+        ]
+        body: nn.Module = network.base_model
+        self._embed, self._norm = body.get_submodule("embed_tokens"), body.get_submodule("norm")
+        self._head = network.get_submodule("lm_head")
+        layers = list(body.get_submodule("layers").children())
+        self._blocks = [_block(layer, network) for layer in layers]
+        self._scale = float(vars(layers[0].get_submodule("self_attn"))["scaling"])
+        batch, block = self._states[0][0].shape[0], self._blocks[0]
+        self._q_k_v = torch.empty(batch, block.heads + 2 * block.shared, block.size, dtype=torch.bfloat16)
+        self._attended = torch.empty(batch, block.heads, block.size, dtype=torch.bfloat16)
+        cos, sin = body.get_submodule("rotary_emb")(torch.empty(0), torch.arange(self._room)[None])  # (1, room, size)
+        self._cos, self._sin = (table[0, :, : block.size // 2].contiguous() for table in (cos, sin))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that are held, room for later ones included."""
+        return sum(states.nbytes for pair in self._states for states in pair)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits (B, V) after one more token (B, 1).
+
+        Raises:
+            ValueError: the room for keys and values is full.
+        """
+        at = self._length
+        if at >= self._room:
+            raise ValueError(f"there is room for {self._room} tokens and no more")
+        self._length += 1
+        x = self._embed(ids[:, 0]).contiguous()  # (B, hidden)
+        batch, threads, kernels = x.shape[0], torch.get_num_threads(), self._kernels
+        here, q_k_v, attended = x.data_ptr(), self._q_k_v.data_ptr(), self._attended.data_ptr()
+        cos, sin = self._cos[at].data_ptr(), self._sin[at].data_ptr()
+        for block, (keys, values) in zip(self._blocks, self._states, strict=True):
+            pointer = ctypes.byref(block)
+            kernels.maquette_project(pointer, here, batch, cos, sin, q_k_v, threads)
+            kernels.maquette_attend(
+                q_k_v, keys.data_ptr(), values.data_ptr(), batch, block.heads, block.shared, block.size, self._room, at,
+                self._scale, attended, threads,
+            )  # fmt: skip
+            kernels.maquette_finish(pointer, attended, here, batch, threads)
+        y = torch.empty_like(x)
+        weight, epsilon = _norm(self._norm)
+        kernels.maquette_normalize(here, weight.data_ptr(), batch, x.shape[1], epsilon, y.data_ptr())
+        head = _matrix(self._head)
+        logits: Tensor = self._head(y) if head is None else multiply(head, y)
+        return logits
+
+
+def _block(layer: nn.Module, network: PreTrainedModel) -> Block:
+    part, config = layer.get_submodule, network.config
+    matrices = _matrices(layer)
+    assert matrices is not None
+    q, k, v, o, gate, up, down = matrices
+    before_attention, epsilon = _norm(part("input_layernorm"))
+    head_norms = [
+        _norm(part(f"self_attn.{name}_norm"))[0].data_ptr() if hasattr(part("self_attn"), f"{name}_norm") else None
+        for name in "qk"
+    ]
+    return Block(
+        before_attention.data_ptr(), _norm(part("post_attention_layernorm"))[0].data_ptr(), *head_norms, epsilon,
+        o.rows, down.columns, config.num_attention_heads, config.num_key_value_heads,
+        q.rows // config.num_attention_heads, (q, k, v), o, (gate, up), down,
+    )  # fmt: skip
+
+
+def _matrices(layer: nn.Module) -> list[Matrix] | None:
+    """The block's `LINEARS`; None where one of them is nothing for our kernels."""
+    found = [matrix for name in LINEARS if (matrix := _matrix(layer.get_submodule(name))) is not None]
+    return found if len(found) == len(LINEARS) else None
+
+
+def _matrix(linear: nn.Module) -> Matrix | None:
+    """A linear as the kernels read it; None for kinds that they do not know, and where something rounds the inputs."""
+    if linear._forward_pre_hooks or linear._forward_hooks:
+        return None
+    if isinstance(linear, NativeLinear | Int8Linear):
+        return linear.matrix()
+    if type(linear) is not nn.Linear or linear.weight.dtype != torch.bfloat16 or not linear.weight.is_contiguous():
+        return None
+    bias = None if linear.bias is None else linear.bias.data_ptr()
+    rows, columns = linear.weight.shape
+    return Matrix(Matrix.DENSE, rows, columns, columns, linear.weight.data_ptr(), None, None, None, bias, 0.0)
+
+
+def _with_room(states: Tensor, length: int, room: int) -> Tensor:
+    """The first `length` keys or values (B, shared, n, size) in a tensor (B, shared, room, size)."""
+    batch, shared, _, size = states.shape
+    roomy = torch.zeros(batch, shared, room, size, dtype=torch.bfloat16)
+    roomy[:, :, :length] = states[:, :, :length]
+    return roomy
+
+
+def _norm(module: nn.Module) -> tuple[Tensor, float]:
+    return module.get_parameter("weight"), float(vars(module)["variance_epsilon"])

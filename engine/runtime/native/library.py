@@ -1,0 +1,150 @@
+"""The kernels as a library: compiled at first use, kept in the user's cache, called through ctypes.
+
+The sources beside this file are plain C++ over pointers and know nothing of torch or Python, so g++ needs three
+seconds, once for a machine and version. The processor is asked before anything is built or loaded, and the compiler
+is told exactly the instructions that were asked for, so a library runs wherever its flags are there. Where it cannot
+be had (another processor, no compiler, a failed build, MAQUETTE_NATIVE=0), torch's kernels compute as before; the
+log says so once, and the kernels' names say so everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from ctypes import c_float, c_int, c_int32, c_long, c_void_p
+from pathlib import Path
+
+from engine.errors import short
+from engine.files import publish
+
+log = logging.getLogger(__name__)
+
+SWITCH = "MAQUETTE_NATIVE"  # 0 in the environment: never
+INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma")
+FLAGS = (
+    "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mprefer-vector-width=512",
+    *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
+)  # fmt: skip
+SOURCES = ("products.cpp", "decoder.cpp", "products.h", "vectors.h")
+PATIENCE = 300.0  # seconds for the compiler, on a machine that does other work
+
+_POINTERS = {  # arguments of the functions in decoder.cpp
+    "maquette_multiply": (c_void_p, c_void_p, c_int, c_void_p, c_int),
+    "maquette_multiply_many": (c_void_p, c_void_p, c_long, c_void_p, c_int),
+    "maquette_normalize": (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p),
+    "maquette_project": (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int),
+    "maquette_attend": (*[c_void_p] * 3, *[c_int] * 6, c_float, c_void_p, c_int),
+    "maquette_finish": (c_void_p, c_void_p, c_void_p, c_int, c_int),
+}
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of products.h. Whoever makes one keeps the tensors it points to."""
+
+    DENSE, INT4, INT8, INT8_INT8 = range(4)
+    _fields_ = (
+        ("kind", c_int32), ("rows", c_int32), ("columns", c_int32), ("group", c_int32), ("weight", c_void_p),
+        ("scale", c_void_p), ("zero", c_void_p), ("sums", c_void_p), ("bias", c_void_p), ("input_scale", c_float),
+    )  # fmt: skip
+
+
+class Block(ctypes.Structure):
+    """`Block` of decoder.cpp."""
+
+    _fields_ = (
+        ("before_attention", c_void_p), ("before_mlp", c_void_p), ("query_norm", c_void_p), ("key_norm", c_void_p),
+        ("epsilon", c_float), ("hidden", c_int32), ("inner", c_int32), ("heads", c_int32), ("shared", c_int32),
+        ("size", c_int32), ("q_k_v", Matrix * 3), ("o", Matrix), ("gate_up", Matrix * 2), ("down", Matrix),
+    )  # fmt: skip
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, built where they were not; None where this machine cannot have them or is told not to."""
+    return None if os.environ.get(SWITCH) == "0" else _load()
+
+
+def available() -> bool:
+    """Whether products are computed by our own kernels here."""
+    return library() is not None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    missing = [name for name in INSTRUCTIONS if name not in _processor()]
+    if missing:
+        log.info("packed products use torch's kernels: this processor has no %s", ", ".join(missing))
+        return None
+    try:
+        loaded = ctypes.CDLL(str(build(_folder())))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (error.stderr if isinstance(error, subprocess.CalledProcessError) else "") or str(error)
+        log.warning("packed products use torch's slower kernels; ours could not be built: %s", short(detail))
+        return None
+    for name, arguments in _POINTERS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def build(folder: Path) -> Path:
+    """The library for these sources and this compiler in `folder`, compiled where it is not yet there.
+
+    Processes that come at the same time wait for the first; a name that exists is always a whole library.
+
+    Raises:
+        OSError: there is no compiler, or the folder is no safe place.
+        subprocess.SubprocessError: the compiler failed or never ended.
+    """
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler (g++) is installed")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = folder.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others may write into {folder}")  # and what lies there is run
+    target = folder / f"maquette-{_key(compiler)}.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            began = time.monotonic()
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = Path(scratch, target.name)
+                sources = [str(Path(__file__).with_name(name)) for name in SOURCES if name.endswith(".cpp")]
+                command = [compiler, *FLAGS, *sources, "-o", str(made)]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+                publish(made, target)
+            log.info("built the kernels for packed weights in %.0f s: %s", time.monotonic() - began, target)
+    return target
+
+
+def _key(compiler: str) -> str:
+    """A name for what comes out: it changes with the sources, the compiler and the machine's kind."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=PATIENCE)
+    text = "\0".join([*(Path(__file__).with_name(name).read_text() for name in SOURCES), *FLAGS, version.stdout])
+    return hashlib.sha256(f"{platform.machine()}\0{text}".encode()).hexdigest()[:16]
+
+
+def _processor() -> frozenset[str]:
+    """The instructions of this processor as Linux names them; nothing where there is no Linux to say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def _folder() -> Path:
+    """Below the data folder that the environment names, else in the user's cache."""
+    if home := os.environ.get("MAQUETTE_HOME"):
+        return Path(home).expanduser() / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maquette" / "kernels"

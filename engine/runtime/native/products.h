@@ -1,0 +1,26 @@
+// Products of a few or many rows of bfloat16 activations with a weight in one of four layouts.
+#pragma once
+#include "vectors.h"
+
+// Mirrored by `_Matrix` in library.py. Packed weights are blocks of 16 rows of W, the last padded with rows of zeros.
+struct Matrix {
+    enum Kind : int32_t {
+        DENSE,      // bf16 (rows, columns)
+        INT4,       // (blocks, columns / 8, 16 rows, 2 columns) of uint16: nibble j is the code of column 2 j + parity
+        INT8,       // (blocks, columns / 4, 2 pairs, 16 rows, 2 columns) of int8
+        INT8_INT8,  // int8 (rows, columns); inputs are rounded to int8 too
+    };
+    int32_t kind, rows, columns, group;
+    const void* weight;
+    const bf16* scale;      // INT4, INT8: (blocks, groups, 16); INT8_INT8: (rows)
+    const int8_t* zero;     // INT4, INT8: (blocks, groups, 16), counted from the middle; null: all at the middle
+    const int32_t* sums;    // INT8_INT8: (rows), the sum of each row's codes
+    const bf16* bias;       // (rows) or null
+    float input_scale;      // INT8_INT8: fixed, or 0 where each row of the inputs has its own
+};
+
+// out (M, sum of rows) = x (M, columns) times all `count` matrices, which read the same x. For few rows.
+void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads);
+
+// out (M, rows) = x (M, columns) W^T for INT4 and INT8, for many rows: W is unpacked to bfloat16, 64 rows at a time.
+void multiply_many(const Matrix& matrix, const bf16* x, long m, bf16* out, int threads);

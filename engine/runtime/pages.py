@@ -1,0 +1,46 @@
+"""Weights in pages of 2 MiB.
+
+Decoding streams all weights through the processor for each token. In pages of 4 KiB the hardware's prefetching stops
+at each page's end and address translation takes its share: two Zen 4 cores read 31 GB/s from such pages and 59 GB/s
+from pages of 2 MiB.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor, nn
+
+PAGE = 1 << 21
+LINE = 64  # bytes; tensors begin at a multiple
+SMALL = 16 * PAGE  # below it caches hold the weights, and half-filled pages would show in the memory
+
+
+def use_large_pages(network: nn.Module) -> None:
+    """Move the tensors of a network into large pages where Linux offers them; each stays the same object.
+
+    Nothing happens for networks of less than 32 MiB, for tensors on GPUs and for a library's own kinds of tensors.
+    The memory grows by at most one tensor meanwhile and a page in the end.
+    """
+    tensors = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()] if _plain(tensor)}
+    total = sum(-(-tensor.nbytes // LINE) * LINE for tensor in tensors.values())
+    if total < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    try:
+        # No memory yet: pages come as they are written. Shared ones, mmap's default, would be small.
+        area = mmap.mmap(-1, total + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return  # a kernel without them
+    whole = torch.frombuffer(area, dtype=torch.uint8)
+    at = -whole.data_ptr() % PAGE
+    for tensor in tensors.values():
+        place = whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = place.copy_(tensor.data)
+        at += -(-tensor.nbytes // LINE) * LINE
+
+
+def _plain(tensor: Tensor) -> bool:
+    kind = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return kind and tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes() > 0

@@ -1,0 +1,333 @@
+"""Our own kernels against the slow, obvious product, and a decoder that uses them against the one that does not."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from engine.generate import LeanDecoder, _read_prompt, decode
+from engine.models import blocks, linears, quantize_inputs
+from engine.packing import InputGrid, QuantizedWeight
+from engine.runtime.linear import INT8_NATIVE, Int8Linear, PackedLinear, packed_linear
+from engine.runtime.native import library
+from engine.runtime.native.decoder import NativeDecoder
+from engine.runtime.native.linear import MANY_ROWS, NativeLinear, native_kernel
+from engine.runtime.pages import use_large_pages
+from tests.conftest import in_memory, tiny_config
+from tests.engine.test_generate import LEAN, PROMPT
+from tests.engine.test_runtime import exact_product, make, relative_error
+
+needs_kernels = pytest.mark.skipif(not library.available(), reason="our own kernels cannot be built here")
+SHAPES = [(128, 256, 4), (100, 256, 1), (16, 64, 8), (7, 72, 3), (130, 200, 25), (65, 8, 1)]  # rows, columns, groups
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other are slow on a busy machine; one test below uses two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Correlated inputs with a mean, so that wrong zero points and swapped columns show."""
+    dice = torch.Generator().manual_seed(seed)
+    steps = torch.randn(rows, columns, generator=dice) * 0.3 + 0.1
+    return (steps.cumsum(1) / torch.arange(1, columns + 1).sqrt() + 0.5).to(torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, shape: tuple[int, int, int]) -> None:
+    rows, columns, groups = shape
+    weight = make(bits, groups, symmetric=symmetric, rows=rows, columns=columns)
+    bias = torch.randn(rows).to(torch.bfloat16)
+    linear = NativeLinear(weight, bias)
+    for m in [*range(1, 18), MANY_ROWS - 1, MANY_ROWS, 100]:  # every tile of rows, and both ways
+        x = inputs(m, columns, m)
+        y = linear(x)
+        assert y.dtype == torch.bfloat16
+        assert relative_error(y, exact_product(x, weight) + bias.double()) < 0.004, m
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_threads_share_the_work_and_change_nothing(rows: int, threads: int) -> None:
+    linear = NativeLinear(make(4, 4, rows=1000, columns=1024))
+    x = inputs(rows, 1024)
+    alone = linear(x)
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(linear(x), alone, rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_few_rows_are_exact_up_to_the_order_of_sums(bits: int, symmetric: bool) -> None:
+    """Nothing but the last rounding to bfloat16 may show: inputs that are powers of two, sums that float32 holds."""
+    weight = make(bits, 4, symmetric=symmetric)
+    linear = NativeLinear(weight)
+    eye = torch.eye(256)[:17].to(torch.bfloat16)
+    torch.testing.assert_close(linear(eye), exact_product(eye, weight).to(torch.bfloat16), rtol=0, atol=0)
+    x = torch.randint(-2, 3, (3, 256)).to(torch.bfloat16)
+    torch.testing.assert_close(linear(x), exact_product(x, weight).to(torch.bfloat16), rtol=2**-8, atol=1e-5)
+
+
+@needs_kernels
+def test_a_native_linear_is_as_small_as_its_codes() -> None:
+    for bits, symmetric, extra in [(4, True, 2), (4, False, 3), (3, False, 2), (8, True, 2), (8, False, 3)]:
+        linear = NativeLinear(make(bits, 4, symmetric=symmetric, rows=256, columns=1024))
+        stored = sum(buffer.nbytes for buffer in linear.buffers())
+        assert stored == 256 * 1024 * (4 if bits <= 4 else 8) // 8 + 256 * 4 * extra
+
+
+@needs_kernels
+def test_shapes_are_kept_and_wrong_ones_refused() -> None:
+    linear = NativeLinear(make(4, 4))
+    assert linear(inputs(6, 256).view(2, 3, 256)).shape == (2, 3, 128)
+    assert linear(inputs(6, 256)[:0]).shape == (0, 128)
+    transposed = inputs(256, 5).T
+    torch.testing.assert_close(linear(transposed), linear(transposed.contiguous()), rtol=0, atol=0)
+    for wrong in (inputs(2, 128), inputs(2, 256).float()):
+        with pytest.raises(ValueError, match="do not fit"):
+            linear(wrong)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("bits", "groups", "columns", "kernel"),
+    [(4, 16, 256, "int4-avx512"), (4, 64, 256, None), (8, 64, 256, "int8-avx512"), (4, 1, 100, None),
+     (8, 1, 100, "int8-avx512"), (8, 1, 102, None)],
+)  # fmt: skip
+def test_odd_shapes_fall_back(bits: int, groups: int, columns: int, kernel: str | None) -> None:
+    weight = make(bits, groups, columns=columns)
+    assert native_kernel(weight, "cpu", torch.bfloat16) == kernel
+    assert native_kernel(weight, "cpu", torch.float32) is None
+    assert native_kernel(weight, "cuda", torch.bfloat16) is None
+    if kernel is None:
+        assert not isinstance(packed_linear(weight, None, "cpu", torch.bfloat16), NativeLinear)
+        with pytest.raises(ValueError, match="no kernel"):
+            NativeLinear(weight)
+
+
+@needs_kernels
+def test_the_switch_gives_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = make(4, 4)
+    assert isinstance(packed_linear(weight, None, "cpu", torch.bfloat16), NativeLinear)
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert isinstance(packed_linear(weight, None, "cpu", torch.bfloat16), PackedLinear)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", [None, 0.03])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (33, 100)])
+def test_integer_products_are_those_of_the_input_grid(
+    rows: int, columns: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(8, 1, rows=rows, columns=columns)
+    weight = QuantizedWeight(made.codes, made.scale, made.zero, 8, True, InputGrid(scale))
+    native = Int8Linear(weight)
+    assert native.kernel == INT8_NATIVE
+    monkeypatch.setenv(library.SWITCH, "0")
+    plain = Int8Linear(weight)
+    monkeypatch.delenv(library.SWITCH)
+    for m in range(1, 17):
+        x = inputs(m, columns, m)
+        x[0, :3] = torch.tensor([9.0, -9.0, 0.0])  # beyond a fixed grid
+        torch.testing.assert_close(native(x), plain(x), rtol=0, atol=0)
+    zeros = torch.zeros(2, columns, dtype=torch.bfloat16)
+    torch.testing.assert_close(native(zeros), plain(zeros), rtol=0, atol=0)
+
+
+FAMILIES = LEAN | {"wide heads": tiny_config(head_dim=80), "odd heads": tiny_config(head_dim=24)}
+WEIGHTS = ("dense", "4 bit", "8 bit", "mixed", "W8A8")
+
+
+def network(config: PretrainedConfig, weights: str) -> PreTrainedModel:
+    """A model whose next token depends on the text, the linears of its blocks on grids of the given kind."""
+    subject = in_memory(config).network
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in subject.parameters():
+            _ = parameter.mul_(4) if parameter.dim() == 2 else parameter.add_(torch.randn_like(parameter) * 0.2)
+    for number, (name, linear) in enumerate(list(linears(subject))):
+        if not name.startswith(blocks(subject)[0]) or weights == "dense":
+            continue
+        bits = {"4 bit": 4, "8 bit": 8, "mixed": (3, 4, 8)[number % 3], "W8A8": 8}[weights]
+        grid = rounded(linear.weight, bits, 1 if weights == "W8A8" else 2)
+        bias = linear.bias
+        if weights == "W8A8":
+            subject.set_submodule(name, Int8Linear(replace(grid, inputs=InputGrid()), bias))
+        else:
+            subject.set_submodule(name, packed_linear(grid, bias, "cpu", torch.bfloat16) or pytest.fail("no kernel"))
+    return subject
+
+
+def rounded(weight: Tensor, bits: int, groups: int) -> QuantizedWeight:
+    """Round to nearest on a symmetric grid."""
+    split = weight.detach().float().view(weight.shape[0], groups, -1)
+    half = 2 ** (bits - 1)
+    scale = (split.abs().amax(-1) / half).to(torch.bfloat16)
+    codes = (split / scale.float().unsqueeze(-1)).round().add_(half).clamp_(0, 2 * half - 1).view_as(weight)
+    return QuantizedWeight(codes.to(torch.uint8), scale, torch.full_like(scale, half, dtype=torch.uint8), bits, True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_native_step_computes_what_the_lean_decoder_computes(family: str, weights: str) -> None:
+    subject = network(FAMILIES[family], weights)
+    exact = copy.deepcopy(subject).float() if weights == "dense" else None
+    for batch in (1, 3, 16):
+        assert NativeDecoder.supports(subject, batch)
+        ids = torch.randint(5, 1280, (batch, 9), generator=torch.Generator().manual_seed(batch))
+        caches = [_read_prompt(model, ids, None)[1] for model in (subject, exact) if model is not None]
+        native, lean = NativeDecoder(subject, caches[0], 40), LeanDecoder(subject, caches[0], 40)
+        truth = None if exact is None else LeanDecoder(exact, caches[1], 40)
+        step = ids[:, -1:]
+        for _ in range(30):
+            ours, theirs = native.step(step).float(), lean.step(step).float()
+            # Rounded inputs amplify: a number near the middle of two steps falls on either side.
+            assert (ours - theirs).norm() / theirs.norm() < (0.15 if weights == "W8A8" else 0.04)
+            if truth is not None:
+                right = truth.step(step)
+                assert (ours - right).norm() < 2 * (theirs - right).norm() + 0.005 * right.norm()
+            step = theirs.argmax(-1, keepdim=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", WEIGHTS[:4])
+def test_decoding_gives_the_same_tokens_with_and_without(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tie_word_embeddings=False)
+    used = []
+    step = NativeDecoder.step
+    monkeypatch.setattr(NativeDecoder, "step", lambda self, ids: used.append(1) or step(self, ids))
+    ours = [int(found.tokens) for found in decode(network(config, weights), PROMPT, 20)]
+    assert len(used) == 20  # one that is checked, nineteen that count
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert [int(found.tokens) for found in decode(network(config, weights), PROMPT, 20)] == ours
+    assert len(used) == 20
+    assert len(set(ours)) > 2  # a text that varies, so that agreement says something
+
+
+@needs_kernels
+def test_what_the_kernels_do_not_compute_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = network(tiny_config(), "4 bit")
+    assert NativeDecoder.supports(subject, 16)
+    assert not NativeDecoder.supports(subject, 17)
+    assert not NativeDecoder.supports(copy.deepcopy(network(tiny_config(), "dense")).float(), 1)
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert not NativeDecoder.supports(subject, 1)
+    monkeypatch.delenv(library.SWITCH)
+    quantize_inputs(subject.get_submodule("model.layers.1.mlp.down_proj"), InputGrid())  # nothing would round them
+    assert not NativeDecoder.supports(subject, 1)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_a_full_cache_is_an_error_and_not_a_crash() -> None:
+    subject = network(tiny_config(), "4 bit")
+    ids = torch.tensor([PROMPT])
+    decoder = NativeDecoder(subject, _read_prompt(subject, ids, None)[1], len(PROMPT) + 1)
+    decoder.step(ids[:, -1:])
+    decoder.step(ids[:, -1:])
+    with pytest.raises(ValueError, match="room"):
+        decoder.step(ids[:, -1:])
+
+
+def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Make `g++` run a script."""
+    folder.mkdir()
+    compiler = folder / "g++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_builds_at_the_same_time_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tmp_path / "calls"
+    script = f'[ "$1" = --version ] && exit 0; echo x >> {calls}; sleep 0.3; for last; do :; done; echo whole > "$last"'
+    fake_compiler(tmp_path / "bin", monkeypatch, script)
+    folder = tmp_path / "kernels"
+    with ThreadPoolExecutor(4) as pool:  # the lock is a file's, so threads stand for processes
+        found = set(pool.map(library.build, [folder] * 4))
+    assert calls.read_text() == "x\n"
+    assert [file.read_text() for file in found] == ["whole\n"]
+    assert sorted(file.name for file in folder.iterdir()) == sorted(["lock", *(file.name for file in found)])
+
+
+def test_a_failed_build_leaves_nothing_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_compiler(tmp_path / "bin", monkeypatch, '[ "$1" = --version ] && exit 0; echo "no such thing" >&2; exit 1')
+    monkeypatch.setenv("MAQUETTE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(library, "_processor", lambda: frozenset(library.INSTRUCTIONS))
+    library._load.cache_clear()
+    try:
+        assert not library.available()
+        assert not library.available()
+    finally:
+        library._load.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no such thing" in caplog.text
+    assert [file.name for file in (tmp_path / "home" / "kernels").iterdir()] == ["lock"]
+
+
+def test_another_processor_is_never_asked_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAQUETTE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(library, "_processor", lambda: frozenset(library.INSTRUCTIONS[1:]))
+    library._load.cache_clear()
+    try:
+        assert not library.available()
+    finally:
+        library._load.cache_clear()
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_librarys_name_follows_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = 'if [ "$1" = --version ]; then echo VERSION; else for last; do :; done; : > "$last"; fi'
+    names = []
+    for version in ("1", "2", "2"):
+        number = len(names)
+        fake_compiler(tmp_path / f"bin{number}", monkeypatch, script.replace("VERSION", version))
+        names.append(library.build(tmp_path / "kernels").name)
+    assert names[0] != names[1] == names[2]
+
+
+def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels").chmod(0o777)
+    with pytest.raises(PermissionError, match="others"):
+        library.build(tmp_path / "kernels")
+
+
+def test_large_pages_change_where_tensors_lie_and_nothing_else() -> None:
+    subject = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 2048), nn.Embedding(300, 2048)).to(torch.bfloat16)
+    subject.register_buffer("codes", torch.randint(0, 255, (30_000_001,), dtype=torch.uint8))
+    subject[1].weight = subject[0].weight  # tied
+    before = {name: tensor.clone() for name, tensor in subject.state_dict().items()}
+    weight = subject[0].weight
+    places = {tensor.data_ptr() for tensor in subject.state_dict().values()}
+    use_large_pages(subject)
+    for name, tensor in subject.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert subject[0].weight is weight is subject[1].weight
+    assert places.isdisjoint(tensor.data_ptr() for tensor in subject.state_dict().values())
+    small = nn.Linear(64, 64)
+    place = small.weight.data_ptr()
+    use_large_pages(small)
+    assert small.weight.data_ptr() == place
