@@ -64,15 +64,14 @@ def write_weights(model: LoadedModel, folder: Path) -> None:
     """
     prefix, _ = blocks(model.network)
     parts = part_names(model.network, prefix)
-    groups = [[part] for part in parts if part.startswith(f"{prefix}.")]
-    groups = [*_together(model, [part for part in parts if not part.startswith(f"{prefix}.")]), *groups]
+    alone = [part for part in parts if part.startswith(f"{prefix}.") or _shard(model, part)]
+    groups = [*_together(model, [part for part in parts if part not in alone]), *([part] for part in alone)]
     index: dict[str, str] = {}
     total = 0
     for number, group in enumerate(groups, 1):
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        place = None if model.parts is None else model.parts.where[group[0]]
-        if isinstance(place, Shard):
-            os.link(place.path, file)
+        if finished := _shard(model, group[0]):
+            os.link(finished.path, file)
         else:
             shards.write(model, group, file)
         headers = preflight.read_header(file)
@@ -80,6 +79,12 @@ def write_weights(model: LoadedModel, folder: Path) -> None:
         total += sum(header.length for header in headers.values())
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=2) + "\n")
+
+
+def _shard(model: LoadedModel, part: str) -> Shard | None:
+    """The file that holds a finished part."""
+    place = None if model.parts is None else model.parts.where[part]
+    return place if isinstance(place, Shard) else None
 
 
 def _together(model: LoadedModel, parts: list[str]) -> Iterator[list[str]]:
@@ -105,7 +110,9 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
         weight = packed[name]
         kind, inputs = strategy(weight), Scheme.of(weight).inputs
         size = weight.group_size if kind == "group" else None
-        grids.setdefault((weight.bits, weight.symmetric, kind, size, inputs, format_of(weight)), []).append(name)
+        grids.setdefault(
+            (weight.bits, weight.symmetric, kind, size, inputs, format_of(weight, network.get_submodule(name))), []
+        ).append(name)
     groups: dict[str, JsonValue] = {}
     for number, ((bits, symmetric, kind, size, inputs, format_), names) in enumerate(grids.items()):
         numbers = "float" if format_ == "float-quantized" else "int"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +30,14 @@ from transformers.pytorch_utils import Conv1D
 
 from engine import shards
 from engine.methods import Calibrated, Context, Params, Selection
-from engine.models import Linear, LoadedModel, blocks, linears
+from engine.models import Linear, LoadedModel, blocks, head, linears
 from engine.preflight import HELD
 from engine.text import read_documents, too_short
 
 log = logging.getLogger(__name__)
 
+Args = tuple[object, ...]
+Kwargs = dict[str, object]
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
 BATCH_TOKENS = 2048  # that flow through a block at a time
@@ -54,7 +57,7 @@ class BlockLinear:
     """
 
     name: str
-    module: Linear
+    module: Linear | nn.Embedding
     tokens: int = 0
     hessian: Tensor | None = None
     input_norm: Tensor | None = None
@@ -134,7 +137,10 @@ class Batches(Sequence[tuple[Tensor, Call]]):
 
 @dataclass
 class Block:
-    """One decoder block with its linears; `number` counts from 0. `batches` enter it, where text was asked for."""
+    """One decoder block with its linears; `number` counts from 0. `batches` enter it, where text was asked for.
+
+    The output head comes after the last block, as a block that is a linear itself.
+    """
 
     number: int
     name: str
@@ -223,37 +229,45 @@ def walk_blocks(
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
         flow = capture(model, torch.split(rows.to(model.device), batch_size(rows.shape[1])), context.folder)
+    stations = [Block(number, f"{name}.{number}", module, []) for number, module in enumerate(modules)]
+    if params.beyond_blocks()[0]:
+        stations.append(Block(len(modules), *head(model.network), []))
     reused = 0
-    for number, module in enumerate(modules):
+    for block, following in itertools.zip_longest(stations, stations[1:]):
         context.check_cancelled()
-        block = Block(number, f"{name}.{number}", module, [])
-        saved = context.folder / f"block-{number:04d}.safetensors"
+        saved = context.folder / f"block-{block.number:04d}.safetensors"
         done = keep_blocks and saved.exists()
         if done:
+            model.untie(block.name)
             shards.adopt(model, block.name, saved)
             reused += 1
             context.log(f"reused {reused} finished blocks")
-        last = number + 1 == len(modules)
-        if not done or (flow is not None and not last):
+        if not done or (flow is not None and following is not None):
             with model.opened(block.name):
-                if not last:
-                    model.prefetch(f"{name}.{number + 1}")
+                if following is not None:
+                    model.prefetch(following.name)
                 if not done:
+                    model.untie(block.name)
                     yield from _visit(block, params, flow, collect)
                     if keep_blocks:
                         shards.write(model, [block.name], saved)
                         shards.place(model, block.name, saved)
-                if flow is not None and not last:
-                    flow.through(number, module)
-        context.progress(number + 1, len(modules), "blocks")
+                if flow is not None and following is not None:
+                    flow.through(block)
+                    if isinstance(following.module, nn.Linear):
+                        flow.to_the_head(model)
+        context.progress(block.number + 1, len(stations), "blocks")
     if flow is not None:
         flow.states.close()
 
 
 def _visit(block: Block, params: Params, flow: Flow | None, collect: Collect) -> Iterator[Block]:
     """Yield the block with what its linears' inputs were."""
-    named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(block.module)]
-    block.linears = [each for each in named if not isinstance(params, Selection) or params.selects(each.name)]
+    if isinstance(block.module, nn.Linear):
+        block.linears = [BlockLinear(block.name, block.module)]
+    else:
+        named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(block.module)]
+        block.linears = [each for each in named if not isinstance(params, Selection) or params.selects(each.name)]
     if flow is not None:
         block.batches = Batches(flow.states, flow.calls[block.number])
         if collect != "nothing":
@@ -268,27 +282,62 @@ def batch_size(length: int) -> int:
 
 @dataclass
 class Flow:
-    """Calibration text on its way through the blocks: what enters the next, and [block][batch] what else it gets."""
+    """Calibration text on its way through the blocks: what enters the next, and [block][batch] what else it gets.
+
+    ids: the token ids (B, T) of each batch. tuples: whether this family's blocks return a tuple.
+    """
 
     states: States
     calls: list[list[Call]]
+    ids: tuple[Tensor, ...]
+    tuples: bool
 
-    def through(self, number: int, module: nn.Module) -> None:
+    def through(self, block: Block) -> None:
         """Let the block compute: its outputs are what enters the next."""
         for batch in range(len(self.states)):
-            self.states[batch] = run_block(module, self.states[batch], self.calls[number][batch])
+            self.states[batch] = run_block(block.module, self.states[batch], self.calls[block.number][batch])
+
+    @torch.no_grad()
+    def to_the_head(self, model: LoadedModel) -> None:
+        """Let what follows the blocks (the final norm) compute, with the states in the place of what blocks give."""
+        for batch, ids in enumerate(self.ids):
+            states = self.states[batch]
+            given = (states,) if self.tuples else states
+            with standing_in(model, functools.partial(_give, given)):
+                self.states[batch] = model.network.base_model(input_ids=ids, use_cache=False)[0]
+
+
+@contextlib.contextmanager
+def standing_in(model: LoadedModel, compute: Callable[[int, Args, Kwargs], object]) -> Iterator[list[nn.Module]]:
+    """Stand-ins take the blocks' places meanwhile, and compute what a function of number and arguments says.
+
+    Yields the blocks themselves.
+    """
+    _, modules = blocks(model.network)
+    originals = list(modules)
+    try:
+        for number, module in enumerate(originals):
+            modules[number] = StandIn(module, functools.partial(compute, number))
+        yield originals
+    finally:
+        for number, module in enumerate(originals):
+            modules[number] = module
+
+
+def _give(states: object, number: int, args: Args, kwargs: Kwargs) -> object:
+    return states
 
 
 class StandIn(nn.Module):
-    """Takes a block's place while the model's body runs: notes what it is given and hands the hidden states on."""
+    """Takes a block's place while the model's body runs; has the block's attributes."""
 
-    def __init__(self, block: nn.Module, note: Callable[[tuple[object, ...], dict[str, object]], object]) -> None:
+    def __init__(self, block: nn.Module, compute: Callable[[Args, Kwargs], object]) -> None:
         super().__init__()
         self._block = [block]  # in a list, so that it is not part of this module
-        self._note = note
+        self._compute = compute
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        return self._note(args, kwargs)
+        return self._compute(args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -301,14 +350,14 @@ class StandIn(nn.Module):
 def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Flow:
     """What enters the first block for each batch (B, T) of token ids, and every block's other arguments.
 
-    Arguments that are equal from batch to batch, or from block to block, are kept once.
+    Arguments that are equal from batch to batch, or from block to block, are kept once. The head gets none.
     """
     _, modules = blocks(model.network)
     hidden: list[Tensor] = []
     calls: list[list[Call]] = [[] for _ in modules]
-    tuples: list[bool] = []  # whether this family's blocks return a tuple: seen once, from the first
+    tuples: list[bool] = []  # seen once, from the first block
 
-    def note(number: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def note(number: int, args: Args, kwargs: Kwargs) -> object:
         states, rest, others = _split(args, kwargs)
         call = Call(rest, others)
         known = calls[number][0] if calls[number] else (calls[number - 1][0] if number else None)
@@ -321,16 +370,11 @@ def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Fl
             modules[0] = stand_in
         return (states,) if tuples[0] else states
 
-    originals = list(modules)
-    try:
-        for number, module in enumerate(originals):
-            modules[number] = StandIn(module, functools.partial(note, number))
+    with standing_in(model, note) as originals:
         for batch in batches:
             model.network.base_model(input_ids=batch, use_cache=False)
-    finally:
-        for number, module in enumerate(originals):
-            modules[number] = module
-    return Flow(States(hidden, folder), calls)
+    of_head = [Call((), {})] * len(batches)
+    return Flow(States(hidden, folder), [*calls, of_head], batches, tuples[0])
 
 
 def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, tuple[object, ...], dict[str, object]]:

@@ -48,6 +48,10 @@ class Params(BaseModel):
             BadParams: one line that names the linear and what would work.
         """
 
+    def beyond_blocks(self) -> tuple[bool, bool]:
+        """Whether the output head, and whether the embeddings are to be changed beside the blocks."""
+        return False, False
+
     def unfit_for_experts(self) -> str:
         """Why files cannot hold the experts of a mixture as these settings make them; "" where they can.
 

@@ -158,6 +158,18 @@ class LoadedModel:
             self.network.tie_weights()
         self.parts = None
 
+    def untie(self, module: str) -> None:
+        """Give a module whose weight is another's one of its own; streamed, while it is open or before it is read."""
+        name = f"{module}.weight"
+        if name not in self.tied:
+            return
+        if self.parts is not None:
+            self.parts.tied = {target: source for target, source in self.parts.tied.items() if target != name}
+        else:
+            own = self.network.get_parameter(name).detach().clone()
+            self.network.get_submodule(module)._parameters["weight"] = nn.Parameter(own, requires_grad=False)
+        self.network.config.get_text_config().tie_word_embeddings = self.network.config.tie_word_embeddings = False
+
     @property
     def tied(self) -> frozenset[str]:
         """Names of the weights that are another's, and are stored once."""
@@ -292,6 +304,20 @@ def blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise BadModel(f"{type(network).__name__} has no list of {count} blocks; this family is not supported yet.")
+
+
+def head(network: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The output head with its name."""
+    return _named(network, network.get_output_embeddings())  # type: ignore[no-untyped-call]
+
+
+def embeddings(network: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The token embeddings with their name."""
+    return _named(network, network.get_input_embeddings())
+
+
+def _named(network: PreTrainedModel, wanted: nn.Module) -> tuple[str, nn.Module]:
+    return next((name, module) for name, module in network.named_modules() if module is wanted)
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, Linear]]:

@@ -35,6 +35,7 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
+HEADS = ("lm_head.weight", "embed_out.weight")  # names of an output head that is not its embeddings
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -317,11 +318,23 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
             f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
             f"{short(params.ignore)!r}. Names are as in {next(iter(shape.linears))}."
         )
+    _check_beyond_blocks(method, params, shape)
     try:
         params.check_model({name: shape.linears[name] for name in names}, shape.parameters)
         params.check_config(shape.config)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
+
+
+def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
+    """Refuse to part a head from its embeddings where that would make the model larger."""
+    head, embeddings = params.beyond_blocks()
+    tied = not any(name.endswith(HEADS) for name in shape.tensors)
+    if tied and head != embeddings:
+        raise BadParams(
+            f"{method.name}: the head of {short(shape.folder.name)} is its embeddings; quantized apart, they would be "
+            "larger. Choose both, head and embeddings, or neither."
+        )
 
 
 def _check_text(text: Path, folder: Path, length: int) -> None:

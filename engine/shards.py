@@ -34,13 +34,16 @@ ROWS = 512  # that are packed or unpacked at a time: it takes a byte for every b
 
 
 def packed_modules(model: LoadedModel) -> dict[str, QuantizedWeight]:
-    """The quantized weights that the format can hold: those of `nn.Linear` itself.
+    """The quantized weights that the format can hold: those of `nn.Linear` and `nn.Embedding` themselves.
 
     GPT-2's `Conv1D` it does not know, and Falcon's own linear reads its weight before it would be unpacked.
     """
-    return {
-        name: weight for name, weight in model.quantized.items() if type(model.network.get_submodule(name)) is nn.Linear
-    }
+    kinds = (nn.Linear, nn.Embedding)
+    return {name: weight for name, weight in model.quantized.items() if type(_module(model, name)) in kinds}
+
+
+def _module(model: LoadedModel, name: str) -> nn.Module:
+    return model.network.get_submodule(name)
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,12 @@ def _stored(model: LoadedModel, part: str, packed: Mapping[str, QuantizedWeight]
     parts = part_names(model.network, blocks(model.network)[0])
     for key, tensor in model.network.get_submodule(part).state_dict(prefix=f"{part}.").items():
         module, _, leaf = key.rpartition(".")
-        if part_of(key, parts) != part or key in model.tied:
+        if part_of(key, parts) != part:
             continue
         if leaf == "weight" and module in packed:
-            store = pack_quantized if format_of(packed[module]) == "pack-quantized" else plain_quantized
-            found |= dict(store(module, model.quantized[module]))
-        else:
+            plain = format_of(packed[module], _module(model, module)) != "pack-quantized"
+            found |= dict((plain_quantized if plain else pack_quantized)(module, model.quantized[module]))
+        elif key not in model.tied:
             found[key] = tensor.detach().cpu().contiguous()
     return found
 
@@ -269,11 +272,19 @@ def strategy(weight: QuantizedWeight) -> str:
     return "tensor" if rows == 1 else "channel"
 
 
-def format_of(weight: QuantizedWeight) -> str:
-    """The format's name: plain numbers where they are float, or where inputs have 8 bits and rows one 8-bit scale."""
+def format_of(weight: QuantizedWeight, module: nn.Module) -> str:
+    """The format's name: plain numbers for floats, and for 8 bits with a scale a row in embeddings and W8A8 linears.
+
+    `transformers` loads embeddings from plain numbers only.
+    """
     if weight.kind == "float":
         return "float-quantized"
-    plain = weight.inputs is not None and weight.bits == 8 and weight.symmetric and strategy(weight) == "channel"
+    plain = (
+        (weight.inputs is not None or isinstance(module, nn.Embedding))
+        and weight.bits == 8
+        and weight.symmetric
+        and strategy(weight) == "channel"
+    )
     return "int-quantized" if plain else "pack-quantized"
 
 

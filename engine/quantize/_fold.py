@@ -77,7 +77,12 @@ class Fold:
 
 
 def folds(block: Block, states: Tensor, call: Call) -> list[Fold]:
-    """The folds of a block that keep what it computes, tried on `states` (B, T, hidden), in the order of the block."""
+    """The folds of a block that keep what it computes, tried on `states` (B, T, hidden), in the order of the block.
+
+    None for the output head: what is before it stands elsewhere.
+    """
+    if isinstance(block.module, nn.Linear):
+        return []
     return [fold for fold in _candidates(block, states, call) if _holds(fold, block, states, call)]
 
 

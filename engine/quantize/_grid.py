@@ -51,6 +51,9 @@ class Range(Selection):
 class GridParams(Range, Levels):
     """Settings that every integer weight grid has."""
 
+    head: bool = Field(False, description="The output head, too.")
+    embeddings: bool = Field(False, description="The embeddings, too: 8 bits, one scale for each token's row.")
+
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse a group size that does not divide a linear's inputs."""
         for name, (_, inputs) in linears.items():
@@ -59,6 +62,9 @@ class GridParams(Range, Levels):
                     f"group_size {self.group_size} does not divide the {inputs} inputs of {name}. "
                     f"Sizes that do: {fitting_sizes(inputs)}."
                 )
+
+    def beyond_blocks(self) -> tuple[bool, bool]:
+        return self.head, self.embeddings
 
     def unfit_for_experts(self) -> str:
         return "" if self.symmetric else "experts are stored without zero points."
@@ -144,9 +150,9 @@ def make_grid(
     return Grid(scale, zero, params.bits, params.symmetric)
 
 
-def stretches(weight: Tensor) -> Iterator[slice]:
-    """The rows of a weight (N, K) in stretches of `STRETCH` weights at most, for work that needs room for copies."""
-    step = max(1, STRETCH // weight.shape[1])
+def stretches(weight: Tensor, most: int = STRETCH) -> Iterator[slice]:
+    """The rows of a weight (N, K) in stretches of `most` weights, for work that needs room for copies."""
+    step = max(1, most // weight.shape[1])
     return (slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 

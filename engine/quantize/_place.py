@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.calibration import BlockLinear
-from engine.methods import Context
-from engine.models import LoadedModel, quantize_inputs
+from engine import shards
+from engine.calibration import Block, BlockLinear, Collect, walk_blocks
+from engine.errors import BadModel
+from engine.methods import Context, Params
+from engine.models import LoadedModel, embeddings, quantize_inputs
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import stretches
+from engine.quantize._grid import GridParams, round_to_nearest, stretches
 
 Rows = Callable[[slice], Tensor]  # some rows of a weight
+ROWS = GridParams.model_validate({"bits": 8, "granularity": "channel"})  # one scale for each row of the weight
 BINS = 40
 MOST_LEVELS = 64  # of a grid that a histogram can still show apart
 FEW_TOKENS = 256  # below which statistics of a linear's inputs are called few
+
+
+def walk(model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing") -> Iterator[Block]:
+    """The blocks of `walk_blocks`, the head where that was chosen; then the embeddings are rounded where they were.
+
+    Raises:
+        BadModel: the embeddings are of a kind that no file can hold in 8 bits.
+    """
+    if not params.beyond_blocks()[1]:
+        yield from walk_blocks(model, context, params, collect)
+        return
+    name, module = embeddings(model.network)
+    if type(module) is not nn.Embedding:
+        raise BadModel(f"The embeddings of this family are a {type(module).__name__}; they can only stay as they are.")
+    yield from walk_blocks(model, context, params, collect)
+    _round_embeddings(model, name, module, context)
+
+
+def _round_embeddings(model: LoadedModel, name: str, module: nn.Embedding, context: Context) -> None:
+    saved = context.folder / "embeddings.safetensors"
+    if saved.exists():
+        shards.adopt(model, name, saved)
+        return
+    with model.opened(name):
+        linear = BlockLinear(name, module)
+        place(model, linear, round_to_nearest(linear.weight, ROWS, name, linear.weight.dtype), context)
+        shards.write(model, [name], saved)
+        shards.place(model, name, saved)
 
 
 def place(

@@ -22,12 +22,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Block, BlockLinear, walk_blocks
+from engine.calibration import Block, BlockLinear
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._fold import Fold, folds
 from engine.quantize._grid import Clipping, GridParams, Moments, round_to_nearest
-from engine.quantize._place import place
+from engine.quantize._place import place, walk
 
 TITLE = "AWQ"
 CHANGES = ("disk", "memory", "latency")
@@ -43,7 +43,7 @@ class Params(Moments, GridParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Fold the best scales into every block, then quantize its linears."""
-    for block in walk_blocks(model, context, params, params.collect):
+    for block in walk(model, context, params, params.collect):
         scales = scale_block(block, params, context)
         for linear in block.linears:
             context.check_cancelled()

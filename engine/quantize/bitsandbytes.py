@@ -65,7 +65,8 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     for number, name in enumerate(chosen):
         context.check_cancelled()
         linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
-        made = make(linear.weight, linear.module.bias, params)
+        bias = linear.module._parameters.get("bias")
+        made = make(linear.weight, bias, params)
         context.emit("linear", audit(linear, made, params, shares.get(name)))
         model.network.set_submodule(name, made)
         model.kernels[name] = f"bitsandbytes {params.scheme}"

@@ -34,16 +34,16 @@ from pydantic import Field
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import GridParams, Moments, make_grid, round_to_nearest
-from engine.quantize._place import place
+from engine.quantize._grid import Grid, GridParams, Moments, make_grid, round_to_nearest, stretches
+from engine.quantize._place import place, walk
 
 TITLE = "GPTQ"
 CHANGES = ("disk", "memory", "latency")
 SLICE = 128
+STRETCH = 1 << 26  # weights that are solved at a time: the head has many rows
 
 
 class SolverParams(Moments):
@@ -69,7 +69,7 @@ def solve(
 
     One that cannot be solved is rounded to nearest, and the audit says so.
     """
-    for block in walk_blocks(model, context, params, params.collect):
+    for block in walk(model, context, params, params.collect):
         solvers: dict[int, Solver] = {}
         for linear in block.linears:
             context.check_cancelled()
@@ -123,7 +123,15 @@ class Solver:
         Where `keep` (N, K) is False, the weight becomes zero.
         """
         grid = make_grid(weight, params, name, dtype, self._importance)
-        columns, top = weight.shape[1], 2**params.bits - 1
+        codes = [
+            self._solve(weight[rows], grid.rows(rows), None if keep is None else keep[rows])
+            for rows in stretches(weight, STRETCH)
+        ]
+        return grid.quantized(torch.cat(codes))
+
+    def _solve(self, weight: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
+        """The codes (N, K), uint8; rows do not depend on each other."""
+        columns, top = weight.shape[1], 2**grid.bits - 1
         group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
         group, keep = group[self._order], None if keep is None else keep[:, self._order]
         # Transposed, so that a column is contiguous: (K, N).
@@ -145,7 +153,7 @@ class Solver:
                 codes[start + j] = code
         inverse = torch.empty_like(self._order)
         inverse[self._order] = torch.arange(columns, device=codes.device)
-        return grid.quantized(codes[inverse].t())
+        return codes[inverse].t()
 
 
 def turned_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -27,12 +27,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import Grid, GridParams, make_grid
-from engine.quantize._place import place
+from engine.quantize._place import place, walk
 
 TITLE = "HQQ"
 CHANGES = ("disk", "memory", "latency")
@@ -49,7 +48,7 @@ class Params(GridParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Quantize the linears of every block."""
-    for block in walk_blocks(model, context, params):
+    for block in walk(model, context, params):
         for linear in block.linears:
             context.check_cancelled()
             quantized = quantize_weight(linear.weight.float(), params, linear.name, linear.weight.dtype)

@@ -7,11 +7,10 @@ Neural Network Quantization", arXiv 2106.08295, section 2.
 
 from __future__ import annotations
 
-from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._grid import GridParams, round_to_nearest
-from engine.quantize._place import place
+from engine.quantize._place import place, walk
 
 TITLE = "Round to nearest"
 CHANGES = ("disk", "memory", "latency")
@@ -23,7 +22,7 @@ class Params(GridParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Quantize the linears of every block; embeddings, norms and the output head keep their dtype."""
-    for block in walk_blocks(model, context, params):
+    for block in walk(model, context, params):
         for linear in block.linears:
             quantized = round_to_nearest(linear.weight, params, linear.name, linear.weight.dtype)
             place(model, linear, quantized, context)

@@ -27,12 +27,11 @@ from engine.methods import Calibrated, Context, Selection
 from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import InputGrid, QuantizedWeight
 from engine.quantize._fold import Fold, folds
-from engine.quantize._grid import GridParams, round_to_nearest
-from engine.quantize._place import place
+from engine.quantize._grid import round_to_nearest
+from engine.quantize._place import ROWS, place
 
 TITLE = "SmoothQuant W8A8"
 CHANGES = ("disk", "memory", "latency")
-ROWS = GridParams.model_validate({"bits": 8, "granularity": "channel"})  # one scale for each row of the weight
 LEAST = 1e-5  # of the largest: maxima of channels and columns below this count as this
 
 

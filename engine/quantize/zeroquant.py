@@ -23,12 +23,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from engine.calibration import Block, walk_blocks
+from engine.calibration import Block
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import InputGrid
 from engine.quantize._grid import Bits, GridParams, round_to_nearest
-from engine.quantize._place import place
+from engine.quantize._place import place, walk
 from engine.quantize.smoothquant import with_inputs
 
 TITLE = "ZeroQuant"
@@ -50,8 +50,8 @@ class Params(GridParams, Calibrated):
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Distill each block where that was asked for, then round its weights and, from then on, their inputs."""
     check_inputs_storable(model)
-    for block in walk_blocks(model, context, params, "norm"):
-        if params.distill_steps:
+    for block in walk(model, context, params, "norm"):
+        if params.distill_steps and len(block.linears) > 1:  # the head alone has nothing to make up for it
             before, after = distill(block, params, context)
             context.log(f"{block.name}: distance to the original {before:.4g} before, {after:.4g} after distillation")
         for linear in block.linears:

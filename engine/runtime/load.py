@@ -20,6 +20,7 @@ from engine import models
 from engine.checkpoint import read_config, shell
 from engine.errors import BadModel, short
 from engine.models import LoadedModel
+from engine.runtime.embedding import KERNEL, Int8Embedding
 from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
 from engine.runtime.pages import use_large_pages
 from engine.shards import PARTS, Scheme, TensorFiles, read_quantized
@@ -105,8 +106,13 @@ class Schemes:
 
 
 def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, schemes: Schemes, device: str) -> str:
-    """Replace the linear `name` by one that computes on its packed weight; the name of its kernel."""
+    """Replace the linear or the embeddings `name` by one that computes on its packed weight; the name of its kernel."""
     linear = _submodule(network, name, files)
+    if type(linear) is nn.Embedding:
+        rows, columns = linear.weight.shape
+        weight = read_quantized(files, name, rows, columns, schemes.of(name))
+        network.set_submodule(name, Int8Embedding(weight, device))
+        return KERNEL
     if not isinstance(linear, nn.Linear | Conv1D):
         raise files.bad(f"{name} is packed, but the network has no linear there")
     columns, rows = linear.weight.shape if isinstance(linear, Conv1D) else linear.weight.shape[::-1]

@@ -47,7 +47,7 @@ def test_replayed_blocks_give_what_the_model_gives(
     flow = capture(model, ids.split(2), tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == (0 if held else 2)
     for number, module in enumerate(blocks(model.network)[1]):
-        flow.through(number, module)
+        flow.through(calibration.Block(number, "", module, []))
         torch.testing.assert_close(torch.cat([flow.states[0], flow.states[1]]), expected[number])
     flow.states.close()
     assert not list(tmp_path.rglob("*.safetensors"))
