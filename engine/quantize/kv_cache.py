@@ -14,9 +14,12 @@ bit less. Windows of 32 and 128 exact tokens did not lower the KL on texts of 48
 there is none unless it is asked for.
 
 Slower, not faster: keys and values are unpacked for attention, one block at a time, and the lean decode loop, which
-knows no packed cache, is not used. Perplexity, KL and accuracy are measured with all keys and values rounded, also
-those that generation would keep exact: what a text much longer than window and group would see. Written text, and the
-score of a text, use the cache as it is. The files keep the settings in config.json, where other programs ignore them.
+knows no packed cache, is not used. A token of a 267 M-parameter model after 1,500 others, on two CPU cores: 27 ms in
+the lean loop, 60 ms in that of transformers, 92 and 87 ms there with 8 and 4 bits; after 32 others 16, 41, 38, 38 ms.
+
+Perplexity, KL and accuracy are measured with all keys and values rounded, also those that generation would keep exact:
+what a text much longer than window and group would see. Written text, and the score of a text, use the cache as it is.
+The files keep the settings in config.json, where other programs ignore them.
 """
 
 from __future__ import annotations
