@@ -129,12 +129,15 @@ struct Bytes {
     std::vector<float> scales;   // (M)
 };
 
-Bytes encode(const Matrix& w, const bf16* x, int m) {
+Bytes encode(const Matrix& w, const bf16* inputs, long m, int threads) {
     Bytes in{std::vector<uint8_t>(size_t(m) * w.columns), std::vector<float>(m)};
-    for (int i = 0; i < m; ++i, x += w.columns) {
-        float largest = 0;
-        for (int k = 0; k < w.columns; ++k) largest = std::max(largest, std::fabs(widen(x[k])));
-        float scale = widen(narrow(w.input_scale != 0 ? w.input_scale : largest / 127.5f));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < m; ++i) {
+        const bf16* x = inputs + i * w.columns;
+        __m512 largest = _mm512_setzero_ps();
+        for (int k = 0; k < w.columns; k += 16)
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(load(x + k, lanes(w.columns - k))));
+        float scale = widen(narrow(w.input_scale != 0 ? w.input_scale : _mm512_reduce_max_ps(largest) / 127.5f));
         if (scale == 0) scale = 0.0078125f;  // bfloat16's epsilon
         in.scales[i] = scale;
         for (int k = 0; k < w.columns; k += 16) {
@@ -261,6 +264,55 @@ constexpr int PANEL_TILE = 6;  // times 4 sums, 4 weights and an input: 29 of 32
 constexpr PanelProduct PANELS[PANEL_TILE + 1] = {
     nullptr, panel_product<1>, panel_product<2>, panel_product<3>, panel_product<4>, panel_product<5>, panel_product<6>};
 
+// 64 rows of INT8_INT8 codes, ordered (columns / 4, 64 rows, 4 columns); past the last row it repeats.
+void order_panel(const Matrix& w, long panel, int32_t* to) {
+    for (int part = 0; part < 4; ++part) {
+        alignas(64) int32_t starts[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+            const long row = std::min<long>(panel * 64 + part * ROWS + r, w.rows - 1);
+            starts[r] = int32_t((row - std::min<long>(panel * 64, w.rows - 1)) * w.columns);
+        }
+        const __m512i index = _mm512_load_si512(starts);
+        const int8_t* from = (const int8_t*)w.weight + std::min<long>(panel * 64, w.rows - 1) * w.columns;
+        for (int k = 0; k < w.columns / 4; ++k)
+            _mm512_storeu_si512(to + k * 64 + part * ROWS, _mm512_i32gather_epi32(index, from + k * 4, 1));
+    }
+}
+
+// As `panel_product`, in integers; `first` is the number of the first row of x.
+template <int M> void bytes_panel_product(const Matrix& w, long panel, const int32_t* weights, const Bytes& in, long first,
+                                          bf16* out) {
+    __m512i sums[M][4];
+    for (auto& row : sums) std::fill(row, row + 4, _mm512_setzero_si512());
+    const long quarter = w.columns / 4;
+    const int32_t* codes = (const int32_t*)in.codes.data() + first * quarter;
+    for (long k = 0; k < quarter; ++k, weights += 64) {
+        __m512i b[4];
+        for (int part = 0; part < 4; ++part) b[part] = _mm512_loadu_si512(weights + part * ROWS);
+        for (int i = 0; i < M; ++i) {
+            const __m512i a = _mm512_set1_epi32(codes[i * quarter + k]);
+            for (int part = 0; part < 4; ++part) sums[i][part] = _mm512_dpbusd_epi32(sums[i][part], a, b[part]);
+        }
+    }
+    for (int part = 0; part < 4; ++part) {
+        const long row = panel * 64 + part * ROWS;
+        if (row >= w.rows) break;
+        const __mmask16 mask = lanes(w.rows - row);
+        const __m512 scale = load(w.scale + row, mask), bias = w.bias ? load(w.bias + row, mask) : _mm512_setzero_ps();
+        const __m512i shift = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, w.sums + row), 7);
+        for (int i = 0; i < M; ++i) {
+            const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][part], shift));
+            const __m512 y = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(in.scales[first + i])), scale);
+            store(out + long(i) * w.rows + row, _mm512_add_ps(y, bias), mask);
+        }
+    }
+}
+
+using BytesPanelProduct = void (*)(const Matrix&, long, const int32_t*, const Bytes&, long, bf16*);
+constexpr BytesPanelProduct BYTES_PANELS[PANEL_TILE + 1] = {
+    nullptr, bytes_panel_product<1>, bytes_panel_product<2>, bytes_panel_product<3>,
+    bytes_panel_product<4>, bytes_panel_product<5>, bytes_panel_product<6>};
+
 }  // namespace
 
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
@@ -276,7 +328,7 @@ void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out
             const bf16* from = x + long(start) * w.columns;
             Task task{&w, from, at, stride, {}, {}};
             if (w.kind == Matrix::INT4 || w.kind == Matrix::INT8) task.packed = arrange(w, from, rows);
-            if (w.kind == Matrix::INT8_INT8) task.bytes = encode(w, from, rows);
+            if (w.kind == Matrix::INT8_INT8) task.bytes = encode(w, from, rows, 1);
             tasks.push_back(std::move(task));
             at += w.rows;
         }
@@ -299,16 +351,21 @@ void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out
 void multiply_many(const Matrix& w, const bf16* x, long m, bf16* out, int threads) {
     const long panels = (w.rows + 63) / 64;
     threads = int(std::min(long(threads), 1 + m * w.columns * w.rows / ENOUGH));
+    const Bytes bytes = w.kind == Matrix::INT8_INT8 ? encode(w, x, m, threads) : Bytes{};
 #pragma omp parallel num_threads(threads)
     {
         std::vector<uint32_t> panel(size_t(w.columns) / 2 * 64);
+        int32_t* ordered = (int32_t*)panel.data();
 #pragma omp for schedule(static)
         for (long p = 0; p < panels; ++p) {
-            w.kind == Matrix::INT4 ? unpack_panel<Matrix::INT4>(w, p, panel.data())
-                                   : unpack_panel<Matrix::INT8>(w, p, panel.data());
+            if (w.kind == Matrix::INT4) unpack_panel<Matrix::INT4>(w, p, panel.data());
+            if (w.kind == Matrix::INT8) unpack_panel<Matrix::INT8>(w, p, panel.data());
+            if (w.kind == Matrix::INT8_INT8) order_panel(w, p, ordered);
             for (long start = 0; start < m; start += PANEL_TILE) {
                 const int rows = int(std::min<long>(PANEL_TILE, m - start));
-                PANELS[rows](w, p, panel.data(), x + start * w.columns, out + start * w.rows);
+                bf16* to = out + start * w.rows;
+                if (w.kind == Matrix::INT8_INT8) BYTES_PANELS[rows](w, p, ordered, bytes, start, to);
+                else PANELS[rows](w, p, panel.data(), x + start * w.columns, to);
             }
         }
     }
