@@ -298,8 +298,9 @@ def _join(parts: Sequence[Part], matrix: str, alike: Sequence[str]) -> Part:
     rows = 0 if first.scales.dim() == 1 else 1  # (N,) or (G, N, 2)
     joined.register_buffer("scales", torch.cat([part.scales for part in parts], dim=rows))
     joined.register_buffer("bias", torch.cat(biases) if biases else None)
-    if isinstance(joined, Int8Linear):
-        joined.register_buffer("sums", None)  # our own kernel joins by itself
+    if isinstance(first, Int8Linear):
+        sums = [part.get_buffer("sums") for part in parts] if first.sums is not None else None
+        joined.register_buffer("sums", None if sums is None else torch.cat(sums))
     for part, view in zip(parts, torch.split(whole, [part.out_features for part in parts]), strict=True):
         setattr(part, matrix, view)
     vars(first)["_joined"] = joined

@@ -53,13 +53,15 @@ def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
 def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, shape: tuple[int, int, int]) -> None:
     rows, columns, groups = shape
     weight = make(bits, groups, symmetric=symmetric, rows=rows, columns=columns)
-    bias = torch.randn(rows).to(torch.bfloat16)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     linear = NativeLinear(weight, bias)
     for m in [*range(1, 18), MANY_ROWS - 1, MANY_ROWS, 100]:  # every tile of rows, and both ways
         x = inputs(m, columns, m)
         y = linear(x)
         assert y.dtype == torch.bfloat16
-        assert relative_error(y, exact_product(x, weight) + bias.double()) < 0.004, m
+        # Many rows meet weights that are rounded to bfloat16 themselves, as dense ones are.
+        limit = 0.0035 if m < MANY_ROWS else 0.005
+        assert relative_error(y, exact_product(x, weight) + bias.double()) < limit, m
 
 
 @needs_kernels

@@ -35,7 +35,7 @@ FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mprefer-vector-width=512",
     *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
 )  # fmt: skip
-SOURCES = ("products.cpp", "decoder.cpp", "products.h", "vectors.h")
+SOURCES = ("products.cpp", "panels.cpp", "decoder.cpp", "codes.h", "products.h", "vectors.h")
 PATIENCE = 300.0  # seconds for the compiler, on a machine that does other work
 
 _POINTERS = {  # arguments of the functions in decoder.cpp
