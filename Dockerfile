@@ -5,6 +5,9 @@ FROM python:3.12-slim
 # The build of torch: cpu, cu126, cu128, cu130; uv knows where each is kept.
 ARG TORCH_BACKEND=cpu
 
+# The kernels for packed weights are compiled at first use, for the processor that is there.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --create-home --uid 1000 maquette
 USER 1000
 WORKDIR /home/maquette/app

@@ -73,12 +73,8 @@ def _kernels() -> list[Finding]:
         return [Finding("kernels", f"torch cannot be imported: {error}", good=False)]
     from engine.runtime.native.library import available
 
-    return [
-        Finding(
-            "our own kernels", "built" if available() else "not here (AVX-512 and g++ build them): torch's compute"
-        ),
-        *_operators(torch.ops.aten),
-    ]
+    ours = "built" if available() else "not here (AVX-512 and g++ build them): torch's compute"
+    return [Finding("our own kernels", ours), *_operators(torch.ops.aten)]
 
 
 def _operators(aten: object) -> list[Finding]:

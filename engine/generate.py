@@ -2,10 +2,11 @@
 
 A token of a packed model costs a few milliseconds, so what surrounds the products counts. The prompt runs
 through `transformers` as always. For the Llama family the tokens after it run through `LeanDecoder`: the
-same modules, with preallocated keys and values and nothing else around them. Its first step repeats the
-last token of the prompt and is compared with what `transformers` said; where the two disagree, and for
-every other family, `transformers` goes on with its own cache. So it does for models that hold keys and
-values packed, with the cache of `engine.kv_cache`.
+same modules, with preallocated keys and values and nothing else around them; or, where our own kernels
+know all products of the blocks, through their `NativeDecoder`. The first step repeats the last token of the
+prompt and is compared with what `transformers` said; where the two disagree, and for every other family,
+`transformers` goes on with its own cache. So it does for models that hold keys and values packed, with the
+cache of `engine.kv_cache`.
 """
 
 from __future__ import annotations

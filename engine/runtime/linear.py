@@ -39,7 +39,7 @@ SIMULATED = "simulated: dense {dtype}"
 # From this many rows on a product is bound by arithmetic, and unpacking a stretch of weights to bfloat16 for the dense
 # kernel is faster than the integer kernels (measured on Zen 4, two cores: 4 bits, one scale a row, halves).
 MANY_ROWS_INT4, MANY_ROWS_INT8, MANY_ROWS_HALVES = 80, 24, 40
-MANY_ROWS_INT8_INT8 = 17  # from here on torch's integer product is faster than ours
+MANY_ROWS_INT8_INT8 = 17  # from here on our own kernel orders the weights by panels
 STRETCH_BYTES = 1 << 21  # of unpacked weights at a time: they stay in the cache
 
 
@@ -201,9 +201,8 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """y = x W^T + bias with 8-bit weights and inputs: integer products, exact sums, then both scales.
 
-    weight: int8 (N, K); scales: (N,); x (..., K) in bfloat16, y (..., N). `torch._int_mm` uses the processor's or
-    the GPU's integer instructions: on two Zen 4 cores 2 to 5 times as fast as bfloat16 (1,024 x 4,096, one thread: one
-    row 0.08 ms against 0.38, 512 rows 10 ms against 21). Up to 16 rows our own kernel computes where it is at hand.
+    weight: int8 (N, K); scales: (N,); x (..., K) in bfloat16, y (..., N). Our own kernel where it is at hand, else
+    `torch._int_mm`: both use the integer instructions of the processor, ours also for what stands around the product.
     """
 
     weight: Tensor
@@ -259,11 +258,11 @@ class Int8Linear(nn.Module):
         return _join(parts, "weight", ("inputs", "in_features", "kernel"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product, by our own kernel for few rows and by torch's for many."""
+        """The product, by our own kernel where it knows the shape, else by torch's."""
         rows = x.reshape(-1, self.in_features)
-        matrix = self.matrix() if rows.shape[0] < MANY_ROWS_INT8_INT8 else None
-        if matrix is not None:
-            return multiply(matrix, x)
+        matrix = self.matrix()
+        if matrix is not None and (self.in_features % 4 == 0 or rows.shape[0] < MANY_ROWS_INT8_INT8):
+            return multiply(matrix, x, MANY_ROWS_INT8_INT8)
         codes, scale = self.inputs.encode(rows)
         integers = codes.to(torch.int8)
         missing = max(0, 17 - rows.shape[0]) if x.is_cuda else 0  # CUDA's wants more than 16 rows
@@ -299,8 +298,9 @@ def _join(parts: Sequence[Part], matrix: str, alike: Sequence[str]) -> Part:
     rows = 0 if first.scales.dim() == 1 else 1  # (N,) or (G, N, 2)
     joined.register_buffer("scales", torch.cat([part.scales for part in parts], dim=rows))
     joined.register_buffer("bias", torch.cat(biases) if biases else None)
-    if isinstance(joined, Int8Linear):
-        joined.register_buffer("sums", None)  # our own kernel joins by itself
+    if isinstance(first, Int8Linear):
+        sums = [part.get_buffer("sums") for part in parts] if first.sums is not None else None
+        joined.register_buffer("sums", None if sums is None else torch.cat(sums))
     for part, view in zip(parts, torch.split(whole, [part.out_features for part in parts]), strict=True):
         setattr(part, matrix, view)
     vars(first)["_joined"] = joined

@@ -53,13 +53,15 @@ def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
 def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, shape: tuple[int, int, int]) -> None:
     rows, columns, groups = shape
     weight = make(bits, groups, symmetric=symmetric, rows=rows, columns=columns)
-    bias = torch.randn(rows).to(torch.bfloat16)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     linear = NativeLinear(weight, bias)
     for m in [*range(1, 18), MANY_ROWS - 1, MANY_ROWS, 100]:  # every tile of rows, and both ways
         x = inputs(m, columns, m)
         y = linear(x)
         assert y.dtype == torch.bfloat16
-        assert relative_error(y, exact_product(x, weight) + bias.double()) < 0.004, m
+        # Many rows meet weights that are rounded to bfloat16 themselves, as dense ones are.
+        limit = 0.0035 if m < MANY_ROWS else 0.005
+        assert relative_error(y, exact_product(x, weight) + bias.double()) < limit, m
 
 
 @needs_kernels
@@ -133,7 +135,7 @@ def test_the_switch_gives_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_kernels
 @pytest.mark.parametrize("scale", [None, 0.03])
-@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (33, 100)])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (33, 100), (65, 102), (200, 4)])
 def test_integer_products_are_those_of_the_input_grid(
     rows: int, columns: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +146,7 @@ def test_integer_products_are_those_of_the_input_grid(
     monkeypatch.setenv(library.SWITCH, "0")
     plain = Int8Linear(weight)
     monkeypatch.delenv(library.SWITCH)
-    for m in range(1, 17):
+    for m in (*range(1, 18), 40):
         x = inputs(m, columns, m)
         x[0, :3] = torch.tensor([9.0, -9.0, 0.0])  # beyond a fixed grid
         torch.testing.assert_close(native(x), plain(x), rtol=0, atol=0)
@@ -274,7 +276,7 @@ def test_a_failed_build_leaves_nothing_and_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake_compiler(tmp_path / "bin", monkeypatch, '[ "$1" = --version ] && exit 0; echo "no such thing" >&2; exit 1')
-    monkeypatch.setenv("MAQUETTE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(library, "_processor", lambda: frozenset(library.INSTRUCTIONS))
     library._load.cache_clear()
     try:
@@ -284,11 +286,11 @@ def test_a_failed_build_leaves_nothing_and_is_said_once(
         library._load.cache_clear()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no such thing" in caplog.text
-    assert [file.name for file in (tmp_path / "home" / "kernels").iterdir()] == ["lock"]
+    assert [file.name for file in (tmp_path / "home" / "maquette" / "kernels").iterdir()] == ["lock"]
 
 
 def test_another_processor_is_never_asked_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MAQUETTE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(library, "_processor", lambda: frozenset(library.INSTRUCTIONS[1:]))
     library._load.cache_clear()
     try:

@@ -35,7 +35,7 @@ FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mprefer-vector-width=512",
     *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
 )  # fmt: skip
-SOURCES = ("products.cpp", "decoder.cpp", "products.h", "vectors.h")
+SOURCES = ("products.cpp", "panels.cpp", "decoder.cpp", "codes.h", "products.h", "vectors.h")
 PATIENCE = 300.0  # seconds for the compiler, on a machine that does other work
 
 _POINTERS = {  # arguments of the functions in decoder.cpp
@@ -144,7 +144,10 @@ def _processor() -> frozenset[str]:
 
 
 def _folder() -> Path:
-    """Below the data folder that the environment names, else in the user's cache."""
-    if home := os.environ.get("MAQUETTE_HOME"):
+    """In the user's cache, or below the data folder that the environment names where the cache cannot be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = os.environ.get("MAQUETTE_HOME")
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    if home and not os.access(there, os.W_OK | os.X_OK):
         return Path(home).expanduser() / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maquette" / "kernels"
+    return cache / "maquette" / "kernels"

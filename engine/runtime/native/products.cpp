@@ -1,50 +1,16 @@
-// Decoding reads every weight once for each token, so its time is the time of the bytes; what is done with each byte
+// Few rows: decoding reads every weight once for each token, so its time is the time of the bytes; what is done with each byte
 // must fit beside the loads. Codes become bfloat16 numbers without error and enter the processor's dot product of
 // bfloat16 pairs with float32 sums; a group's sum is multiplied by its scale once.
 #include "products.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
+
+#include "codes.h"
 
 namespace {
 
-constexpr int ROWS = 16;  // of W, one for each lane of a vector of float32
 constexpr int TILE = 8;   // rows of x at a time
-constexpr long ENOUGH = 1 << 16;  // products of a weight with an input that are worth another thread
-
-// W = 4: the sixteen levels code - 8 as bfloat16, twice, so that bit 4 of an index, which belongs to the next
-// code, does not matter.
-const __m512i LEVELS = [] {
-    alignas(64) bf16 levels[32];
-    for (int i = 0; i < 32; ++i) levels[i] = narrow(float(i % 16 - 8));
-    return _mm512_load_si512(levels);
-}();
-
-// The next 64 bytes of a packed block as `PAIRS` vectors of bfloat16: (16 rows, 2 columns) each.
-template <int KIND> struct Codes;
-template <> struct Codes<Matrix::INT4> {
-    static constexpr int PAIRS = 4;
-    static void unpack(const uint8_t* from, __m512i* pairs) {
-        const __m512i codes = _mm512_loadu_si512(from);
-        pairs[0] = _mm512_permutexvar_epi16(codes, LEVELS);
-        pairs[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), LEVELS);
-        pairs[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), LEVELS);
-        pairs[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), LEVELS);
-    }
-};
-template <> struct Codes<Matrix::INT8> {
-    static constexpr int PAIRS = 2;
-    static __m512 sixteen(const uint8_t* from) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-    }
-    static void unpack(const uint8_t* from, __m512i* pairs) {
-        pairs[0] = (__m512i)_mm512_cvtne2ps_pbh(sixteen(from + 16), sixteen(from));
-        pairs[1] = (__m512i)_mm512_cvtne2ps_pbh(sixteen(from + 48), sixteen(from + 32));
-    }
-};
-
-__m512 load_zero(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from))); }
 
 // `M` rows of x as the packed layouts read them.
 struct Inputs {
@@ -122,33 +88,6 @@ template <int M> void dense_block(const Matrix& w, long block, const bf16* x, __
     for (int i = 0; i < M; ++i) totals[i] = _mm512_load_ps(found[i]);
 }
 
-// Rows of x rounded as `InputGrid.encode` does, in bfloat16; codes plus 128, because the dot product of bytes wants
-// one unsigned side.
-struct Bytes {
-    std::vector<uint8_t> codes;  // (M, columns)
-    std::vector<float> scales;   // (M)
-};
-
-Bytes encode(const Matrix& w, const bf16* x, int m) {
-    Bytes in{std::vector<uint8_t>(size_t(m) * w.columns), std::vector<float>(m)};
-    for (int i = 0; i < m; ++i, x += w.columns) {
-        float largest = 0;
-        for (int k = 0; k < w.columns; ++k) largest = std::max(largest, std::fabs(widen(x[k])));
-        float scale = widen(narrow(w.input_scale != 0 ? w.input_scale : largest / 127.5f));
-        if (scale == 0) scale = 0.0078125f;  // bfloat16's epsilon
-        in.scales[i] = scale;
-        for (int k = 0; k < w.columns; k += 16) {
-            const __mmask16 mask = lanes(w.columns - k);
-            const __m512 steps = rounded(_mm512_div_ps(load(x + k, mask), _mm512_set1_ps(scale)));
-            __m512i codes = _mm512_cvtps_epi32(steps);  // to nearest, ties to even
-            codes = _mm512_max_epi32(_mm512_min_epi32(codes, _mm512_set1_epi32(127)), _mm512_set1_epi32(-128));
-            codes = _mm512_add_epi32(codes, _mm512_set1_epi32(128));
-            _mm_mask_storeu_epi8(&in.codes[size_t(i) * w.columns + k], mask, _mm512_cvtepi32_epi8(codes));
-        }
-    }
-    return in;
-}
-
 template <int M> void bytes_block(const Matrix& w, long block, const Bytes& in, __m512* totals) {
     alignas(64) float found[M][ROWS] = {};
     for (int r = 0; r < ROWS && block * ROWS + r < w.rows; ++r) {
@@ -199,68 +138,6 @@ template <int M> void run(const Task& task, long block) {
 using Run = void (*)(const Task&, long);
 constexpr Run RUNS[TILE + 1] = {nullptr, run<1>, run<2>, run<3>, run<4>, run<5>, run<6>, run<7>, run<8>};
 
-long blocks(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
-
-// 64 rows of W in bfloat16, ordered (columns / 2, 64 rows, 2 columns).
-template <int KIND> void unpack_panel(const Matrix& w, long panel, uint32_t* to) {
-    constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS;
-    const int groups = w.columns / w.group;
-    for (int part = 0; part < 4; ++part) {
-        const long block = panel * 4 + part;
-        if (block >= blocks(w)) {
-            for (int k = 0; k < w.columns / 2; ++k) _mm512_storeu_si512(to + k * 64 + part * 16, _mm512_setzero_si512());
-            continue;
-        }
-        const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
-        uint32_t* at = to + part * 16;
-        for (int g = 0; g < groups; ++g) {
-            const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
-            const __m512 zero = w.zero ? load_zero(w.zero + (block * groups + g) * ROWS) : _mm512_setzero_ps();
-            for (int c = 0; c < w.group / STEP; ++c, codes += 64) {
-                __m512i pairs[PAIRS];
-                Codes<KIND>::unpack(codes, pairs);
-                for (int j = 0; j < PAIRS; ++j, at += 64) {
-                    __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[j], 16));
-                    __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs[j], _mm512_set1_epi32(int(0xffff0000))));
-                    even = _mm512_mul_ps(_mm512_sub_ps(even, zero), scale);
-                    odd = _mm512_mul_ps(_mm512_sub_ps(odd, zero), scale);
-                    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-                    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-                    _mm512_storeu_si512(at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-                }
-            }
-        }
-    }
-}
-
-// out (M, 64) = M rows of x times an unpacked panel.
-template <int M> void panel_product(const Matrix& w, long panel, const uint32_t* weights, const bf16* x, bf16* out) {
-    __m512 sums[M][4];
-    for (auto& row : sums) std::fill(row, row + 4, _mm512_setzero_ps());
-    const uint32_t* pairs = (const uint32_t*)x;
-    const long half = w.columns / 2;
-    for (long k = 0; k < half; ++k, weights += 64) {
-        __m512i b[4];
-        for (int part = 0; part < 4; ++part) b[part] = _mm512_loadu_si512(weights + part * 16);
-        for (int i = 0; i < M; ++i) {
-            const __m512i a = _mm512_set1_epi32(int(pairs[i * half + k]));
-            for (int part = 0; part < 4; ++part) sums[i][part] = dot(sums[i][part], b[part], a);
-        }
-    }
-    for (int part = 0; part < 4; ++part) {
-        const long row = panel * 64 + part * ROWS;
-        if (row >= w.rows) break;
-        const __mmask16 mask = lanes(w.rows - row);
-        const __m512 bias = w.bias ? load(w.bias + row, mask) : _mm512_setzero_ps();
-        for (int i = 0; i < M; ++i) store(out + long(i) * w.rows + row, _mm512_add_ps(sums[i][part], bias), mask);
-    }
-}
-
-using PanelProduct = void (*)(const Matrix&, long, const uint32_t*, const bf16*, bf16*);
-constexpr int PANEL_TILE = 6;  // times 4 sums, 4 weights and an input: 29 of 32 registers
-constexpr PanelProduct PANELS[PANEL_TILE + 1] = {
-    nullptr, panel_product<1>, panel_product<2>, panel_product<3>, panel_product<4>, panel_product<5>, panel_product<6>};
-
 }  // namespace
 
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
@@ -276,7 +153,7 @@ void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out
             const bf16* from = x + long(start) * w.columns;
             Task task{&w, from, at, stride, {}, {}};
             if (w.kind == Matrix::INT4 || w.kind == Matrix::INT8) task.packed = arrange(w, from, rows);
-            if (w.kind == Matrix::INT8_INT8) task.bytes = encode(w, from, rows);
+            if (w.kind == Matrix::INT8_INT8) task.bytes = encode(w, from, rows, 1);
             tasks.push_back(std::move(task));
             at += w.rows;
         }
@@ -292,24 +169,6 @@ void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out
             const int rows = (m - start + tiles - tile - 1) / (tiles - tile);
             RUNS[rows](tasks[tile * count + i], block);
             start += rows;
-        }
-    }
-}
-
-void multiply_many(const Matrix& w, const bf16* x, long m, bf16* out, int threads) {
-    const long panels = (w.rows + 63) / 64;
-    threads = int(std::min(long(threads), 1 + m * w.columns * w.rows / ENOUGH));
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<uint32_t> panel(size_t(w.columns) / 2 * 64);
-#pragma omp for schedule(static)
-        for (long p = 0; p < panels; ++p) {
-            w.kind == Matrix::INT4 ? unpack_panel<Matrix::INT4>(w, p, panel.data())
-                                   : unpack_panel<Matrix::INT8>(w, p, panel.data());
-            for (long start = 0; start < m; start += PANEL_TILE) {
-                const int rows = int(std::min<long>(PANEL_TILE, m - start));
-                PANELS[rows](w, p, panel.data(), x + start * w.columns, out + start * w.rows);
-            }
         }
     }
 }

@@ -22,5 +22,6 @@ struct Matrix {
 // out (M, sum of rows) = x (M, columns) times all `count` matrices, which read the same x. For few rows.
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads);
 
-// out (M, rows) = x (M, columns) W^T for INT4 and INT8, for many rows: W is unpacked to bfloat16, 64 rows at a time.
+// out (M, rows) = x (M, columns) W^T for the packed layouts and many rows: W is unpacked to bfloat16, 64 rows at a time;
+// INT8_INT8 (columns a multiple of 4) stays in integers.
 void multiply_many(const Matrix& matrix, const bf16* x, long m, bf16* out, int threads);
