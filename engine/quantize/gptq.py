@@ -34,16 +34,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine.calibration import walk_blocks
+from engine.calibration import Block, BlockLinear, walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import GridParams, HessianParams, make_grid, round_to_nearest
+from engine.quantize._grid import Grid, GridParams, HessianParams, make_grid, round_to_nearest
 from engine.quantize._place import place
 
 TITLE = "GPTQ"
 CHANGES = ("disk", "memory", "latency")
-SLICE = 128
+SLICE = 128  # columns that are solved one by one before their errors reach the next
+ROWS = 2048  # of a weight that are solved together on a CPU, which bounds the copies
 
 
 class Params(HessianParams):
@@ -66,17 +67,14 @@ def solve(
     One that cannot be solved is rounded to nearest, and the audit says so.
     """
     for block in walk_blocks(model, context, params, params.collect):
-        solvers: dict[int, Solver] = {}
+        solvers: dict[str, Solver] = {}
         for linear in block.linears:
             context.check_cancelled()
             weight, dtype, grid = linear.weight.float(), linear.weight.dtype, grid_of(linear.name)
             keep = weight != 0 if linear.name in model.pruned else None
             note = ""
             try:
-                if linear.hessian is None:
-                    raise LinAlgError("no token reached it")
-                solver = solvers.get(id(linear.hessian)) or Solver(linear.hessian, params)
-                solvers[id(linear.hessian)] = solver
+                solver = solvers.pop(linear.name, None) or new_solver(linear, block, params, solvers)
                 quantized = solver.quantize(weight, grid, linear.name, dtype, keep)
                 if solver.damping != params.damping:
                     note = f"damping raised from {params.damping:g} to {solver.damping:g}"
@@ -85,6 +83,22 @@ def solve(
                 quantized = round_to_nearest(weight, grid, linear.name, dtype)
             place(model, linear, quantized, context, note)
     return model
+
+
+def new_solver(linear: BlockLinear, block: Block, params: Params, solvers: dict[str, Solver]) -> Solver:
+    """The solver of a linear, put into `solvers` for those that read the same input; their Hessian is let go.
+
+    Raises:
+        LinAlgError: there is no Hessian, or it cannot be factorized.
+    """
+    if linear.hessian is None:
+        raise LinAlgError("no token reached it")
+    readers = [reader for reader in block.linears if reader.hessian is linear.hessian]
+    solver = Solver(linear.hessian, params)
+    for reader in readers:
+        reader.hessian = None
+    solvers.update((reader.name, solver) for reader in readers if reader is not linear)
+    return solver
 
 
 class Solver:
@@ -119,15 +133,23 @@ class Solver:
         Where `keep` (N, K) is False, the weight becomes zero.
         """
         grid = make_grid(weight, params, name, dtype, self._importance)
-        columns, top = weight.shape[1], 2**params.bits - 1
-        group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
-        weight = torch.where(self._dead, 0, weight)  # inputs that are always zero: zero costs nothing
-        weight, group = weight[:, self._order], group[self._order]
-        keep = None if keep is None else keep[:, self._order]
-        # Transposed, so that a column is contiguous: (K, N).
-        wanted = weight.t().contiguous()
+        rows = ROWS if weight.device.type == "cpu" else len(weight)  # rows do not know each other
+        codes = torch.empty_like(weight, dtype=torch.uint8)
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            scale = grid.scale if len(grid.scale) == 1 else grid.scale[part]
+            zero = grid.zero if len(grid.zero) == 1 else grid.zero[part]
+            some = Grid(scale, zero, grid.bits, grid.symmetric)
+            codes[part] = self._codes(weight[part], some, None if keep is None else keep[part])
+        return grid.quantized(codes)
+
+    def _codes(self, weight: Tensor, grid: Grid, keep: Tensor | None) -> Tensor:
+        """The codes (N, K) of the rows at hand."""
+        columns, top = weight.shape[1], 2**grid.bits - 1
+        group = self._order // (columns // grid.scale.shape[1])
+        # Transposed, so that a column is contiguous: (K, N). Inputs that are always zero: zero costs nothing.
+        wanted = torch.where(self._dead, 0, weight).t()[self._order]
         missed, codes = torch.empty_like(wanted), torch.empty_like(wanted, dtype=torch.uint8)  # missed: w - q
-        del weight
         for start in range(0, columns, SLICE):
             stop = min(start + SLICE, columns)
             factor = self._slice(start, stop)
@@ -137,13 +159,13 @@ class Solver:
                 s, z = scale[j], zero[j]
                 code = (torch.round(part[j] / s) + z).clamp_(0, top)
                 if keep is not None:
-                    code = torch.where(keep[:, start + j], code, z)
+                    code = torch.where(keep[:, self._order[start + j]], code, z)
                 missed[start + j] = wanted[start + j] - (code - z) * s
                 part[j + 1 :].addr_(factor[start + j, j + 1 :], missed[start + j])
                 codes[start + j] = code
         inverse = torch.empty_like(self._order)
         inverse[self._order] = torch.arange(columns, device=codes.device)
-        return grid.quantized(codes[inverse].t())
+        return codes[inverse].t()
 
 
 def turned_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
