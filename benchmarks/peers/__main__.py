@@ -128,7 +128,7 @@ def report() -> str:
     )
     parts = [about + next((str(cell["priority"]) for cell in cells.values() if cell["priority"]), "")]
     for subject, title in subjects.TITLES.items():
-        lines = ["| method | by | seconds | peak, GiB | perplexity | KL |", "|---|---|---:|---:|---:|---:|"]
+        lines = ["| method | by | runs | seconds | peak, GiB | perplexity | KL |", "|---|---|---:|---:|---:|---:|---:|"]
         for task, (name, peers) in TASKS.items():
             lines += [row(name, peer, cells[key]) for peer in peers if (key := f"{subject}.{task}.{peer}") in cells]
         parts += ["", f"On {title}:", "", *lines]
@@ -144,7 +144,7 @@ def row(name: str, peer: str, cell: Cell) -> str:
     spread = f"{statistics.median(seconds):.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f})"
     peak = max(run["peak"] for run in runs) / 2**30
     (perplexity, _), (kl, error) = found["perplexity"], found["kl"]
-    return f"| {name} | {peer} | {spread} | {peak:.2f} | {perplexity:.4g} | {kl:.3g} ± {error:.1g} |"
+    return f"| {name} | {peer} | {len(seconds)} | {spread} | {peak:.2f} | {perplexity:.4g} | {kl:.3g} ± {error:.1g} |"
 
 
 if __name__ == "__main__":

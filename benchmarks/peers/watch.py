@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import threading
 from dataclasses import dataclass
@@ -50,13 +51,17 @@ def run(command: list[str], request: dict[str, str], folder: Path, log: Path) ->
         sampler = threading.Thread(target=sample)
         sampler.start()
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("@mark "):
-                _, name, when, peak = line.split()
-                marks[name] = (float(when), int(peak))
-        code = process.wait()
-        ended.set()
-        sampler.join()
+        try:
+            for line in process.stdout:
+                if line.startswith("@mark "):
+                    _, name, when, peak = line.split()
+                    marks[name] = (float(when), int(peak))
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            ended.set()
+            sampler.join()
     if code or "saved" not in marks:
         raise RuntimeError(f"{command[-1]} failed ({code}); see {log}")
     return Watched(marks["saved"][0] - marks["loading"][0], max(max(samples), marks["saved"][1]))

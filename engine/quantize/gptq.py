@@ -34,6 +34,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from engine.calibration import Block, BlockLinear
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
@@ -70,17 +71,14 @@ def solve(
     One that cannot be solved is rounded to nearest, and the audit says so.
     """
     for block in walk(model, context, params, params.collect):
-        solvers: dict[int, Solver] = {}
+        solvers: dict[str, Solver] = {}
         for linear in block.linears:
             context.check_cancelled()
             weight, dtype, grid = linear.weight, linear.weight.dtype, grid_of(linear.name)
             keep = weight != 0 if linear.name in model.pruned else None
             note = ""
             try:
-                if linear.hessian is None:
-                    raise LinAlgError("no token reached it")
-                solver = solvers.get(id(linear.hessian)) or Solver(linear.hessian, params)
-                solvers[id(linear.hessian)] = solver
+                solver = solvers.pop(linear.name, None) or new_solver(linear, block, params, solvers)
                 quantized = solver.quantize(weight, grid, linear.name, dtype, keep)
                 if solver.damping != params.damping:
                     note = f"damping raised from {params.damping:g} to {solver.damping:g}"
@@ -89,6 +87,22 @@ def solve(
                 quantized = round_to_nearest(weight, grid, linear.name, dtype)
             place(model, linear, quantized, context, note)
     return model
+
+
+def new_solver(linear: BlockLinear, block: Block, params: SolverParams, solvers: dict[str, Solver]) -> Solver:
+    """The solver of a linear, put into `solvers` for those that read the same input; their Hessian is let go.
+
+    Raises:
+        LinAlgError: there is no Hessian, or it cannot be factorized.
+    """
+    if linear.hessian is None:
+        raise LinAlgError("no token reached it")
+    readers = [reader for reader in block.linears if reader.hessian is linear.hessian]
+    solver = Solver(linear.hessian, params)
+    for reader in readers:
+        reader.hessian = None
+    solvers.update((reader.name, solver) for reader in readers if reader is not linear)
+    return solver
 
 
 class Solver:
@@ -133,7 +147,7 @@ class Solver:
         """The codes (N, K), uint8; rows do not depend on each other."""
         columns, top = weight.shape[1], 2**grid.bits - 1
         group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
-        group, keep = group[self._order], None if keep is None else keep[:, self._order]
+        group = group[self._order]
         # Transposed, so that a column is contiguous: (K, N).
         wanted = weight[:, self._order].t().float().contiguous()
         wanted[self._dead[self._order]] = 0  # inputs that are always zero: zero costs nothing
@@ -147,7 +161,7 @@ class Solver:
                 s, z = scale[j], zero[j]
                 code = (torch.round(part[j] / s) + z).clamp_(0, top)
                 if keep is not None:
-                    code = torch.where(keep[:, start + j], code, z)
+                    code = torch.where(keep[:, self._order[start + j]], code, z)
                 missed[start + j] = wanted[start + j] - (code - z) * s
                 part[j + 1 :].addr_(factor[start + j, j + 1 :], missed[start + j])
                 codes[start + j] = code

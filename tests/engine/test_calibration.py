@@ -83,7 +83,9 @@ def test_later_blocks_see_what_was_done_to_earlier_ones(family: str, context: Co
             torch.testing.assert_close(norm, torch.cat(seen).norm(dim=0), rtol=1e-4, atol=1e-5)
 
 
-def test_hessian_is_the_mean_over_all_tokens() -> None:
+@pytest.mark.parametrize("strip", [1000, 3])
+def test_hessian_is_the_mean_over_all_tokens(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "STRIP", strip)
     inputs = torch.randn(70, 6, generator=torch.Generator().manual_seed(0))
     hessian, seen = make_empty_hessian(6, torch.device("cpu")), 0
     for part in inputs.split([10, 40, 20]):
