@@ -54,7 +54,7 @@ def test_codes_agree_with_the_slow_reference(
     monkeypatch: pytest.MonkeyPatch, columns: int, group: int, symmetric: bool, activation_order: bool
 ) -> None:
     monkeypatch.setattr(gptq, "SLICE", 64)  # group boundaries away from slice boundaries
-    monkeypatch.setattr(gptq, "ROWS", 10)
+    monkeypatch.setattr(gptq, "STRETCH", 10 * columns)  # rows that are solved at a time
     dice = torch.Generator().manual_seed(3)
     weight = torch.randn(24, columns, generator=dice)
     hessian = hessian_of(correlated(4 * columns, columns))
