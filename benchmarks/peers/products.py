@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.packing import unpack
-from engine.runtime.load import PARTS, Schemes, TensorFiles, read_quantized
+from engine.runtime.load import Schemes
+from engine.shards import PARTS, TensorFiles, read_quantized
 
 
 def measurable(product: Path, original: Path, out: Path) -> Path:
@@ -25,9 +26,9 @@ def measurable(product: Path, original: Path, out: Path) -> Path:
         return product
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(original, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    files = TensorFiles(product)
+    files = TensorFiles.of_folder(product)
     tensors = from_gptq(files, config) if config["quant_method"] == "gptq" else from_compressed(files, config, product)
-    known = set(TensorFiles(original).names)
+    known = set(TensorFiles.of_folder(original).names)
     assert known - {"lm_head.weight"} <= set(tensors) <= known | {"lm_head.weight"}, known ^ set(tensors)
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
     return out
@@ -57,7 +58,7 @@ def from_compressed(files: TensorFiles, config: dict[str, object], folder: Path)
     tensors = {name: files.read(name) for name in files.names if name not in parts}
     for name in packed:
         rows, columns = files.read(f"{name}.weight_shape").tolist()
-        weight = read_quantized(files, name, rows, columns, schemes)
+        weight = read_quantized(files, name, rows, columns, schemes.of(name))
         index = torch.arange(columns) // weight.group_size
         steps = weight.codes.int() - weight.zero[:, index].int()
         tensors[f"{name}.weight"] = steps.float() * weight.scale.float()[:, index]

@@ -77,6 +77,11 @@ class Artifact:
                 f"{self.label} is stored as {short(what)}; only weights in groups or rows of integers, with inputs as "
                 "they are, can be exported. Use a weight-only method such as quantize/gptq."
             )
+        if beyond := [name for name in names if not any(word.isdigit() for word in name.split("."))]:
+            raise BadModel(
+                f"{self.label} has packed weights beside its blocks ({beyond[0]}), which readers of these formats do not "
+                "expect. Quantize with `head` and `embeddings` off to export."
+            )
         self._schemes = Schemes(stored, folder)
         self._shapes = preflight.inspect(folder).tensors
         self.packed = {name: self._packed(name) for name in names}

@@ -24,7 +24,7 @@ from engine.packing import QuantizedWeight
 from engine.quantize import gptq as gptq_method
 from engine.quantize import rtn, smoothquant
 from engine.records import Recipe
-from engine.runtime.load import TensorFiles
+from engine.shards import TensorFiles
 from tests.conftest import in_memory, tiny_config
 
 STRANGER = "MAQUETTE_GPTQMODEL_PYTHON"  # the interpreter of an environment that has gptqmodel
@@ -316,7 +316,15 @@ def test_the_benchmarks_read_what_is_written(bits: int, tiny: LoadedModel, conte
     original = tmp_path / "original"
     tiny.network.save_pretrained(original)
     for product in (folder, tmp_path / "artifact"):
-        read = TensorFiles(products.measurable(product, original, tmp_path / "dense"))
+        read = TensorFiles.of_folder(products.measurable(product, original, tmp_path / "dense"))
         for name in tiny.quantized:
             weight = tiny.network.get_submodule(name).weight.data
             torch.testing.assert_close(read.read(f"{name}.weight"), weight, rtol=0, atol=0)
+
+
+def test_a_packed_head_is_refused_by_name(context: Context, tmp_path: Path) -> None:
+    model = in_memory(tiny_config(tie_word_embeddings=False))
+    rtn.apply(model, rtn.Params(group_size=32, head=True), context)
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    with pytest.raises(InputError, match=r"beside its blocks \(lm_head\)"):
+        export.exporter("gptq")(tmp_path / "artifact", tmp_path / "out")
