@@ -79,8 +79,8 @@ class Artifact:
             )
         if beyond := [name for name in names if not any(word.isdigit() for word in name.split("."))]:
             raise BadModel(
-                f"{self.label} has packed weights beside its blocks ({beyond[0]}), which readers of these formats do not "
-                "expect. Quantize with `head` and `embeddings` off to export."
+                f"{self.label} has packed weights beside its blocks ({beyond[0]}), which readers of these formats do "
+                "not expect. Quantize with `head` and `embeddings` off to export."
             )
         self._schemes = Schemes(stored, folder)
         self._shapes = preflight.inspect(folder).tensors
