@@ -169,8 +169,8 @@ def about(parameters: int, threads: int) -> str:
     return (
         f"{parameters / 1e6:.0f} M parameters (12 blocks of 1024, feed-forward 4096, 32,000 tokens), prompt of"
         f" {PROMPT}, {NEW} new tokens. {hardware.machine()}; {threads} threads; torch {torch.__version__}."
-        f" The embeddings and the head stay bf16. The first line of each table is stock transformers, all others are"
-        f" Maquette's loop.{priority()}"
+        f" The embeddings and the head stay bf16. The first line of each table is stock transformers; the others"
+        f" decode in Maquette's loop.{priority()}"
     )
 
 

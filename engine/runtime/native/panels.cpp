@@ -53,11 +53,12 @@ template <int M> void panel_product(const Matrix& w, long panel, const uint32_t*
             for (int part = 0; part < 4; ++part) sums[i][part] = dot(sums[i][part], b[part], a);
         }
     }
-    for (int part = 0; part < 4; ++part) {
-        const long row = panel * 64 + part * ROWS;
-        if (row >= w.rows) break;
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {  // no `break`: with it g++ would keep all sums in memory
+        const long row = std::min<long>(panel * 64 + part * ROWS, w.rows);
         const __mmask16 mask = lanes(w.rows - row);
         const __m512 bias = w.bias ? load(w.bias + row, mask) : _mm512_setzero_ps();
+#pragma GCC unroll 6
         for (int i = 0; i < M; ++i) store(out + long(i) * w.rows + row, _mm512_add_ps(sums[i][part], bias), mask);
     }
 }
@@ -97,12 +98,13 @@ template <int M> void bytes_panel_product(const Matrix& w, long panel, const int
             for (int part = 0; part < 4; ++part) sums[i][part] = _mm512_dpbusd_epi32(sums[i][part], a, b[part]);
         }
     }
-    for (int part = 0; part < 4; ++part) {
-        const long row = panel * 64 + part * ROWS;
-        if (row >= w.rows) break;
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {  // no `break`: with it g++ would keep all sums in memory
+        const long row = std::min<long>(panel * 64 + part * ROWS, w.rows);
         const __mmask16 mask = lanes(w.rows - row);
         const __m512 scale = load(w.scale + row, mask), bias = w.bias ? load(w.bias + row, mask) : _mm512_setzero_ps();
         const __m512i shift = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, w.sums + row), 7);
+#pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {
             const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][part], shift));
             const __m512 y = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(in.scales[first + i])), scale);
