@@ -233,6 +233,7 @@ def walk_blocks(
     if params.beyond_blocks()[0]:
         stations.append(Block(len(modules), *head(model.network), []))
     reused = 0
+    context.progress(0, len(stations), "blocks")
     for block, following in itertools.zip_longest(stations, stations[1:]):
         context.check_cancelled()
         saved = context.folder / f"block-{block.number:04d}.safetensors"

@@ -20,10 +20,11 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, methods, models, preflight, verify
+from engine import artifacts, methods, models, preflight, probe, verify
 from engine.attempts import cache_folder
-from engine.errors import BadArtifact, InputError, RunError, short
+from engine.errors import BadArtifact, InputError, RunError, TooBig, short
 from engine.methods import Context, Emit
+from engine.preflight import Estimate
 from engine.records import EventKind, Recipe
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,12 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     device = choose_device(recipe.device)
     source = preflight.resolve(recipe.model.source)
     check_cancelled()
+    if estimate.seconds > probe.FROM and worth_a_probe(recipe) and not (folder / "blocks").exists():
+        emit("phase", {"name": "probing one block"})
+        asked: Request = {"recipe": recipe.model_dump(mode="json"), "device": device, "kind": "probe"}
+        measuring = set(recipe.measure) - {"size"}
+        after = estimate.weights + estimate.kv_cache + estimate.runtime if measuring else 0
+        child(asked, folder, _refined(estimate, after, emit), check_cancelled)
     emit("phase", {"name": "loading"})
     torch.manual_seed(recipe.seed)
     model = (models.stream if recipe.steps else models.load)(source, recipe.model.dtype, device)
@@ -73,6 +80,32 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
         wanted: Request = {**request, "kind": "measure", "measures": list(recipe.measure), "baseline": baseline}
         child(wanted, folder, emit, check_cancelled)
     return artifact
+
+
+def worth_a_probe(recipe: Recipe) -> bool:
+    """Whether the steps go block by block, so that one block tells of the others."""
+    return bool(recipe.steps) and not any(method.whole for method, _ in methods.check(recipe))
+
+
+def _refined(estimate: Estimate, after: int, emit: Emit) -> Emit:
+    """Passes the probe's estimate on, with the time and memory of what comes `after` from the first estimate.
+
+    Raises:
+        TooBig: one block alone took more memory than there is.
+    """
+
+    def tell(kind: EventKind, data: dict[str, JsonValue]) -> None:
+        if kind == "estimate":
+            memory, seconds = int(str(data["memory"])), float(str(data["seconds"]))
+            if memory > estimate.available:
+                raise TooBig(
+                    f"One block took {memory / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} were free. "
+                    "Use fewer or shorter calibration sequences."
+                )
+            data = {**data, "memory": max(memory, after), "seconds": seconds + estimate.seconds - estimate.working}
+        emit(kind, data)
+
+    return tell
 
 
 def choose_device(wanted: str) -> str:
@@ -172,7 +205,7 @@ def lines(process: subprocess.Popen[bytes], check_cancelled: Check) -> Iterator[
 
 def _kind(name: str) -> EventKind:
     kinds: dict[str, EventKind] = {
-        "phase": "phase", "progress": "progress", "sample": "sample", "log": "log",
+        "phase": "phase", "progress": "progress", "sample": "sample", "log": "log", "estimate": "estimate",
         "measurement": "measurement", "output": "output",
     }  # fmt: skip
     return kinds[name]

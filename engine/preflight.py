@@ -85,7 +85,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recipe will take: bytes by part, bytes that are free, seconds; notes for the reader."""
+    """What a recipe will take: bytes by part, bytes that are free, seconds; notes for the reader.
+
+    working: the seconds of the steps, among all seconds.
+    """
 
     weights: int
     kv_cache: int
@@ -94,6 +97,7 @@ class Estimate:
     available: int
     seconds: float
     notes: tuple[str, ...] = ()
+    working: float = 0.0
 
     @property
     def total(self) -> int:
@@ -383,9 +387,10 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
     elif streamed and dense > hardware.free_memory():
         notes.append("Larger than memory: one block at a time.")
     fidelity = 2e5 * min(shape.parameters, 5e7) * bool(set(recipe.measure) - {"size"})  # large models read less text
-    seconds = 8 + (work + fidelity) / 5e10  # starting three processes; the demo model on two cores gives the rate
-    seconds += 4 * dense / 1e9  # reading, rounding and writing each weight
-    return Estimate(weights, kv_cache, activations, RUNTIME, hardware.free_memory(), seconds, tuple(notes))
+    working = (work / 5e10 + 4 * dense / 1e9) * bool(steps)  # solving; reading, rounding and writing each weight
+    seconds = 8 + fidelity / 5e10 + working  # starting three processes; the demo model on two cores gives the rates
+    runtime = 2 * RUNTIME  # the worker, and the process that verifies and measures
+    return Estimate(weights, kv_cache, activations, runtime, hardware.free_memory(), seconds, tuple(notes), working)
 
 
 def _solving(shape: Shape, collect: str) -> int:

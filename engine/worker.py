@@ -2,7 +2,7 @@
 
     {"kind": "run", "run": id, "attempt": n, "folder": attempt folder, "recipe": {...}}
         Runs the pipeline. Events go to events.jsonl in the folder, the last one is `finished`.
-    {"kind": "verify" | "measure", ...}
+    {"kind": "probe" | "verify" | "measure", ...}
         A child of a run, or of the command line: the work is in a process of its own so that it starts fresh.
         Events go to stdout, a line `{"kind", "data"}` each; the last one is `finished`.
     {"kind": "serve", "model": source, "device": device}
@@ -143,9 +143,11 @@ def _child(request: Request, replies: TextIO) -> Status:
         _reply(replies, {"kind": kind, "data": data})
 
     def work() -> None:
-        from engine import pipeline, verify
+        from engine import pipeline, probe, verify
 
-        if request["kind"] == "verify":
+        if request["kind"] == "probe":
+            probe.probe(Recipe.model_validate(request["recipe"]), str(request["device"]), emit)
+        elif request["kind"] == "verify":
             emit("log", {"text": verify.verify(request)})
         else:
             pipeline.measure(request, emit)

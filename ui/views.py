@@ -269,7 +269,8 @@ def _estimate(run: Run, story: Story, series: Sequence[Series]) -> Markup | None
         (say("estimate.memory"), wording.size(memory), wording.size(peak), _times(peak / memory)),
         (say("estimate.time"), wording.duration(seconds), wording.duration(span), _times(span / seconds)),
     ]
-    headers = (say("estimate.title"), say("estimate.expected"), say("estimate.took"), say("estimate.ratio"))
+    expected = say("estimate.probed" if story.estimate.get("probed") else "estimate.expected")
+    headers = (say("estimate.title"), expected, say("estimate.took"), say("estimate.ratio"))
     return markup.table(headers, rows, caption=say("estimate.title"))
 
 

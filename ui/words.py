@@ -104,7 +104,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "preset.half": "Half depth, distilled", "preset.chain": "Prune 50 % → distill → 4 bit",
         "step.up": "Earlier", "step.down": "Later", "step.remove": "Remove",
         "estimate.title": "Estimate and truth", "estimate.memory": "Memory at most", "estimate.time": "Time",
-        "estimate.expected": "Expected", "estimate.took": "It took", "estimate.ratio": "Took / expected",
+        "estimate.expected": "Expected", "estimate.probed": "Expected, one block measured", "estimate.took": "It took", "estimate.ratio": "Took / expected",
         "fit.title": "Will it fit?", "fit.yes": "Fits", "fit.no": "Does not fit", "fit.of": "{total} of {free} free",
         "fit.weights": "weights", "fit.kv_cache": "KV cache", "fit.activations": "activations",
         "fit.runtime": "runtime", "fit.seconds": "Takes about {span}.",

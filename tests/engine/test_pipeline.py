@@ -1,5 +1,6 @@
 """The pipeline for real: from a recipe to a verified artifact and its measurements, in processes of their own."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import artifacts, models, pipeline, verify
-from engine.errors import BadArtifact, Cancelled, InputError
+from engine import artifacts, models, pipeline, preflight, probe, verify
+from engine.errors import BadArtifact, Cancelled, InputError, TooBig
+from engine.quantize import rtn
 from engine.records import MEASURES, Recipe
 from tests.conftest import Recorder
 
@@ -118,6 +120,45 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tiny_folder: Mak
     with pytest.raises(InputError):
         pipeline.run(recipe(tiny_folder(), {"quantize/rtn": {"group_size": 48}}), folder, Recorder(), lambda: None)
     assert list(folder.iterdir()) == []
+
+
+def test_long_work_is_probed_on_one_block_first(
+    tiny_folder: Maker, tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "FROM", 0.0)
+    step = {"quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 32}}
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    pipeline.run(recipe(tiny_folder(), step), folder, recorder, lambda: None)
+    guessed, probed = [data for kind, data in recorder.said if kind == "estimate"]
+    assert "probed" not in guessed
+    assert probed["probed"] is True
+    assert float(str(probed["seconds"])) > 0
+    assert 100 << 20 < int(str(probed["memory"])) < 4 << 30
+    assert len([kind for kind, _ in recorder.said if kind == "linear"]) == 3 * 7  # the probe's work is thrown away
+
+
+def test_a_probe_works_on_the_first_block_alone(
+    tiny_folder: Maker, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count(0, 5)
+    monkeypatch.setattr(probe.time, "monotonic", lambda: float(next(ticks)))
+    placed: list[str] = []
+    monkeypatch.setattr(rtn, "place", lambda model, linear, *rest: placed.append(linear.name))
+    probe.probe(recipe(tiny_folder(), {"quantize/rtn": {"group_size": 32}}), "cpu", recorder)
+    assert {name.split(".")[2] for name in placed} == {"0"}
+    assert len(placed) == 7
+    ((kind, data),) = recorder.said  # made at 0, started at 5, blocks from 10, one until 15, the end at 20
+    assert (kind, data["seconds"]) == ("estimate", (15 - 5) + 3 * 5)
+
+
+def test_a_block_that_takes_more_than_there_is_stops_the_run(recorder: Recorder) -> None:
+    estimate = preflight.Estimate(1, 1, 1, 1, available=1000, seconds=100.0, working=60.0)
+    tell = pipeline._refined(estimate, 500, recorder)
+    tell("estimate", {"memory": 400, "seconds": 7.0, "probed": True})
+    assert recorder.said == [("estimate", {"memory": 500, "seconds": 47.0, "probed": True})]
+    with pytest.raises(TooBig, match="One block took"):
+        tell("estimate", {"memory": 2000, "seconds": 7.0, "probed": True})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

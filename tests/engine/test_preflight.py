@@ -243,7 +243,7 @@ def test_a_short_text_is_enough_for_short_sequences(tiny_folder: Maker, tmp_path
 def test_a_model_that_does_not_fit(tiny_folder: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder()
     monkeypatch.setattr(preflight.hardware, "free_memory", lambda: 1 << 20)
-    with pytest.raises(TooBig, match=r"needs 0\.7 GiB, 0\.0 are free"):
+    with pytest.raises(TooBig, match=r"needs 1\.4 GiB, 0\.0 are free"):
         preflight.check(recipe(folder))
 
 

@@ -1,0 +1,78 @@
+"""Work on one real block before all the others, and say what the whole will take on this machine.
+
+Blocks are alike: what a step takes on the first, times their number, is what it will take, after what it does once
+(reading the text, the embeddings). Memory does not add up: one block is in memory at a time. So minutes of measuring
+replace a guess about hours. The work is thrown away, in a process of its own, which also frees its memory.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue
+
+from engine import methods, models, preflight
+from engine.methods import Context, Emit
+from engine.models import LoadedModel, blocks
+from engine.records import EventKind, Recipe
+
+FROM = 60.0  # seconds: what is expected to take less is not probed
+
+
+class Clock:
+    """Stands in a run's event stream's place and notes when a walk began its blocks and when it ended the first."""
+
+    def __init__(self) -> None:
+        self.began = self.ended = time.monotonic()
+
+    def __call__(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
+        if kind == "progress" and data["unit"] == "blocks":
+            if data["done"] == 0:
+                self.began = time.monotonic()
+            else:
+                self.ended = time.monotonic()
+
+
+def probe(recipe: Recipe, device: str, emit: Emit) -> None:
+    """Apply the recipe's steps to a model of its first block alone; emits `estimate`, seconds for all blocks."""
+    model = models.stream(preflight.resolve(recipe.model.source), recipe.model.dtype, device)
+    count = len(blocks(model.network)[1])
+    keep_first_block(model)
+    seconds = 0.0
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for number, (method, params) in enumerate(methods.check(recipe)):
+            clock, start = Clock(), time.monotonic()
+            text = preflight.calibration_file(recipe.calibration)
+            kept = Path(folder) / str(number)
+            model = method.apply(model, params, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
+            once = time.monotonic() - start - (clock.ended - clock.began)
+            seconds += once + count * (clock.ended - clock.began)
+    emit("estimate", {"memory": peak(device), "seconds": seconds, "probed": True})
+
+
+def keep_first_block(model: LoadedModel) -> None:
+    """Make the model one of its first block alone."""
+    name, modules = blocks(model.network)
+    del modules[1:]
+    model.network.config.get_text_config().num_hidden_layers = 1
+    assert model.parts is not None
+    others = [part for part in model.parts.where if part.startswith(f"{name}.") and part != f"{name}.0"]
+    model.parts = replace(
+        model.parts, where={part: place for part, place in model.parts.where.items() if part not in others}
+    )  # fmt: skip
+
+
+def peak(device: str) -> int:
+    """Bytes that were in use at most: of the GPU where that computes, else resident in this process."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+
+
+def _go_on() -> None:
+    """Nobody stops a probe but the process that started it."""
