@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, models, verify
+from engine import artifacts, methods, models, verify
 from engine.calibration import walk_blocks
 from engine.checkpoint import part_names
 from engine.errors import BadModel
@@ -71,6 +71,27 @@ def test_only_one_block_is_in_memory(tiny_folder: Maker, context: Context) -> No
     assert in_use(model) == set()
 
 
+@pytest.mark.parametrize("name", [name for name, method in methods.methods().items() if not method.whole])
+def test_methods_that_do_not_say_otherwise_hold_one_block(
+    name: str, tiny_folder: Maker, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = methods.get(name)
+    short: dict[str, JsonValue] = {"samples": 4, "sequence_length": 32, "group_size": 32}
+    params = chosen.check({key: value for key, value in short.items() if key in chosen.params.model_fields})
+    held: list[int] = []
+    fill = models.Parts.fill
+
+    def counting(parts: models.Parts, model: LoadedModel, part: str) -> None:
+        fill(parts, model, part)
+        held.append(sum(".layers." in open_ for open_ in {*parts.opened, part}))
+
+    monkeypatch.setattr(models.Parts, "fill", counting)
+    model = chosen.apply(models.stream(tiny_folder()), params, context)
+    assert max(held, default=0) <= 1
+    assert model.parts is not None, "load_all was called: say WHOLE = True"
+    assert in_use(model) == set()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2", "falcon", *MIXTURES])
 def test_gptq_of_a_stream_writes_the_bytes_of_gptq_in_memory(family: str, context: Context, tmp_path: Path) -> None:
     folder = saved(family, tmp_path / "model")
@@ -109,8 +130,6 @@ def test_a_strangers_reading_part_by_part_gives_the_logits(
 def test_a_stranger_rounds_the_inputs_that_the_config_names(
     method: str, activations: str, tiny_folder: Maker, context: Context, tmp_path: Path
 ) -> None:
-    from engine import methods
-
     chosen = methods.get(f"quantize/{method}")
     given: dict[str, JsonValue] = {"activations": activations}
     model = chosen.apply(models.stream(tiny_folder()), chosen.check(given), context)
