@@ -76,7 +76,7 @@ def test_methods_that_do_not_say_otherwise_hold_one_block(
     name: str, tiny_folder: Maker, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = methods.get(name)
-    short: dict[str, JsonValue] = {"samples": 4, "sequence_length": 32, "group_size": 32}
+    short: dict[str, JsonValue] = {"samples": 4, "sequence_length": 32, "group_size": 16}
     params = chosen.check({key: value for key, value in short.items() if key in chosen.params.model_fields})
     held: list[int] = []
     fill = models.Parts.fill
@@ -132,6 +132,7 @@ def test_a_stranger_rounds_the_inputs_that_the_config_names(
 ) -> None:
     chosen = methods.get(f"quantize/{method}")
     given: dict[str, JsonValue] = {"activations": activations}
+    given |= {"samples": 4, "sequence_length": 32} if method == "smoothquant" else {}
     model = chosen.apply(models.stream(tiny_folder()), chosen.check(given), context)
     artifacts.write(model, Recipe(), tmp_path / "artifact")
     stranger = models.stream(tmp_path / "artifact", "bfloat16", "cpu", Stranger)
