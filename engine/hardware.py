@@ -5,6 +5,9 @@ Nothing here initialises CUDA or imports torch: the web process may ask as often
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import platform
 from dataclasses import dataclass
@@ -48,6 +51,13 @@ def free_memory() -> int:
     """Bytes of main memory that a run may still take."""
     used, total = memory()
     return total - used
+
+
+def give_back_memory() -> None:
+    """Let the system have what this process has freed; the C library keeps much of it for later."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc's own; others give memory back by themselves
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cgroup_number(name: str) -> int | None:

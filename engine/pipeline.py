@@ -20,7 +20,7 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, methods, models, preflight, probe, verify
+from engine import artifacts, hardware, methods, models, preflight, probe, verify
 from engine.attempts import cache_folder
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
 from engine.methods import Context, Emit
@@ -71,6 +71,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     emit("artifact", {"path": str(artifact)})
     streamed, size = model.parts is not None, model.network.num_parameters() * model.network.dtype.itemsize
     del model
+    hardware.give_back_memory()  # to the processes that follow
     emit("phase", {"name": "verifying"})
     request: Request = {"folder": str(artifact), "device": device}
     saved: Request = {"expected": str(expected), "streamed": streamed, "bytes": size}
