@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.checkpoint import part_names, part_of
+from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
 from engine.files import publish
 from engine.models import LoadedModel, blocks, quantize_inputs
@@ -215,7 +215,7 @@ class TensorFiles:
             raise self.bad(f"{name} is missing")
         with safe_open(self._file_of[name], framework="pt", backend="pread") as handle:
             tensor: Tensor = handle.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        if not finite(tensor):
             raise self.bad(f"{name} holds NaN or infinite values")
         return tensor
 
