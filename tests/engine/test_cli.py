@@ -240,7 +240,9 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "engine", "run", "--home", str(tmp_path / "home"), "--json"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, str(tmp_path / "recipe.yaml")], **options) as first:  # type: ignore[call-overload]
+    # Shells start what they put in the background deaf to SIGINT, and that is inherited.
+    listening = options | {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen([*command, str(tmp_path / "recipe.yaml")], **listening) as first:  # type: ignore[call-overload]
         for line in first.stderr:
             if "GPTQ" in line:  # the step before is done, this one has just begun
                 break
