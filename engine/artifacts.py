@@ -19,10 +19,11 @@ from pydantic import JsonValue
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
-from engine import preflight, shards
+from engine import shards
 from engine.checkpoint import part_names
 from engine.errors import BadArtifact
 from engine.files import publish, sync
+from engine.headers import read_header
 from engine.models import LoadedModel, blocks
 from engine.packing import CACHE_KEY, QuantizedWeight
 from engine.records import Recipe
@@ -74,9 +75,9 @@ def write_weights(model: LoadedModel, folder: Path) -> None:
             os.link(finished.path, file)
         else:
             shards.write(model, group, file)
-        headers = preflight.read_header(file)
-        index |= dict.fromkeys(headers, file.name)
-        total += sum(header.length for header in headers.values())
+        stored = read_header(file)
+        index |= dict.fromkeys(stored, file.name)
+        total += sum(header.length for header in stored.values())
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=2) + "\n")
 

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.errors import BadModel, short
 from engine.experts import separate
-from engine.preflight import Header, read_header, weight_files
+from engine.headers import Header, read_header, weight_files
 
 
 def read_config(folder: Path) -> PretrainedConfig:

@@ -23,7 +23,7 @@ from typing import NoReturn, Protocol, Self
 
 from pydantic import JsonValue
 
-from engine import doctor, export, methods, preflight
+from engine import doctor, export, headers, methods, preflight
 from engine.errors import BadRecipe, InputError, MaquetteError, short
 from engine.recipes import choose_measures, load_recipe
 from engine.records import MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
     folder = preflight.resolve(options.folder)
     baseline = None if options.baseline is None else preflight.resolve(options.baseline)
     measures = _measures(options.measure) or MEASURES
-    preflight.inspect(folder)
+    headers.inspect(folder)
     from engine import pipeline  # only now: it takes seconds to import
 
     found: dict[str, Measurement] = {}

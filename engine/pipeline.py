@@ -20,7 +20,7 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, hardware, methods, models, preflight, probe, verify
+from engine import artifacts, hardware, headers, methods, models, preflight, probe, verify
 from engine.attempts import cache_folder
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
 from engine.methods import Context, Emit
@@ -150,7 +150,7 @@ def measure_folder(
     """
     from engine.measure import suite
 
-    preflight.inspect(folder)
+    headers.inspect(folder)
     check_cancelled()
     suite.measure(folder, measures, baseline, choose_device(device), emit)
 

@@ -1,22 +1,20 @@
-"""Read a model's config and headers, refuse what cannot work, and estimate the rest, before any work.
+"""Refuse what cannot work, and estimate the rest, before any work.
 
-Reads JSON and safetensors headers only: no tensor is loaded and nothing of the model is executed.
+Knows a model by its config and headers alone (`engine.headers`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from engine import hardware, methods
+from engine import hardware, headers, methods
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
+from engine.headers import Shape, integer
 from engine.methods import Calibrated, Method, Params, Selection
 from engine.packing import CACHE_KEY, CacheGrid
 from engine.records import Recipe
@@ -24,63 +22,10 @@ from engine.text import read_bytes, read_documents, too_short
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 RUNTIME = 700 << 20  # resident bytes of Python, torch and transformers before a model is loaded
-LIMITS = {  # the largest config numbers that are believed; real models are far below
-    "num_hidden_layers": 1024,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "vocab_size": 1 << 22,
-    "num_attention_heads": 4096,
-    "max_position_embeddings": 1 << 26,
-}
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
 HEADS = ("lm_head.weight", "embed_out.weight")  # names of an output head that is not its embeddings
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model folder's headers say.
-
-    linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all.
-    """
-
-    folder: Path
-    config: dict[str, JsonValue]
-    tensors: dict[str, tuple[int, ...]]
-    bytes: int
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensors.values())
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Parameters of each block, and of each module beside the blocks."""
-        found: dict[str, int] = {}
-        for name, shape in self.tensors.items():
-            *path, _ = name.split(".")
-            number = next((place for place, word in enumerate(path) if word.isdigit()), None)
-            part = ".".join(path if number is None else path[: number + 1])
-            found[part] = found.get(part, 0) + math.prod(shape)
-        return found
-
-    @property
-    def cache_grid(self) -> CacheGrid | None:
-        """How the model holds keys and values, where it says so."""
-        return CacheGrid.read(self.config[CACHE_KEY], self.folder.name) if CACHE_KEY in self.config else None
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        transposed = self.config.get("model_type") == "gpt2"
-        found = {}
-        for name, shape in self.tensors.items():
-            inside = any(part.isdigit() for part in name.split("."))
-            if inside and name.endswith(".weight") and len(shape) == 2:
-                out, into = shape[::-1] if transposed else shape
-                found[name.removesuffix(".weight")] = (out, into)
-        return found
 
 
 @dataclass(frozen=True)
@@ -139,116 +84,6 @@ def calibration_file(source: str) -> Path:
     return path.resolve()
 
 
-def inspect(folder: Path) -> Shape:
-    """The config and tensor shapes of a model folder.
-
-    Raises:
-        BadModel: not a causal LM in safetensors that this machine's transformers knows, or damaged.
-    """
-    config = _config(folder)
-    files = weight_files(folder)
-    tensors: dict[str, tuple[int, ...]] = {}
-    total = 0
-    for file in files:
-        for name, header in read_header(file).items():
-            tensors[name] = header.shape
-            total += header.length
-    return Shape(folder, config, tensors, total)
-
-
-class Header(NamedTuple):
-    """What a safetensors file says of a tensor: its dtype and shape, and where its bytes are in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    length: int
-
-
-def read_header(file: Path) -> dict[str, Header]:
-    """The tensors of a safetensors file by name; none is read.
-
-    Raises:
-        BadModel: truncated, or not a safetensors file.
-    """
-    broken = BadModel(f"{short(file.name)} is truncated or not a safetensors file. Download it again.")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, 100 << 20):
-            raise broken
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise broken from None
-    result = {}
-    try:
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = map(int, entry["data_offsets"])
-                shape = tuple(int(n) for n in entry["shape"])
-                result[name] = Header(str(entry["dtype"]), shape, 8 + length + begin, end - begin)
-                if end > size - 8 - length:
-                    raise broken
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise broken from None
-    return result
-
-
-def _config(folder: Path) -> dict[str, JsonValue]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = short(folder.name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise BadModel(f"{name} holds only an adapter. Merge it into its base model first.")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError:
-        raise BadModel(f"{name} has no config.json: it is not a model folder.") from None
-    except ValueError:
-        raise BadModel(f"{name}: config.json is not JSON.") from None
-    if not isinstance(config, dict):
-        raise BadModel(f"{name}: config.json is not a JSON object.")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
-        raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
-    if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise BadModel(f"{name}: a {kind} model is not a causal language model.")
-    for key, limit in LIMITS.items():
-        value = config.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-            raise BadModel(f"{name}: config.json says {key} = {short(value)}; that cannot be right.")
-    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
-    if "head_dim" not in config and hidden % heads:
-        raise BadModel(f"{name}: {heads} attention heads do not divide a hidden size of {hidden}.")
-    return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises:
-        BadModel: there are none, or the index names others.
-    """
-    name = short(folder.name)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
-        raise BadModel(f"{name} has no model.safetensors.")
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadModel(f"{name}: model.safetensors.index.json is damaged.") from None
-    for part in names:
-        if not isinstance(part, str) or Path(part).name != part or not (folder / part).is_file():
-            raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")
-    return [folder / part for part in sorted(names)]
-
-
 def check(recipe: Recipe) -> Estimate:
     """Refuse what cannot work and estimate the rest.
 
@@ -256,7 +91,7 @@ def check(recipe: Recipe) -> Estimate:
         InputError: a bad model, step, setting or text, or too little memory; one helpful line.
     """
     steps = methods.check(recipe)
-    shape = inspect(resolve(recipe.model.source))
+    shape = headers.inspect(resolve(recipe.model.source))
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     if steps:
@@ -282,17 +117,12 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises:
         InputError: the recipe or its model cannot be read.
     """
-    return _estimate(recipe, inspect(resolve(recipe.model.source)), methods.check(recipe))
-
-
-def experts(config: Mapping[str, JsonValue]) -> int:
-    """How many experts the blocks of a model have, by its config.json; 0 where it is no mixture."""
-    return max((_number(config.get(key)) for key in EXPERTS), default=0)
+    return _estimate(recipe, headers.inspect(resolve(recipe.model.source)), methods.check(recipe))
 
 
 def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
     """Refuse mixtures whose layout is not known, and what a file cannot say of experts, which share one scheme."""
-    count = experts(shape.config)
+    count = headers.experts(shape.config)
     kind = str(shape.config["model_type"])
     if count < 2:
         return
@@ -360,7 +190,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
     """Compressing and measuring follow each other: the larger of the two counts."""
     width = WIDTHS[recipe.model.dtype]
     config = shape.config.get
-    hidden = _number(config("hidden_size", 768))
+    hidden = integer(config("hidden_size", 768))
     dense = shape.parameters * width
     streamed = bool(steps) and not any(method.whole for method, _ in steps)
     weights = width * max(shape.parts.values()) if streamed else dense
@@ -375,7 +205,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
             work += 6.0 * tokens * shape.parameters
         if method.family == "distill":
             activations = max(activations, 16 * shape.parameters)
-            work += 8.0 * _number(getattr(params, "steps", 0)) * 2048 * shape.parameters
+            work += 8.0 * integer(getattr(params, "steps", 0)) * 2048 * shape.parameters
         if not method.changes:
             notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
     kv_cache = 0
@@ -418,7 +248,7 @@ def attention_sizes(config: Mapping[str, JsonValue]) -> tuple[int, int, int]:
     """Blocks, heads of keys and values, and numbers of a head, under the names that the families have for them."""
 
     def first(*keys: str) -> int:
-        return next((number for key in keys if (number := _number(config.get(key)))), 0)
+        return next((number for key in keys if (number := integer(config.get(key)))), 0)
 
     hidden = first("hidden_size", "n_embd") or 768
     heads = first("num_attention_heads", "n_head") or 12
@@ -426,7 +256,3 @@ def attention_sizes(config: Mapping[str, JsonValue]) -> tuple[int, int, int]:
     if config.get("multi_query") and not config.get("new_decoder_architecture"):  # Falcon
         shared = 1
     return first("num_hidden_layers", "n_layer") or 12, shared, first("v_head_dim", "head_dim") or hidden // heads
-
-
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
 from engine.files import publish
+from engine.headers import weight_files
 from engine.models import LoadedModel, blocks, quantize_inputs
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
-from engine.preflight import weight_files
 
 GRIDS = "maquette_grids"  # the key of a shard's metadata that says how its packed weights are to be read
 PRUNED = "maquette_pruned"  # and the one that names the linears whose zeros must stay

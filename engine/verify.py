@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine import artifacts, hardware, models, preflight
+from engine import artifacts, hardware, headers, models
 from engine.errors import BadArtifact
 from engine.models import LoadedModel
 
@@ -53,7 +53,7 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     expected = load_file(Path(str(request["expected"])))
     with torch.inference_mode():
         logits = model.network(input_ids=expected["ids"].to(model.device), use_cache=False).logits[0].float().cpu()
-    distance = distance_of(logits, expected["logits"], mixture=preflight.experts(config) > 1)
+    distance = distance_of(logits, expected["logits"], mixture=headers.experts(config) > 1)
     if not distance <= TOLERANCE:
         raise BadArtifact(
             f"The saved model computes other logits than the one in memory: {distance:.1%} apart, "

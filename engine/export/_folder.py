@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine import artifacts, preflight
+from engine import artifacts, headers
 from engine.errors import BadModel, InputError, TooBig, short
 from engine.files import publish
 from engine.packing import QuantizedWeight, pack, unpack
@@ -83,7 +83,7 @@ class Artifact:
                 "not expect. Quantize with `head` and `embeddings` off to export."
             )
         self._schemes = Schemes(stored, folder)
-        self._shapes = preflight.inspect(folder).tensors
+        self._shapes = headers.inspect(folder).tensors
         self.packed = {name: self._packed(name) for name in names}
 
     def _packed(self, name: str) -> Packed:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, methods, models, preflight, runtime
+from engine import artifacts, headers, methods, models, preflight, runtime
 from engine.errors import BadModel, BadParams, Cancelled
 from engine.methods import Context
 from engine.models import LoadedModel, embeddings, head
@@ -51,8 +51,8 @@ def test_everybody_reads_a_model_that_is_quantized_throughout(
     ours = runtime.load(tmp_path / "artifact")
     assert isinstance(ours.network.get_input_embeddings(), Int8Embedding)
     assert (logits(ours.network) - expected).norm() / expected.norm() < 0.03
-    stored = preflight.inspect(tmp_path / "artifact").bytes
-    assert stored < 0.55 * preflight.inspect(folder).bytes
+    stored = headers.inspect(tmp_path / "artifact").bytes
+    assert stored < 0.55 * headers.inspect(folder).bytes
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma", "gemma2", "gemma3"}))

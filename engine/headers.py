@@ -1,0 +1,192 @@
+"""What a model folder's config.json and safetensors headers say, refused where it cannot be.
+
+JSON and headers only: no tensor is loaded and nothing of the model is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+from engine.errors import BadModel, short
+from engine.packing import CACHE_KEY, CacheGrid
+
+LIMITS = {  # the largest config numbers that are believed; real models are far below
+    "num_hidden_layers": 1024,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "num_attention_heads": 4096,
+    "max_position_embeddings": 1 << 26,
+}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model folder's headers say.
+
+    linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all.
+    """
+
+    folder: Path
+    config: dict[str, JsonValue]
+    tensors: dict[str, tuple[int, ...]]
+    bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Parameters of each block, and of each module beside the blocks."""
+        found: dict[str, int] = {}
+        for name, shape in self.tensors.items():
+            *path, _ = name.split(".")
+            number = next((place for place, word in enumerate(path) if word.isdigit()), None)
+            part = ".".join(path if number is None else path[: number + 1])
+            found[part] = found.get(part, 0) + math.prod(shape)
+        return found
+
+    @property
+    def cache_grid(self) -> CacheGrid | None:
+        """How the model holds keys and values, where it says so."""
+        return CacheGrid.read(self.config[CACHE_KEY], self.folder.name) if CACHE_KEY in self.config else None
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        transposed = self.config.get("model_type") == "gpt2"
+        found = {}
+        for name, shape in self.tensors.items():
+            inside = any(part.isdigit() for part in name.split("."))
+            if inside and name.endswith(".weight") and len(shape) == 2:
+                out, into = shape[::-1] if transposed else shape
+                found[name.removesuffix(".weight")] = (out, into)
+        return found
+
+
+def inspect(folder: Path) -> Shape:
+    """The config and tensor shapes of a model folder.
+
+    Raises:
+        BadModel: not a causal LM in safetensors that this machine's transformers knows, or damaged.
+    """
+    config = _config(folder)
+    files = weight_files(folder)
+    tensors: dict[str, tuple[int, ...]] = {}
+    total = 0
+    for file in files:
+        for name, header in read_header(file).items():
+            tensors[name] = header.shape
+            total += header.length
+    return Shape(folder, config, tensors, total)
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor: its dtype and shape, and where its bytes are in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+def read_header(file: Path) -> dict[str, Header]:
+    """The tensors of a safetensors file by name; none is read.
+
+    Raises:
+        BadModel: truncated, or not a safetensors file.
+    """
+    broken = BadModel(f"{short(file.name)} is truncated or not a safetensors file. Download it again.")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, 100 << 20):
+            raise broken
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise broken from None
+    result = {}
+    try:
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = map(int, entry["data_offsets"])
+                shape = tuple(int(n) for n in entry["shape"])
+                result[name] = Header(str(entry["dtype"]), shape, 8 + length + begin, end - begin)
+                if end > size - 8 - length:
+                    raise broken
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise broken from None
+    return result
+
+
+def _config(folder: Path) -> dict[str, JsonValue]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = short(folder.name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise BadModel(f"{name} holds only an adapter. Merge it into its base model first.")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError:
+        raise BadModel(f"{name} has no config.json: it is not a model folder.") from None
+    except ValueError:
+        raise BadModel(f"{name}: config.json is not JSON.") from None
+    if not isinstance(config, dict):
+        raise BadModel(f"{name}: config.json is not a JSON object.")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+        raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
+    if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BadModel(f"{name}: a {kind} model is not a causal language model.")
+    for key, limit in LIMITS.items():
+        value = config.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+            raise BadModel(f"{name}: config.json says {key} = {short(value)}; that cannot be right.")
+    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    if "head_dim" not in config and hidden % heads:
+        raise BadModel(f"{name}: {heads} attention heads do not divide a hidden size of {hidden}.")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        BadModel: there are none, or the index names others.
+    """
+    name = short(folder.name)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
+        raise BadModel(f"{name} has no model.safetensors.")
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadModel(f"{name}: model.safetensors.index.json is damaged.") from None
+    for part in names:
+        if not isinstance(part, str) or Path(part).name != part or not (folder / part).is_file():
+            raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")
+    return [folder / part for part in sorted(names)]
+
+
+def experts(config: Mapping[str, JsonValue]) -> int:
+    """How many experts the blocks of a model have, by its config.json; 0 where it is no mixture."""
+    return max((integer(config.get(key)) for key in EXPERTS), default=0)
+
+
+def integer(value: object) -> int:
+    """A whole number of a config, 0 where it is none."""
+    return value if isinstance(value, int) else 0
