@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.calibration import Block, BlockLinear, Call, run_block
+from engine.calibration import Block, BlockLinear
+from engine.flow import Call, run_block
 from engine.models import Linear
 
 # The linear before, of how many equal parts of its rows the last is read, and the linear that reads it.

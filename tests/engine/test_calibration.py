@@ -6,15 +6,10 @@ import pytest
 import torch
 
 from engine import calibration
-from engine.calibration import (
-    accumulate_hessian,
-    capture,
-    make_empty_hessian,
-    read_documents,
-    token_rows,
-    walk_blocks,
-)  # fmt: skip
+from engine import flow as flow_module
+from engine.calibration import accumulate_hessian, make_empty_hessian, read_documents, token_rows, walk_blocks
 from engine.errors import BadText
+from engine.flow import capture
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import LoadedModel, blocks
 from tests.conftest import Recorder, in_memory, tiny_config
@@ -35,19 +30,19 @@ def block_outputs(model: LoadedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("held", [calibration.HELD, 0], ids=["memory", "file"])
+@pytest.mark.parametrize("held", [flow_module.HELD, 0], ids=["memory", "file"])
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_replayed_blocks_give_what_the_model_gives(
     family: str, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "HELD", held)
+    monkeypatch.setattr(flow_module, "HELD", held)
     model = in_memory((FAMILIES | MIXTURES)[family], torch.float32)
     ids = torch.randint(3, 1280, (4, 24), generator=torch.Generator().manual_seed(1))
     expected = block_outputs(model, ids)
     flow = capture(model, ids.split(2), tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == (0 if held else 2)
     for number, module in enumerate(blocks(model.network)[1]):
-        flow.through(calibration.Block(number, "", module, []))
+        flow.through(number, module)
         torch.testing.assert_close(torch.cat([flow.states[0], flow.states[1]]), expected[number])
     flow.states.close()
     assert not list(tmp_path.rglob("*.safetensors"))
