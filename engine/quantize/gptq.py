@@ -38,7 +38,7 @@ from engine.calibration import Block, BlockLinear
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import Grid, GridParams, Moments, make_grid, round_to_nearest, stretches
+from engine.quantize._grid import Clipping, Grid, GridParams, Moments, make_grid, round_to_nearest, stretches
 from engine.quantize._place import place, walk
 
 TITLE = "GPTQ"
@@ -48,8 +48,9 @@ STRETCH = 1 << 26  # weights that are solved at a time: the head has many rows
 
 
 class SolverParams(Moments):
-    """Settings of the solver, whatever the grid: the calibration, the order and the damping."""
+    """Settings of the solver, whatever the grid: the calibration, the order, the damping, and ranges by their error."""
 
+    clipping: Clipping = Field("mse", description="Narrow each range where that lowers the squared error (mse).")
     activation_order: bool = Field(True, description="Solve the columns with the largest inputs first.")
     damping: float = Field(0.01, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to H.")
 

@@ -27,7 +27,7 @@ def hessian_of(inputs: Tensor) -> Tensor:
 
 def slow_obq(weight: Tensor, hessian: Tensor, params: Params, dtype: torch.dtype) -> Tensor:
     """Optimal brain quantization in the order that GPTQ uses; H⁻¹ of what is left is computed anew each time."""
-    grid = make_grid(weight, params, "w", dtype)
+    grid = make_grid(weight, params, "w", dtype, hessian.diagonal())
     columns = weight.shape[1]
     hessian = hessian.double().clone()
     hessian.diagonal().add_(params.damping * hessian.diagonal().mean())
