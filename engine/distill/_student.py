@@ -6,12 +6,10 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from engine.checkpoint import attention
 from engine.errors import BadParams
-from engine.experts import separate
 from engine.models import LoadedModel, blocks
+from engine.surgery import fresh, keep_blocks
 
 
 def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
@@ -22,27 +20,11 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
     Raises:
         BadParams: the model has fewer blocks than `keep_every`.
     """
-    prefix, modules = blocks(model.network)
-    kept = list(range(keep_every - 1, len(modules), keep_every))
+    count = len(blocks(model.network)[1])
+    kept = list(range(keep_every - 1, count, keep_every))
     if not kept:
-        raise BadParams(f"keep_every {keep_every} leaves no block of {len(modules)}. Use {len(modules)} or less.")
-    config = copy.deepcopy(model.network.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = len(kept)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in kept]
-    student = fresh(config, model.network.dtype, model.device)
-    weights = model.network.state_dict()
-    chosen = {}
-    for key in student.state_dict():
-        source = key
-        if key.startswith(f"{prefix}."):
-            number, rest = key.removeprefix(f"{prefix}.").split(".", 1)
-            source = f"{prefix}.{kept[int(number)]}.{rest}"
-        chosen[key] = weights[source]
-    student.load_state_dict(chosen)
-    pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
-    return LoadedModel(student, model.tokenizer, Path(model.source), pruned=pruned)
+        raise BadParams(f"keep_every {keep_every} leaves no block of {count}. Use {count} or less.")
+    return keep_blocks(model, kept)
 
 
 def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) -> LoadedModel:
@@ -70,19 +52,3 @@ def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) ->
         text.layer_types = (text.layer_types * num_blocks)[:num_blocks]
     torch.manual_seed(seed)
     return LoadedModel(fresh(config, model.network.dtype, model.device), model.tokenizer, Path(model.source))
-
-
-def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """An untrained network of a config."""
-    network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=dtype, attn_implementation=attention(config), trust_remote_code=False
-    )
-    assert isinstance(network, PreTrainedModel)
-    separate(network)
-    network.to(device)  # type: ignore[arg-type]  # the stub takes the method for an unbound one
-    network.eval()  # type: ignore[no-untyped-call]
-    return network
-
-
-def _below(names: set[str], prefix: str) -> list[str]:
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]

@@ -21,11 +21,11 @@ from torch.nn import functional
 
 from engine.calibration import token_rows
 from engine.distill._student import every_kth, of_size
-from engine.distill._train import Schedule, train
 from engine.methods import Context
 from engine.methods import Params as Base
 from engine.models import LoadedModel, load
 from engine.preflight import calibration_file
+from engine.training import Schedule, train
 
 TITLE = "Logit distillation"
 CHANGES = ("disk", "memory", "latency")

@@ -10,13 +10,13 @@ import torch
 from engine import artifacts
 from engine.distill import logits
 from engine.distill._student import every_kth, of_size
-from engine.distill._train import Schedule, draw, train
 from engine.distill.logits import Params, distillation_loss
 from engine.errors import BadParams, Cancelled, Diverged
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, load
 from engine.preflight import DEMO
 from engine.records import Recipe
+from engine.training import Schedule, draw, train
 from tests.conftest import Recorder, in_memory, tiny_config
 
 

@@ -1,4 +1,7 @@
-"""The training loop of distillation: AdamW, cosine schedule, checkpoints that resume to the same result."""
+"""The training loop: AdamW, cosine schedule, checkpoints that resume to the same result.
+
+Distillation trains with it, and pruning that lets the model recover.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,16 @@ class Schedule:
 
 
 Loss = Callable[[Tensor], Tensor]  # token ids (batch, length) -> scalar
+Prune = Callable[[int], None]  # changes the network's weights in place after that step, counted from 1
 
 
-def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule, context: Context) -> None:
+def train(
+    student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule, context: Context, prune: Prune | None = None
+) -> None:  # fmt: skip
     """Train the student's network in float32 on packed rows (count, length), drawn anew from the seed each epoch.
 
-    Weights that an earlier pruning step set to zero stay zero. The network comes back in its own dtype.
+    Weights of the linears in `pruned` that are zero stay zero; `prune` may make more of them so after any step. The
+    network comes back in its own dtype.
 
     Raises:
         Diverged: the loss is not finite, or far above where it began.
@@ -57,7 +64,6 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
     network.train().requires_grad_(True)
     network.config.use_cache = False
     parameters = dict(network.named_parameters())
-    masks = {f"{name}.weight": parameters[f"{name}.weight"] != 0 for name in student.pruned}
     optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=DECAY)
     saved = context.folder / "training.safetensors"
     first = resume(saved, parameters, optimizer) if saved.exists() else 0
@@ -77,11 +83,14 @@ def train(student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule,
             raise Diverged(f"Training diverged at step {step + 1}: the loss is {value:.3g}. Use a lower learning_rate.")
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        zeros = {name: parameters[f"{name}.weight"] == 0 for name in student.pruned}
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for name, mask in masks.items():
-                parameters[name].mul_(mask)
+            for name, zero in zeros.items():
+                parameters[f"{name}.weight"].masked_fill_(zero, 0)
+            if prune is not None:
+                prune(step + 1)
         if (step + 1) % 10 == 0 or step + 1 == schedule.steps:
             context.sample("loss", value, "nats")
             context.sample("learning_rate", schedule.at(step), "1")
