@@ -20,10 +20,11 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, hardware, headers, methods, models, preflight, probe, verify
+from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, probe, verify
 from engine.attempts import cache_folder
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
 from engine.methods import Context, Emit
+from engine.models import LoadedModel
 from engine.preflight import Estimate
 from engine.records import EventKind, Recipe
 
@@ -52,16 +53,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
         after = estimate.weights + estimate.kv_cache + estimate.runtime if measuring else 0
         child(asked, folder, _refined(estimate, after, emit), check_cancelled)
     emit("phase", {"name": "loading"})
-    torch.manual_seed(recipe.seed)
-    model = (models.stream if recipe.steps else models.load)(source, recipe.model.dtype, device)
-    for number, (method, params) in enumerate(methods.check(recipe)):
-        check_cancelled()
-        emit("phase", {"name": method.title})
-        kept = folder / "blocks" / f"step-{number}"
-        text = preflight.calibration_file(recipe.calibration)
-        context = Context(device, recipe.seed, kept, cache_folder(folder), text, emit, check_cancelled)
-        with torch.no_grad():
-            model = method.apply(model, params, context)
+    model = apply_steps(recipe, folder, device, emit, check_cancelled)
     check_cancelled()
     emit("phase", {"name": "saving"})
     artifact = folder / "artifact"
@@ -81,6 +73,30 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
         wanted: Request = {**request, "kind": "measure", "measures": list(recipe.measure), "baseline": baseline}
         child(wanted, folder, emit, check_cancelled)
     return artifact
+
+
+def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_cancelled: Check) -> LoadedModel:
+    """The model after all steps; those that a recipe that begins alike has done are not done again."""
+    steps, cache = methods.check(recipe), cache_folder(folder)
+    model, done = intermediate.find(recipe, steps, cache, folder / "blocks" / "kept", device)
+    if model is None:
+        source = preflight.resolve(recipe.model.source)
+        model = (models.stream if steps else models.load)(source, recipe.model.dtype, device)
+    elif done:
+        titles = ", ".join(method.title for method, _ in steps[:done])
+        emit("log", {"text": f"reused what an earlier run has done: {titles}"})
+    for number, (method, params) in enumerate(steps[done:], done):
+        check_cancelled()
+        emit("phase", {"name": method.title})
+        blocks = folder / "blocks" / f"step-{number}"
+        text = preflight.calibration_file(recipe.calibration)
+        context = Context(device, recipe.seed, blocks, cache, text, emit, check_cancelled)
+        torch.manual_seed(recipe.seed + number)  # of this step alone: the ones before may have been reused
+        with torch.no_grad():
+            model = method.apply(model, params, context)
+        if number + 1 < len(steps):
+            intermediate.keep(model, recipe, steps[: number + 1], cache)
+    return model
 
 
 def worth_a_probe(recipe: Recipe) -> bool:

@@ -1,0 +1,117 @@
+"""The models between the steps of a recipe, kept for recipes that begin alike: another last step repeats no first.
+
+    HOME/cache/steps/<key>/    an artifact: the model as it was after some steps
+
+The key names everything the model follows from: the original's files, the steps with all their settings and the files
+they read, dtype, seed, calibration text, versions and our own code. Models with packed weights are not kept: what
+follows them takes seconds. The ones used longest ago make room; a run that uses one holds links of its own to the
+files, so that nothing is taken from under it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from engine import artifacts, headers, models
+from engine.errors import BadArtifact
+from engine.methods import Method, Params
+from engine.models import LoadedModel
+from engine.preflight import calibration_file, resolve
+from engine.records import Recipe
+from engine.shards import Shard
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.2  # of the free disk that kept models may take
+Steps = Sequence[tuple[Method, Params]]
+
+
+def keep(model: LoadedModel, recipe: Recipe, steps: Steps, cache: Path) -> None:
+    """Keep the model as it is after these `steps`, where it may be kept and there is room."""
+    if model.quantized or model.stored_as is not None or model.kv_cache is not None:
+        return
+    folder = cache / "steps" / key(recipe, steps)
+    needed = model.network.num_parameters() * model.network.dtype.itemsize
+    if folder.exists() or not make_room(folder.parent, needed):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    artifacts.write(model, recipe.model_copy(update={"steps": recipe.steps[: len(steps)]}), folder)
+
+
+def find(recipe: Recipe, steps: Steps, cache: Path, folder: Path, device: str) -> tuple[LoadedModel | None, int]:
+    """The model after as many of the steps, but for the last, as were kept; and their number. Links go to `folder`."""
+    for count in range(len(steps) - 1, 0, -1):
+        kept = cache / "steps" / key(recipe, steps[:count])
+        if not kept.is_dir():
+            continue
+        try:
+            artifacts.verify(kept)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(kept, folder, copy_function=os.link)
+        except (BadArtifact, OSError) as error:
+            log.warning("a kept model cannot be used and is made again: %s", error)
+            shutil.rmtree(kept, ignore_errors=True)
+            continue
+        os.utime(kept)
+        model = models.stream(folder, recipe.model.dtype, device)
+        model.source = resolve(recipe.model.source)
+        for file in headers.weight_files(folder):
+            model.pruned |= Shard(file).pruned()
+        return model, count
+    return None, 0
+
+
+def make_room(folder: Path, needed: int) -> bool:
+    """Delete the models used longest ago until `needed` bytes more are within the share; whether they can be."""
+    kept = sorted((each for each in folder.glob("*") if each.is_dir()), key=lambda each: each.stat().st_mtime)
+    sizes = {each: sum(file.stat().st_size for file in each.iterdir()) for each in kept}
+    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    limit = SHARE * (shutil.disk_usage(disk).free + sum(sizes.values()))
+    while kept and sum(sizes.values()) + needed > limit:
+        oldest = kept.pop(0)
+        shutil.rmtree(oldest, ignore_errors=True)
+        del sizes[oldest]
+    return needed <= limit
+
+
+def key(recipe: Recipe, steps: Steps) -> str:
+    """What the model after these steps follows from, as 24 hexadecimal digits."""
+    body = {
+        "model": _files(resolve(recipe.model.source)),
+        "dtype": recipe.model.dtype,
+        "seed": recipe.seed,
+        "calibration": artifacts.digest(calibration_file(recipe.calibration)),
+        "steps": [[method.name, params.model_dump(mode="json"), _read_by(params)] for method, params in steps],
+        "versions": [version("torch"), version("transformers"), _code()],
+    }
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _read_by(params: Params) -> list[object]:
+    """What stands in the files and folders that a setting names."""
+    words = [word for value in params.model_dump().values() if isinstance(value, str) for word in value.split()]
+    found = [Path(word).expanduser() for word in words if "\0" not in word and len(word) < 4096]
+    return [artifacts.digest(path) if path.is_file() else _files(path) for path in found if path.exists()]
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of a folder's files: reading a large model would take longer than it saves."""
+    return sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the engine's own source: another version may compute something else."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*")):
+        if file.suffix in (".py", ".cpp", ".h"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
