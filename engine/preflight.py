@@ -203,9 +203,10 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
             states = min(2 * tokens * hidden * width, HELD)
             activations = max(activations, states + _solving(shape, getattr(params, "collect", "norm")))
             work += 6.0 * tokens * shape.parameters
-        if method.family == "distill":
+        if steps_to_train := integer(getattr(params, "steps", 0)):
+            tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
             activations = max(activations, 16 * shape.parameters)
-            work += 8.0 * integer(getattr(params, "steps", 0)) * 2048 * shape.parameters
+            work += 8.0 * steps_to_train * tokens * shape.parameters
         if not method.changes:
             notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
     kv_cache = 0

@@ -45,7 +45,7 @@ class Schedule:
 
 
 Loss = Callable[[Tensor], Tensor]  # token ids (batch, length) -> scalar
-Prune = Callable[[int], None]  # changes the network's weights in place after that step, counted from 1
+Prune = Callable[[int], None]  # changes the weights in place after so many steps; also where training begins
 
 
 def train(
@@ -69,6 +69,9 @@ def train(
     first = resume(saved, parameters, optimizer) if saved.exists() else 0
     if first:
         context.log(f"resumed at step {first} of {schedule.steps}")
+    if prune is not None:
+        with torch.no_grad():
+            prune(first)
     began, highest = time.monotonic(), math.inf
     for step in range(first, schedule.steps):
         context.check_cancelled()
