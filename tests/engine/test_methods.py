@@ -25,6 +25,8 @@ SMALL: dict[str, dict[str, object]] = {
     "quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 16},
     "prune/wanda": {"samples": 4, "sequence_length": 16},
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
+    "prune/gradual": {"steps": 3, "batch": 2, "sequence_length": 16},
+    "prune/l1": {"steps": 3, "batch": 2, "sequence_length": 16},
 }
 
 
