@@ -32,7 +32,7 @@ from benchmarks.sections import README, ROOT, write_section
 from engine import hardware
 
 OURS = "maquette"
-PEERS = (*PACKAGES, OURS)
+PEERS = ("gptqmodel", "llmcompressor", OURS)
 TASKS = {
     "gptq-4": ("GPTQ W4 g128", PEERS),
     "gptq-3": ("GPTQ W3 g128", PEERS),
@@ -119,7 +119,7 @@ def fidelity(product: Path, original: Path) -> dict[str, tuple[float, float]]:
 def report() -> str:
     """The tables in Markdown, of all cells that are measured."""
     cells = {file.stem: json.loads(file.read_text()) for file in sorted((CACHE / "cells").glob("*.json"))}
-    versions = ", ".join(package for packages in PACKAGES.values() for package in packages[:1])
+    versions = ", ".join(PACKAGES[peer][0] for peer in PEERS if peer != OURS)
     about = (
         f"{versions}; {hardware.machine()}; torch {torch.__version__}. {subjects.SAMPLES} rows of {subjects.LENGTH} "
         "tokens, the same ids for all; symmetric unless said; what is not named is each library's default. Time is "

@@ -18,6 +18,7 @@ TORCH = "torch==2.13.0"
 PACKAGES = {
     "gptqmodel": ("gptqmodel==7.6.0", "numpy==2.2.6"),
     "llmcompressor": ("llmcompressor==0.14.0",),
+    "trl": ("trl==1.16.0", "transformers==5.23.0"),
 }  # fmt: skip
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
