@@ -1,6 +1,6 @@
 """The tables of the README and of the demo model, and the comparison that the page shows first.
 
-    python -m benchmarks.results            # everything: about ten minutes on two free cores
+    python -m benchmarks.results --again    # everything: about ten minutes on two free cores
     python -m benchmarks.results stored     # only the stored comparison
 
 Every figure comes from a run of the real pipeline on the bundled model: compressed, saved, reloaded by stock
@@ -11,22 +11,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import tempfile
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import JsonValue
 
 from benchmarks.sections import ROOT, write_section
-from engine import hardware, pipeline
+from benchmarks.trials import Trial, forget, table, trial
+from engine import hardware
 from engine.methods import methods
-from engine.records import EventKind, Measurement, Output, Recipe, Run, Status
+from engine.records import Run, Status
 
 DEMO = ROOT / "assets" / "demo"
-TASKS = ("facts", "reading", "sums", "grammar")
-FIDELITY = ("size", "perplexity", "accuracy", "divergence")
-
 STUDENT: dict[str, JsonValue] = {
     "student": "blocks", "keep_every": 2, "steps": 300, "batch": 16, "learning_rate": 0.003,
 }  # fmt: skip
@@ -61,71 +56,25 @@ RECIPES: dict[str, list[object]] = {
     ],
 }
 DAMAGE = ("original", "GPTQ 4 bit", "RTN 3 bit", "GPTQ 2 bit", "Magnitude 50 %", "Magnitude 70 %")
-STORED = ("original", "GPTQ 4 bit")
+STORED: dict[str, list[object]] = {"original": [], "GPTQ 4 bit": [{"quantize/gptq": {"bits": 4, "group_size": 64}}]}
 
 log = logging.getLogger("results")
-
-
-class Result:
-    """What one run of the pipeline said."""
-
-    def __init__(self, name: str, measure: Sequence[str] = FIDELITY) -> None:
-        steps = RECIPES[name]
-        if name in STORED and measure != FIDELITY:
-            steps = steps and [{"quantize/gptq": {"bits": 4, "group_size": 64}}]
-        self.name = name
-        self.recipe = Recipe.model_validate({"steps": steps, "measure": list(measure)})
-        self.measured: dict[str, Measurement] = {}
-        self.outputs: list[Output] = []
-        self.began = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            pipeline.run(self.recipe, Path(folder), self._hear, lambda: None)
-        self.ended = time.time()
-        log.info("%s: %.0f s", name, self.ended - self.began)
-
-    def _hear(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
-        if kind == "measurement":
-            found = Measurement.model_validate(data)
-            self.measured[found.name] = found
-        elif kind == "output":
-            self.outputs.append(Output.model_validate(data))
-
-    def cell(self, name: str) -> str:
-        """A figure with its standard error, as the tables print it."""
-        if name not in self.measured:
-            return "–"
-        found = self.measured[name]
-        if name == "size.bytes":
-            return f"{found.value / 1e6:.2f}"
-        if name.startswith("accuracy"):
-            return f"{100 * found.value:.1f} ± {100 * (found.error or 0):.1f}"
-        return f"{found.value:.4g} ± {found.error:.2g}" if found.error is not None else f"{found.value:.3g}"
-
-
-def table(results: Sequence[Result]) -> str:
-    """A Markdown table of results."""
-    columns = ["size.bytes", "size.bits_per_weight", "perplexity", "kl", "accuracy", *(f"accuracy.{t}" for t in TASKS)]
-    head = ["", "MB", "bits per weight", "perplexity", "KL to the original, nat", "accuracy, %", *TASKS]
-    lines = [" | ".join(head), " | ".join(["---"] + ["---:"] * len(columns))]
-    lines += [" | ".join([r.name, *(r.cell(column) for column in columns)]) for r in results]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def stored_comparison() -> None:
     """Measure the two runs that a first visitor sees, with everything a run measures."""
     everything = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")
-    runs = [Result(name, everything) for name in STORED]
+    runs = [trial(name, steps, everything) for name, steps in STORED.items()]
     body = ",\n".join(
-        f'{{"run": {_as_run(r).model_dump_json()}, '
+        f'{{"run": {_as_run(number, r).model_dump_json()}, '
         f'"measurements": [{", ".join(m.model_dump_json() for m in r.measured.values())}], '
         f'"outputs": [{", ".join(o.model_dump_json() for o in r.outputs)}]}}'
-        for r in runs
+        for number, r in enumerate(runs)
     )
     (DEMO / "comparison.json").write_text(f'{{"machine": "{hardware.machine()}", "runs": [\n{body}\n]}}\n')
 
 
-def _as_run(result: Result) -> Run:
-    number = STORED.index(result.name)
+def _as_run(number: int, result: Trial) -> Run:
     return Run(
         id=f"stored-{number}", recipe=result.recipe, status=Status.SUCCEEDED, attempt=1, created=result.began,
         started=result.began, finished=result.ended,
@@ -144,7 +93,11 @@ def method_table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("all", "stored", "methods"), default="all")
-    part = parser.parse_args().part
+    parser.add_argument("--again", action="store_true", help="run what was run before once more")
+    options = parser.parse_args()
+    part = options.part
+    if options.again:
+        forget()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     write_section(ROOT / "README.md", "methods", method_table())
     if part == "methods":
@@ -152,7 +105,7 @@ def main() -> None:
     stored_comparison()
     if part == "stored":
         return
-    results = {name: Result(name) for name in RECIPES}
+    results = {name: trial(name, steps) for name, steps in RECIPES.items()}
     about = f"Measured {time.strftime('%Y-%m-%d')} on {hardware.machine()}; ± is one standard error."
     write_section(ROOT / "README.md", "results", f"{table(list(results.values()))}\n\n{about}")
     write_section(DEMO / "README.md", "damage", f"{table([results[name] for name in DAMAGE])}\n\n{about}")
