@@ -1,4 +1,4 @@
-"""Distil with trl's trainer on fixed text; runs in its environment. Settings that are not named are its defaults.
+"""Distill with trl's trainer on fixed text; runs in its environment. Settings that are not named are its defaults.
 
 Its trainer for generalised knowledge distillation with `lmbda` 0 (no text of the student's own) and `beta` 0 (forward
 KL): the loss of `distill/logits` with label_weight 0, over the same rows in the same batches.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from datasets import Dataset
-from runner import mark, request, token_rows
+from runner import mark, request, say, token_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -31,7 +31,7 @@ def main() -> None:
     mark("training")
     found = trainer.train()
     mark("trained")
-    mark(f"loss:{found.training_loss:.4f}")
+    say("loss", f"{found.training_loss:.4f}")
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -28,3 +28,9 @@ def mark(name: str) -> None:
     peak = int(found.group(1)) * 1024 if found else 0
     sys.stdout.write(f"@mark {name} {time.monotonic()} {peak}\n")
     sys.stdout.flush()
+
+
+def say(name: str, value: object) -> None:
+    """Say a figure on stdout."""
+    sys.stdout.write(f"@said {name} {value}\n")
+    sys.stdout.flush()

@@ -18,13 +18,20 @@ INTERVAL = 0.2  # seconds between looks at the memory of the process group
 
 @dataclass(frozen=True)
 class Watched:
-    """One run: seconds from the begin of loading until the files are written (imports do not count); peak bytes."""
+    """One run: seconds between two marks, the largest memory until the second, bytes; and what else it said."""
 
     seconds: float
     peak: int
+    words: dict[str, str]
 
 
-def run(command: list[str], request: dict[str, str], folder: Path, log: Path) -> Watched:
+def run(
+    command: list[str],
+    request: dict[str, str],
+    folder: Path,
+    log: Path,
+    between: tuple[str, str] = ("loading", "saved"),
+) -> Watched:
     """Start `command` with a request in `folder` and watch it until it ends; what it says on stderr goes to `log`.
 
     The peak is the largest of the samples of its process group, taken from outside, and of what the kernel counted.
@@ -35,6 +42,7 @@ def run(command: list[str], request: dict[str, str], folder: Path, log: Path) ->
     environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(hardware.cores())}
     log.parent.mkdir(parents=True, exist_ok=True)
     marks: dict[str, tuple[float, int]] = {}
+    words: dict[str, str] = {}
     samples = [0]
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -43,7 +51,7 @@ def run(command: list[str], request: dict[str, str], folder: Path, log: Path) ->
         )  # fmt: skip
 
         def sample() -> None:
-            while "saved" not in marks and process.poll() is None:
+            while between[1] not in marks and process.poll() is None:
                 samples.append(hardware.group_memory(process.pid))
                 ended.wait(INTERVAL)
 
@@ -56,12 +64,16 @@ def run(command: list[str], request: dict[str, str], folder: Path, log: Path) ->
                 if line.startswith("@mark "):
                     _, name, when, peak = line.split()
                     marks[name] = (float(when), int(peak))
+                if line.startswith("@said "):
+                    _, name, value = line.split(maxsplit=2)
+                    words[name] = value.strip()
             code = process.wait()
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             ended.set()
             sampler.join()
-    if code or "saved" not in marks:
+    if code or between[1] not in marks:
         raise RuntimeError(f"{command[-1]} failed ({code}); see {log}")
-    return Watched(marks["saved"][0] - marks["loading"][0], max(max(samples), marks["saved"][1]))
+    (first, _), (last, highest) = (marks[name] for name in between)
+    return Watched(last - first, max(max(samples), highest), words)
