@@ -79,7 +79,7 @@ class Selection(Params):
     from the start of the name. Several are separated by spaces.
     """
 
-    targets: str = Field("", max_length=2000, description="Which linears: patterns such as *.mlp.*; empty: all.")
+    targets: str = Field("", max_length=2000, description="Which linears: patterns such as `*.mlp.*`; empty: all.")
     ignore: str = Field("", max_length=2000, description="Linears to leave as they are, patterns as above.")
 
     @field_validator("targets", "ignore")

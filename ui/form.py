@@ -61,7 +61,8 @@ def widget(name: str, info: FieldInfo, value: JsonValue) -> Input:
 
 def _plain(text: str | None) -> str | None:
     """A description whose asterisks stay asterisks where Gradio reads Markdown; code stays code."""
-    return text and text.replace("*", "\\*")
+    parts = (text or "").split("`")  # every second one is code
+    return "`".join(part if number % 2 else part.replace("*", "&#42;") for number, part in enumerate(parts)) or None
 
 
 def read(method: Method, name: str, value: object) -> JsonValue:
