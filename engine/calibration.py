@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +34,19 @@ log = logging.getLogger(__name__)
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
 STRIP = 2048  # rows of a Hessian that are computed at once
+STRETCH = 1 << 23  # weights that are worked on at a time
+
+
+class Moments(Calibrated):
+    """Settings of a scheme that weighs errors by the second moments of each linear's inputs."""
+
+    samples: int = Field(128, ge=1, le=4096, description="Calibration sequences that are read.")
+    equal_tokens: bool = Field(True, description="Every token counts alike, also where activations are huge.")
+
+    @property
+    def collect(self) -> Collect:
+        """What `walk_blocks` is to gather."""
+        return "directions" if self.equal_tokens else "hessian"
 
 
 @dataclass
@@ -97,6 +111,12 @@ class Accumulator:
         before = torch.zeros_like(squares) if linear.input_norm is None else linear.input_norm.square()
         linear.input_norm = (before + squares).sqrt()
         linear.tokens += inputs.shape[0]
+
+
+def stretches(weight: Tensor, most: int = STRETCH) -> Iterator[slice]:
+    """The rows of a weight (N, K) in stretches of `most` weights, for work that needs room for copies."""
+    step = max(1, most // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 
 def make_empty_hessian(size: int, device: torch.device) -> Tensor:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.errors import BadParams
 from engine.methods import Selection
-
-Pattern = Literal["unstructured", "2:4", "4:8"]
+from engine.sparsity import Pattern, check_pattern, drop, span_of
 
 
 class SparsityParams(Selection):
@@ -25,10 +21,7 @@ class SparsityParams(Selection):
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse a pattern that does not divide a linear's inputs."""
-        if self.pattern != "unstructured":
-            for name, (_, inputs) in linears.items():
-                if inputs % int(self.pattern.split(":")[1]):
-                    raise BadParams(f"the pattern {self.pattern} does not divide the {inputs} inputs of {name}.")
+        check_pattern(self.pattern, linears)
 
 
 def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bool) -> Tensor:
@@ -42,15 +35,9 @@ def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bo
     """
     params.check_model({name: (score.shape[0], score.shape[1])}, score.numel())
     rows, columns = score.shape
-    if params.pattern != "unstructured":
-        zeros, span = map(int, params.pattern.split(":"))
-        return _drop(score.view(-1, span), zeros).view(rows, columns)
+    if (parts := span_of(params.pattern)) is not None:
+        zeros, span = parts
+        return drop(score.reshape(-1, span), zeros).view(rows, columns)
     if by_row:
-        return _drop(score, round(params.sparsity * columns))
-    return _drop(score.reshape(1, -1), round(params.sparsity * score.numel())).view(rows, columns)
-
-
-def _drop(score: Tensor, count: int) -> Tensor:
-    """Per row of `score`, False for the `count` smallest."""
-    order = torch.argsort(score, dim=1, stable=True)
-    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order[:, :count], False)
+        return drop(score, round(params.sparsity * columns))
+    return drop(score.reshape(1, -1), round(params.sparsity * score.numel())).view(rows, columns)

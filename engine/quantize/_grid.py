@@ -12,7 +12,7 @@ on average, its column counts accordingly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,16 +20,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Collect
+from engine.calibration import stretches
 from engine.errors import BadParams
-from engine.methods import Calibrated, Selection
+from engine.methods import Selection
 from engine.packing import QuantizedWeight
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
 Granularity = Literal["group", "channel", "tensor"]
 Clipping = Literal["none", "mse"]
 USUAL_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-STRETCH = 1 << 23  # weights that are worked on at a time
 RATIOS = tuple(1 - 0.03 * step for step in range(21))  # of the full range: 1 down to 0.4
 
 
@@ -77,18 +76,6 @@ class GridParams(Range, Levels):
 def fitting_sizes(inputs: int) -> str:
     """The usual group sizes that divide a number of inputs, as text."""
     return ", ".join(str(size) for size in USUAL_SIZES if inputs % size == 0) or "none of the usual"
-
-
-class Moments(Calibrated):
-    """Settings of a scheme that weighs errors by the second moments of each linear's inputs."""
-
-    samples: int = Field(128, ge=1, le=4096, description="Calibration sequences that are read.")
-    equal_tokens: bool = Field(True, description="Every token counts alike, also where activations are huge.")
-
-    @property
-    def collect(self) -> Collect:
-        """What `walk_blocks` is to gather."""
-        return "directions" if self.equal_tokens else "hessian"
 
 
 @dataclass(frozen=True)
@@ -148,12 +135,6 @@ def make_grid(
     parts = [_make_grid(weight[some].float(), params, dtype, importance) for some in stretches(weight)]
     scale, zero = torch.cat([part.scale for part in parts]), torch.cat([part.zero for part in parts])
     return Grid(scale, zero, params.bits, params.symmetric)
-
-
-def stretches(weight: Tensor, most: int = STRETCH) -> Iterator[slice]:
-    """The rows of a weight (N, K) in stretches of `most` weights, for work that needs room for copies."""
-    step = max(1, most // weight.shape[1])
-    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 
 def _make_grid(weight: Tensor, params: GridParams, dtype: torch.dtype, importance: Tensor | None) -> Grid:

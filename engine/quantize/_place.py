@@ -9,12 +9,12 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from engine import shards
-from engine.calibration import Block, BlockLinear, Collect, walk_blocks
+from engine.calibration import Block, BlockLinear, Collect, stretches, walk_blocks
 from engine.errors import BadModel
 from engine.methods import Context, Params
 from engine.models import LoadedModel, embeddings, quantize_inputs
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import GridParams, round_to_nearest, stretches
+from engine.quantize._grid import GridParams, round_to_nearest
 
 Rows = Callable[[slice], Tensor]  # some rows of a weight
 ROWS = GridParams.model_validate({"bits": 8, "granularity": "channel"})  # one scale for each row of the weight

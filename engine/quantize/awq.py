@@ -22,11 +22,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Block, BlockLinear
+from engine.calibration import Block, BlockLinear, Moments
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._fold import Fold, folds
-from engine.quantize._grid import Clipping, GridParams, Moments, round_to_nearest
+from engine.quantize._grid import Clipping, GridParams, round_to_nearest
 from engine.quantize._place import place, walk
 
 TITLE = "AWQ"

@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, object]] = {
     "quantize/kv_cache": {"group_size": 16},
     "quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 16},
     "prune/wanda": {"samples": 4, "sequence_length": 16},
+    "prune/sparsegpt": {"samples": 4, "sequence_length": 16},
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/gradual": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/l1": {"steps": 3, "batch": 2, "sequence_length": 16},

@@ -9,6 +9,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune import magnitude, wanda
 from engine.prune._masks import SparsityParams, keep_largest
+from tests.conftest import Recorder, in_memory, tiny_config
 
 
 def scores(rows: int = 6, columns: int = 40) -> Tensor:
@@ -83,3 +84,35 @@ def test_magnitude_keeps_the_large_weights_unchanged(tiny: LoadedModel, context:
         kept = new != 0
         torch.testing.assert_close(new[kept], old[kept], rtol=0, atol=0)
         assert old[~kept].abs().max() <= old[kept].abs().min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9])
+def test_one_threshold_over_all_linears_is_exact(
+    dtype: torch.dtype, sparsity: float, context: Context, recorder: Recorder
+) -> None:
+    model = in_memory(tiny_config(num_hidden_layers=2), dtype)
+    before = {n: m.weight.clone() for n, m in model.network.named_modules() if "proj" in n}
+    for number, weight in enumerate(before.values()):
+        model.network.get_submodule(list(before)[number]).weight.data.mul_(1 + number % 3)
+        weight.mul_(1 + number % 3)
+    magnitude.apply(model, magnitude.Params(sparsity=sparsity, scope="global"), context)
+    after = {name: model.network.get_submodule(name).weight for name in before}
+    flat, now = (torch.cat([w.flatten() for w in some.values()]) for some in (before, after))
+    assert int((now == 0).sum()) == round(sparsity * flat.numel())
+    kept = now != 0
+    assert sparsity == 0 or flat[~kept].abs().max() <= flat[kept].abs().min()
+    torch.testing.assert_close(now[kept], flat[kept], rtol=0, atol=0)
+    shares = {round(float((w == 0).float().mean()), 2) for w in after.values()}
+    assert sparsity == 0 or len(shares) > 2
+
+
+def test_ties_at_the_threshold_go_in_order(context: Context) -> None:
+    model = in_memory(tiny_config(num_hidden_layers=2))
+    names = [n for n, m in model.network.named_modules() if "proj" in n]
+    for name in names:
+        model.network.get_submodule(name).weight.data.fill_(0.5)
+    magnitude.apply(model, magnitude.Params(sparsity=0.5, scope="global"), context)
+    zeros = [float((model.network.get_submodule(name).weight == 0).float().mean()) for name in names]
+    assert zeros[:7] == [1.0] * 7
+    assert zeros[7:] == [0.0] * 7

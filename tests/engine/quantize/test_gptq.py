@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine import solver
 from engine.calibration import accumulate_hessian, make_empty_hessian
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize import gptq, rtn
 from engine.quantize._grid import make_grid, round_to_nearest
-from engine.quantize.gptq import Params, Solver, turned_factor
+from engine.quantize.gptq import Params, quantize
+from engine.solver import Solver, turned_factor
 from tests.conftest import Recorder
 
 
@@ -23,6 +25,10 @@ def correlated(tokens: int, size: int, seed: int = 0) -> Tensor:
 
 def hessian_of(inputs: Tensor) -> Tensor:
     return accumulate_hessian(make_empty_hessian(inputs.shape[1], inputs.device), 0, inputs)
+
+
+def of(hessian: Tensor, params: Params, span: int = 1) -> Solver:
+    return Solver(hessian, params.damping, sort=params.activation_order, span=span)
 
 
 def slow_obq(weight: Tensor, hessian: Tensor, params: Params, dtype: torch.dtype) -> Tensor:
@@ -53,13 +59,13 @@ def slow_obq(weight: Tensor, hessian: Tensor, params: Params, dtype: torch.dtype
 def test_codes_agree_with_the_slow_reference(
     monkeypatch: pytest.MonkeyPatch, columns: int, group: int, symmetric: bool, activation_order: bool
 ) -> None:
-    monkeypatch.setattr(gptq, "SLICE", 64)  # group boundaries away from slice boundaries
-    monkeypatch.setattr(gptq, "STRETCH", 10 * columns)  # rows that are solved at a time
+    monkeypatch.setattr(solver, "SLICE", 64)  # group boundaries away from slice boundaries
+    monkeypatch.setattr(solver, "STRETCH", 10 * columns)  # rows that are solved at a time
     dice = torch.Generator().manual_seed(3)
     weight = torch.randn(24, columns, generator=dice)
     hessian = hessian_of(correlated(4 * columns, columns))
     params = Params(bits=3, group_size=group, symmetric=symmetric, activation_order=activation_order)
-    found = Solver(hessian, params).quantize(weight, params, "w", torch.float32)
+    found = quantize(of(hessian, params), weight, params, "w", torch.float32)
     expected = slow_obq(weight, hessian, params, torch.float32)
     # A sum that lands on a rounding boundary may fall either way; one wrong update changes many codes.
     assert (found.codes.float() != expected).float().mean() < 0.002
@@ -68,7 +74,7 @@ def test_codes_agree_with_the_slow_reference(
 def test_identity_hessian_gives_round_to_nearest() -> None:
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     params = Params(bits=4, group_size=32)
-    found = Solver(torch.eye(128), params).quantize(weight, params, "w", torch.bfloat16)
+    found = quantize(of(torch.eye(128), params), weight, params, "w", torch.bfloat16)
     torch.testing.assert_close(found.codes, round_to_nearest(weight, params, "w", torch.bfloat16).codes)
 
 
@@ -77,7 +83,7 @@ def test_output_error_is_below_round_to_nearest(bits: int) -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
     inputs = correlated(512, 128)
     params = Params(bits=bits, group_size=32)
-    found = Solver(hessian_of(inputs), params).quantize(weight, params, "w", torch.float32)
+    found = quantize(of(hessian_of(inputs), params), weight, params, "w", torch.float32)
     nearest = round_to_nearest(weight, params, "w", torch.float32)
     error, baseline = ((inputs @ (q.dequantize() - weight).t()).square().sum() for q in (found, nearest))
     assert error < 0.9 * baseline
@@ -88,7 +94,7 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_it() -> None:
     keep = torch.rand(16, 64, generator=torch.Generator().manual_seed(4)) > 0.5
     inputs = correlated(256, 64)
     params = Params(bits=8, group_size=32)
-    found = Solver(hessian_of(inputs), params).quantize(weight, params, "w", torch.float32, keep)
+    found = quantize(of(hessian_of(inputs), params), weight, params, "w", torch.float32, keep)
     values = found.dequantize()
     assert bool((values[~keep] == 0).all())
     error = (inputs @ (values - weight).t()).square().sum()
@@ -113,7 +119,7 @@ def test_an_input_that_is_always_zero_does_no_harm() -> None:
     inputs[:, 7] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
     params = Params(bits=4, group_size=64)
-    found = Solver(hessian_of(inputs), params).quantize(weight, params, "w", torch.float32)
+    found = quantize(of(hessian_of(inputs), params), weight, params, "w", torch.float32)
     assert bool((found.dequantize()[:, 7] == 0).all())
 
 
@@ -123,7 +129,7 @@ def test_a_linear_that_cannot_be_solved_is_logged(
     def fail(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
         raise torch.linalg.LinAlgError("not positive definite")
 
-    monkeypatch.setattr(gptq, "turned_factor", fail)
+    monkeypatch.setattr(solver, "turned_factor", fail)
     gptq.apply(tiny, Params(samples=4, sequence_length=16, group_size=32), context)
     assert sum("rounded to nearest instead" in line for line in recorder.logs()) == 3 * 7
     assert len(tiny.quantized) == 3 * 7
@@ -139,6 +145,6 @@ def test_linears_that_read_one_input_are_factorized_once(
     tiny: LoadedModel, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved = []
-    monkeypatch.setattr(gptq, "turned_factor", lambda *given: solved.append(given) or turned_factor(*given))
+    monkeypatch.setattr(solver, "turned_factor", lambda *given: solved.append(given) or turned_factor(*given))
     gptq.apply(tiny, Params(samples=4, sequence_length=16, group_size=32), context)
     assert len(solved) == 3 * 4  # q, k and v; o; gate and up; down

@@ -1,0 +1,231 @@
+"""Change the weights of a linear column by column, while the columns that follow make up for each error.
+
+Rounding (GPTQ), zeros (SparseGPT) or both at once; all minimise |XW - XQ|² with the Hessian H = 2 X Xᵀ of calibration
+inputs. With the upper triangular M of H = M Mᵀ, the error is the sum over the columns j of |((W - Q) M)_j|², in which
+only the columns up to j appear. So each can be made small in turn, from
+
+    part_j = w_j + sum over k < j of (w_k - q_k) M_kj / M_jj
+
+which is the update of the papers, who read it from the upper Cholesky factor U of H⁻¹ (U = M⁻¹, so U_jj = 1 / M_jj).
+As nothing is inverted, factorizing takes a quarter of the arithmetic, and happens in place. Columns before a slice
+count at once, by one product; within it, one by one.
+
+Zeros are chosen slice by slice, all rows together, when the columns before the slice are done; with a pattern N:M
+when the first of M columns comes. A zero at column j costs (v_j M_jj)², the saliency of optimal brain surgery for
+columns in this order, where v is what the weights still to be solved are best at by then (`made_up`).
+
+By hand, without rounding, half of two weights: w = (1, 2), M = [[1, 1], [0, 1]], saliencies 1 and 4, so w_0 becomes 0,
+and w_1 = 2 + (1 - 0) * 1/1 = 3 makes up for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from engine.calibration import Block, BlockLinear, stretches
+from engine.sparsity import Pattern, drop, span_of
+
+SLICE = 128
+STRETCH = 1 << 26  # weights that are solved at a time: the head has many rows
+
+Nearest = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+class Rounding(Protocol):
+    """What a solved weight may be: the levels of a grid, or any number. dtype: of what is kept."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def rows(self, rows: slice) -> Rounding:
+        """That of some rows of the weight."""
+
+    def columns(self, columns: Tensor) -> Nearest:
+        """A function of j, values (N,) wanted in `columns[j]`, and which to keep, None for all.
+
+        It gives what is kept of them, of `dtype`, and the values that this stands for in float32.
+        """
+
+
+@dataclass(frozen=True)
+class Anything:
+    """No rounding: weights are zero or any number."""
+
+    dtype: torch.dtype = torch.float32
+
+    def rows(self, rows: slice) -> Anything:
+        return self
+
+    def columns(self, columns: Tensor) -> Nearest:
+        def nearest(j: int, wanted: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+            values = wanted if keep is None else wanted * keep
+            return values, values
+
+        return nearest
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """How many weights become zero, and where: a fraction of each slice of columns, or N in each M inputs."""
+
+    sparsity: float
+    pattern: Pattern = "unstructured"
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """N and M of the pattern."""
+        return span_of(self.pattern)
+
+    @property
+    def any(self) -> bool:
+        return self.sparsity > 0 or self.pattern != "unstructured"
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """False for the weights to drop among scores (C, N) of C columns: all of a slice, or the M of a pattern."""
+        if self.span is not None:
+            return drop(scores.t(), self.span[0]).t()
+        return drop(scores.reshape(1, -1), round(self.sparsity * scores.numel())).view(scores.shape)
+
+    def by_magnitude(self, weight: Tensor) -> Tensor:
+        """False for the smallest weights (N, K): as many of the matrix, or N in each M inputs."""
+        size = weight.float().abs()
+        if self.span is not None:
+            return drop(size.reshape(-1, self.span[1]), self.span[0]).view(weight.shape)
+        return drop(size.reshape(1, -1), round(self.sparsity * size.numel())).view(weight.shape)
+
+
+class Solver:
+    """Solves the linears that read one input, given its Hessian (K, K): ordered and factorized once.
+
+    sort: columns with the largest inputs first. span: so many consecutive columns stay together.
+    `damping` is what the factorization took; `importance` (K,) is H's diagonal.
+
+    Raises:
+        LinAlgError: the Hessian cannot be factorized.
+    """
+
+    def __init__(self, hessian: Tensor, damping: float, *, sort: bool, span: int = 1) -> None:
+        self.importance = hessian.diagonal().clone()
+        self._dead = self.importance == 0
+        self._order = torch.arange(len(hessian), device=hessian.device)
+        if sort:
+            groups = torch.where(self._dead, 1, self.importance).view(-1, span)
+            order = torch.argsort(groups.sum(1), descending=True, stable=True)
+            self._order = self._order.view(-1, span)[order].flatten()
+        self._turned, self.damping = turned_factor(hessian, self._order, damping)
+
+    def solve(
+        self, weight: Tensor, rounding: Rounding, keep: Tensor | None = None, zeros: Zeros | None = None
+    ) -> Tensor:
+        """What is kept of the weight (N, K), as `rounding` says; (N, K).
+
+        Where `keep` (N, K) is False the weight becomes zero; these count among `zeros`.
+        """
+        zeros = zeros if zeros is not None and zeros.any else None
+        found = [
+            self._solve(weight[rows], rounding.rows(rows), None if keep is None else keep[rows], zeros)
+            for rows in stretches(weight, STRETCH)
+        ]
+        return torch.cat(found)
+
+    def _slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """M_kj / M_jj of the columns j from `start` to `stop` and all rows k before `stop`, (stop, C); M_jj (C, 1)."""
+        size = len(self._turned)
+        part = self._turned[size - stop :, size - stop : size - start].flip(0, 1)
+        diagonal = part[start:].diagonal()
+        return part / diagonal, diagonal[:, None]
+
+    def _solve(self, weight: Tensor, rounding: Rounding, keep: Tensor | None, zeros: Zeros | None) -> Tensor:
+        columns = weight.shape[1]
+        # Transposed, so that a column is contiguous: (K, N).
+        wanted = weight[:, self._order].t().float().contiguous()
+        wanted[self._dead[self._order]] = 0  # inputs that are always zero: zero costs nothing
+        missed, found = torch.empty_like(wanted), torch.empty_like(wanted, dtype=rounding.dtype)  # missed: w - q
+        for start in range(0, columns, SLICE):
+            stop = min(start + SLICE, columns)
+            factor, diagonal = self._slice(start, stop)
+            part = torch.addmm(wanted[start:stop], factor[:start].t(), missed[:start])  # (C, N)
+            nearest = rounding.columns(self._order[start:stop])
+            kept = None if keep is None else keep[:, self._order[start:stop]].t()  # (C, N)
+            mask, span = kept, stop - start
+            if zeros is not None:
+                mask = torch.empty_like(part, dtype=torch.bool)
+                span = span if zeros.span is None else zeros.span[1]
+            for j in range(stop - start):
+                if zeros is not None and mask is not None and j % span == 0:
+                    some = slice(j, j + span)
+                    moved = made_up(wanted[start:stop][some], part[some], factor[start:][some, some])
+                    mask[some] = _choose(zeros, moved * diagonal[some], None if kept is None else kept[some])
+                values = None if mask is None else mask[j]
+                found[start + j], value = nearest(j, part[j], values)
+                missed[start + j] = wanted[start + j] - value
+                part[j + 1 :].addr_(factor[start + j, j + 1 :], missed[start + j])
+        inverse = torch.empty_like(self._order)
+        inverse[self._order] = torch.arange(columns, device=inverse.device)
+        return found[inverse].t()
+
+
+def made_up(wanted: Tensor, part: Tensor, factor: Tensor) -> Tensor:
+    """Columns (C, N) of the weight as they are best when the columns before them are done and none of these is.
+
+    They make up for each other, too, which the `part` of each, that all before it are done, does not say: with
+    e = w - moved, e_j + sum over k < j of e_k M_kj / M_jj = w_j - part_j. factor: M_kj / M_jj among them, (C, C).
+    """
+    error: Tensor = torch.linalg.solve_triangular(factor.t(), part - wanted, upper=False, unitriangular=True)
+    return wanted + error
+
+
+def _choose(zeros: Zeros, roots: Tensor, kept: Tensor | None) -> Tensor:
+    """Which weights (C, N) to keep, given the roots of their saliencies; what is zero already comes first."""
+    scores = roots.abs()
+    if kept is None:
+        return zeros.choose(scores)
+    return zeros.choose(scores.masked_fill(~kept, -1)) & kept
+
+
+def new_solver(
+    linear: BlockLinear, block: Block, solvers: dict[str, Solver], damping: float, *, sort: bool, span: int = 1
+) -> Solver:
+    """The solver of a linear, put into `solvers` for those that read the same input; their Hessian is let go.
+
+    Raises:
+        LinAlgError: there is no Hessian, or it cannot be factorized.
+    """
+    if linear.hessian is None:
+        raise LinAlgError("no token reached it")
+    readers = [reader for reader in block.linears if reader.hessian is linear.hessian]
+    solver = Solver(linear.hessian, damping, sort=sort, span=span)
+    for reader in readers:
+        reader.hessian = None
+    solvers.update((reader.name, solver) for reader in readers if reader is not linear)
+    return solver
+
+
+def turned_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """M of H' + d I = M Mᵀ, where H' is H (K, K) in an order, and the damping that it took.
+
+    M is upper triangular; it comes turned by half a circle, so lower triangular, as it is computed: L = M.flip(0, 1).
+    Inputs that are always zero count as 1. The damping is raised tenfold on failure.
+
+    Raises:
+        LinAlgError: not positive definite even with the whole mean diagonal added.
+    """
+    backward = order.flip(0)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    while True:
+        turned = hessian[backward[:, None], backward].t()  # its own transpose, laid out to be factorized in place
+        diagonal = turned.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal.add_(damping * diagonal.mean())
+        torch.linalg.cholesky_ex(turned, out=(turned, failed))
+        if not failed:
+            return turned, damping
+        if damping >= 1:
+            raise LinAlgError(f"its Hessian is not positive definite (order {int(failed)})")
+        damping = min(1.0, damping * 10)
