@@ -6,37 +6,182 @@ The result is a plain model of its architecture: its config says its shape, any 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from engine.checkpoint import attention
+from engine import anatomy
+from engine.anatomy import NEURONS, OFFSET_NORMS, Anatomy, Axis
+from engine.checkpoint import attention, shell
+from engine.errors import BadParams
 from engine.experts import separate
-from engine.models import LoadedModel, blocks
+from engine.models import LoadedModel, blocks, embeddings
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of a model's widths: indices in order; None where all stay.
+
+    neurons, heads: of each block, as many in each; heads by attention unit (`engine.anatomy`). channels: of the model.
+    """
+
+    neurons: Sequence[Sequence[int]] | None = None
+    heads: Sequence[Sequence[int]] | None = None
+    channels: Sequence[int] | None = None
+
+    def of(self, axis: Axis, block: int | None) -> Sequence[int] | None:
+        """The kept units along an axis, in a block where the axis is one of blocks."""
+        if axis == "channels":
+            return self.channels
+        kept = self.neurons if axis == "neurons" else self.heads
+        return None if kept is None or block is None else kept[block]
 
 
 def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
-    """A copy that has the blocks with these numbers alone, in this order; all else is the model's."""
-    prefix, _ = blocks(model.network)
+    """A model that has the blocks with these numbers alone, in this order; all else is the model's.
+
+    What does not change is shared with the model, not copied.
+    """
+    prefix, modules = blocks(model.network)
     config = copy.deepcopy(model.network.config)
     text = config.get_text_config()
+    for key, value in list(vars(text).items()):  # layer_types, no_rope_layers, ...: an entry for each block
+        if isinstance(value, list | tuple) and len(value) == len(modules) and key != "architectures":
+            setattr(text, key, [value[number] for number in kept])
+    if getattr(text, "mlp_only_layers", None):  # of mixtures: numbers of blocks
+        text.mlp_only_layers = [new for new, number in enumerate(kept) if number in text.mlp_only_layers]
     text.num_hidden_layers = len(kept)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in kept]
-    smaller = fresh(config, model.network.dtype, model.device)
     weights = model.network.state_dict()
-    chosen = {}
-    for key in smaller.state_dict():
-        source = key
-        if key.startswith(f"{prefix}."):
-            number, rest = key.removeprefix(f"{prefix}.").split(".", 1)
-            source = f"{prefix}.{kept[int(number)]}.{rest}"
-        chosen[key] = weights[source]
-    smaller.load_state_dict(chosen)
+    chosen: dict[str, Tensor] = {}
+    for key, weight in weights.items():
+        if not key.startswith(f"{prefix}."):
+            chosen[key] = weight
+    for new, number in enumerate(kept):
+        start = f"{prefix}.{number}."
+        chosen |= {
+            f"{prefix}.{new}.{key.removeprefix(start)}": w for key, w in weights.items() if key.startswith(start)
+        }
     pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
-    return LoadedModel(smaller, model.tokenizer, Path(model.source), pruned=pruned)
+    return _assemble(model, config, chosen, pruned)
+
+
+def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
+    """A model with these neurons, heads and channels alone; all its weights must be in memory.
+
+    Without neurons or heads it computes what the model does with their outputs at zero. A norm over fewer channels
+    divides by their mean, not by that of all: its weight makes up for it, so that an RMS norm computes what it did with
+    the missing channels at zero (up to its epsilon), and a layer norm does where the kept channels have the mean 0 and
+    its bias is zero in the missing ones.
+
+    Raises:
+        BadModel: the widths of this family are not known.
+        BadParams: this model cannot lose what is missing.
+    """
+    config = copy.deepcopy(model.network.config)
+    body = anatomy.of(config)
+    check(body, kept)
+    prefix, _ = blocks(model.network)
+    narrower: dict[str, Tensor] = {}
+    for key, weight in model.network.state_dict().items():
+        number = int(key.removeprefix(f"{prefix}.").split(".")[0]) if key.startswith(f"{prefix}.") else None
+        for dim, entry in enumerate(anatomy.units(body, key, tuple(weight.shape))):
+            if entry is not None and (staying := kept.of(entry[0], number)) is not None:
+                weight = weight.index_select(dim, places(entry[1], staying).to(weight.device))
+        narrower[key] = weight
+    if kept.channels is not None:
+        _correct(model.network, body, narrower, math.sqrt(body.channels / len(kept.channels)))
+    _say(config.get_text_config(), body, kept)
+    return _assemble(model, config, narrower, set(model.pruned))
+
+
+def places(units: Tensor, kept: Sequence[int]) -> Tensor:
+    """The places of a dimension that stay, in order: those of kept units, and those that all units share."""
+    return torch.where(torch.isin(units, torch.tensor([-1, *kept])))[0]
+
+
+def check(body: Anatomy, kept: Kept) -> None:
+    """Refuse what a model of this anatomy cannot lose, and what would leave nothing.
+
+    Raises:
+        BadParams: one line that says why.
+    """
+    channels_alone = None if kept.channels is None else [kept.channels]
+    widths: dict[Axis, Sequence[Sequence[int]] | None]
+    widths = {"neurons": kept.neurons, "heads": kept.heads, "channels": channels_alone}
+    for axis, each in widths.items():
+        if each is None:
+            continue
+        if axis in body.fixed:
+            raise BadParams(f"{axis} cannot be removed: {body.fixed[axis]}.")
+        sizes = {len(one) for one in each}
+        assert len(sizes) == 1, f"{axis} must be as many in each block"
+        if sizes == {0}:
+            raise BadParams(f"all {axis} would be removed. Keep some.")
+    heads = body.heads if kept.heads is None else len(kept.heads[0]) * body.heads_of_unit
+    channels = body.channels if kept.channels is None else len(kept.channels)
+    if body.coupled and heads * body.head_size != channels:
+        raise BadParams(
+            f"a {body.family} model has as many channels as its heads have numbers: {heads} heads of {body.head_size} "
+            f"and {channels} channels do not fit. Remove the same share of both."
+        )
+
+
+def _correct(network: PreTrainedModel, body: Anatomy, weights: dict[str, Tensor], factor: float) -> None:
+    """Let norms over fewer channels give what they gave over all, and Gemma's embeddings keep their size.
+
+    Gemma multiplies embeddings by the root of the hidden size; where they are the head, too, the final norm makes up
+    for what they get here.
+    """
+    offset = 1.0 if body.family in OFFSET_NORMS else 0.0
+    prefix, _ = blocks(network)
+    tied = network.config.get_text_config().tie_word_embeddings
+    for key, weight in weights.items():
+        final = not key.startswith(f"{prefix}.")
+        if anatomy.is_norm(key, tuple(weight.shape)) and not (final and offset and tied):
+            weights[key] = ((weight.float() + offset) * factor - offset).to(weight.dtype)
+    if offset:
+        name = f"{embeddings(network)[0]}.weight"
+        head = "lm_head.weight"
+        weights[name] = (weights[name].float() * factor).to(weights[name].dtype)
+        if tied and head in weights:
+            weights[head] = weights[name]
+
+
+def _say(config: PretrainedConfig, body: Anatomy, kept: Kept) -> None:
+    """Write the new widths into the config, those too that followed from others before."""
+    if kept.neurons is not None or kept.channels is not None:
+        neurons = body.neurons if kept.neurons is None else len(kept.neurons[0])
+        setattr(config, NEURONS.get(body.family, "intermediate_size"), neurons)
+    if not body.coupled:
+        config.head_dim = body.head_size
+    if kept.heads is not None:
+        heads = len(kept.heads[0]) * body.heads_of_unit
+        groups = len(kept.heads[0]) if body.groups > 1 else 1
+        config.num_attention_heads = heads
+        for key in ("num_key_value_heads", "num_kv_heads"):
+            if getattr(config, key, None) is not None:
+                setattr(config, key, groups)
+    if kept.channels is not None:
+        config.hidden_size = len(kept.channels)
+        if body.family == "opt":
+            config.word_embed_proj_dim = len(kept.channels)
+
+
+def _assemble(
+    model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], pruned: set[str]
+) -> LoadedModel:
+    """A model of that config with these weights, and all else of `model`."""
+    network = shell(config, model.network.dtype, model.device)
+    network.load_state_dict(dict(weights), assign=True)
+    network.requires_grad_(False)
+    network.tie_weights()
+    network.generation_config = copy.deepcopy(model.network.generation_config)
+    return LoadedModel(network, model.tokenizer, Path(model.source), pruned=pruned, kv_cache=model.kv_cache)
 
 
 def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

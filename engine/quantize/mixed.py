@@ -19,21 +19,18 @@ Steps 1 and 2 do not depend on the budget. They are kept, and another budget sta
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
 
+from engine import scores
 from engine.calibration import BlockLinear, token_rows, walk_blocks
 from engine.errors import BadParams
-from engine.files import publish
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize import gptq
@@ -124,13 +121,9 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         BadParams: the budget is below the smallest assignment; the message names it.
     """
     model.load_all()
-    file = context.cache / f"mixed-{fingerprint(model, params, context)}.json"
-    candidates = read(file)
-    if candidates is None:
-        candidates = measure(model, params, context)
-        keep(candidates, file)
-    else:
-        context.log("the sensitivity of each linear was measured before and is reused")
+    candidates = from_json(
+        scores.measured(model, context, "mixed", about(params), lambda: as_json(measure(model, params, context)))
+    )
     weights = sum(candidate.weights for candidate in candidates)
     budget = params.budget_bits(weights, model.network.num_parameters())
     chosen = choose(candidates, budget)
@@ -271,36 +264,23 @@ def curve(candidates: Sequence[Candidate], budget: float) -> dict[str, JsonValue
     }  # fmt: skip
 
 
-def fingerprint(model: LoadedModel, params: Params, context: Context) -> str:
-    """What steps 1 and 2 depend on: the weights as they are, the text, the settings that enter."""
-    digest = hashlib.sha256()
-    about = {
-        "version": VERSION, "dtype": str(model.network.dtype), "samples": params.samples,
-        "sequence_length": params.sequence_length, "symmetric": params.symmetric, "clipping": params.clipping,
-        "equal_tokens": params.equal_tokens, "targets": params.targets, "ignore": params.ignore,
+def about(params: Params) -> dict[str, JsonValue]:
+    """The settings that enter steps 1 and 2."""
+    return {
+        "version": VERSION, "samples": params.samples, "sequence_length": params.sequence_length,
+        "symmetric": params.symmetric, "clipping": params.clipping, "equal_tokens": params.equal_tokens,
+        "targets": params.targets, "ignore": params.ignore,
     }  # fmt: skip
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    digest.update(context.calibration.read_bytes())
-    for name, weight in model.network.named_parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 4096)].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:24]
 
 
-def keep(candidates: Sequence[Candidate], file: Path) -> None:
-    """Write what was measured, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps([asdict(candidate) for candidate in candidates]))
-    publish(temporary, file)
+def as_json(candidates: Sequence[Candidate]) -> JsonValue:
+    """What is kept of candidates."""
+    return [asdict(candidate) for candidate in candidates]
 
 
-def read(file: Path) -> list[Candidate] | None:
-    """What was measured before, None where nothing was or it cannot be read."""
-    try:
-        return [
-            Candidate(body["name"], body["weights"], tuple(Option(**option) for option in body["options"]))
-            for body in json.loads(file.read_text())
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def from_json(found: JsonValue) -> list[Candidate]:
+    """The candidates that `as_json` made a value of."""
+    return [
+        Candidate(body["name"], body["weights"], tuple(Option(**option) for option in body["options"]))
+        for body in cast(list[dict[str, Any]], found)
+    ]

@@ -1,0 +1,116 @@
+"""Remove whole blocks: those that change the text's states least, or that the model predicts best without.
+
+- `influence`: 1 - the mean cosine of what enters and what leaves (ShortGPT, Men et al., 2024, arXiv 2403.03853).
+- `angle`: the angle between the two (The Unreasonable Ineffectiveness of the Deeper Layers, Gromov et al., 2024,
+  arXiv 2403.17887; there of contiguous blocks and of the last token, here of all tokens).
+- `perplexity`: what the model predicts without them (Shortened LLaMA, Kim et al., 2024, arXiv 2402.02834); slower, one
+  pass over the text for each block.
+
+Contiguous blocks are judged as one run. Free ones are judged one by one on the whole model, so that blocks that each
+are dispensable may not be so together. Fewer blocks make everything smaller and faster, on every device, in
+proportion; the damage is large and wants repair by training after it (distillation with student `current`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Literal, cast
+
+from pydantic import Field, JsonValue
+from torch import Tensor
+
+from engine import influence, scores
+from engine.calibration import token_rows
+from engine.errors import BadModel, BadParams
+from engine.methods import Calibrated, Context
+from engine.models import LoadedModel, blocks
+from engine.preflight import attention_sizes
+from engine.surgery import keep_blocks
+
+TITLE = "Depth pruning"
+CHANGES = ("disk", "memory", "latency")
+WHOLE = True
+VERSION = 1  # of what is kept; raise it when the measuring changes
+BY_NUMBER = {  # what blocks compute depends on their number, by these keys of a config, unless they have the value
+    "scale_attn_by_inverse_layer_idx": False, "attention_types": None, "num_kv_shared_layers": 0,
+    "first_k_dense_replace": 0, "decoder_sparse_step": 1,
+}  # fmt: skip
+
+
+class Params(Calibrated):
+    """Settings of depth pruning: how many blocks go, and how they are chosen."""
+
+    share: float = Field(0.25, gt=0.0, lt=1.0, description="Share of the blocks that is removed.")
+    count: int = Field(0, ge=0, le=1023, description="How many blocks are removed; 0: as `share` says.")
+    by: Literal["influence", "angle", "perplexity"] = Field(
+        "influence", description="What speaks for a block: how far it moves the states, or the text's perplexity."
+    )
+    contiguous: bool = Field(False, description="Remove blocks that follow each other, judged as one run.")
+
+    def removed(self, blocks: int) -> int:
+        """How many of so many blocks go.
+
+        Raises:
+            BadParams: none, or all.
+        """
+        count = self.count or round(self.share * blocks)
+        if count >= blocks:
+            raise BadParams(f"all {blocks} blocks would be removed. Keep one at least: count {blocks - 1} or less.")
+        if count == 0:
+            raise BadParams(f"a share of {self.share:g} of {blocks} blocks is none. Set count, or a larger share.")
+        return count
+
+    def check_config(self, config: Mapping[str, JsonValue]) -> None:
+        """Refuse to remove none or all, and blocks that would compute otherwise in another place."""
+        self.removed(attention_sizes(config)[0])
+        for key, harmless in BY_NUMBER.items():
+            if config.get(key, harmless) not in (harmless, None):
+                raise BadModel(f"config.json says {key}: what a block computes depends on its number, so none can go.")
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Judge the blocks, or read what was judged before, and keep the others."""
+    model.load_all()
+    total = len(blocks(model.network)[1])
+    count = params.removed(total)
+    rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples).to(model.device)
+    context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
+    span = count if params.contiguous else 1
+    runs = [range(start, start + span) for start in range(total - span + 1)]
+    costs = judge(model, rows, runs, params, context)
+    gone = choose(runs, costs, count)
+    unit = {"influence": "influence", "angle": "angle over pi", "perplexity": "loss in nats without it"}[params.by]
+    for run, cost in zip(runs, costs, strict=True):
+        about = f"block {run.start}" if span == 1 else f"blocks {run.start} to {run.stop - 1}"
+        context.log(f"{about}: {unit} {cost:.4g}{', removed' if set(run) <= set(gone) else ''}")
+    return keep_blocks(model, [number for number in range(total) if number not in gone])
+
+
+def judge(
+    model: LoadedModel, rows: Tensor, runs: Sequence[range], params: Params, context: Context
+) -> list[float]:  # fmt: skip
+    """What each run of blocks is worth; other shares find the distances, and the losses of equally long runs, kept."""
+    about: dict[str, JsonValue] = {
+        "version": VERSION, "samples": params.samples, "sequence_length": params.sequence_length,
+    }  # fmt: skip
+    if params.by == "perplexity":
+        about |= {"span": len(runs[0])}
+        found = scores.measured(
+            model, context, "losses without blocks", about,
+            lambda: list[JsonValue](influence.losses_without(model, rows, runs, context)),
+        )  # fmt: skip
+        return cast(list[float], found)
+    found = scores.measured(
+        model, context, "distances of blocks", about, lambda: asdict(influence.distances(model, rows, context))
+    )
+    kept = influence.Distances(**cast(dict[str, list[list[float]]], found))
+    table = kept.cosine if params.by == "influence" else kept.angle
+    return [table[run.start][len(run) - 1] for run in runs]
+
+
+def choose(runs: Sequence[range], costs: Sequence[float], count: int) -> list[int]:
+    """The numbers of the `count` blocks in the cheapest runs; of equal ones the first."""
+    order = sorted(range(len(runs)), key=costs.__getitem__)
+    needed = count // len(runs[0])
+    return sorted(number for place in order[:needed] for number in runs[place])
