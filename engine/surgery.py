@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from engine.checkpoint import attention
+from engine.checkpoint import attention, part_names
 from engine.experts import separate
 from engine.models import LoadedModel, blocks
 
@@ -26,15 +26,12 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i] for i in kept]
     smaller = fresh(config, model.network.dtype, model.device)
-    weights = model.network.state_dict()
-    chosen = {}
-    for key in smaller.state_dict():
-        source = key
-        if key.startswith(f"{prefix}."):
-            number, rest = key.removeprefix(f"{prefix}.").split(".", 1)
-            source = f"{prefix}.{kept[int(number)]}.{rest}"
-        chosen[key] = weights[source]
-    smaller.load_state_dict(chosen)
+    for part in part_names(smaller, prefix):  # of a streamed model, one part is in memory at a time
+        source = part
+        if part.startswith(f"{prefix}."):
+            source = f"{prefix}.{kept[int(part.removeprefix(f'{prefix}.'))]}"
+        with model.opened(source):
+            smaller.get_submodule(part).load_state_dict(model.network.get_submodule(source).state_dict())
     pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
     return LoadedModel(smaller, model.tokenizer, Path(model.source), pruned=pruned)
 
