@@ -14,7 +14,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -66,6 +66,25 @@ class Params(BaseModel):
             BadParams: one line that names what would work.
             BadModel: one line that names the family.
         """
+
+    def check_sources(self, folder: Path) -> None:
+        """Refuse texts and models that these settings name and that cannot be used for the model in `folder`.
+
+        Raises:
+            InputError: one line that names the text or the folder.
+        """
+
+    def notes(self, folder: Path) -> Sequence[str]:
+        """What the reader should know before a run with the model in `folder` starts; nothing of it forbids the run."""
+        return ()
+
+    def keeps_codes(self) -> bool:
+        """Whether integer codes that an earlier step found stay as they are, so that this may follow quantization."""
+        return False
+
+    def leaves_codes(self) -> bool:
+        """Whether a quantizing step leaves integer codes of our own, which a step that `keeps_codes` can go on from."""
+        return True
 
     def cache_grid(self) -> CacheGrid | None:
         """How the model is to hold keys and values, for a step that says this and changes no weight."""
@@ -265,13 +284,17 @@ def check(recipe: Recipe) -> list[tuple[Method, Params]]:
         if name not in MEASURES:
             raise UnknownName("measurement", name, MEASURES)
     steps = [_checked(step) for step in recipe.steps]
+    quantized = False
     for (earlier, settings), (later, next_settings) in itertools.pairwise(steps):
         if settings.cache_grid() is not None:
             raise BadRecipe(f"{later.name} cannot follow {earlier.name}. Put {earlier.name} last, once.")
-        if earlier.family == "quantize" and next_settings.cache_grid() is None:
+        quantized = quantized or earlier.family == "quantize"
+        if quantized and next_settings.keeps_codes() and not settings.leaves_codes():
+            raise BadRecipe(f"{later.name} cannot follow {earlier.name}, whose weights are a library's. Leave one out.")
+        if quantized and next_settings.cache_grid() is None and not next_settings.keeps_codes():
             raise BadRecipe(
                 f"{later.name} cannot follow {earlier.name}: it would change weights whose integer codes are "
-                "already fixed. Put quantization last."
+                "already fixed. Put quantization last; distill/repair of norms and scales may follow it."
             )
     return steps
 

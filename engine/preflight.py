@@ -98,10 +98,11 @@ def check(recipe: Recipe) -> Estimate:
         _check_experts(steps, shape)
     for method, params in steps:
         _check_shapes(method, params, shape)
+        params.check_sources(shape.folder)
     text = calibration_file(recipe.calibration)
     for _, params in steps:
         if isinstance(params, Calibrated):
-            _check_text(text, shape.folder, params.sequence_length)
+            check_text(text, shape.folder, params.sequence_length)
     estimate = _estimate(recipe, shape, steps)
     if not estimate.fits:
         raise TooBig(
@@ -171,7 +172,7 @@ def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
         )
 
 
-def _check_text(text: Path, folder: Path, length: int) -> None:
+def check_text(text: Path, folder: Path, length: int) -> None:
     """Refuse a text that is no text, empty, or certainly shorter than one sequence of `length` tokens."""
     file = folder / "tokenizer.json"
     if len(read_bytes(text, SHORT_TEXT)) == SHORT_TEXT:
@@ -209,6 +210,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
             work += 8.0 * steps_to_train * tokens * shape.parameters
         if not method.changes:
             notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
+        notes += params.notes(shape.folder)
     kv_cache = 0
     if set(recipe.measure) - {"size"}:
         grid = next((found for _, params in steps if (found := params.cache_grid())), shape.cache_grid)

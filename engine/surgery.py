@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from engine import anatomy
 from engine.anatomy import NEURONS, OFFSET_NORMS, Anatomy, Axis
-from engine.checkpoint import attention, shell
+from engine.checkpoint import attention, part_names, part_of, shell
 from engine.errors import BadParams
 from engine.experts import separate
 from engine.models import LoadedModel, blocks, embeddings
@@ -45,7 +45,7 @@ class Kept:
 def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     """A model that has the blocks with these numbers alone, in this order; all else is the model's.
 
-    What does not change is shared with the model, not copied.
+    What is in memory is shared with the model, not copied; of a streamed one, what stays is read.
     """
     prefix, modules = blocks(model.network)
     config = copy.deepcopy(model.network.config)
@@ -56,16 +56,19 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     if getattr(text, "mlp_only_layers", None):  # of mixtures: numbers of blocks
         text.mlp_only_layers = [new for new, number in enumerate(kept) if number in text.mlp_only_layers]
     text.num_hidden_layers = len(kept)
-    weights = model.network.state_dict()
+    parts = part_names(model.network, prefix)
     chosen: dict[str, Tensor] = {}
-    for key, weight in weights.items():
-        if not key.startswith(f"{prefix}."):
-            chosen[key] = weight
-    for new, number in enumerate(kept):
-        start = f"{prefix}.{number}."
-        chosen |= {
-            f"{prefix}.{new}.{key.removeprefix(start)}": w for key, w in weights.items() if key.startswith(start)
-        }
+    for part in parts:
+        new = part
+        if part.startswith(f"{prefix}."):
+            number = int(part.removeprefix(f"{prefix}."))
+            if number not in kept:
+                continue
+            new = f"{prefix}.{list(kept).index(number)}"
+        with model.opened(part):
+            weights = model.network.get_submodule(part).state_dict(prefix=f"{part}.")
+            mine = {key: weight for key, weight in weights.items() if part_of(key, parts) == part}
+        chosen |= {f"{new}.{key.removeprefix(f'{part}.')}": weight for key, weight in mine.items()}
     pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
     return _assemble(model, config, chosen, pruned)
 

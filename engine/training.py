@@ -1,6 +1,10 @@
 """The training loop: AdamW, cosine schedule, checkpoints that resume to the same result.
 
 Distillation trains with it, and pruning that lets the model recover.
+
+What a step does depends on the seed and its number alone: the rows that are drawn and what dropout drops. So a
+checkpoint needs the weights, the optimizer's two moments and the number of the step. It is written once the loss *with
+its weights* is known to be good, so a training that diverges never replaces a good checkpoint by a bad one.
 """
 
 from __future__ import annotations
@@ -8,11 +12,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +29,9 @@ from engine.models import LoadedModel
 WARMUP = 0.05  # share of the steps
 CLIP = 1.0
 BETAS, DECAY = (0.9, 0.95), 0.01
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+SAID_EVERY = 10  # steps
+LOOKS = 20  # at the held-out rows in one training
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,30 @@ class Schedule:
         return self.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-Loss = Callable[[Tensor], Tensor]  # token ids (batch, length) -> scalar
-Prune = Callable[[int], None]  # changes the weights in place after so many steps; also where training begins
+Loss = Callable[[Tensor], Tensor]  # rows of a batch (batch, length) -> scalar
+Prune = Callable[[int], None]  # changes the network's weights in place after that step, counted from 1
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a training may have beside its student, rows and loss.
+
+    tokens: that each row stands for, where a row is no sequence of token ids. trainable: names of the parameters that
+        are trained, the others staying as they are in dtype and value. beside: parameters that are trained with the
+        network's and are none of it. begin: is told each step's number, from 0, before its loss is asked for.
+        held_out: the KL on rows that are never trained on.
+    """
+
+    tokens: int | None = None
+    trainable: Collection[str] | None = None
+    beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    begin: Callable[[int], None] | None = None
+    held_out: Callable[[], float] | None = None
 
 
 def train(
-    student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule, context: Context, prune: Prune | None = None
+    student: LoadedModel, rows: Tensor, loss_of: Loss, schedule: Schedule, context: Context,
+    prune: Prune | None = None, extras: Extras | None = None,
 ) -> None:  # fmt: skip
     """Train the student's network in float32 on packed rows (count, length), drawn anew from the seed each epoch.
 
@@ -57,59 +83,131 @@ def train(
     network comes back in its own dtype.
 
     Raises:
-        Diverged: the loss is not finite, or far above where it began.
+        Diverged: the loss or a gradient is not finite, or the loss far above where it began.
     """
+    extras = extras or Extras()
     network, dtype = student.network, student.network.dtype
-    cast(network, torch.float32)
-    network.train().requires_grad_(True)
-    network.config.use_cache = False
-    parameters = dict(network.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=DECAY)
-    saved = context.folder / "training.safetensors"
-    first = resume(saved, parameters, optimizer) if saved.exists() else 0
-    if first:
-        context.log(f"resumed at step {first} of {schedule.steps}")
-    if prune is not None:
-        with torch.no_grad():
-            prune(first)
-    began, highest = time.monotonic(), math.inf
+    names = {name for name, _ in network.named_parameters()} if extras.trainable is None else set(extras.trainable)
+    trained = {name: each for name, each in network.named_parameters() if name in names}
+    for each in trained.values():
+        each.data = each.data.to(torch.float32, copy=True)  # it may be shared with the model it was made of
+    network.train().requires_grad_(False)
+    cache, network.config.use_cache = network.config.use_cache, False
+    run = Training({**trained, **extras.beside}, student, schedule, context, extras)
+    with torch.enable_grad():
+        for each in run.parameters.values():
+            each.requires_grad_(True)
+    rows_each = rows.shape[1] if extras.tokens is None else extras.tokens
+    first = run.resume()
+    began = time.monotonic()
     for step in range(first, schedule.steps):
         context.check_cancelled()
-        for group in optimizer.param_groups:
+        value = run.step(step, draw(rows, schedule.batch, step, context.seed).to(student.device), loss_of, prune)
+        done = step + 1 - first
+        if (step + 1) % SAID_EVERY == 0 or step + 1 == schedule.steps:
+            run.say(step, value, rows_each * min(schedule.batch, len(rows)) * done, done, time.monotonic() - began)
+    run.finish()
+    for each in trained.values():
+        each.data = each.data.to(dtype)
+    network.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+    network.config.use_cache = cache
+
+
+class Training:
+    """The state of one training: what is trained, its optimizer, the last good checkpoint."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], student: LoadedModel, schedule: Schedule, context: Context,
+        extras: Extras,
+    ) -> None:  # fmt: skip
+        self.parameters, self._student, self._schedule = parameters, student, schedule
+        self._context, self._extras = context, extras
+        self._saved = context.folder / "training.safetensors"
+        self._optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=DECAY, fused=True)
+        self._highest, self._kept = math.inf, 0
+        self._zeros: list[tuple[Tensor, Tensor]] = []
+
+    def resume(self) -> int:
+        """Go on from a checkpoint, where there is one; the step at which training goes on."""
+        if self._saved.exists():
+            state = read_checkpoint(self._saved, self.parameters, self._optimizer)
+            self._highest, self._kept = state["highest"], int(state["step"])
+            self._context.log(f"resumed at step {self._kept} of {self._schedule.steps}")
+        self._look_for_zeros()
+        return self._kept
+
+    def step(self, step: int, batch: Tensor, loss_of: Loss, prune: Prune | None) -> float:
+        """One step of the optimizer; the loss before it."""
+        schedule, parameters = self._schedule, self.parameters
+        for group in self._optimizer.param_groups:
             group["lr"] = schedule.at(step)
-        batch = draw(rows, schedule.batch, step, context.seed).to(network.device)
+        torch.manual_seed(self._context.seed * 1_000_003 + step)
+        if self._extras.begin is not None:
+            self._extras.begin(step)
         with torch.enable_grad():
             loss = loss_of(batch)
         value = loss.item()
-        highest = 3 * value + 10 if step == first else highest
-        if not math.isfinite(value) or value > highest:
-            raise Diverged(f"Training diverged at step {step + 1}: the loss is {value:.3g}. Use a lower learning_rate.")
+        if math.isinf(self._highest):
+            self._highest = 3 * abs(value) + 10
+        if not math.isfinite(value) or value > self._highest:
+            raise self.diverged(step, f"the loss is {value:.3g}")
+        if step > self._kept and step % schedule.checkpoint_every == 0:
+            self.keep(step)
+        if self._extras.held_out is not None and step % max(SAID_EVERY, schedule.steps // LOOKS) == 0:
+            self.look()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        zeros = {name: parameters[f"{name}.weight"] == 0 for name in student.pruned}
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        if not math.isfinite(norm):
+            raise self.diverged(step, "a gradient is not finite")
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for name, zero in zeros.items():
-                parameters[f"{name}.weight"].masked_fill_(zero, 0)
+            for weight, zero in self._zeros:
+                weight.masked_fill_(zero, 0)
             if prune is not None:
                 prune(step + 1)
-        if (step + 1) % 10 == 0 or step + 1 == schedule.steps:
-            context.sample("loss", value, "nats")
-            context.sample("learning_rate", schedule.at(step), "1")
-            context.sample("tokens_per_second", (step + 1 - first) * batch.numel() / (time.monotonic() - began), "1/s")
-            context.progress(step + 1, schedule.steps, "steps")
-        if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
-            checkpoint(saved, parameters, optimizer, step + 1)
-    cast(network, dtype)
-    network.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
-    network.config.use_cache = True
+                self._look_for_zeros()
+        return value
 
+    def finish(self) -> None:
+        """The last look and the last checkpoint."""
+        steps = self._schedule.steps
+        if any(not bool(each.isfinite().all()) for each in self.parameters.values()):
+            raise self.diverged(steps - 1, "weights are not finite")
+        if self._extras.held_out is not None:
+            self.look()
+        if self._kept < steps:
+            self.keep(steps)
 
-def cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Give the parameters another dtype, and nothing else: rotary frequencies must keep their float32."""
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype)
+    def keep(self, step: int) -> None:
+        """Write the checkpoint of so many steps."""
+        write_checkpoint(self._saved, self.parameters, self._optimizer, {"step": step, "highest": self._highest})
+        self._kept = step
+
+    def look(self) -> None:
+        """Say the KL on held-out rows."""
+        assert self._extras.held_out is not None
+        self._student.network.eval()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self._context.sample("kl_heldout", self._extras.held_out(), "nats")
+        self._student.network.train()
+
+    def say(self, step: int, loss: float, tokens: int, steps: int, seconds: float) -> None:
+        """One point of each live chart, after `steps` steps that read so many tokens in so many seconds."""
+        self._context.sample("loss", loss, "nats")
+        self._context.sample("learning_rate", self._schedule.at(step), "1")
+        self._context.sample("tokens_per_second", tokens / seconds, "1/s")
+        self._context.sample("eta", (self._schedule.steps - step - 1) * seconds / steps, "s")
+        self._context.progress(step + 1, self._schedule.steps, "steps")
+
+    def diverged(self, step: int, why: str) -> Diverged:
+        """What to say of a training that went wrong in that step."""
+        kept = f"The checkpoint of step {self._kept} is kept." if self._kept else "No checkpoint was written yet."
+        return Diverged(f"Training diverged at step {step + 1}: {why}. Use a lower learning_rate. {kept}")
+
+    def _look_for_zeros(self) -> None:
+        weights = [self.parameters.get(f"{name}.weight") for name in sorted(self._student.pruned)]
+        self._zeros = [(each.data, each.data == 0) for each in weights if each is not None]
 
 
 def draw(rows: Tensor, batch: int, step: int, seed: int) -> Tensor:
@@ -120,30 +218,28 @@ def draw(rows: Tensor, batch: int, step: int, seed: int) -> Tensor:
     return rows[order[place * batch : (place + 1) * batch]]
 
 
-def checkpoint(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights and optimizer state in one safetensors file, replaced whole."""
+def write_checkpoint(
+    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: Mapping[str, float]
+) -> None:
+    """Weights and optimizer state in one safetensors file with the JSON `state`, replaced whole."""
     tensors = {f"weight.{name}": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
-        for part, state in optimizer.state[value].items():
-            tensors[f"{part}.{name}"] = torch.as_tensor(state)
+        for part, moment in optimizer.state[value].items():
+            tensors[f"{part}.{name}"] = torch.as_tensor(moment)
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata={"state": json.dumps({"step": step})})
+    save_file(tensors, temporary, metadata={"state": json.dumps(dict(state))})
     publish(temporary, path)
 
 
-def resume(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Read a checkpoint back; returns the step at which training goes on."""
-    from safetensors import safe_open
-
+def read_checkpoint(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Read a checkpoint back into weights and optimizer; returns its `state`."""
     with safe_open(path, "pt") as file:
-        step: int = json.loads(file.metadata()["state"])["step"]
+        state: dict[str, float] = json.loads(file.metadata()["state"])
     tensors = load_file(path)
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(tensors[f"weight.{name}"])
-            parts = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[value] = {
-                part: tensors[f"{part}.{name}"].to("cpu" if part == "step" else value.device) for part in parts
-            }
-    return step
+            moments = {part: tensors.get(f"{part}.{name}") for part in MOMENTS}  # none where no gradient came
+            optimizer.state[value] = {part: each.to(value.device) for part, each in moments.items() if each is not None}
+    return state

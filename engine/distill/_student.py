@@ -1,15 +1,52 @@
-"""The student of a distillation: blocks of the model, a new network of a given size, or the model itself."""
+"""The student of a distillation: blocks of the model, a new network of a given size, a checkpoint, or the model."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from engine.distill._settings import StudentParams
 from engine.errors import BadParams
-from engine.models import LoadedModel, blocks
+from engine.methods import Context
+from engine.models import LoadedModel, Original, blocks, load
+from engine.preflight import resolve
 from engine.surgery import fresh, keep_blocks
+from engine.tokens import check_same_tokenizer
+
+
+def choose(model: LoadedModel, params: StudentParams, context: Context) -> LoadedModel:
+    """The student that the settings name, with all weights in memory; says where it is the teacher, or larger.
+
+    Raises:
+        BadParams: it cannot be cut from the model.
+        BadModel: the checkpoint cannot be used.
+    """
+    untouched = not model.pruned and model.parts is not None
+    untouched = untouched and all(
+        isinstance(part, Original) for part in (model.parts.where.values() if model.parts else ())
+    )
+    if params.student == "folder":
+        folder = resolve(params.folder)
+        check_same_tokenizer(model.tokenizer, folder)
+        student = load(folder, str(model.network.dtype).removeprefix("torch."), str(model.device))
+        student.source, untouched = model.source, folder == model.source
+    elif params.student == "size":
+        student, untouched = of_size(model, params.hidden_size, params.num_blocks, context.seed), False
+    else:
+        if params.student == "current":
+            model.load_all()
+        student = model if params.student == "current" else every_kth(model, params.keep_every)
+        untouched = untouched and (params.student == "current" or params.keep_every == 1)
+    count, before = student.network.num_parameters(), model.network.num_parameters()
+    context.log(f"{count:,} of {before:,} parameters")
+    if untouched:
+        context.log("warning: the student is the teacher itself; there is nothing to learn from it but the labels")
+    elif count > before:
+        context.log("warning: the student is larger than the model")
+    return student
 
 
 def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
@@ -25,6 +62,34 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
     if not kept:
         raise BadParams(f"keep_every {keep_every} leaves no block of {count}. Use {count} or less.")
     return keep_blocks(model, kept)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` blocks, evenly, the last among them: also which teacher block a student block stands for."""
+    return [-(-(place + 1) * count // wanted) - 1 for place in range(wanted)]
+
+
+def between(large: int, small: int, steps: int) -> list[int]:
+    """`steps` whole numbers from large to small in equal ratios, without the two ends."""
+    return [round(large * (small / large) ** (place / (steps + 1))) for place in range(1, steps + 1)]
+
+
+def assistants(model: LoadedModel, params: StudentParams, count: int) -> Sequence[tuple[int, int]]:
+    """Width and blocks of each teacher assistant, the largest first; only sizes that lie between model and student.
+
+    Mirzadeh et al., 2019, arXiv 1902.03393. Sizes fall in equal ratios from the teacher's to the student's.
+    """
+    text = model.network.config.get_text_config()
+    width, depth = text.hidden_size, text.num_hidden_layers
+    if params.student == "blocks":
+        goal = depth // params.keep_every
+        found = [(width, each) for each in between(depth, goal, count)]
+        return [each for each in dict.fromkeys(found) if goal < each[1] < depth]
+    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    widths = [max(1, round(each / head)) * head for each in between(width, params.hidden_size, count)]
+    found = list(zip(widths, between(depth, params.num_blocks, count), strict=True))
+    ends = ((width, depth), (params.hidden_size, params.num_blocks))
+    return [each for each in dict.fromkeys(found) if each not in ends]
 
 
 def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) -> LoadedModel:

@@ -5,90 +5,97 @@ logits, the loss of each token is
 
     (1 - label_weight) * T² * KL(softmax(z / T) || softmax(y / T)) + label_weight * CE(label, softmax(y))
 
-T² keeps the gradient's size when T changes. The student is every k-th block of the model (DistilBERT's
-way, the best start), a new network of a given size, or the model as earlier steps left it, to repair
-what pruning broke. The teacher is always the original model of the recipe. Needs training text.
+T² keeps the gradient's size when T changes. `divergence` takes reverse KL (MiniLLM, Gu et al., 2023, arXiv
+2306.08543) or the Jensen-Shannon divergence (GKD, Agarwal et al., 2023, arXiv 2306.13649) instead. The student is
+every k-th block of the model (DistilBERT's way, the best start), a new network of a given size, a checkpoint with the
+same tokenizer, or the model as earlier steps left it, to repair what pruning broke.
+
+The teacher is the original model of the recipe; with more `teachers` it is the mean of their probabilities. It is
+asked once: its `top_k` answers and the mass of the rest go to disk, and it is not in memory while the student trains;
+runs on the same text find them there. With `live` it stays in memory and all its probabilities count.
+
+Where the student is far smaller, `assistants` (Mirzadeh et al., 2019, arXiv 1902.03393) of sizes in between are
+trained first, each by the one before it, and the last one teaches the student. Needs training text.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
 
-import torch
-from pydantic import Field
-from torch import Tensor
-from torch.nn import functional
+from pydantic import Field, model_validator
 
-from engine.calibration import token_rows
-from engine.distill._student import every_kth, of_size
+from engine import artifacts
+from engine.distill._lesson import Lesson, beneath, read, shared_vocabulary, teachers_of
+from engine.distill._settings import CacheParams, StudentParams, TrainingParams
+from engine.distill._student import assistants, choose, of_size, spread
 from engine.methods import Context
-from engine.methods import Params as Base
-from engine.models import LoadedModel, load
+from engine.models import LoadedModel
 from engine.preflight import calibration_file
-from engine.training import Schedule, train
+from engine.records import Recipe
+from engine.surgery import keep_blocks
 
 TITLE = "Logit distillation"
 CHANGES = ("disk", "memory", "latency")
 WHOLE = True
 
 
-class Params(Base):
+class Params(TrainingParams, CacheParams, StudentParams):
     """Settings of the student, the loss and the training."""
 
-    student: Literal["blocks", "size", "current"] = Field(
-        "blocks", description="Every k-th block of the model, a new network of a given size, or the model as it is."
+    assistants: int = Field(
+        0,
+        ge=0,
+        le=4,
+        description="Models of sizes in between that are taught first, the last one teaching the student.",
     )
-    keep_every: int = Field(2, ge=1, le=64, description="With student `blocks`: keep every k-th block.")
-    hidden_size: int = Field(128, ge=8, le=16384, description="With student `size`: width of the new network.")
-    num_blocks: int = Field(2, ge=1, le=256, description="With student `size`: blocks of the new network.")
-    temperature: float = Field(1.0, ge=0.1, le=100.0, description="Softens both distributions; 1 changes nothing.")
-    label_weight: float = Field(0.5, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
-    steps: int = Field(300, ge=1, le=1_000_000, description="Optimizer steps.")
-    batch: int = Field(16, ge=1, le=1024, description="Sequences in each step.")
-    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
-    learning_rate: float = Field(1e-3, gt=0.0, le=1e10, description="Highest learning rate.")
-    text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Params:
+        if self.assistants and self.student not in ("blocks", "size"):
+            raise ValueError("assistants need a student of `blocks` or `size`, between which and the model sizes lie")
+        return self
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
-    """Build the student and train it; the teacher is loaded from the recipe's model."""
-    rows = token_rows(model.tokenizer, calibration_file(params.text), params.sequence_length)
-    model.load_all()
-    teacher = load(model.source, str(model.network.dtype).removeprefix("torch."), str(model.device)).network
-    if params.student == "blocks":
-        student = every_kth(model, params.keep_every)
-    elif params.student == "size":
-        student = of_size(model, params.hidden_size, params.num_blocks, context.seed)
+    """Train the assistants, where any are wanted, and the student."""
+    folders = params.folders(model.source)
+    if params.assistants:
+        sizes = assistants(model, params, params.assistants)
+        if len(sizes) < params.assistants:
+            context.log(f"warning: only {len(sizes)} sizes lie between the model and the student")
+        for number, (width, depth) in enumerate(sizes, 1):
+            context.log(f"assistant {number} of {len(sizes)}: {depth} blocks of {width}")
+            phase = beneath(context, f"assistant-{number}")
+            folders = [_assistant(model, width, depth, folders, params, phase)]
+    return _taught(model, params, folders, context)
+
+
+def _assistant(
+    model: LoadedModel, width: int, depth: int, folders: list[Path], params: Params, context: Context
+) -> Path:
+    """The folder of a trained assistant; a finished one is found again."""
+    folder = context.folder / "model"
+    if folder.exists():
+        context.log("this assistant is finished")
+        return folder
+    text = model.network.config.get_text_config()
+    if width == text.hidden_size and params.student == "blocks":
+        assistant = keep_blocks(model, spread(text.num_hidden_layers, depth))
     else:
-        student = model
-    context.log(f"{student.network.num_parameters():,} of {model.network.num_parameters():,} parameters")
+        assistant = of_size(model, width, depth, context.seed)
+    _learn(assistant, model, params, folders, context)
+    artifacts.write(assistant, Recipe.model_validate({}), folder)
+    return folder
 
-    def loss_of(batch: Tensor) -> Tensor:
-        with torch.autocast(batch.device.type, torch.bfloat16):
-            logits = student.network(input_ids=batch).logits[:, :-1]
-        wanted = None
-        if params.label_weight < 1:
-            with torch.inference_mode():
-                wanted = teacher(input_ids=batch).logits[:, :-1]
-        return distillation_loss(logits, wanted, batch[:, 1:], params.temperature, params.label_weight)
 
-    train(student, rows, loss_of, Schedule(params.steps, params.batch, params.learning_rate), context)
+def _taught(model: LoadedModel, params: Params, folders: list[Path], context: Context) -> LoadedModel:
+    student = choose(model, params, context)
+    _learn(student, model, params, folders, context)
     return student
 
 
-def distillation_loss(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float, label_weight: float
-) -> Tensor:
-    """Mean loss over all tokens, in nats.
-
-    student, teacher: logits (..., V); labels: token ids (...). `teacher` may be None with label_weight 1.
-    """
-    loss = student.new_zeros((), dtype=torch.float32)
-    if label_weight > 0:
-        loss = loss + label_weight * functional.cross_entropy(student.flatten(0, -2).float(), labels.flatten())
-    if teacher is not None:
-        ours = functional.log_softmax(student.flatten(0, -2).float() / temperature, -1)
-        theirs = functional.log_softmax(teacher.flatten(0, -2).float() / temperature, -1)
-        divergence = functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-        loss = loss + (1 - label_weight) * temperature**2 * divergence
-    return loss
+def _learn(student: LoadedModel, model: LoadedModel, params: Params, folders: list[Path], context: Context) -> None:
+    text = read(model, params, calibration_file(params.text))
+    shared = shared_vocabulary(folders, student.network.config.get_text_config().vocab_size)
+    teacher, judge = teachers_of(text, folders, model, params, context, shared)
+    Lesson(student, text, params.objective, teacher, judge).teach(params, context)

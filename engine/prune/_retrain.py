@@ -14,7 +14,7 @@ from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
 from engine.preflight import calibration_file
 from engine.prune._masks import SparsityParams, keep_largest
-from engine.training import Prune, Schedule, train
+from engine.training import Extras, Prune, Schedule, train
 
 
 class RetrainParams(SparsityParams):
@@ -32,21 +32,28 @@ def retrain(
     params: RetrainParams,
     context: Context,
     prune: Prune,
-    penalty: Callable[[], Tensor] | None = None,
+    penalty: Callable[[int], Tensor | None] = lambda step: None,
 ) -> LoadedModel:
-    """Train the model on its true labels with a `penalty` beside the loss, and `prune` after each step.
+    """Train the model on its true labels with the `penalty` of each step beside the loss, and `prune` after it.
 
     Zeros stay zero: of the selected linears from the beginning.
     """
     rows = token_rows(model.tokenizer, calibration_file(params.text), params.sequence_length)
+    now = 0
+
+    def begin(step: int) -> None:
+        nonlocal now
+        now = step
 
     def loss_of(batch: Tensor) -> Tensor:
         with torch.autocast(batch.device.type, torch.bfloat16):
             logits = model.network(input_ids=batch).logits[:, :-1]
         loss = functional.cross_entropy(logits.flatten(0, -2).float(), batch[:, 1:].flatten())
-        return loss if penalty is None else loss + penalty()
+        price = penalty(now)
+        return loss if price is None else loss + price
 
-    train(model, rows, loss_of, Schedule(params.steps, params.batch, params.learning_rate), context, prune)
+    schedule = Schedule(params.steps, params.batch, params.learning_rate)
+    train(model, rows, loss_of, schedule, context, prune, Extras(begin=begin))
     return model
 
 

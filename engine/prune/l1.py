@@ -40,16 +40,13 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     model.load_all()
     chosen = selected(model, params)
     cut = max(1, round(params.share * params.steps))
-    done = 0
 
-    def penalty() -> Tensor:
-        if done >= cut:
-            return torch.zeros(())
+    def penalty(step: int) -> Tensor | None:
+        if step >= cut:
+            return None
         return params.penalty * torch.stack([linear.module.weight.abs().sum() for linear in chosen]).mean()
 
     def prune(step: int) -> None:
-        nonlocal done
-        done = step
         if step == cut:
             before = torch.cat([linear.weight.abs().flatten() for linear in chosen])
             zero_smallest_(chosen, params)

@@ -1,0 +1,151 @@
+"""The settings that methods of distillation share: the student, the teachers, the training text, the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, JsonValue
+
+from engine import headers
+from engine.errors import BadModel, BadParams, short
+from engine.headers import integer
+from engine.losses import Divergence, Objective
+from engine.methods import Params
+from engine.preflight import calibration_file, check_text, resolve
+from engine.tokens import check_same_files
+from engine.training import Schedule
+
+
+class TextParams(Params):
+    """The text that is learned from."""
+
+    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
+    text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
+
+    def check_sources(self, folder: Path) -> None:
+        """Refuse a text that cannot be read, or is shorter than one sequence."""
+        super().check_sources(folder)
+        check_text(calibration_file(self.text), folder, self.sequence_length)
+
+
+class TrainingParams(TextParams):
+    """How long and how fast a student learns, and from what."""
+
+    steps: int = Field(300, ge=1, le=1_000_000, description="Optimizer steps.")
+    batch: int = Field(16, ge=1, le=1024, description="Sequences in each step.")
+    learning_rate: float = Field(1e-3, gt=0.0, le=1e10, description="Highest learning rate.")
+
+    @property
+    def schedule(self) -> Schedule:
+        """As the training loop wants it."""
+        return Schedule(self.steps, self.batch, self.learning_rate)
+
+
+class TeacherParams(Params):
+    """Who teaches: the original model of the recipe, others beside it."""
+
+    teachers: str = Field(
+        "", max_length=4000,
+        description="Folders of more teachers, separated by spaces; probabilities are averaged.",
+    )  # fmt: skip
+
+    def folders(self, original: Path) -> list[Path]:
+        """The teachers' folders, the original first."""
+        return [original, *(resolve(each) for each in self.teachers.split())]
+
+    def check_sources(self, folder: Path) -> None:
+        """Refuse teachers that are not there, or speak of other tokens."""
+        super().check_sources(folder)
+        for each in self.folders(folder)[1:]:
+            headers.inspect(each)
+            check_same_files(folder, each)
+
+
+class ObjectiveParams(TeacherParams):
+    """The loss on predictions."""
+
+    divergence: Divergence = Field(
+        "forward",
+        description="KL to the teacher (forward), from it (reverse, MiniLLM), or between both (js, as in GKD).",
+    )
+    beta: float = Field(0.5, gt=0.0, lt=1.0, description="With divergence `js`: near 0 forward KL, near 1 reverse.")
+    temperature: float = Field(1.0, ge=0.1, le=100.0, description="Softens both distributions; 1 changes nothing.")
+    label_weight: float = Field(0.5, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
+
+    @property
+    def objective(self) -> Objective:
+        """As the losses want it."""
+        return Objective(self.divergence, self.temperature, self.label_weight, self.beta)
+
+
+class CacheParams(ObjectiveParams):
+    """Whether the teachers' answers are kept."""
+
+    teacher_logits: Literal["cached", "live"] = Field(
+        "cached",
+        description="Ask the teacher once and keep its top_k answers on disk, or ask at each step for all of them.",
+    )
+    top_k: int = Field(
+        50, ge=1, le=1024, description="With `cached`: most probable tokens that are kept, with the rest."
+    )
+
+
+Student = Literal["blocks", "size", "current", "folder"]
+
+
+class StudentParams(Params):
+    """Who learns."""
+
+    student: Student = Field(
+        "blocks",
+        description="Every k-th block of the model, a new network of a size, the model as it is, or a checkpoint.",
+    )
+    keep_every: int = Field(2, ge=1, le=64, description="With student `blocks`: keep every k-th block.")
+    hidden_size: int = Field(128, ge=8, le=16384, description="With student `size`: width of the new network.")
+    num_blocks: int = Field(2, ge=1, le=256, description="With student `size`: blocks of the new network.")
+    folder: str = Field(
+        "", max_length=1000, description="With student `folder`: a checkpoint with the same tokenizer."
+    )  # fmt: skip
+
+    def check_config(self, config: Mapping[str, JsonValue]) -> None:
+        """Refuse a student that cannot be cut from the model."""
+        super().check_config(config)
+        count = integer(config.get("num_hidden_layers")) or integer(config.get("n_layer"))
+        if self.student == "blocks" and count and self.keep_every > count:
+            raise BadParams(f"keep_every {self.keep_every} leaves no block of {count}. Use {count} or less.")
+        hidden = integer(config.get("hidden_size")) or integer(config.get("n_embd"))
+        heads = integer(config.get("num_attention_heads")) or integer(config.get("n_head"))
+        size = integer(config.get("head_dim")) or (hidden // heads if heads else 0)
+        if self.student == "size" and size and self.hidden_size % size:
+            raise BadParams(f"hidden_size {self.hidden_size} is not a multiple of the head size {size} of this model.")
+
+    def check_sources(self, folder: Path) -> None:
+        """Refuse a checkpoint that is not there, is quantized, or speaks of other tokens."""
+        super().check_sources(folder)
+        if self.student == "folder":
+            own = resolve(self.folder)
+            if "quantization_config" in headers.inspect(own).config:
+                raise BadModel(f"{short(own.name)} is quantized; its codes cannot be trained. Name the original.")
+            check_same_files(folder, own)
+
+    def notes(self, folder: Path) -> Sequence[str]:
+        """Say where the student is the teacher, or larger."""
+        found = list(super().notes(folder))
+        config = headers.inspect(folder).config
+        if self.student == "blocks" and self.keep_every == 1:
+            found.append(
+                "The student has every block of the teacher: it is as large, and begins as the teacher itself."
+            )
+        if self.student == "size":
+            hidden, count = integer(config.get("hidden_size")), integer(config.get("num_hidden_layers"))
+            if hidden and self.hidden_size >= hidden and self.num_blocks >= count:
+                found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
+        if self.student == "folder":
+            own, theirs = headers.inspect(resolve(self.folder)), headers.inspect(folder)
+            if own.folder == theirs.folder:
+                found.append("The student is the teacher itself.")
+            elif own.parameters >= theirs.parameters:
+                found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
+        return found

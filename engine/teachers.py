@@ -1,0 +1,251 @@
+"""Teachers: one network or several, asked as the student learns, or asked once with their answers kept on disk.
+
+A cached answer is the k most probable tokens and the mass of the rest: with k = 50 about 300 bytes a token, 200 where
+ids fit in 16 bits. Training then needs no teacher in memory, and other runs on the same text need none at all.
+
+    cache/teachers/<fingerprint>/<rows>.safetensors     ids (tokens, k), logp (tokens, k), tail (tokens,)
+
+The fingerprint is that of the teachers' weights, configs and tokenizers and of k; <rows> that of the token ids and
+positions in a file. So an answer is found again exactly where the same question was asked, however many rows another
+run reads, and a cache that is not finished is gone on with. Several teachers answer with the mean of their
+probabilities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from engine import hardware, headers, models
+from engine.body import Body
+from engine.errors import BadModel, TooBig, short
+from engine.files import publish
+from engine.losses import Full, Target, TopK, averaged, chunk_size, pieces, top_k
+from engine.methods import Context
+from engine.rows import Rows
+
+FILE_TOKENS = 1 << 16  # in one file of a cache
+KEY = "maquette_teacher"  # of a file's metadata: whose answers these are, to what
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+Answers = Callable[[slice], Target]  # for some of the batch's tokens, which are rows without their last token, in order
+
+
+class Teacher(Protocol):
+    """Who knows what should be predicted after each token of a row but the last."""
+
+    def answers(self, rows: Rows, numbers: Tensor) -> Answers:
+        """For the rows with these numbers (B,), as (B * (length - 1)) tokens."""
+
+
+class Live:
+    """Networks that are asked while the student learns: exact, and in memory. `vocabulary`: tokens that all know."""
+
+    def __init__(self, bodies: Sequence[Body], vocabulary: int) -> None:
+        self.bodies, self.vocabulary = bodies, vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.bodies[0].network.device
+        return device
+
+    def answers(self, rows: Rows, numbers: Tensor) -> Answers:
+        """What the teachers say now."""
+        return self.of(*rows.of(numbers, self.device))
+
+    @torch.no_grad()
+    def of(self, ids: Tensor, positions: Tensor | None) -> Answers:
+        """For any ids and positions (B, T), without the last of each row."""
+        states = [body.hidden(ids, positions)[:, :-1].flatten(0, 1) for body in self.bodies]
+
+        @torch.no_grad()
+        def answer(piece: slice) -> Target:
+            found = []
+            for body, hidden in zip(self.bodies, states, strict=True):
+                logits = body.logits(hidden[piece])[:, : self.vocabulary]
+                found.append(functional.log_softmax(logits.float(), -1))
+            return Full(averaged(found))
+
+        return answer
+
+
+class Cached:
+    """Answers on disk, mapped into memory; `device` is where they are wanted."""
+
+    def __init__(self, files: Sequence[Path], rows_each: int, device: torch.device) -> None:
+        self._files = [_Mapped.open(path) for path in files]
+        self._each, self._device = rows_each, device
+
+    def answers(self, rows: Rows, numbers: Tensor) -> Answers:
+        """What the teachers said."""
+        width = rows.ids.shape[1] - 1
+        parts = [self._files[number // self._each].tokens(number % self._each, width) for number in numbers.tolist()]
+        ids, logp, tail = (torch.cat(each).to(self._device) for each in zip(*parts, strict=True))
+        return lambda piece: TopK(ids[piece].long(), logp[piece].float(), tail[piece].float())
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """One file of a cache, mapped into memory."""
+
+    arrays: tuple[np.memmap, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> _Mapped:
+        found = headers.read_header(path)
+        dtypes = {"I16": np.int16, "I32": np.int32, "F16": np.float16}
+        return cls(
+            tuple(
+                np.memmap(path, dtypes[found[name].dtype], "r", found[name].start, found[name].shape)
+                for name in ("ids", "logp", "tail")
+            )
+        )
+
+    def tokens(self, row: int, width: int) -> tuple[Tensor, ...]:
+        """ids (width, k), logp (width, k) and tail (width,) of a row of the file."""
+        return tuple(torch.from_numpy(each[row * width : (row + 1) * width].copy()) for each in self.arrays)
+
+
+def cached(
+    folders: Sequence[Path], rows: Rows, k: int, vocabulary: int, context: Context, load: Callable[[], Live]
+) -> Cached:
+    """The teachers' answers to all rows, from disk where they are; `load` is called only where some are missing.
+
+    Raises:
+        BadModel: a file of the cache is another teacher's.
+        TooBig: the cache does not fit on the disk.
+    """
+    whose = fingerprint(folders, k, vocabulary)
+    width = rows.ids.shape[1]
+    each = max(1, FILE_TOKENS // width)
+    spans = [(piece.start, piece.stop) for piece in pieces(len(rows), each)]
+    folder = context.cache / "teachers" / whose[:32]
+    files = [folder / f"{rows.digest(*span)[:32]}.safetensors" for span in spans]
+    missing = [place for place, file in enumerate(files) if not _is_of(file, whose)]
+    if missing:
+        tokens = sum(spans[place][1] - spans[place][0] for place in missing) * (width - 1)
+        _check_room(context.cache, tokens * bytes_per_token(k, vocabulary))
+        folder.mkdir(parents=True, exist_ok=True)
+        live = load()
+        for done, place in enumerate(missing):
+            context.progress(done, len(missing), "files of the teacher's answers")
+            write_answers(live, rows, spans[place], k, files[place], whose, context)
+        context.progress(len(missing), len(missing), "files of the teacher's answers")
+        context.log(
+            f"the teacher answered for {tokens:,} tokens; {len(files) - len(missing)} of {len(files)} files reused"
+        )
+    else:
+        context.log(f"reused the teacher's answers of an earlier run ({len(files)} files); it is not loaded")
+    return Cached(files, each, torch.device(context.device))
+
+
+def write_answers(
+    live: Live, rows: Rows, span: tuple[int, int], k: int, path: Path, whose: str, context: Context
+) -> None:  # fmt: skip
+    """Ask for the rows of a span and write one file, whole or not at all."""
+    parts: list[TopK] = []
+    length = rows.ids.shape[1]
+    together = max(1, 2048 // length)
+    for piece in pieces(span[1] - span[0], together):
+        context.check_cancelled()
+        numbers = torch.arange(span[0] + piece.start, span[0] + piece.stop)
+        answer = live.answers(rows, numbers)
+        for part in pieces(len(numbers) * (length - 1), chunk_size(live.vocabulary, live.device)):
+            target = answer(part)
+            assert isinstance(target, Full)
+            parts.append(top_k(target.logp, k))
+    narrow = torch.int16 if live.vocabulary <= 1 << 15 else torch.int32
+    tensors = {
+        "ids": torch.cat([each.ids.to(narrow).cpu() for each in parts]),
+        "logp": torch.cat([each.logp.half().cpu() for each in parts]),
+        "tail": torch.cat([each.tail.half().cpu() for each in parts]),
+    }
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={KEY: json.dumps({"teacher": whose, "rows": path.stem})})
+    publish(temporary, path)
+
+
+def _is_of(file: Path, whose: str) -> bool:
+    """Whether a finished file is there.
+
+    Raises:
+        BadModel: it is there, and another teacher's or damaged.
+    """
+    if not file.exists():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get(KEY, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        about = {}
+    if about != {"teacher": whose, "rows": file.stem}:
+        raise BadModel(
+            f"The cache {short(file.name, 12)} was made by another teacher or tokenizer, or is damaged. "
+            f"Delete the folder {file.parent.name} below cache/teachers."
+        )
+    return True
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise TooBig(
+                f"The teacher's answers need {needed / 2**30:.1f} GiB on disk, {free / 2**30:.1f} are free. "
+                "Use fewer steps, a smaller top_k, or teacher_logits `live`."
+            )
+
+
+def bytes_per_token(k: int, vocabulary: int) -> int:
+    """Of a cache."""
+    return k * ((2 if vocabulary <= 1 << 15 else 4) + 2) + 2
+
+
+def fingerprint(folders: Sequence[Path], k: int = 0, vocabulary: int = 0) -> str:
+    """SHA-256 of the teachers' weights, configs and tokenizers, in hexadecimal."""
+    found = hashlib.sha256(f"{k} {vocabulary}".encode())
+    for each in sorted(_digest(folder) for folder in folders):
+        found.update(each)
+    return found.hexdigest()
+
+
+def _digest(folder: Path) -> bytes:
+    found = hashlib.sha256()
+    others = [folder / name for name in ("config.json", *TOKENIZER) if (folder / name).is_file()]
+    for file in [*headers.weight_files(folder), *others]:
+        with file.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.digest()
+
+
+def load_live(folders: Sequence[Path], vocabulary: int, context: Context, dtype: str) -> Live:
+    """The teachers in memory, or read part by part where they are larger than what is free.
+
+    Raises:
+        BadModel: one cannot be loaded.
+    """
+    bodies = []
+    for folder in folders:
+        shape = headers.inspect(folder)
+        fits = 2 * shape.bytes < hardware.free_memory() or context.device != "cpu"
+        teacher = (models.load if fits else models.stream)(folder, dtype, context.device)
+        if not fits:
+            context.log(f"the teacher {folder.name} is larger than half of the free memory: one block at a time")
+        teacher.network.requires_grad_(False)
+        bodies.append(Body.of(teacher.network))
+    return Live(bodies, vocabulary)
