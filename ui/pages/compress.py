@@ -29,16 +29,19 @@ from ui.wording import say
 
 STEP_LIMIT = 8
 Draft = dict[str, JsonValue]
+_FEWER_BLOCKS = Step(method="prune/depth", params={"share": 0.25})
+_HEAL = Step(method="distill/logits", params={"student": "current"})
+_BESIDE: Draft = {"head": True, "embeddings": True}  # the more of the bytes, the smaller the blocks are
 PRESETS: dict[str, tuple[Step, ...]] = {
     "gptq4": (Step(method="quantize/gptq", params={"bits": 4, "group_size": 64}),),
     "mixed": (Step(method="quantize/mixed", params={"budget": 3.25}),),
     "w8a8": (Step(method="quantize/smoothquant"),),
-    "wanda24": (Step(method="prune/wanda", params={"pattern": "2:4"}),),
-    "half": (Step(method="distill/logits", params={"keep_every": 2, "learning_rate": 0.003}),),
-    "chain": (
-        Step(method="prune/wanda", params={"sparsity": 0.5}),
-        Step(method="distill/logits", params={"student": "current"}),
-        Step(method="quantize/gptq", params={"bits": 4, "group_size": 64}),
+    "half": (_FEWER_BLOCKS, _HEAL, Step(method="quantize/gptq", params={"bits": 8})),
+    "quarter": (_FEWER_BLOCKS, _HEAL, Step(method="quantize/gptq", params={"bits": 4, **_BESIDE})),
+    "tenth": (
+        Step(method="prune/width", params={"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64}),
+        _HEAL,
+        Step(method="quantize/gptq", params={"bits": 4, **_BESIDE}),
     ),
 }
 
