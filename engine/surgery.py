@@ -6,12 +6,13 @@ The result is a plain model of its architecture: its config says its shape, any 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from engine import low_rank
 from engine.checkpoint import attention
 from engine.experts import separate
 from engine.models import LoadedModel, blocks
@@ -26,6 +27,8 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[i] for i in kept]
     smaller = fresh(config, model.network.dtype, model.device)
+    products = low_rank.ranks(model.network)
+    low_rank.factor(smaller, _renumbered(products, prefix, kept))
     weights = model.network.state_dict()
     chosen = {}
     for key in smaller.state_dict():
@@ -35,8 +38,8 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
             source = f"{prefix}.{kept[int(number)]}.{rest}"
         chosen[key] = weights[source]
     smaller.load_state_dict(chosen)
-    pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
-    return LoadedModel(smaller, model.tokenizer, Path(model.source), pruned=pruned)
+    pruned, sparse = (set(_renumbered(dict.fromkeys(names, 0), prefix, kept)) for names in (model.pruned, model.sparse))
+    return LoadedModel(smaller, model.tokenizer, Path(model.source), pruned=pruned, sparse=sparse)
 
 
 def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -51,5 +54,11 @@ def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) ->
     return network
 
 
-def _below(names: set[str], prefix: str) -> list[str]:
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+def _renumbered(values: Mapping[str, int], prefix: str, kept: Sequence[int]) -> dict[str, int]:
+    """The values of modules in the blocks that are kept, by the names that these have then."""
+    return {
+        f"{prefix}.{i}.{name.removeprefix(f'{prefix}.{k}.')}": value
+        for i, k in enumerate(kept)
+        for name, value in values.items()
+        if name.startswith(f"{prefix}.{k}.")
+    }
