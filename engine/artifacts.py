@@ -19,11 +19,13 @@ from pydantic import JsonValue
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
-from engine import shards
+from engine import bitmask, low_rank, shards
+from engine.bitmask import MASK, SPARSE_KEY
 from engine.checkpoint import part_names
 from engine.errors import BadArtifact
 from engine.files import publish, sync
-from engine.headers import read_header
+from engine.headers import OWN_KEYS, read_header
+from engine.low_rank import RANKS_KEY
 from engine.models import LoadedModel, blocks
 from engine.packing import CACHE_KEY, QuantizedWeight
 from engine.records import Recipe
@@ -41,7 +43,7 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
         if stale.exists():
             shutil.rmtree(stale)
     temporary.mkdir(parents=True)
-    write_weights(model, temporary)
+    stored = write_weights(model, temporary)
     model.network.config.save_pretrained(temporary)
     if model.network.generation_config is not None:
         model.network.generation_config.save_pretrained(temporary)
@@ -53,13 +55,19 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
         config["quantization_config"] = quantization_config(model.network, packed)
     if model.kv_cache is not None:  # a key of ours, which `transformers` keeps and does not read
         config[CACHE_KEY] = dataclasses.asdict(model.kv_cache)
+    for key in OWN_KEYS:  # of the source, perhaps
+        config.pop(key, None)
+    if any(name.endswith(f".{MASK}") for name in stored):
+        config[SPARSE_KEY] = {"format": bitmask.FORMAT}
+    if products := low_rank.ranks(model.network):
+        config[RANKS_KEY] = dict(sorted(products.items()))
     (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_manifest(temporary, recipe)
     publish(temporary, folder)
 
 
-def write_weights(model: LoadedModel, folder: Path) -> None:
-    """One safetensors file for each block, a few for the rest, and their index.
+def write_weights(model: LoadedModel, folder: Path) -> list[str]:
+    """One safetensors file for each block, a few for the rest, and their index; the names of all tensors.
 
     A block that stands in a finished file already is linked, not written again.
     """
@@ -80,6 +88,7 @@ def write_weights(model: LoadedModel, folder: Path) -> None:
         total += sum(header.length for header in stored.values())
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(body, indent=2) + "\n")
+    return list(index)
 
 
 def _shard(model: LoadedModel, part: str) -> Shard | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,9 +30,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from engine.bitmask import MASK, SHAPE, VALUES, unpack_bitmask
 from engine.errors import BadModel, short
 from engine.experts import separate
-from engine.headers import Header, read_header, weight_files
+from engine.headers import Header, plain, read_header, weight_files
+from engine.low_rank import RANKS_KEY, factor
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -61,6 +64,7 @@ def shell(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | s
         )
         assert isinstance(network, PreTrainedModel)
         separate(network)
+        factor(network, getattr(config, RANKS_KEY, {}))
     _derive_buffers(network, torch.device(device))
     network.requires_grad_(False)
     return network.eval()  # type: ignore[no-untyped-call,no-any-return]
@@ -109,6 +113,7 @@ class Checkpoint:
     """The tensors of a folder's safetensors files, sorted by the part of a network that they belong to.
 
     tied: names of weights that are another's and not in the files, with the other's name.
+    sparse: names of the modules whose weight is stored as a bitmask.
 
     Raises:
         BadModel: a file is damaged, or tensors are missing or of another shape than the config says.
@@ -119,13 +124,17 @@ class Checkpoint:
         self._parts = parts
         self._mapping = [rule for rule in get_model_conversion_mapping(network) if not _fuses_experts(rule)]
         self._tensors: dict[str, tuple[Path, Header]] = {}
+        self.sparse: set[str] = set()
         self._keys: dict[str, list[str]] = defaultdict(list)
         expected = network.state_dict()
         renamings = [rule for rule in self._mapping if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self._mapping if isinstance(rule, WeightConverter)]
         found: set[str] = set()
         for file in weight_files(folder):
-            for key, header in read_header(file).items():
+            stored = read_header(file)
+            for key, header in plain(stored, file).items():
+                if key.removesuffix("weight") + MASK in stored:
+                    self.sparse.add(key.removesuffix(".weight"))
                 name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, expected)
                 self._tensors[key] = file, header
                 self._keys[part_of(name, parts)].append(key)
@@ -159,10 +168,7 @@ class Checkpoint:
         """
         files = {self._tensors[key][0] for key in self._keys[part]}
         opened = {file: safe_open(file, framework="pt", backend="pread") for file in files}
-        slices = {
-            key: opened[self._tensors[key][0]].get_slice(key)  # type: ignore[no-untyped-call]
-            for key in self._keys[part]
-        }
+        slices = {key: self._tensor(opened[self._tensors[key][0]], key) for key in self._keys[part]}
         mapping: list[WeightConverter | WeightRenaming] = list(self._mapping)  # type: ignore[arg-type]
         wanted = LoadStateDictConfig(device_map={"": str(device)}, dtype=network.dtype, weight_mapping=mapping)
         info, _ = convert_and_load_state_dict_in_model(network, slices, wanted)
@@ -172,6 +178,16 @@ class Checkpoint:
         if missing:
             raise self._bad(f"the weights do not fit the config (missing: {min(missing)})")
         network.requires_grad_(False)
+
+    def _tensor(self, opened: Any, key: str) -> object:
+        """The tensor of an open file, to be read when it is needed; at once where it is stored as a bitmask."""
+        module = key.removesuffix(".weight")
+        if module == key or module not in self.sparse:
+            return opened.get_slice(key)
+        try:
+            return unpack_bitmask(*(opened.get_tensor(f"{module}.{leaf}") for leaf in (MASK, VALUES, SHAPE)))
+        except ValueError as error:
+            raise self._bad(f"{key}: {error}") from None
 
     def prefetch(self, part: str) -> None:
         """Ask the system to read the part's bytes ahead; returns at once and takes none of our memory."""

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from engine.bitmask import MASK, SHAPE, SPARSE_KEY, VALUES
 from engine.errors import BadModel, short
+from engine.low_rank import RANKS_KEY
 from engine.packing import CACHE_KEY, CacheGrid
 
 LIMITS = {  # the largest config numbers that are believed; real models are far below
@@ -25,6 +27,7 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
     "num_attention_heads": 4096,
     "max_position_embeddings": 1 << 26,
 }
+OWN_KEYS = (SPARSE_KEY, RANKS_KEY)  # of config.json: formats that only Maquette reads
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -83,10 +86,15 @@ def inspect(folder: Path) -> Shape:
     tensors: dict[str, tuple[int, ...]] = {}
     total = 0
     for file in files:
-        for name, header in read_header(file).items():
-            tensors[name] = header.shape
-            total += header.length
+        found = read_header(file)
+        total += sum(header.length for header in found.values())
+        tensors |= {name: header.shape for name, header in plain(found, file).items()}
     return Shape(folder, config, tensors, total)
+
+
+def is_own(config: Mapping[str, JsonValue]) -> bool:
+    """Whether a config.json says that the weights are in a format that only Maquette reads."""
+    return any(key in config for key in OWN_KEYS)
 
 
 class Header(NamedTuple):
@@ -156,6 +164,39 @@ def _config(folder: Path) -> dict[str, JsonValue]:
     if "head_dim" not in config and hidden % heads:
         raise BadModel(f"{name}: {heads} attention heads do not divide a hidden size of {hidden}.")
     return config
+
+
+def plain(found: Mapping[str, Header], file: Path) -> dict[str, Header]:
+    """The tensors of a file by the names that a network has for them (`engine.bitmask`, `engine.low_rank`).
+
+    Weights that are stored as a bitmask have the shape that they stand for, with the place of their values.
+
+    Raises:
+        BadModel: the parts of one do not fit.
+    """
+    result = dict(found)
+    for name, header in found.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == MASK:
+            parts = [result.pop(f"{module}.{part}", None) for part in (MASK, VALUES, SHAPE)]
+            values, shape = parts[1:]
+            if values is None or shape is None or shape.length != 16 or f"{module}.weight" not in result:
+                raise BadModel(f"{short(file.name)}: the bitmask of {short(module)} is incomplete. Download it again.")
+            with file.open("rb") as stream:
+                stream.seek(shape.start)
+                rows, columns = (int.from_bytes(stream.read(8), "little") for _ in range(2))
+            if header.shape != (rows, -(-columns // 8)) or len(values.shape) != 1 or values.shape[0] > rows * columns:
+                raise BadModel(f"{short(file.name)}: the bitmask of {short(module)} does not fit {rows} x {columns}.")
+            result[f"{module}.weight"] = values._replace(shape=(rows, columns))
+        elif leaf == "weight" and header.shape == (0,) and is_placeholder(name, found):
+            del result[name]
+    return result
+
+
+def is_placeholder(name: str, names: Collection[str]) -> bool:
+    """Whether the tensor of that name, among others, only says that there are two linears in the place of one."""
+    module = name.removesuffix(".weight")
+    return module != name and any(f"{module}.down.{leaf}" in names for leaf in ("weight", "weight_packed"))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.checkpoint import Checkpoint, attention, empty, part_names, part_of, read_config, shell
 from engine.errors import BadModel, short
+from engine.headers import is_own
 from engine.packing import CACHE_KEY, CacheGrid, InputGrid, QuantizedWeight
 
 Linear = nn.Linear | Conv1D
@@ -62,6 +63,7 @@ class Original:
         self._checkpoint = Checkpoint(folder, network, parts)
         self._checkpoint.check_finite()
         self.tied: Mapping[str, str] = self._checkpoint.tied
+        self.sparse = self._checkpoint.sparse
 
     def fill(self, model: LoadedModel, part: str) -> None:
         self._checkpoint.fill(model.network, part, model.device)
@@ -104,6 +106,7 @@ class LoadedModel:
     quantized: integer codes by module name, as the solver found them, on the meta device while their part is closed.
         The network's dense weight of that module equals `codes.dequantize()` where the weight is dense.
     pruned: names of the linears whose zeros must be kept by later steps.
+    sparse: names of the linears whose dense weights are to be stored as a bitmask, where that is smaller.
     kernels: by module name, the kernel that computes it; empty while all weights are dense.
     stored_as: the `quantization_config` of a library whose own modules stand in the network.
     parts: of a streamed model; None where all weights are in memory.
@@ -115,6 +118,7 @@ class LoadedModel:
     source: Path
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
+    sparse: set[str] = field(default_factory=set)
     kernels: dict[str, str] = field(default_factory=dict)
     stored_as: dict[str, JsonValue] | None = None
     parts: Parts | None = None
@@ -192,6 +196,16 @@ def stream(
     Raises:
         BadModel: weights are missing, misshapen or not finite.
     """
+    model = _closed(folder, dtype, device, source_of)
+    assert model.parts is not None
+    for name in model.parts.where:
+        _open_when_reached(model, name)
+    return model
+
+
+def _closed(
+    folder: Path, dtype: str, device: str, source_of: Callable[[Path, PreTrainedModel, list[str]], Source] = Original
+) -> LoadedModel:
     network = shell(read_config(folder), getattr(torch, dtype), device)
     names = part_names(network, blocks(network)[0])
     source = source_of(folder, network, names)
@@ -199,8 +213,8 @@ def stream(
         network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model = LoadedModel(network, load_tokenizer(folder), folder)
     model.parts = Parts(torch.device(device), dict.fromkeys(names, source), source.tied)
-    for name in names:
-        _open_when_reached(model, name)
+    if isinstance(source, Original):
+        model.pruned, model.sparse = set(source.sparse), set(source.sparse)
     return model
 
 
@@ -226,6 +240,11 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
         BadModel: weights are missing, misshapen or not finite.
     """
     config = read_config(folder)
+    if is_own(vars(config)):
+        model = _closed(folder, dtype, device)
+        model.load_all()
+        model.kv_cache = cache_grid(config, folder)
+        return model
     network: PreTrainedModel
     info: dict[str, object]
     try:

@@ -20,15 +20,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine import low_rank
+from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
 from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
 from engine.files import publish
-from engine.headers import weight_files
+from engine.headers import is_placeholder, weight_files
 from engine.models import LoadedModel, blocks, quantize_inputs
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
 
 GRIDS = "maquette_grids"  # the key of a shard's metadata that says how its packed weights are to be read
 PRUNED = "maquette_pruned"  # and the one that names the linears whose zeros must stay
+SPARSE = "maquette_sparse"  # those whose weights are to be stored as a bitmask
+RANKS = "maquette_ranks"  # those that are a product of two, with their ranks
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
 ROWS = 512  # that are packed or unpacked at a time: it takes a byte for every bit
 
@@ -71,9 +75,15 @@ def write(model: LoadedModel, parts: Sequence[str], path: Path) -> None:
         with model.opened(part):
             tensors |= _stored(model, part, packed)
         grids |= {name: asdict(Scheme.of(packed[name])) for name in sorted(packed) if _within(name, part)}
-    pruned = sorted(name for name in model.pruned if any(_within(name, part) for part in parts))
+
+    def inside(names: Iterable[str]) -> list[str]:
+        return sorted(name for name in names if any(_within(name, part) for part in parts))
+
+    pruned, sparse, products = inside(model.pruned), inside(model.sparse), low_rank.ranks(model.network)
     about = {"format": "pt", **({GRIDS: json.dumps(grids)} if grids else {})}
     about |= {PRUNED: json.dumps(pruned)} if pruned else {}
+    about |= {SPARSE: json.dumps(sparse)} if sparse else {}
+    about |= {RANKS: json.dumps({name: products[name] for name in found})} if (found := inside(products)) else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=about)
@@ -109,7 +119,14 @@ def _stored(model: LoadedModel, part: str, packed: Mapping[str, QuantizedWeight]
             plain = format_of(packed[module], _module(model, module)) != "pack-quantized"
             found |= dict((plain_quantized if plain else pack_quantized)(module, model.quantized[module]))
         elif key not in model.tied:
-            found[key] = tensor.detach().cpu().contiguous()
+            weight = tensor.detach().cpu().contiguous()
+            if leaf == "weight" and module in model.sparse and packed_bytes(weight) < weight.nbytes:
+                found |= {f"{module}.{name}": each for name, each in pack_bitmask(weight).items()}
+            else:
+                found[key] = weight
+    for name in low_rank.ranks(model.network):
+        if _within(name, part):
+            found[f"{name}.weight"] = torch.empty(0, dtype=model.network.dtype)  # strangers are to stumble over it
     return found
 
 
@@ -150,6 +167,14 @@ class Shard:
         """The linears whose zeros must stay."""
         return set(json.loads(self._about().get(PRUNED, "[]")))
 
+    def sparse(self) -> set[str]:
+        """The linears whose weights are to be stored as a bitmask."""
+        return set(json.loads(self._about().get(SPARSE, "[]")))
+
+    def ranks(self) -> dict[str, int]:
+        """The linears that are a product of two."""
+        return dict(json.loads(self._about().get(RANKS, "{}")))
+
     def _about(self) -> dict[str, str]:
         with safe_open(self.path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -165,7 +190,9 @@ def adopt(model: LoadedModel, part: str, path: Path) -> None:
     """Take a part as another process finished it, with all that its file says of it."""
     shard = Shard(path)
     place(model, part, path)
-    model.pruned |= shard.pruned()
+    low_rank.factor(model.network, shard.ranks())
+    model.pruned = {name for name in model.pruned if not _within(name, part)} | shard.pruned()
+    model.sparse = {name for name in model.sparse if not _within(name, part)} | shard.sparse()
     with contextlib.ExitStack() as stack:
         if model.parts is None:
             shard.fill(model, part)
@@ -183,7 +210,10 @@ def dense(weight: QuantizedWeight) -> Tensor:
 
 
 class TensorFiles:
-    """The tensors of safetensors files by name; `owner` names their model in errors."""
+    """The tensors of safetensors files by the names that a network has for them; `owner` names their model in errors.
+
+    Weights that are stored as a bitmask are read as the weights that they are.
+    """
 
     def __init__(self, files: Iterable[Path], owner: str) -> None:
         self._owner = owner
@@ -194,7 +224,10 @@ class TensorFiles:
                     self._file_of |= dict.fromkeys(handle.keys(), path)
             except (OSError, SafetensorError) as error:
                 raise self.bad(f"{path.name} is no complete safetensors file ({short(error)})") from None
-        self.names = sorted(self._file_of)
+        self._sparse = {name.rpartition(".")[0] for name in self._file_of if name.endswith(f".{MASK}")}
+        hidden = {f"{module}.{leaf}" for module in self._sparse for leaf in (MASK, VALUES, SHAPE)}
+        hidden |= {name for name in self._file_of if is_placeholder(name, self._file_of)}
+        self.names = sorted(set(self._file_of) - hidden)
 
     @classmethod
     def of_folder(cls, folder: Path) -> TensorFiles:
@@ -211,6 +244,12 @@ class TensorFiles:
         Raises:
             BadModel: there is none of that name, or it holds NaN or infinite values.
         """
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in self._sparse:
+            try:
+                return unpack_bitmask(*(self.read(f"{module}.{part}") for part in (MASK, VALUES, SHAPE)))
+            except ValueError as error:
+                raise self.bad(f"{name}: {error}") from None
         if name not in self._file_of:
             raise self.bad(f"{name} is missing")
         with safe_open(self._file_of[name], framework="pt", backend="pread") as handle:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from engine import anatomy
+from engine import anatomy, low_rank
 from engine.anatomy import NEURONS, OFFSET_NORMS, Anatomy, Axis
 from engine.checkpoint import attention, part_names, part_of, shell
 from engine.errors import BadParams
@@ -69,8 +69,11 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
             weights = model.network.get_submodule(part).state_dict(prefix=f"{part}.")
             mine = {key: weight for key, weight in weights.items() if part_of(key, parts) == part}
         chosen |= {f"{new}.{key.removeprefix(f'{part}.')}": weight for key, weight in mine.items()}
-    pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
-    return _assemble(model, config, chosen, pruned)
+    made = _assemble(model, config, chosen, _renumbered(low_rank.ranks(model.network), prefix, kept))
+    made.pruned, made.sparse = (
+        set(_renumbered(dict.fromkeys(s, 0), prefix, kept)) for s in (model.pruned, model.sparse)
+    )
+    return made
 
 
 def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
@@ -85,6 +88,8 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
         BadModel: the widths of this family are not known.
         BadParams: this model cannot lose what is missing.
     """
+    if low_rank.ranks(model.network):
+        raise BadParams("linears that are products of two cannot be made narrower. Put low rank after width pruning.")
     config = copy.deepcopy(model.network.config)
     body = anatomy.of(config)
     check(body, kept)
@@ -99,7 +104,9 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
     if kept.channels is not None:
         _correct(model.network, body, narrower, math.sqrt(body.channels / len(kept.channels)))
     _say(config.get_text_config(), body, kept)
-    return _assemble(model, config, narrower, set(model.pruned))
+    made = _assemble(model, config, narrower, {})
+    made.pruned, made.sparse = set(model.pruned), set(model.sparse)
+    return made
 
 
 def places(units: Tensor, kept: Sequence[int]) -> Tensor:
@@ -176,15 +183,16 @@ def _say(config: PretrainedConfig, body: Anatomy, kept: Kept) -> None:
 
 
 def _assemble(
-    model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], pruned: set[str]
+    model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], products: Mapping[str, int]
 ) -> LoadedModel:
-    """A model of that config with these weights, and all else of `model`."""
+    """A model of that config with these weights, and all else of `model`; `products` are linears with their ranks."""
     network = shell(config, model.network.dtype, model.device)
+    low_rank.factor(network, products)
     network.load_state_dict(dict(weights), assign=True)
     network.requires_grad_(False)
     network.tie_weights()
     network.generation_config = copy.deepcopy(model.network.generation_config)
-    return LoadedModel(network, model.tokenizer, Path(model.source), pruned=pruned, kv_cache=model.kv_cache)
+    return LoadedModel(network, model.tokenizer, Path(model.source), kv_cache=model.kv_cache)
 
 
 def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -199,5 +207,11 @@ def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) ->
     return network
 
 
-def _below(names: set[str], prefix: str) -> list[str]:
-    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+def _renumbered(values: Mapping[str, int], prefix: str, kept: Sequence[int]) -> dict[str, int]:
+    """The values of modules in the blocks that are kept, by the names that these have then."""
+    return {
+        f"{prefix}.{i}.{name.removeprefix(f'{prefix}.{k}.')}": value
+        for i, k in enumerate(kept)
+        for name, value in values.items()
+        if name.startswith(f"{prefix}.{k}.")
+    }

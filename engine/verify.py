@@ -1,7 +1,8 @@
 """Believe a saved model only when a fresh process has read it as a stranger would and computed the same.
 
 Where that takes a small part of the memory, stock `transformers` loads the folder as anybody would. Else the network
-reads one part at a time (`engine.stranger`).
+reads one part at a time (`engine.stranger`), and so it does where weights are in a format of Maquette's own, which
+stock `transformers` refuses (`engine.bitmask`, `engine.low_rank`).
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     artifacts.verify(folder)
     config = json.loads((folder / "config.json").read_text())
     dtype = config["dtype"]
+    own = headers.is_own(config)
     streamed = bool(request["streamed"]) and int(str(request["bytes"])) * ROOM > hardware.free_memory()
-    if streamed:
+    if streamed or own:
         from engine.stranger import Stranger  # with a library that is slow to import
 
         model = models.stream(folder, dtype, device, Stranger)
@@ -60,6 +62,8 @@ def verify(request: Mapping[str, JsonValue]) -> str:
             f"{TOLERANCE:.0%} is allowed."
         )
     how = "part by part, for it is large" if streamed else "with transformers"
+    if own:
+        how = "by Maquette's own reader, for the format is its own"
     return f"read back {how}: logits {distance:.2%} apart"
 
 

@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import artifacts, headers
+from engine.bitmask import SPARSE_KEY
 from engine.errors import BadModel, InputError, TooBig, short
 from engine.files import publish
+from engine.low_rank import RANKS_KEY
 from engine.packing import QuantizedWeight, pack, unpack
 from engine.records import Recipe
 from engine.runtime.load import Schemes
@@ -67,6 +69,12 @@ class Artifact:
         self.recipe = Recipe.model_validate(json.loads((folder / artifacts.MANIFEST).read_text())["recipe"])
         self.config: dict[str, JsonValue] = json.loads((folder / "config.json").read_text())
         self.files = TensorFiles.of_folder(folder)
+        if RANKS_KEY in self.config:
+            raise BadModel(
+                f"{self.label} has linears that are products of two, which this format does not know. Export it as "
+                "dense, or quantize without prune/low_rank."
+            )
+        self.config.pop(SPARSE_KEY, None)  # what stands there as a bitmask is written as the numbers it is
         stored = self.config.pop("quantization_config", None)
         if not isinstance(stored, dict):
             raise BadModel(f"{self.label} holds no quantized weights: there is nothing to export.")

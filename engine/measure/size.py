@@ -10,10 +10,19 @@ from pathlib import Path
 from pydantic import JsonValue
 from safetensors import safe_open
 
+from engine.bitmask import MASK, SHAPE, VALUES
 from engine.records import Measurement
 
 BITSANDBYTES = (".weight.absmax", ".weight.quant_", ".weight.nested_", ".SCB", ".weight_format")
-STORED = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point", ".input_scale")
+STORED = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".input_scale",
+    f".{MASK}",
+    f".{VALUES}",
+)
 
 
 def measure(folder: Path) -> list[Measurement]:
@@ -32,6 +41,11 @@ def measure(folder: Path) -> list[Measurement]:
                     parameters += 2 * tensor.numel() if f"{name}.absmax" in names else 0
                 elif name.endswith(".weight_shape"):
                     parameters += math.prod(tensor.tolist())
+                    if name.replace(SHAPE, VALUES) in names:  # the others are integers
+                        weights += math.prod(tensor.tolist())
+                        zeros += (
+                            math.prod(tensor.tolist()) - tensors.get_slice(name.replace(SHAPE, VALUES)).get_shape()[0]
+                        )
                 elif not name.endswith(STORED):
                     parameters += tensor.numel()
                     if tensor.dim() == 2 and any(part.isdigit() for part in name.split(".")):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from engine.methods import Selection
+from engine.models import LoadedModel
 from engine.sparsity import Pattern, check_pattern, drop, span_of
 
 
@@ -19,9 +21,21 @@ class SparsityParams(Selection):
     )
     pattern: Pattern = Field("unstructured", description="Where the zeros may fall: anywhere, or N in each M inputs.")
 
+    storage: Literal["dense", "bitmask"] = Field(
+        "dense",
+        description="Zeros in the file: stored as numbers that anybody reads, or as bits, smaller, for Maquette alone.",
+    )
+
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse a pattern that does not divide a linear's inputs."""
         check_pattern(self.pattern, linears)
+
+
+def note_pruned(model: LoadedModel, name: str, params: SparsityParams) -> None:
+    """Let later steps keep the zeros of a linear, and the file store it as the settings say."""
+    model.pruned.add(name)
+    if params.storage == "bitmask":
+        model.sparse.add(name)
 
 
 def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bool) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.calibration import BlockLinear, stretches, walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.prune._masks import SparsityParams, keep_largest
+from engine.prune._masks import SparsityParams, keep_largest, note_pruned
 
 TITLE = "Magnitude pruning"
 CHANGES = ()
@@ -49,7 +49,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
                 keep = cut.keep(linear)
                 context.log(f"{linear.name}: {1 - float(keep.float().mean()):.1%} set to zero")
             linear.weight.mul_(keep)
-            model.pruned.add(linear.name)
+            note_pruned(model, linear.name, params)
     return model
 
 

@@ -23,7 +23,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from engine.calibration import Moments, walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.prune._masks import SparsityParams, keep_largest
+from engine.prune._masks import SparsityParams, keep_largest, note_pruned
 from engine.solver import Anything, Solver, Zeros, new_solver
 
 TITLE = "SparseGPT"
@@ -63,7 +63,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             except LinAlgError as error:
                 context.log(f"{linear.name}: pruned by magnitude instead, {error}")
                 linear.weight.mul_(keep_largest(linear.weight.float().abs(), params, linear.name, by_row=False))
-            model.pruned.add(linear.name)
+            note_pruned(model, linear.name, params)
     return model
 
 

@@ -1,8 +1,8 @@
 """Set the weights whose magnitude times input norm is smallest in their row to zero.
 
 Wanda (Sun et al., 2023, arXiv 2306.11695): score |w_nk| * |x_k|₂, compared within each output row.
-Needs calibration text, no training and no weight update. The zeros stay dense: disk, memory and latency
-fall only with a sparse format or a later step that uses them.
+Needs calibration text, no training and no weight update. Unless `storage` says otherwise the zeros stay dense:
+memory and latency fall only with a later step or a kernel that uses them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.calibration import walk_blocks
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
-from engine.prune._masks import SparsityParams, keep_largest
+from engine.prune._masks import SparsityParams, keep_largest, note_pruned
 
 TITLE = "Wanda"
 CHANGES = ()
@@ -31,7 +31,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
                 context.log(f"{linear.name}: no token reached it, scored by magnitude alone")
             scores = score(linear.weight, linear.input_norm)
             linear.weight.mul_(keep_largest(scores, params, linear.name, by_row=True))
-            model.pruned.add(linear.name)
+            note_pruned(model, linear.name, params)
     return model
 
 
