@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, object]] = {
     "quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 16},
     "prune/wanda": {"samples": 4, "sequence_length": 16},
     "prune/depth": {"samples": 4, "sequence_length": 16},
+    "prune/width": {"samples": 4, "sequence_length": 16},
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
 }
 RESHAPING = ("prune/depth", "prune/width", "prune/vocabulary")  # whose result is a model of another shape
