@@ -100,10 +100,15 @@ def of(config: PretrainedConfig) -> Anatomy:
     text = config.get_text_config()
     family = str(text.model_type)
     if family == "bloom":
-        raise BadModel("bloom ties the feed-forward width to the hidden size and positions to the number of heads.")
+        raise BadModel(
+            "A bloom model cannot get other widths: its feed-forward width follows from its hidden size, and its "
+            "positions from its number of heads. Remove blocks instead (prune/depth)."
+        )
     if family not in SEPARATE | COUPLED:
         known = ", ".join(sorted(SEPARATE | COUPLED))
-        raise BadModel(f"the widths of {family} models are not known here; they are for {known}.")
+        raise BadModel(
+            f"A {family} model cannot get other widths here; {known} can. Remove blocks instead (prune/depth)."
+        )
     hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
     groups = int(getattr(text, "num_key_value_heads", None) or heads)
     fused: Literal["heads", "groups"] = "heads"

@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, object]] = {
     "prune/wanda": {"samples": 4, "sequence_length": 16},
     "prune/sparsegpt": {"samples": 4, "sequence_length": 16},
     "prune/depth": {"samples": 4, "sequence_length": 16},
+    "prune/width": {"samples": 4, "sequence_length": 16},
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/gradual": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/l1": {"steps": 3, "batch": 2, "sequence_length": 16},

@@ -1,0 +1,176 @@
+"""How much each neuron, attention unit and channel of a model matters, by activation or by first-order Taylor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine import anatomy, influence
+from engine.anatomy import Anatomy, Axis
+from engine.methods import Context
+from engine.models import LoadedModel, blocks
+from engine.training import cast
+
+
+@dataclass(frozen=True)
+class Importance:
+    """A score for each unit: neurons and heads by block, channels for the model; empty along an axis that is fixed."""
+
+    neurons: list[list[float]]
+    heads: list[list[float]]
+    channels: list[float]
+
+    def of(self, axis: Axis) -> list[list[float]]:
+        """The scores along an axis, by block or for the model in a list of one."""
+        return {"neurons": self.neurons, "heads": self.heads, "channels": [self.channels]}[axis]
+
+
+class Sums:
+    """Sums by unit, in float64: one row for each block, one for the model along channels."""
+
+    def __init__(self, body: Anatomy, device: torch.device) -> None:
+        self._body = body
+        self._of = {
+            axis: torch.zeros(
+                1 if axis == "channels" else body.blocks, body.size(axis), dtype=torch.float64, device=device
+            )
+            for axis in anatomy.AXES
+            if axis not in body.fixed
+        }
+
+    def add(self, axis: Axis, block: int | None, units: Tensor, values: Tensor) -> None:
+        """Add `values` (places,) to the units that stand at those places."""
+        if axis in self._of:
+            units = units.to(values.device)
+            own = units >= 0
+            row = 0 if axis == "channels" else block
+            assert row is not None
+            self._of[axis][row].index_add_(0, units[own], values[own].double())
+
+    def add_squares_of(self, other: Sums) -> None:
+        """Add the square of each sum of `other`."""
+        for axis, sums in other._of.items():
+            self._of[axis] += sums.square()
+
+    def roots(self, count: int = 1) -> Importance:
+        """The root of each sum over `count`."""
+        found = {axis: (sums / count).sqrt().tolist() for axis, sums in self._of.items()}
+        return Importance(found.get("neurons", []), found.get("heads", []), (found.get("channels") or [[]])[0])
+
+
+def by_activation(model: LoadedModel, rows: Tensor, context: Context) -> Importance:
+    """L2 norms over the tokens of rows (count, length): what neurons and heads give, and norms in each channel.
+
+    Neurons and heads at the inputs of the linear that leads back to the channels, a unit's heads together; channels at
+    the outputs of all norms (Muralidharan et al., 2024).
+    """
+    body = anatomy.of(model.network.config)
+    sums = Sums(body, model.device)
+    prefix, _ = blocks(model.network)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, module in model.network.named_modules():
+            if (hook := _watch(body, sums, name, prefix, module)) is not None:
+                stack.callback(hook.remove)
+        parts = influence.batches(rows)
+        for number, ids in enumerate(parts):
+            context.check_cancelled()
+            model.network.base_model(input_ids=ids, use_cache=False)
+            context.progress(number + 1, len(parts), "batches")
+    return sums.roots()
+
+
+def _watch(
+    body: Anatomy, sums: Sums, name: str, prefix: str, module: nn.Module
+) -> torch.utils.hooks.RemovableHandle | None:
+    """Let a linear that leads back to the channels, or a norm over them, add what it sees to the sums."""
+    block = block_of(name, prefix)
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return None
+    entries = anatomy.units(body, f"{name}.weight", tuple(weight.shape))
+
+    def squares(values: Tensor) -> Tensor:
+        return values.flatten(0, -2).float().square().sum(0)  # (width,)
+
+    if anatomy.ends(name, anatomy.ATTENTION_OUT + anatomy.NARROWING):
+        axis, units = next(entry for entry in entries if entry is not None and entry[0] != "channels")
+        return module.register_forward_pre_hook(lambda _, args: sums.add(axis, block, units, squares(args[0])))
+    if anatomy.is_norm(f"{name}.weight", tuple(weight.shape)) and entries[0] is not None:
+        units = entries[0][1]
+        return module.register_forward_hook(lambda _, args, out: sums.add("channels", None, units, squares(out)))
+    return None
+
+
+def block_of(name: str, prefix: str) -> int | None:
+    """The number of the block that a module or tensor is in."""
+    return int(name.removeprefix(f"{prefix}.").split(".")[0]) if name.startswith(f"{prefix}.") else None
+
+
+def by_taylor(model: LoadedModel, rows: Tensor, context: Context) -> Importance:
+    """|sum of w dL/dw| over all weights of a unit: what the loss changes, to first order, per share they are scaled by.
+
+    The loss is the mean over the tokens of a batch; its gradients are float32. Several batches give the root of the
+    mean of squares, for in the sum over a text that the model was trained on the gradients cancel (Molchanov et al.,
+    2019).
+    """
+    body = anatomy.of(model.network.config)
+    total = Sums(body, model.device)
+    prefix, _ = blocks(model.network)
+    parts = influence.batches(rows)
+    with _in_float32(model.network):
+        for number, ids in enumerate(parts):
+            context.check_cancelled()
+            logits = model.network(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            total.add_squares_of(_products(model.network, body, prefix))
+            model.network.zero_grad(set_to_none=True)
+            context.progress(number + 1, len(parts), "batches")
+    return total.roots(len(parts))
+
+
+@torch.no_grad()
+def _products(network: nn.Module, body: Anatomy, prefix: str) -> Sums:
+    """w dL/dw summed over the weights of each unit."""
+    sums = Sums(body, next(network.parameters()).device)
+    for name, weight in network.named_parameters():
+        if weight.grad is None:  # an expert that no token reached
+            continue
+        product = weight * weight.grad
+        for dim, entry in enumerate(anatomy.units(body, name, tuple(weight.shape))):
+            if entry is not None:
+                others = [other for other in range(weight.dim()) if other != dim]
+                sums.add(entry[0], block_of(name, prefix), entry[1], product.sum(others) if others else product)
+    return sums
+
+
+@contextlib.contextmanager
+def _in_float32(network: nn.Module) -> Iterator[None]:
+    """Parameters in float32 with gradients meanwhile; back in their dtype afterwards, which loses nothing."""
+    dtype = next(network.parameters()).dtype
+    cast(network, torch.float32)
+    network.requires_grad_(True)
+    # Torch gives the padding token no gradient; here it may be the one that ends documents.
+    padded = {module: module.padding_idx for module in network.modules() if isinstance(module, nn.Embedding)}
+    for module in padded:
+        module.padding_idx = None
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        network.zero_grad(set_to_none=True)
+        network.requires_grad_(False)
+        cast(network, dtype)
+        for module, padding in padded.items():
+            module.padding_idx = padding
+
+
+MEASURES: dict[str, Callable[[LoadedModel, Tensor, Context], Importance]] = {
+    "activation": by_activation,
+    "taylor": by_taylor,
+}
