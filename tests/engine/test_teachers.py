@@ -1,0 +1,158 @@
+"""Teachers: cached answers against live ones, ensembles, fingerprints, a cache that is gone on with, tokenizers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import teachers
+from engine.body import Body
+from engine.errors import BadModel, BadText
+from engine.losses import Full, Objective, TopK
+from engine.methods import Context
+from engine.models import load_tokenizer
+from engine.preflight import DEMO
+from engine.rows import Rows, packed_rows
+from engine.teachers import Live, cached, fingerprint, load_live
+from engine.tokens import check_same_files, check_same_tokenizer
+from tests.conftest import Recorder, in_memory, tiny_config
+from tests.families import FAMILIES
+
+
+def rows_of(count: int = 6, length: int = 16) -> Rows:
+    return packed_rows(load_tokenizer(DEMO / "model"), DEMO / "text.txt", length, count)
+
+
+def test_rows_are_packed_without_padding_and_positions_begin_with_each_document() -> None:
+    tokenizer = load_tokenizer(DEMO / "model")
+    rows = rows_of(40, 50)
+    whole = [tokenizer(text).input_ids for text in (DEMO / "text.txt").read_text().splitlines()[:200]]
+    flat = [token for document in whole for token in document]
+    assert rows.ids.flatten().tolist() == flat[:2000]
+    starts = (rows.positions == 0).flatten()
+    assert bool(starts[::50].all())
+    assert bool((rows.ids.flatten()[starts & (torch.arange(2000) % 50 != 0)] == 0).all())  # where a document begins
+    steps = rows.positions[:, 1:] - rows.positions[:, :-1]
+    assert bool(((steps == 1) | (rows.positions[:, 1:] == 0)).all())
+
+
+def test_held_out_rows_are_the_same_however_many_rows_follow() -> None:
+    few, many = rows_of(30, 8), rows_of(45, 8)
+    assert few.split()[1].ids.tolist() == many.split()[1].ids[: len(few.split()[1])].tolist()
+    assert [len(each) for each in rows_of(1, 8).split()] == [1, 0]
+    assert [len(each) for each in rows_of(5, 8).split()] == [4, 1]
+
+
+def test_an_empty_and_a_short_text_are_one_line_each(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(DEMO / "model")
+    for text, words in (("", "empty"), ("Ann.", r"tokens, one sequence needs 64")):
+        (tmp_path / "text.txt").write_text(text)
+        with pytest.raises(BadText, match=words):
+            packed_rows(tokenizer, tmp_path / "text.txt", 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "falcon", "bloom"])
+def test_documents_of_a_row_do_not_see_one_another(family: str) -> None:
+    network = in_memory(FAMILIES[family], torch.float32).network
+    body = Body.of(network)
+    assert body.isolation == {"opt": "mask", "falcon": "mask", "bloom": "none"}.get(family, "positions")
+    ids = torch.randint(5, 1200, (1, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    with torch.no_grad():
+        torch.testing.assert_close(body.logits(body.hidden(ids)[0]), network(input_ids=ids).logits[0])
+        if family != "bloom":
+            alone = body.hidden(ids[:, 8:])
+            torch.testing.assert_close(body.hidden(ids, positions)[:, 8:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_head_falls_back_to_whole_logits() -> None:
+    network = in_memory(tiny_config(), torch.float32).network
+    network.lm_head.register_forward_hook(lambda module, args, output: output * (2 if output.dim() == 3 else 1))
+    body = Body.of(network)
+    assert body.scale is None
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(body.logits(body.hidden(ids)), network(input_ids=ids).logits)
+
+
+def test_a_cache_says_what_the_teachers_say_and_later_runs_need_none(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder
+) -> None:
+    folders = [tiny_folder(), tiny_folder(num_hidden_layers=2)]
+    rows = rows_of()
+    live = load_live(folders, 1280, context, "bfloat16")
+    kept = cached(folders, rows, 7, 1280, context, lambda: live)
+    numbers = torch.tensor([4, 1])
+    exact, found = live.answers(rows, numbers)(slice(0, 30)), kept.answers(rows, numbers)(slice(0, 30))
+    assert isinstance(exact, Full)
+    assert isinstance(found, TopK)
+    ids, positions = rows.of(numbers, live.device)
+    with torch.no_grad():
+        each = [body.network(ids, position_ids=positions).logits[:, :-1].float().softmax(-1) for body in live.bodies]
+    torch.testing.assert_close(exact.logp.exp(), ((each[0] + each[1]) / 2).flatten(0, 1), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.logp, exact.logp.gather(1, found.ids), rtol=1e-3, atol=1e-3)
+    whole = found.logp.exp().sum(-1) + found.tail.exp()
+    torch.testing.assert_close(whole, torch.ones(30), rtol=2e-3, atol=0)
+
+    def never() -> Live:
+        raise AssertionError("the teacher is not needed")
+
+    again = cached(folders[::-1], rows, 7, 1280, context, never).answers(rows, numbers)(slice(0, 30))
+    assert isinstance(again, TopK)
+    assert again.ids.equal(found.ids)
+    assert any("not loaded" in line for line in recorder.logs())
+    student = torch.randn(30, 1280, generator=torch.Generator().manual_seed(0))
+    assert float(Objective()(student, None, found)) <= float(Objective()(student, None, exact)) * 1.01
+
+
+def test_a_cache_is_gone_on_with_and_grows_with_the_text(
+    tiny_folder: Callable[..., Path], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "FILE_TOKENS", 32)  # two rows a file
+    folder = tiny_folder()
+    live = load_live([folder], 1280, context, "bfloat16")
+    asked: list[tuple[int, int]] = []
+    write = teachers.write_answers
+
+    def watched(live: Live, rows: Rows, span: tuple[int, int], *rest: object) -> None:
+        if len(asked) == 2:
+            asked.clear()
+            raise KeyboardInterrupt
+        asked.append(span)
+        write(live, rows, span, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(teachers, "write_answers", watched)
+    with pytest.raises(KeyboardInterrupt):
+        cached([folder], rows_of(6), 5, 1280, context, lambda: live)
+    cached([folder], rows_of(6), 5, 1280, context, lambda: live)
+    assert asked == [(4, 6)]
+    asked.clear()
+    cached([folder], rows_of(8), 5, 1280, context, lambda: live)
+    assert asked == [(6, 8)]
+
+
+def test_a_cache_of_another_teacher_is_refused(tiny_folder: Callable[..., Path], context: Context) -> None:
+    first, second = tiny_folder(), tiny_folder(num_hidden_layers=2)
+    assert fingerprint([first]) != fingerprint([second])
+    live = load_live([first], 1280, context, "bfloat16")
+    cached([first], rows_of(), 5, 1280, context, lambda: live)
+    home = context.cache / "teachers"
+    (home / fingerprint([first], 5, 1280)[:32]).rename(home / fingerprint([second], 5, 1280)[:32])
+    with pytest.raises(BadModel, match="another teacher or tokenizer"):
+        cached([second], rows_of(), 5, 1280, context, lambda: live)
+
+
+def test_other_tokenizers_are_refused_with_the_reason_and_padding_is_not(tiny_folder: Callable[..., Path]) -> None:
+    ours, padded, other = tiny_folder(), tiny_folder(vocab_size=1344), tiny_folder()
+    check_same_files(ours, padded)
+    check_same_tokenizer(load_tokenizer(ours), padded)
+    body = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = body["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(body))
+    for check in (lambda: check_same_files(ours, other), lambda: check_same_tokenizer(load_tokenizer(ours), other)):
+        with pytest.raises(BadModel, match=r"another tokenizer: token '.*' has the id \d+ there and \d+ here"):
+            check()
