@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from engine import shards
+from engine import hardware, shards
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, head, linears
@@ -203,6 +203,7 @@ def walk_blocks(
                     flow.through(block.number, block.module)
                     if isinstance(following.module, nn.Linear):
                         flow.to_the_head(model)
+        hardware.give_back_memory()  # else what one block took stands beside what the next one takes
         context.progress(block.number + 1, len(stations), "blocks")
     if flow is not None:
         flow.states.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ class Checkpoint:
         """The tensor of an open file, to be read when it is needed; at once where it is stored as a bitmask."""
         module = key.removesuffix(".weight")
         if module == key or module not in self.sparse:
-            return opened.get_slice(key)
+            return Unread(opened, key)
         try:
             return unpack_bitmask(*(opened.get_tensor(f"{module}.{leaf}") for leaf in (MASK, VALUES, SHAPE)))
         except ValueError as error:
@@ -200,6 +201,18 @@ class Checkpoint:
 
     def _bad(self, problem: str) -> BadModel:
         return BadModel(f"{short(self.folder.name)}: {problem}.")
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor of an open safetensors file; indexing reads it whole. The library's own slices read it twice."""
+
+    file: Any
+    key: str
+
+    def __getitem__(self, index: object) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(self.key)
+        return tensor[index]  # type: ignore[index]
 
 
 def finite(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,8 +89,7 @@ def train(
     network, dtype = student.network, student.network.dtype
     names = {name for name, _ in network.named_parameters()} if extras.trainable is None else set(extras.trainable)
     trained = {name: each for name, each in network.named_parameters() if name in names}
-    for each in trained.values():
-        each.data = each.data.to(torch.float32, copy=True)  # it may be shared with the model it was made of
+    cast(trained.values(), torch.float32)
     network.train().requires_grad_(False)
     cache, network.config.use_cache = network.config.use_cache, False
     run = Training({**trained, **extras.beside}, student, schedule, context, extras)
@@ -107,10 +106,18 @@ def train(
         if (step + 1) % SAID_EVERY == 0 or step + 1 == schedule.steps:
             run.say(step, value, rows_each * min(schedule.batch, len(rows)) * done, done, time.monotonic() - began)
     run.finish()
-    for each in trained.values():
-        each.data = each.data.to(dtype)
+    cast(trained.values(), dtype)
     network.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     network.config.use_cache = cache
+
+
+def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Give parameters another dtype, in memory of their own: it may be shared with the model that they were made of.
+
+    Nothing else of the network is touched: rotary frequencies must keep their float32.
+    """
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype, copy=True)
 
 
 class Training:

@@ -153,7 +153,7 @@ def _products(network: nn.Module, body: Anatomy, prefix: str) -> Sums:
 def _in_float32(network: nn.Module) -> Iterator[None]:
     """Parameters in float32 with gradients meanwhile; back in their dtype afterwards, which loses nothing."""
     dtype = next(network.parameters()).dtype
-    cast(network, torch.float32)
+    cast(network.parameters(), torch.float32)
     network.requires_grad_(True)
     # Torch gives the padding token no gradient; here it may be the one that ends documents.
     padded = {module: module.padding_idx for module in network.modules() if isinstance(module, nn.Embedding)}
@@ -165,7 +165,7 @@ def _in_float32(network: nn.Module) -> Iterator[None]:
     finally:
         network.zero_grad(set_to_none=True)
         network.requires_grad_(False)
-        cast(network, dtype)
+        cast(network.parameters(), dtype)
         for module, padding in padded.items():
             module.padding_idx = padding
 

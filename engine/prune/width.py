@@ -81,7 +81,8 @@ class Params(Calibrated):
         largest = (size - 1) // step * step
         if kept == 0:
             raise BadParams(
-                f"a share of {share:g} would remove all {size} {label}; {1 - step / size:.4g} is the most that leaves some."
+                f"a share of {share:g} would remove all {size} {label}; {1 - step / size:.4g} is the most that leaves "
+                "some."
             )
         if kept >= size:
             raise BadParams(
