@@ -67,6 +67,10 @@ class Params(BaseModel):
             BadModel: one line that names the family.
         """
 
+    def remark(self, device: str) -> str:
+        """What a reader should know before the run on `cpu` or `cuda`, as a sentence; "" where nothing surprises."""
+        return ""
+
     def cache_grid(self) -> CacheGrid | None:
         """How the model is to hold keys and values, for a step that says this and changes no weight."""
         return None

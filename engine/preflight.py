@@ -196,6 +196,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
     weights = width * max(shape.parts.values()) if streamed else dense
     activations = 0
     notes = []
+    device = "cuda" if recipe.device != "cpu" and hardware.gpu() is not None else "cpu"
     work = 0.0  # floating-point operations
     for method, params in steps:
         if isinstance(params, Calibrated):
@@ -206,8 +207,8 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
         if method.family == "distill":
             activations = max(activations, 16 * shape.parameters)
             work += 8.0 * integer(getattr(params, "steps", 0)) * 2048 * shape.parameters
-        if not method.changes:
-            notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
+        if remark := params.remark(device):
+            notes.append(f"{method.title}: {remark}")
     kv_cache = 0
     if set(recipe.measure) - {"size"}:
         grid = next((found for _, params in steps if (found := params.cache_grid())), shape.cache_grid)

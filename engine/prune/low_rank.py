@@ -9,8 +9,9 @@ best followed by distillation.
 The ranks come from `ratio`, what remains of the selected linears' weights. `uniform`: the same share of each.
 `water-filling`: what a linear loses is measured against its output's energy, and the singular values that save most
 for each weight that they take are kept, wherever they are, until the size is reached; linears that would not become
-smaller stay as they are, and the log says which. On the demo model at ratio RATIO that is KL WATER against UNIFORM.
-The singular values are kept: another ratio needs no new look.
+smaller stay as they are, and the log says which. On the demo model at ratio 0.6 that is KL 0.003
+against 0.29; with inputs as they are instead of scaled to length 1 it is 0.53, for the energy is then that of a few
+tokens with massive activations. The singular values are kept: another ratio needs no new look.
 
 The file is in a format of Maquette's own (`engine.low_rank`); `export dense` writes matrices that anybody loads.
 Zeros of earlier pruning steps are lost: a product has none.
@@ -53,7 +54,6 @@ class Params(Selection, Moments):
     multiple: int = Field(
         32, ge=1, le=512, description="Ranks are multiples of this: kernels and groups of later quantization want 32."
     )
-    equal_tokens: bool = Field(False, description="Every token counts alike, also where activations are huge.")
     damping: float = Field(0.001, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to X Xᵀ.")
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:

@@ -69,6 +69,12 @@ class Params(SolverParams, GridParams):
         super().check_model(linears, parameters)
         check_pattern(self.pattern, linears)
 
+    def remark(self, device: str) -> str:
+        """That zeros are codes as others are."""
+        return (
+            "the zeros take as many bits as other weights; the file is no smaller for them." if self.zeros.any else ""
+        )
+
     @property
     def zeros(self) -> Zeros:
         """The zeros to be made."""
