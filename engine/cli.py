@@ -2,7 +2,7 @@
 
     python -m engine run RECIPE.yaml [--home DIR] [--measure a,b] [--json]     also: run --resume RUN
     python -m engine measure FOLDER [--measure a,b] [--baseline FOLDER] [--json]
-    python -m engine export ARTIFACT --format gptq|gptq_v2|awq --to FOLDER [--json]
+    python -m engine export ARTIFACT --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
 
 Results go to stdout, progress and errors to stderr. With --json the last line of stdout is one JSON object.

@@ -74,8 +74,8 @@ class Params(BaseModel):
             InputError: one line that names the text or the folder.
         """
 
-    def notes(self, folder: Path) -> Sequence[str]:
-        """What the reader should know before a run with the model in `folder` starts; nothing of it forbids the run."""
+    def notes(self, folder: Path, device: str) -> Sequence[str]:
+        """What a reader should know before a run with the model in `folder` on `cpu` or `cuda`, as sentences."""
         return ()
 
     def keeps_codes(self) -> bool:

@@ -197,6 +197,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
     weights = width * max(shape.parts.values()) if streamed else dense
     activations = 0
     notes = []
+    device = "cuda" if recipe.device != "cpu" and hardware.gpu() is not None else "cpu"
     work = 0.0  # floating-point operations
     for method, params in steps:
         if isinstance(params, Calibrated):
@@ -208,9 +209,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
             tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
             activations = max(activations, 16 * shape.parameters)
             work += 8.0 * steps_to_train * tokens * shape.parameters
-        if not method.changes:
-            notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
-        notes += params.notes(shape.folder)
+        notes += [f"{method.title}: {note}" for note in params.notes(shape.folder, device)]
     kv_cache = 0
     if set(recipe.measure) - {"size"}:
         grid = next((found for _, params in steps if (found := params.cache_grid())), shape.cache_grid)

@@ -130,9 +130,9 @@ class StudentParams(Params):
                 raise BadModel(f"{short(own.name)} is quantized; its codes cannot be trained. Name the original.")
             check_same_files(folder, own)
 
-    def notes(self, folder: Path) -> Sequence[str]:
+    def notes(self, folder: Path, device: str) -> Sequence[str]:
         """Say where the student is the teacher, or larger."""
-        found = list(super().notes(folder))
+        found = list(super().notes(folder, device))
         config = headers.inspect(folder).config
         if self.student == "blocks" and self.keep_every == 1:
             found.append(

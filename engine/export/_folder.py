@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,45 +194,65 @@ def write(
         InputError: the folder exists already, or its parent does not.
         TooBig: the disk is too full.
     """
-    _check_place(artifact, folder)
+    files = {"config.json": {**artifact.config, "quantization_config": config}, **(extra or {})}
+    names = sorted([*artifact.others(), *artifact.packed], key=lambda name: (block_of(name), name))
+    publish_folder(
+        artifact.folder, folder, files, names, lambda name: _tensors(artifact, name, convert), artifact.recipe
+    )
+
+
+def publish_folder(
+    source: Path, folder: Path, files: Mapping[str, JsonValue], names: Sequence[str],
+    tensors: Callable[[str], Iterable[tuple[str, Tensor]]], recipe: Recipe,
+) -> None:  # fmt: skip
+    """Write a folder with the other files of `source`, new JSON `files`, and `tensors` of names sorted by block.
+
+    Raises:
+        InputError: the folder exists already, or its parent does not.
+        TooBig: the disk is too full.
+    """
+    _check_place(source, folder)
     temporary = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        for file in artifact.folder.iterdir():
+        for file in source.iterdir():
             if file.suffix != ".safetensors" and file.name not in ("model.safetensors.index.json", artifacts.MANIFEST):
                 shutil.copyfile(file, temporary / file.name)
-        for name, body in {"config.json": {**artifact.config, "quantization_config": config}, **(extra or {})}.items():
+        for name, body in files.items():
             (temporary / name).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
-        _write_weights(artifact, temporary, convert)
-        artifacts.write_manifest(temporary, artifact.recipe)
+        _write_weights(names, temporary, tensors)
+        artifacts.write_manifest(temporary, recipe)
         publish(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _check_place(artifact: Artifact, folder: Path) -> None:
+def _check_place(source: Path, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{short(folder)} exists already. Name a folder that does not.")
     if not folder.parent.is_dir():
         raise InputError(f"There is no folder {short(folder.parent)} to write {short(folder.name)} into.")
-    needed = sum(file.stat().st_size for file in artifact.folder.iterdir()) * 11 // 10
+    needed = sum(file.stat().st_size for file in source.iterdir()) * 11 // 10
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise TooBig(f"The export needs {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free.")
 
 
-def _write_weights(artifact: Artifact, folder: Path, convert: Callable[[QuantizedWeight], Tensors]) -> None:
+def _write_weights(
+    names: Sequence[str], folder: Path, of: Callable[[str], Iterable[tuple[str, Tensor]]]
+) -> None:  # fmt: skip
     """One safetensors file for each block and one for the rest, with their index."""
-    names = sorted([*artifact.others(), *artifact.packed], key=lambda name: (block_of(name), name))
     shards = [list(found) for _, found in itertools.groupby(names, block_of)]
     index: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, 1):
-        tensors = dict(pair for name in shard for pair in _tensors(artifact, name, convert))
+        tensors = dict(pair for name in shard for pair in of(name))
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file, metadata={"format": "pt"}
+        )
         index |= dict.fromkeys(tensors, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}

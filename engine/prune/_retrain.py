@@ -13,7 +13,7 @@ from engine.calibration import BlockLinear, token_rows
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
 from engine.preflight import calibration_file
-from engine.prune._masks import SparsityParams, keep_largest
+from engine.prune._masks import SparsityParams, keep_largest, note_pruned
 from engine.training import Extras, Prune, Schedule, train
 
 
@@ -66,7 +66,8 @@ def selected(model: LoadedModel, params: RetrainParams) -> list[BlockLinear]:
         for path, linear in linears(block)
     ]
     chosen = [linear for linear in named if params.selects(linear.name)]
-    model.pruned |= {linear.name for linear in chosen}
+    for linear in chosen:
+        note_pruned(model, linear.name, params)
     return chosen
 
 

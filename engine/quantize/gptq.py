@@ -25,8 +25,9 @@ to. With a pattern, the M columns of a group stay together in activation order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -68,6 +69,11 @@ class Params(SolverParams, GridParams):
         """Refuse a group size or a pattern that does not divide a linear's inputs."""
         super().check_model(linears, parameters)
         check_pattern(self.pattern, linears)
+
+    def notes(self, folder: Path, device: str) -> Sequence[str]:
+        """That zeros are codes as others are."""
+        own = ["The zeros take as many bits as other weights; the file is no smaller for them."] * self.zeros.any
+        return [*super().notes(folder, device), *own]
 
     @property
     def zeros(self) -> Zeros:

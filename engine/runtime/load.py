@@ -2,7 +2,8 @@
 
 The network is built on the meta device and filled tensor by tensor, so that no dense copy of the whole
 ever exists and the memory of loading stays near the size of the files. Artifacts are
-compressed-tensors `pack-quantized`; a folder without packed weights is loaded dense by `engine.models`.
+compressed-tensors `pack-quantized`; a folder without packed weights is loaded dense by `engine.models`, and where two
+of four weights are zero CUDA's kernels for that compute (`engine.runtime.semi_structured`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from engine.models import LoadedModel
 from engine.runtime.embedding import KERNEL, Int8Embedding
 from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
 from engine.runtime.pages import use_large_pages
+from engine.runtime.semi_structured import use_semi_structured
 from engine.shards import PARTS, Scheme, TensorFiles, read_quantized
 
 ROUNDED = "inputs rounded to 8 bits"
@@ -44,6 +46,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     if not packed:
         model = models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
         model.kernels.update(library_kernels(model.network))
+        model.kernels.update(use_semi_structured(model.network, device))
         use_large_pages(model.network)
         return model
     schemes = Schemes(getattr(config, "quantization_config", None), folder)
@@ -55,6 +58,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
         if not (module in kernels and (part in PARTS or part in ("weight", "bias"))):
             _fill_dense(network, name, files, device)
     _finish(network, folder)
+    kernels |= use_semi_structured(network, device)
     use_large_pages(network)
     kv_cache = models.cache_grid(config, folder)
     return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels, kv_cache=kv_cache)

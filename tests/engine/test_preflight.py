@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import models, preflight
-from engine.errors import BadModel, InputError, TooBig
+from engine import hardware, methods, models, preflight
+from engine.errors import BadModel, BadParams, InputError, TooBig
 from engine.records import Recipe
 from tests.conftest import in_memory
 from tests.families import FAMILIES
@@ -252,3 +252,46 @@ def test_a_good_recipe_passes_and_is_estimated(tiny_folder: Maker) -> None:
     assert found.fits
     assert found.total == found.weights + found.kv_cache + found.activations + found.runtime
     assert found.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("step", "gpu", "words"),
+    [
+        ({"prune/wanda": {}}, False, "Wanda: No smaller and no faster here: the zeros stay dense."),
+        ({"prune/magnitude": {"storage": "bitmask"}}, False, "the file becomes smaller; memory and speed do not."),
+        ({"prune/sparsegpt": {"pattern": "2:4"}}, False, "No smaller and no faster here"),
+        ({"prune/sparsegpt": {"pattern": "2:4"}}, True, "no smaller; where CUDA's 2:4 kernel takes a linear"),
+        ({"quantize/gptq": {"sparsity": 0.5, "group_size": 32}}, False, "zeros take as many bits"),
+        ({"prune/low_rank": {"multiple": 8}}, False, ""),
+    ],
+)
+def test_what_zeros_bring_is_said_before_the_run(
+    step: dict[str, object], gpu: bool, words: str, tiny_folder: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = hardware.Gpu("A GPU", 0, 1 << 40) if gpu else None
+    monkeypatch.setattr(hardware, "gpu", lambda: found)
+    notes = preflight.estimate(recipe(tiny_folder(), step)).notes
+    assert words in " ".join(notes)
+    assert bool(words) == bool(notes)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "wanda"])
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan")])
+def test_no_method_takes_an_impossible_sparsity(method: str, sparsity: float) -> None:
+    with pytest.raises(BadParams, match="sparsity"):
+        methods.get(f"prune/{method}").check({"sparsity": sparsity})
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"prune/sparsegpt": {"pattern": "2:4"}}, "does not divide the 130 inputs"),
+        ({"quantize/gptq": {"pattern": "2:4", "granularity": "channel"}}, "does not divide the 130 inputs"),
+        ({"prune/magnitude": {"scope": "global", "pattern": "4:8"}}, "does not divide the 130 inputs"),
+        ({"prune/magnitude": {"storage": "zip"}}, "storage"),
+        ({"prune/low_rank": {"ratio": 1.0}}, "ratio"),
+        ({"prune/low_rank": {"ratio": 0.05}}, "Use a ratio from"),
+    ],
+)
+def test_pruning_that_cannot_work_is_refused(step: dict[str, object], words: str, tiny_folder: Maker) -> None:
+    assert words in refuse(recipe(tiny_folder(intermediate_size=130), step))
