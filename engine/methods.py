@@ -67,6 +67,13 @@ class Params(BaseModel):
             BadModel: one line that names the family.
         """
 
+    def check_folder(self, folder: Path) -> None:
+        """Refuse what cannot work on a model with these files, or with the files that the settings name.
+
+        Raises:
+            InputError: one line that names the file.
+        """
+
     def cache_grid(self) -> CacheGrid | None:
         """How the model is to hold keys and values, for a step that says this and changes no weight."""
         return None

@@ -156,6 +156,7 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
     try:
         params.check_model({name: shape.linears[name] for name in names}, shape.parameters)
         params.check_config(shape.config)
+        params.check_folder(shape.folder)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
 

@@ -67,7 +67,7 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
             f"{prefix}.{new}.{key.removeprefix(start)}": w for key, w in weights.items() if key.startswith(start)
         }
     pruned = {f"{prefix}.{i}.{rest}" for i, k in enumerate(kept) for rest in _below(model.pruned, f"{prefix}.{k}.")}
-    return _assemble(model, config, chosen, pruned)
+    return assemble(model, config, chosen, pruned)
 
 
 def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
@@ -96,7 +96,7 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
     if kept.channels is not None:
         _correct(model.network, body, narrower, math.sqrt(body.channels / len(kept.channels)))
     _say(config.get_text_config(), body, kept)
-    return _assemble(model, config, narrower, set(model.pruned))
+    return assemble(model, config, narrower, set(model.pruned))
 
 
 def places(units: Tensor, kept: Sequence[int]) -> Tensor:
@@ -172,7 +172,7 @@ def _say(config: PretrainedConfig, body: Anatomy, kept: Kept) -> None:
             config.word_embed_proj_dim = len(kept.channels)
 
 
-def _assemble(
+def assemble(
     model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], pruned: set[str]
 ) -> LoadedModel:
     """A model of that config with these weights, and all else of `model`."""

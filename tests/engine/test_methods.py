@@ -11,6 +11,7 @@ from engine import methods
 from engine.errors import BadParams, UnknownName
 from engine.methods import Context, Params, bounds, field_kind
 from engine.models import LoadedModel
+from engine.preflight import DEMO
 from tests.conftest import in_memory, tiny_config
 
 SMALL: dict[str, dict[str, object]] = {
@@ -26,6 +27,7 @@ SMALL: dict[str, dict[str, object]] = {
     "prune/wanda": {"samples": 4, "sequence_length": 16},
     "prune/depth": {"samples": 4, "sequence_length": 16},
     "prune/width": {"samples": 4, "sequence_length": 16},
+    "prune/vocabulary": {"text": str(DEMO / "prompts.txt")},
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
 }
 RESHAPING = ("prune/depth", "prune/width", "prune/vocabulary")  # whose result is a model of another shape
