@@ -26,7 +26,7 @@ from pydantic import JsonValue
 from engine import doctor, export, headers, methods, preflight
 from engine.errors import BadRecipe, InputError, MaquetteError, short
 from engine.recipes import choose_measures, load_recipe
-from engine.records import MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
+from engine.records import MEASURES, USUAL_MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
 from engine.store import Store, home
 
 Json = dict[str, JsonValue]
@@ -105,7 +105,7 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
     """`measure`: measure any model folder in this process."""
     folder = preflight.resolve(options.folder)
     baseline = None if options.baseline is None else preflight.resolve(options.baseline)
-    measures = _measures(options.measure) or MEASURES
+    measures = _measures(options.measure) or USUAL_MEASURES
     headers.inspect(folder)
     from engine import pipeline  # only now: it takes seconds to import
 
@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("--measure", help=f"instead of the recipe's: {','.join(MEASURES)}")
     meter = add("measure", measure, with_home=False)
     meter.add_argument("folder", help="a model folder, or demo")
-    meter.add_argument("--measure", help=f"default: {','.join(MEASURES)}")
+    meter.add_argument("--measure", help=f"of {','.join(MEASURES)}; default: all but sensitivity")
     meter.add_argument("--baseline", help="the original model, for kl, top1_agreement and flips")
     meter.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     exporter = add("export", export_artifact, with_home=False)

@@ -70,7 +70,8 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     child({**request, **saved, "kind": "verify"}, folder, emit, check_cancelled)
     if recipe.measure:
         baseline: JsonValue = str(source) if recipe.steps else None
-        wanted: Request = {**request, "kind": "measure", "measures": list(recipe.measure), "baseline": baseline}
+        wanted: Request = {**request, "kind": "measure", "measures": list(recipe.measure), "baseline": baseline,
+                           "calibration": recipe.calibration}  # fmt: skip
         child(wanted, folder, emit, check_cancelled)
     return artifact
 
@@ -153,6 +154,7 @@ def measure(request: Request, emit: Emit) -> None:
         None if baseline is None else Path(str(baseline)),
         str(request["device"]),
         emit,
+        str(request["calibration"]),
     )
 
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Device = Literal["auto", "cpu", "cuda"]
 
-MEASURES = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")
+USUAL_MEASURES = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")
+MEASURES = (*USUAL_MEASURES, "sensitivity")  # the last before choosing what to do, of dense models
 
 
 class Record(BaseModel):
@@ -57,7 +58,7 @@ class Recipe(Record):
 
     model: Model = Model.model_validate("demo")
     steps: Annotated[tuple[Step, ...], Field(max_length=16)] = ()
-    measure: tuple[str, ...] = MEASURES
+    measure: tuple[str, ...] = USUAL_MEASURES
     seed: int = Field(0, ge=0, lt=2**31)
     calibration: str = Field("demo", min_length=1, max_length=4096, description="`demo` or a text / JSONL file.")
     device: Device = "auto"
@@ -191,6 +192,15 @@ def _step_title(step: Step) -> str:
         shown.append(str(pattern))
     elif isinstance(sparsity := params.get("sparsity"), int | float):
         shown.append(f"{sparsity:.0%}")
+    if isinstance(count := params.get("count"), int) and count:
+        shown.append(f"{count} blocks")
+    elif isinstance(part := params.get("share"), int | float):
+        shown.append(f"{part:.0%} of blocks")
+    if name == "width":
+        shares = {axis: params.get(axis) for axis in ("neurons", "heads", "channels")}
+        shown += [
+            f"{value:.0%} of {axis}" for axis, value in shares.items() if isinstance(value, int | float) and value
+        ]
     if "keep_every" in params and params.get("student", "blocks") == "blocks":
         shown.append(f"1/{params['keep_every']} blocks")
     return " ".join([name.upper() if name in ("rtn", "gptq", "awq", "hqq", "fp8") else name.capitalize(), *shown])

@@ -6,8 +6,9 @@ The result is a plain model of its architecture: its config says its shape, any 
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from engine.checkpoint import attention, part_names, part_of, shell
 from engine.errors import BadParams
 from engine.experts import separate
 from engine.models import LoadedModel, blocks, embeddings
+
+Renamed = Callable[[Mapping[str, int]], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,7 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
             weights = model.network.get_submodule(part).state_dict(prefix=f"{part}.")
             mine = {key: weight for key, weight in weights.items() if part_of(key, parts) == part}
         chosen |= {f"{new}.{key.removeprefix(f'{part}.')}": weight for key, weight in mine.items()}
-    made = _assemble(model, config, chosen, _renumbered(low_rank.ranks(model.network), prefix, kept))
-    made.pruned, made.sparse = (
-        set(_renumbered(dict.fromkeys(s, 0), prefix, kept)) for s in (model.pruned, model.sparse)
-    )
-    return made
+    return assemble(model, config, chosen, functools.partial(_renumbered, prefix, kept))
 
 
 def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
@@ -104,9 +103,7 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
     if kept.channels is not None:
         _correct(model.network, body, narrower, math.sqrt(body.channels / len(kept.channels)))
     _say(config.get_text_config(), body, kept)
-    made = _assemble(model, config, narrower, {})
-    made.pruned, made.sparse = set(model.pruned), set(model.sparse)
-    return made
+    return assemble(model, config, narrower)
 
 
 def places(units: Tensor, kept: Sequence[int]) -> Tensor:
@@ -182,17 +179,20 @@ def _say(config: PretrainedConfig, body: Anatomy, kept: Kept) -> None:
             config.word_embed_proj_dim = len(kept.channels)
 
 
-def _assemble(
-    model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], products: Mapping[str, int]
+def assemble(
+    model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], renamed: Renamed = dict
 ) -> LoadedModel:
-    """A model of that config with these weights, and all else of `model`; `products` are linears with their ranks."""
+    """A model of that config with these weights, and all else of `model`, by the names that modules have now."""
     network = shell(config, model.network.dtype, model.device)
-    low_rank.factor(network, products)
+    low_rank.factor(network, renamed(low_rank.ranks(model.network)))
     network.load_state_dict(dict(weights), assign=True)
     network.requires_grad_(False)
     network.tie_weights()
     network.generation_config = copy.deepcopy(model.network.generation_config)
-    return LoadedModel(network, model.tokenizer, Path(model.source), kv_cache=model.kv_cache)
+    pruned, sparse = (set(renamed(dict.fromkeys(names, 0))) for names in (model.pruned, model.sparse))
+    return LoadedModel(
+        network, model.tokenizer, Path(model.source), pruned=pruned, sparse=sparse, kv_cache=model.kv_cache
+    )
 
 
 def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -207,7 +207,7 @@ def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) ->
     return network
 
 
-def _renumbered(values: Mapping[str, int], prefix: str, kept: Sequence[int]) -> dict[str, int]:
+def _renumbered(prefix: str, kept: Sequence[int], values: Mapping[str, int]) -> dict[str, int]:
     """The values of modules in the blocks that are kept, by the names that these have then."""
     return {
         f"{prefix}.{i}.{name.removeprefix(f'{prefix}.{k}.')}": value

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.generate import generate, score
 from engine.measure._text import encode
-from engine.measure.divergence import divergence
+from engine.measure.divergence import among, divergence, known_as
 from engine.models import LoadedModel
 from engine.records import Output, Token
+from engine.vocabulary import shared_tokens
 
 TOP = 5
 LENGTH = 40  # tokens
@@ -26,9 +27,22 @@ def measure(model: LoadedModel, baseline: LoadedModel | None, prompts: Sequence[
         tokens = describe_all(model.tokenizer, [i for i, _ in written], [logs for _, logs in written])
         forced: list[Token] = []
         if baseline is not None:
-            theirs = [step.token_id for step in generate(baseline, ids, max_new_tokens=LENGTH)]
-            forced = force(model, ids, theirs, score(baseline, ids + theirs, len(ids)))
+            forced = _forced(model, baseline, prompt)
         yield Output(prompt=prompt, tokens=tuple(tokens), forced=tuple(forced))
+
+
+def _forced(model: LoadedModel, baseline: LoadedModel, prompt: str) -> list[Token]:
+    """What the baseline writes after a prompt as the model sees it; with the model's tokens, where it has fewer."""
+    start = encode(baseline.tokenizer, prompt)
+    text = [step.token_id for step in generate(baseline, start, max_new_tokens=LENGTH)]
+    shared = shared_tokens(model, baseline)
+    if shared is not None:
+        start = encode(model.tokenizer, prompt)
+        written = str(baseline.tokenizer.decode(text))
+        text = model.tokenizer(written, add_special_tokens=False, verbose=False).input_ids
+    whole = known_as(start + text, shared)
+    reference = among(score(baseline, whole, len(start)), shared)
+    return force(model, start, text, reference)
 
 
 def force(model: LoadedModel, prompt: list[int], text: list[int], reference: Tensor) -> list[Token]:

@@ -6,20 +6,27 @@ Size needs no model. Memory and latency come right after loading, before a basel
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.measure import _text, accuracy, divergence, latency, memory, outputs, perplexity, size
-from engine.methods import Emit
+from engine.measure import _text, accuracy, divergence, latency, memory, outputs, perplexity, sensitivity, size
+from engine.methods import Context, Emit
 from engine.models import LoadedModel, load_tokenizer
+from engine.preflight import calibration_file
 from engine.records import Measurement
 from engine.runtime import load
 
 Say = Callable[[list[Measurement]], None]
 
 
-def measure(folder: Path, measures: tuple[str, ...], baseline: Path | None, device: str, emit: Emit) -> None:
-    """Measure the model in `folder`, beside the model in `baseline` where that is given; emits what it finds."""
+def measure(
+    folder: Path, measures: tuple[str, ...], baseline: Path | None, device: str, emit: Emit, calibration: str = "demo"
+) -> None:
+    """Measure the model in `folder`, beside the model in `baseline` where that is given; emits what it finds.
+
+    calibration: the text on which sensitivity is measured, `demo` or a file.
+    """
 
     def say(found: list[Measurement]) -> None:
         for measurement in found:
@@ -40,6 +47,19 @@ def measure(folder: Path, measures: tuple[str, ...], baseline: Path | None, devi
         _speed(model, prompt, loaded, wanted, emit, say)
     other = None if baseline is None or not wanted & {"accuracy", "divergence", "outputs"} else load(baseline, device)
     _fidelity(model, other, wanted, emit, say)
+    if "sensitivity" in wanted:
+        _sensitivity(model, device, calibration_file(calibration), emit, say)
+
+
+def _sensitivity(model: LoadedModel, device: str, text: Path, emit: Emit, say: Say) -> None:
+    """What each block can bear; of dense models only, for packed weights cannot be damaged and healed."""
+    if model.kernels:
+        emit("log", {"text": "sensitivity is measured before quantizing: this model's weights are packed"})
+        return
+    emit("phase", {"name": "measuring sensitivity"})
+    with tempfile.TemporaryDirectory() as folder:
+        context = Context(device, 0, Path(folder), Path(folder), text, emit, lambda: None)
+        say([sensitivity.measure(model, context)])
 
 
 def _speed(model: LoadedModel, prompt: list[int], loaded: Measurement, wanted: set[str], emit: Emit, say: Say) -> None:

@@ -11,6 +11,7 @@ from engine import methods
 from engine.errors import BadParams, UnknownName
 from engine.methods import Context, Params, bounds, field_kind
 from engine.models import LoadedModel
+from engine.preflight import DEMO
 from tests.conftest import in_memory, tiny_config
 
 SMALL: dict[str, dict[str, object]] = {
@@ -28,17 +29,13 @@ SMALL: dict[str, dict[str, object]] = {
     "prune/depth": {"samples": 4, "sequence_length": 16},
     "prune/width": {"samples": 4, "sequence_length": 16},
     "prune/low_rank": {"samples": 4, "sequence_length": 16, "multiple": 8},
+    "prune/vocabulary": {"text": str(DEMO / "prompts.txt")},
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/gradual": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/l1": {"steps": 3, "batch": 2, "sequence_length": 16},
 }
 # Whose result is a model of another shape.
 RESHAPING = ("prune/depth", "prune/width", "prune/vocabulary", "prune/low_rank")
-    "prune/depth",
-    "prune/width",
-    "prune/vocabulary",
-    "prune/low_rank",
-)  # whose result is a model of another shape
 
 
 def test_the_families_are_there() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from engine import artifacts, models, pipeline, preflight, probe, verify
 from engine.errors import BadArtifact, Cancelled, InputError, TooBig
 from engine.quantize import rtn
-from engine.records import MEASURES, Recipe
+from engine.records import USUAL_MEASURES, Recipe
 from tests.conftest import Recorder
 
 Maker = Callable[..., Path]
@@ -30,7 +30,7 @@ def test_a_chain_from_recipe_to_measurements(tiny_folder: Maker, tmp_path: Path,
     )
     folder = tmp_path / "attempt"
     folder.mkdir()
-    artifact = pipeline.run(recipe(tiny_folder(), *chain, measure=MEASURES), folder, recorder, lambda: None)
+    artifact = pipeline.run(recipe(tiny_folder(), *chain, measure=USUAL_MEASURES), folder, recorder, lambda: None)
     artifacts.verify(artifact)
     found = {str(data["name"]): data for kind, data in recorder.said if kind == "measurement"}
     expected = {
@@ -173,7 +173,7 @@ def test_a_run_on_the_gpu(tiny_folder: Maker, tmp_path: Path, recorder: Recorder
     folder = tmp_path / "attempt"
     folder.mkdir()
     step = {"quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 32}}
-    wanted = recipe(tiny_folder(), step, measure=MEASURES).model_copy(update={"device": "cuda"})
+    wanted = recipe(tiny_folder(), step, measure=USUAL_MEASURES).model_copy(update={"device": "cuda"})
     artifacts.verify(pipeline.run(wanted, folder, recorder, lambda: None))
     peak = next(data for kind, data in recorder.said if kind == "measurement" and data["name"] == "memory.peak")
     details = peak["details"]

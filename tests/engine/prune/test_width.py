@@ -168,8 +168,8 @@ def test_another_share_needs_no_new_calibration(
     ("given", "family", "words"),
     [
         ({"neurons": 0.0}, "llama", "nothing is to be removed"),
-        ({"heads": 0.9}, "llama", "would remove all 2 attention units; 0.5 is the most"),
-        ({"neurons": 0.99}, "llama", "would remove all 128 feed-forward neurons; 0.75 is the most"),
+        ({"heads": 0.9}, "llama", "would remove all 2 attention units; 0.5 leaves the fewest"),
+        ({"neurons": 0.99}, "llama", "would remove all 128 feed-forward neurons; 0.75 leaves the fewest"),
         ({"neurons": 0.05}, "llama", "is none in steps of 32; 0.25 is the smallest share"),
         ({"multiple": 256}, "llama", "no multiple of 256 is below the width of 128 that 128 feed-forward neurons"),
         ({"heads": 0.5, "neurons": 0.5, "multiple": 64}, "llama", "no multiple of 64 is below the width of 64"),

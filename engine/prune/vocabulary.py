@@ -1,0 +1,99 @@
+"""Drop the tokens that a given text never uses: embeddings, head and tokenizer together, ids renumbered.
+
+For a model that will only see one language, domain or format: large vocabularies are a third of a small model, and most
+of their tokens are never seen. Unlike other pruning it costs nothing on that text: it is split into the very same
+tokens, and the logits of those that stay are what they were. Any other text can still be written, in more tokens.
+
+Kept besides: special and added tokens, single bytes, those that the config names, and all parts that merge into kept
+ones. For byte-level BPE (tokenizer.json); other tokenizers are refused. Reducing vocabularies of pretrained models to a
+corpus is described by Abdaoui et al., 2020, arXiv 2010.05609. Perplexities are comparable by bits per byte only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from engine import vocabulary
+from engine.errors import BadModel
+from engine.methods import Context
+from engine.methods import Params as Base
+from engine.models import LoadedModel
+from engine.preflight import calibration_file
+from engine.text import read_documents
+from engine.vocabulary import closure, keep_tokens
+
+TITLE = "Vocabulary pruning"
+CHANGES = ("disk", "memory", "latency")
+WHOLE = True
+TOGETHER = 1000  # documents that are split into tokens at a time
+
+
+class Params(Base):
+    """Settings of vocabulary pruning: the text whose tokens stay."""
+
+    text: str = Field(
+        "demo", max_length=4096, description="Text whose tokens stay: `demo`, or a text or JSONL file. Give much of it."
+    )
+
+    def check_sources(self, folder: Path) -> None:
+        """Refuse a text that is not there or empty, and tokenizers that are no byte-level BPE."""
+        read_documents(calibration_file(self.text))
+        vocabulary.read(folder)
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Split the text, keep what it uses and what that needs, and prove it on the text.
+
+    Raises:
+        BadModel: the tokenizer splits the text otherwise afterwards.
+    """
+    model.load_all()
+    documents = read_documents(calibration_file(params.text))
+    rows = split(model, documents, context)
+    kept = kept_ids(model, {number for row in rows for number in row})
+    total = model.network.config.get_text_config().vocab_size
+    if len(kept) == total:
+        context.log(f"the text uses, or needs, all {total} tokens: nothing is dropped")
+        return model
+    smaller = keep_tokens(model, kept)
+    prove(rows, split(smaller, documents, context), kept)
+    context.log(f"{len(kept)} of {total} tokens stay; the text is split as before")
+    return smaller
+
+
+def split(model: LoadedModel, documents: list[str], context: Context) -> list[list[int]]:
+    """The token ids of each document."""
+    found: list[list[int]] = []
+    for start in range(0, len(documents), TOGETHER):
+        context.check_cancelled()
+        found += model.tokenizer(documents[start : start + TOGETHER], truncation=False, verbose=False).input_ids
+        context.progress(min(start + TOGETHER, len(documents)), len(documents), "documents")
+    return found
+
+
+def kept_ids(model: LoadedModel, used: set[int]) -> list[int]:
+    """The ids that stay, in order: those that are used, and what they and any text need."""
+    body = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    vocabulary.check(body, type(model.tokenizer).__name__)
+    ids = model.tokenizer.get_vocab()
+    tokens = {number: token for token, number in ids.items()}
+    named = used | vocabulary.ids_of_configs(model) | set(model.tokenizer.all_special_ids)
+    needed = {ids[token] for token in closure(body, (tokens[number] for number in named if number in tokens))}
+    size = model.network.config.get_text_config().vocab_size
+    if beyond := [number for number in needed if number >= size]:
+        raise BadModel(f"The tokenizer has the token {tokens[beyond[0]]!r}, the model has no row for it. Use another.")
+    return sorted(needed)
+
+
+def prove(before: list[list[int]], after: list[list[int]], kept: list[int]) -> None:
+    """Compare each document's tokens before and after.
+
+    Raises:
+        BadModel: they differ.
+    """
+    for old, new in zip(before, after, strict=True):
+        if old != [kept[number] for number in new]:
+            raise BadModel("With fewer tokens the tokenizer splits the text otherwise; its tokens stay as they are.")
