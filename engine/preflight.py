@@ -207,7 +207,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
         if method.family == "distill":
             activations = max(activations, 16 * shape.parameters)
             work += 8.0 * integer(getattr(params, "steps", 0)) * 2048 * shape.parameters
-        if not method.changes:
+        if not method.changes and method.family == "prune":
             notes.append(f"{method.title}: no smaller and no faster by itself; the zeros stay dense.")
         notes += params.notes(shape.folder)
     kv_cache = 0

@@ -25,6 +25,10 @@ SMALL: dict[str, dict[str, object]] = {
     "quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 16},
     "prune/wanda": {"samples": 4, "sequence_length": 16},
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
+    "distill/features": {"steps": 3, "batch": 2, "sequence_length": 16, "attention_weight": 1.0},
+    "distill/on_policy": {"steps": 3, "batch": 2, "sequence_length": 16, "prompt_tokens": 8},
+    "distill/sequence": {"steps": 3, "batch": 2, "sequence_length": 16, "prompt_tokens": 8, "sequences": 4},
+    "distill/repair": {"steps": 3, "batch": 2, "sequence_length": 16},
 }
 
 
@@ -109,7 +113,7 @@ def test_other_faults_are_named() -> None:
 
 
 def test_names_are_looked_up_with_a_hint() -> None:
-    with pytest.raises(UnknownName, match=r"Did you mean quantize/gptq.*Available: distill/logits"):
+    with pytest.raises(UnknownName, match=r"Did you mean quantize/gptq.*Available: distill/features"):
         methods.get("quantize/gqtp")
     with pytest.raises(BadParams, match="bits"):
         methods.get("quantize/rtn").check({"bits": 9})
