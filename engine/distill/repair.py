@@ -18,7 +18,7 @@ The adapters are written here: `peft` would be one more package for these few li
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -67,7 +67,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     if params.scope == "lora":
         added, trainable = adapters(model, params.rank), []
     elif params.scope == "norms and scales":
-        added, trainable = scales(model), norms_and_biases(model)
+        added, trainable = {**scales(model), **shifts(model)}, []
     beside = {f"{name}:{key}": value for name, each in added.items() for key, value in each.named_parameters()}
     trained = sum(value.numel() for value in beside.values())
     kept = dict(model.network.named_parameters())
@@ -88,7 +88,23 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
 
 class Added(nn.Module):
-    """Something learned that a linear computes with meanwhile, in the place of its weight."""
+    """Something that is learned beside the network and made part of it at the end."""
+
+    def attach(self) -> None:
+        """Let the network compute with it."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Let the network compute as it did."""
+        raise NotImplementedError
+
+    def merge(self, model: LoadedModel, name: str) -> None:
+        """Make what was learned part of the model."""
+        raise NotImplementedError
+
+
+class InsteadOfWeight(Added):
+    """A weight that a linear computes with in the place of its own."""
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
@@ -102,24 +118,17 @@ class Added(nn.Module):
         """The weight (out, in) to compute with."""
         raise NotImplementedError
 
-    def merge(self, model: LoadedModel, name: str) -> None:
-        """Make what was learned part of the model."""
-        raise NotImplementedError
-
     def attach(self) -> None:
-        """Let the linear compute with it."""
-
         def forward(x: Tensor) -> Tensor:
-            return functional.linear(x, self.weight(), self.linear.bias)
+            return functional.linear(x, self.weight().to(x.dtype), self.linear.bias)
 
         self.linear.forward = forward  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        """Let the linear compute as it did."""
         del self.linear.forward
 
 
-class Adapter(Added):
+class Adapter(InsteadOfWeight):
     """W + B A with A (rank, in) at random and B (out, rank) zero at first; where `mask` is given, only there."""
 
     def __init__(self, linear: Linear, rank: int, mask: Tensor | None) -> None:
@@ -139,21 +148,29 @@ class Adapter(Added):
         matrix(self.linear).copy_(self.weight())
 
 
-class Scales(Added):
-    """(codes - zero) * scale with the scale (N, G) learned, rounded to its dtype as it will be stored."""
+class Scales(InsteadOfWeight):
+    """(codes - zero) * scale with the scale (N, G) learned, rounded to its dtype as it will be stored.
+
+    What is learned is the relative change, so that a step means as much for small scales as for large ones.
+    """
 
     def __init__(self, linear: Linear, weight: QuantizedWeight) -> None:
         super().__init__(linear)
         self._weight = weight
-        self.scale = nn.Parameter(weight.scale.float())
+        self.change = nn.Parameter(torch.zeros(weight.scale.shape, device=weight.scale.device))
+
+    def scale(self) -> Tensor:
+        """In float32."""
+        return self._weight.scale.float() * (1 + self.change)
 
     def stored(self) -> Tensor:
         """The scale as a file holds it, never zero or of another sign."""
         dtype = self._weight.scale.dtype
-        return self.scale.detach().clamp_min(float(torch.finfo(dtype).tiny)).to(dtype)
+        return self.scale().detach().clamp_min(float(torch.finfo(dtype).tiny)).to(dtype)
 
     def weight(self) -> Tensor:
-        scale = self.scale + (self.stored().float() - self.scale).detach()
+        exact = self.scale()
+        scale = exact + (self.stored().float() - exact).detach()
         rows, columns = self._weight.codes.shape
         if self._weight.kind == "float":
             return self._weight.codes.view(torch.float8_e4m3fn).float() * scale
@@ -163,6 +180,41 @@ class Scales(Added):
     def merge(self, model: LoadedModel, name: str) -> None:
         model.quantized[name] = replace(self._weight, scale=self.stored())
         matrix(self.linear).copy_(model.quantized[name].dequantize())
+
+
+class Shift(Added):
+    """A vector of a module (of a norm, a bias) and what is learned to be added, in units of its own numbers' size."""
+
+    def __init__(self, module: nn.Module, leaf: str) -> None:
+        super().__init__()
+        self._module, self._leaf = [module], leaf
+        own = module.get_parameter(leaf)
+        self._own, self._kept = own.detach().float(), own
+        size = self._own.abs()
+        self._unit = size.clamp_min(max(0.1 * float(size.square().mean().sqrt()), 1e-3))
+        self.change = nn.Parameter(torch.zeros_like(self._own))
+        self._stop: Callable[[], None] = lambda: None
+
+    def value(self) -> Tensor:
+        """The vector, in float32."""
+        return self._own + self._unit * self.change
+
+    def attach(self) -> None:
+        module, leaf, dtype = self._module[0], self._leaf, self._kept.dtype
+        del module._parameters[leaf]
+
+        def before(module: nn.Module, args: object) -> None:
+            module.__dict__[leaf] = self.value().to(dtype)
+
+        self._stop = module.register_forward_pre_hook(before).remove
+
+    def detach(self) -> None:
+        self._stop()
+        self._module[0].__dict__.pop(self._leaf, None)
+        self._module[0]._parameters[self._leaf] = self._kept
+
+    def merge(self, model: LoadedModel, name: str) -> None:
+        self._kept.copy_(self.value())
 
 
 def matrix(linear: Linear) -> Tensor:
@@ -192,6 +244,11 @@ def scales(model: LoadedModel) -> dict[str, Added]:
     return found
 
 
-def norms_and_biases(model: LoadedModel) -> list[str]:
-    """Names of the parameters that are no matrices, in the network's order: norms' weights and all biases."""
-    return [name for name, each in model.network.named_parameters() if each.dim() == 1]
+def shifts(model: LoadedModel) -> dict[str, Added]:
+    """One for each vector among the parameters, by its name: norms' weights and all biases."""
+    found: dict[str, Added] = {}
+    for name, each in model.network.named_parameters():
+        if each.dim() == 1:
+            owner, _, leaf = name.rpartition(".")
+            found[name] = Shift(model.network.get_submodule(owner), leaf)
+    return found
