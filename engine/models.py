@@ -293,10 +293,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def quantize_inputs(linear: nn.Module, grid: InputGrid) -> None:
-    """Let a linear round its inputs to `grid` from now on, before it computes as it did."""
+    """Let a linear round its inputs to `grid` from now on, before it computes as it did.
+
+    A gradient passes the rounding as if it were not there.
+    """
 
     def round_(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (grid.fake(args[0]), *args[1:])
+        x = args[0]
+        if torch.is_grad_enabled() and x.requires_grad:
+            return (x + (grid.fake(x.detach()) - x.detach()), *args[1:])
+        return (grid.fake(x), *args[1:])
 
     linear.register_forward_pre_hook(round_)
 

@@ -68,9 +68,10 @@ class Live:
         return self.of(*rows.of(numbers, self.device))
 
     @torch.no_grad()
-    def of(self, ids: Tensor, positions: Tensor | None) -> Answers:
-        """For any ids and positions (B, T), without the last of each row."""
+    def of(self, ids: Tensor, positions: Tensor | None, chosen: Tensor | None = None) -> Answers:
+        """For any ids and positions (B, T), without the last of each row; of these tokens the `chosen` ones, or all."""
         states = [body.hidden(ids, positions)[:, :-1].flatten(0, 1) for body in self.bodies]
+        states = states if chosen is None else [each[chosen] for each in states]
 
         @torch.no_grad()
         def answer(piece: slice) -> Target:

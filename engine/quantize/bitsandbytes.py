@@ -54,6 +54,10 @@ class Params(Selection, Calibrated):
     def unfit_for_experts(self) -> str:
         return "the library knows linears only, and fused experts are none."
 
+    def leaves_codes(self) -> bool:
+        """The weights are the library's."""
+        return False
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Replace the selected linears of the blocks by the library's modules."""

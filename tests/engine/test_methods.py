@@ -33,6 +33,10 @@ SMALL: dict[str, dict[str, object]] = {
     "distill/logits": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/gradual": {"steps": 3, "batch": 2, "sequence_length": 16},
     "prune/l1": {"steps": 3, "batch": 2, "sequence_length": 16},
+    "distill/features": {"steps": 3, "batch": 2, "sequence_length": 16, "attention_weight": 1.0},
+    "distill/on_policy": {"steps": 3, "batch": 2, "sequence_length": 16, "prompt_tokens": 8},
+    "distill/sequence": {"steps": 3, "batch": 2, "sequence_length": 16, "prompt_tokens": 8, "sequences": 4},
+    "distill/repair": {"steps": 3, "batch": 2, "sequence_length": 16},
 }
 # Whose result is a model of another shape.
 RESHAPING = ("prune/depth", "prune/width", "prune/vocabulary", "prune/low_rank")
@@ -124,7 +128,7 @@ def test_other_faults_are_named() -> None:
 
 
 def test_names_are_looked_up_with_a_hint() -> None:
-    with pytest.raises(UnknownName, match=r"Did you mean quantize/gptq.*Available: distill/logits"):
+    with pytest.raises(UnknownName, match=r"Did you mean quantize/gptq.*Available: distill/features"):
         methods.get("quantize/gqtp")
     with pytest.raises(BadParams, match="bits"):
         methods.get("quantize/rtn").check({"bits": 9})

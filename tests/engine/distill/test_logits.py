@@ -1,10 +1,13 @@
 """Distillation: the loss against its definition, students of every kind, a resumed training run."""
 
 import copy
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine import artifacts
 from engine.distill import logits
@@ -116,8 +119,6 @@ def test_an_interrupted_training_ends_with_the_same_weights(context: Context, re
         train(model, rows, loss_of, schedule, context)
         return model
 
-    import dataclasses
-
     whole = trained(dataclasses.replace(context, folder=context.folder / "whole"))
     with pytest.raises(Cancelled):
         trained(context, stop_after=8)
@@ -145,3 +146,42 @@ def test_an_epoch_draws_every_row_once() -> None:
     drawn = torch.cat([draw(rows, 4, step, seed=0) for step in range(3)]).flatten().tolist()
     assert sorted(drawn) == list(range(12))
     assert drawn != list(range(12))
+
+
+def test_a_bad_state_never_replaces_the_last_good_checkpoint(context: Context) -> None:
+    rows = torch.randint(1280, (40, 24), generator=torch.Generator().manual_seed(0))
+    model = in_memory(tiny_config(), seed=2)
+    saved = context.folder / "training.safetensors"
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        good = cross_entropy(model, batch)
+        return good * math.nan if saved.exists() else good
+
+    with pytest.raises(Diverged, match=r"step 6: the loss is nan\..* The checkpoint of step 4 is kept"):
+        train(model, rows, loss_of, Schedule(steps=12, batch=4, rate=1e-3, checkpoint_every=4), context)
+    tensors = load_file(saved)
+    assert all(bool(each.isfinite().all()) for each in tensors.values())
+    exploding = in_memory(tiny_config(), seed=2)
+
+    def jump(step: int) -> None:
+        for each in exploding.network.parameters():
+            each.data.mul_(math.inf if step == 4 else 1)
+
+    other = dataclasses.replace(context, folder=context.folder / "other")
+    with pytest.raises(Diverged, match=r"step 5: .*No checkpoint was written yet"):
+        train(exploding, rows, lambda batch: cross_entropy(exploding, batch), Schedule(12, 4, 1e-3, 4), other, jump)
+    assert not (other.folder / "training.safetensors").exists()
+
+
+def test_the_charts_get_rate_speed_time_left_and_the_held_out_kl(context: Context, recorder: Recorder) -> None:
+    params = Params(steps=20, batch=2, sequence_length=16)
+    with torch.no_grad():
+        logits.apply(in_memory(tiny_config()), params, context)
+    series: dict[str, list[float]] = {}
+    for kind, data in recorder.said:
+        if kind == "sample":
+            series.setdefault(str(data["series"]), []).append(float(str(data["value"])))
+    assert set(series) == {"loss", "learning_rate", "tokens_per_second", "eta", "kl_heldout"}
+    assert series["eta"][-1] == 0
+    assert len(series["kl_heldout"]) == 3
+    assert all(value >= 0 for value in series["kl_heldout"])

@@ -1,0 +1,117 @@
+"""Let the student write, and teach it on what it wrote: what it meets in use is what it learns from.
+
+Generalised knowledge distillation (GKD, Agarwal et al., 2023, arXiv 2306.13649). A share of the batches goes on from
+the first tokens of the text's rows with tokens that the student samples; the teacher says what it would have expected
+there, and the divergence counts on the tokens that were written, up to the first end of text. The other batches are
+the text, as in logit distillation. Nothing is learned through the sampling itself.
+
+Reverse KL and Jensen-Shannon make a small student keep to what it can do well. Good for a student that writes already
+(healed or pruned, not one at random); slow, since sequences are written token by token. The samples follow from the
+seed and the step alone, so a resumed run writes them again. The teacher is in memory all the while. Needs training
+text.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from engine.distill._lesson import Lesson, read, shared_vocabulary, token_loss
+from engine.distill._settings import ObjectiveParams, StudentParams, TrainingParams
+from engine.distill._student import choose
+from engine.losses import Divergence, Objective
+from engine.methods import Context
+from engine.models import LoadedModel
+from engine.preflight import calibration_file
+from engine.teachers import Live, load_live
+from engine.tokens import check_same_tokenizer
+
+TITLE = "On-policy distillation"
+CHANGES = ("disk", "memory", "latency")
+WHOLE = True
+
+
+class Params(TrainingParams, ObjectiveParams, StudentParams):
+    """Settings of the student, the loss, the training and the writing."""
+
+    divergence: Divergence = Field(
+        "js", description="KL to the teacher (forward), from it (reverse, MiniLLM), or between both (js, as in GKD)."
+    )
+    label_weight: float = Field(
+        0.0, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher, on batches of the text."
+    )
+    student_share: float = Field(0.5, ge=0.0, le=1.0, description="Share of the batches that the student writes.")
+    prompt_tokens: int = Field(16, ge=1, le=4096, description="First tokens of a row that the student goes on from.")
+    sampling_temperature: float = Field(1.0, ge=0.05, le=5.0, description="Of the student's writing.")
+
+    @model_validator(mode="after")
+    def _room(self) -> Params:
+        if self.prompt_tokens >= self.sequence_length:
+            raise ValueError(f"prompt_tokens {self.prompt_tokens} leave no token of {self.sequence_length} to write")
+        return self
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Train the student on the text and on its own writing."""
+    folders = params.folders(model.source)
+    for folder in folders:
+        check_same_tokenizer(model.tokenizer, folder)
+    text = read(model, params, calibration_file(params.text))
+    student = choose(model, params, context)
+    size = student.network.config.get_text_config().vocab_size
+    live = load_live(
+        folders, shared_vocabulary(folders, size), context, str(model.network.dtype).removeprefix("torch.")
+    )
+    lesson = Lesson(student, text, params.objective, live, live if len(text.held) else None)
+    step = [0]
+
+    def loss_of(numbers: Tensor) -> Tensor:
+        dice = torch.Generator().manual_seed(context.seed * 1_000_003 + step[0])
+        if float(torch.rand((), generator=dice)) >= params.student_share:
+            return lesson.batch_loss(numbers)
+        prompts = text.rows.of(numbers[:, 0], student.device)[0][:, : params.prompt_tokens]
+        written = write(student, prompts, params.sequence_length, params.sampling_temperature, dice)
+        return own_loss(lesson, live, written, params.prompt_tokens, params.objective)
+
+    lesson.teach(params, context, loss_of, begin=lambda number: step.__setitem__(0, number))
+    return student
+
+
+@torch.no_grad()
+def write(
+    student: LoadedModel, prompts: Tensor, length: int, temperature: float, dice: torch.Generator
+) -> Tensor:  # fmt: skip
+    """Token ids (B, length): the prompts (B, T) and what the student samples after them."""
+    network = student.network
+    training = network.training
+    network.eval()  # type: ignore[no-untyped-call]
+    ids, cache, given = prompts, None, prompts
+    with torch.autocast(prompts.device.type, torch.bfloat16):
+        while ids.shape[1] < length:
+            found = network(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            odds = (found.logits[:, -1].float() / temperature).softmax(-1).cpu()
+            given = torch.multinomial(odds, 1, generator=dice).to(ids.device)
+            ids, cache = torch.cat([ids, given], 1), found.past_key_values
+    network.train(training)
+    return ids
+
+
+def own_loss(lesson: Lesson, live: Live, ids: Tensor, prompt: int, objective: Objective) -> Tensor:
+    """The mean divergence on written tokens (B, T) up to the first end of text, which counts too."""
+    end = lesson.student.tokenizer.eos_token_id
+    wanted = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
+    wanted[:, prompt - 1 :] = True
+    if end is not None:
+        ended = (ids[:, prompt:] == end).cumsum(1) - (ids[:, prompt:] == end).long()  # ends before this token
+        wanted[:, prompt - 1 :] = ended == 0
+    chosen = wanted.flatten().nonzero().squeeze(1)
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        hidden = lesson.body.hidden(ids)[:, :-1].flatten(0, 1)[chosen]
+        answers = live.of(ids, None, chosen)
+        return token_loss(lesson.body, hidden, ids[:, 1:].flatten()[chosen], answers, only_teacher(objective))
+
+
+def only_teacher(objective: Objective) -> Objective:
+    """The objective without true labels: what a student wrote is no truth."""
+    return Objective(objective.divergence, objective.temperature, 0.0, objective.beta)

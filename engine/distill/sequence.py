@@ -1,0 +1,159 @@
+"""Let the teacher write continuations once, and train the student on them as if they were the text.
+
+Sequence-level distillation (Kim & Rush, 2016, arXiv 1606.07947). The first tokens of the text's rows are prompts; the
+teacher goes on from them, greedily or sampled, and the student learns its tokens as labels, and the prompts' too
+where they are wanted. What the teacher wrote has fewer surprises than what people wrote, and a small student can
+learn more of it. The sequences go to disk with the fingerprint of the teacher and of the prompts: a killed run goes
+on with them, later runs find them, and the teacher is not in memory while the student trains.
+
+Only what the teacher chose counts, not how sure it was: follow or combine with logit distillation where that matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine import hardware
+from engine.distill._lesson import Lesson, Text, read, shared_vocabulary, token_loss
+from engine.distill._settings import StudentParams, TeacherParams, TrainingParams
+from engine.distill._student import choose
+from engine.files import publish
+from engine.losses import Objective, pieces
+from engine.methods import Context
+from engine.models import LoadedModel
+from engine.preflight import calibration_file
+from engine.rows import Rows
+from engine.teachers import Live, fingerprint, load_live
+from engine.tokens import check_same_tokenizer
+
+TITLE = "Sequence distillation"
+CHANGES = ("disk", "memory", "latency")
+WHOLE = True
+TOGETHER = 32  # sequences that are written at a time, and in one file
+LABELS = Objective(label_weight=1.0)
+
+
+class Params(TrainingParams, TeacherParams, StudentParams):
+    """Settings of the student, the writing and the training."""
+
+    sequences: int = Field(512, ge=2, le=1_000_000, description="Sequences that the teacher writes, at most one a row.")
+    prompt_tokens: int = Field(16, ge=1, le=4096, description="First tokens of a row that the teacher goes on from.")
+    sampling_temperature: float = Field(
+        0.0, ge=0.0, le=5.0, description="Of the teacher's writing; 0: always the likeliest token (greedy)."
+    )
+    learn_prompts: bool = Field(True, description="Learn the prompts' own tokens too.")
+
+    @model_validator(mode="after")
+    def _room(self) -> Params:
+        if self.prompt_tokens >= self.sequence_length:
+            raise ValueError(f"prompt_tokens {self.prompt_tokens} leave no token of {self.sequence_length} to write")
+        return self
+
+
+def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
+    """Let the teacher write, where it has not yet, and train the student on it."""
+    folders = params.folders(model.source)
+    for folder in folders:
+        check_same_tokenizer(model.tokenizer, folder)
+    given = read(model, params, calibration_file(params.text)).rows
+    count = min(params.sequences, len(given))
+    prompts = given.ids[:count, : params.prompt_tokens].long()
+    size = model.network.config.get_text_config().vocab_size
+    ids = written(folders, prompts, model, params, context, shared_vocabulary(folders, size))
+    student = choose(model, params, context)
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)  # a sequence is one document, whatever was in its prompt
+    text = Text(Rows(ids, positions.int()), Rows(ids[:0], positions[:0].int()))
+    lesson = Lesson(student, text, LABELS, None, None)
+    end = model.tokenizer.eos_token_id
+    first = 0 if params.learn_prompts else params.prompt_tokens - 1
+
+    def loss_of(numbers: Tensor) -> Tensor:
+        batch, places = text.rows.of(numbers[:, 0], student.device)
+        labels = batch[:, 1:]
+        wanted = torch.zeros_like(labels, dtype=torch.bool)
+        wanted[:, first:] = True
+        if end is not None:
+            own = (labels == end).long()
+            own[:, : params.prompt_tokens - 1] = 0
+            wanted &= own.cumsum(1) - own == 0  # nothing after the teacher's first end
+        chosen = wanted.flatten().nonzero().squeeze(1)
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            hidden = lesson.body.hidden(batch, places)[:, :-1].flatten(0, 1)[chosen]
+            return token_loss(lesson.body, hidden, labels.flatten()[chosen], None, LABELS)
+
+    lesson.teach(params, context, loss_of)
+    return student
+
+
+def written(
+    folders: list[Path], prompts: Tensor, model: LoadedModel, params: Params, context: Context, vocabulary: int
+) -> Tensor:
+    """Token ids (sequences, length), int32: from disk where they are, else as the teacher writes them now."""
+    whose = fingerprint(folders, vocabulary=vocabulary)
+    how = f"{params.sequence_length} {params.sampling_temperature} {context.seed}"
+    folder = context.cache / "sequences" / whose[:32]
+    found: list[Tensor] = []
+    live: Live | None = None
+    parts = pieces(len(prompts), TOGETHER)
+    for done, piece in enumerate(parts):
+        context.check_cancelled()
+        asked = hashlib.sha256(how.encode() + prompts[piece].numpy().tobytes()).hexdigest()
+        path = folder / f"{asked[:32]}.safetensors"
+        ids = _read(path, {"teacher": whose, "asked": asked})
+        if ids is None:
+            if live is None:
+                live = load_live(folders, vocabulary, context, str(model.network.dtype).removeprefix("torch."))
+            dice = torch.Generator().manual_seed(int(asked[:12], 16) + context.seed)
+            ids = continuations(live, prompts[piece], params.sequence_length, params.sampling_temperature, dice)
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            save_file({"ids": ids}, temporary, metadata={"maquette": json.dumps({"teacher": whose, "asked": asked})})
+            publish(temporary, path)
+        found.append(ids)
+        context.progress(done + 1, len(parts), "files of sequences")
+    context.log(
+        f"the teacher's {len(prompts)} sequences: {'written now' if live is not None else 'reused, it is not loaded'}"
+    )
+    live = None
+    hardware.give_back_memory()
+    return torch.cat(found)
+
+
+def _read(path: Path, about: dict[str, str]) -> Tensor | None:
+    """The sequences of a file, None where it is not there, or is another teacher's: then it is written anew."""
+    try:
+        with safe_open(path, "pt") as file:
+            if json.loads((file.metadata() or {}).get("maquette", "{}")) != about:
+                return None
+            ids: Tensor = file.get_tensor("ids")
+            return ids
+    except (OSError, SafetensorError, ValueError):
+        return None
+
+
+@torch.no_grad()
+def continuations(live: Live, prompts: Tensor, length: int, temperature: float, dice: torch.Generator) -> Tensor:
+    """Token ids (B, length), int32: the prompts (B, T) and what the teachers, averaged, write after them."""
+    ids = prompts.to(live.device)
+    given, caches = ids, [None] * len(live.bodies)
+    while ids.shape[1] < length:
+        outputs = [
+            body.network(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for body, cache in zip(live.bodies, caches, strict=True)
+        ]
+        caches = [each.past_key_values for each in outputs]
+        odds = torch.stack([each.logits[:, -1, : live.vocabulary].float().softmax(-1) for each in outputs]).mean(0)
+        if temperature:
+            given = torch.multinomial((odds.log() / temperature).softmax(-1).cpu(), 1, generator=dice).to(ids.device)
+        else:
+            given = odds.argmax(-1, keepdim=True)
+        ids = torch.cat([ids, given], 1)
+    return ids.int().cpu()

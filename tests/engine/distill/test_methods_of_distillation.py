@@ -1,0 +1,297 @@
+"""Features, on-policy, sequences, repair: each against its definition, and what must stay as it was."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import artifacts, methods
+from engine.distill import features, on_policy, repair, sequence
+from engine.distill._student import assistants, between, spread
+from engine.errors import BadRecipe, InputError
+from engine.losses import Objective
+from engine.methods import Context
+from engine.models import LoadedModel, blocks, load
+from engine.packing import QuantizedWeight
+from engine.preflight import DEMO, check
+from engine.records import Recipe
+from tests.conftest import Recorder, in_memory, tiny_config
+from tests.families import FAMILIES
+
+SHORT = {"steps": 3, "batch": 2, "sequence_length": 16}
+
+
+def apply(name: str, model: LoadedModel, context: Context, **params: object) -> LoadedModel:
+    method = methods.get(name)
+    with torch.no_grad():
+        return method.apply(model, method.check(SHORT | params), context)  # type: ignore[arg-type]
+
+
+def test_blocks_stand_for_blocks_evenly_and_the_last_for_the_last() -> None:
+    assert spread(12, 4) == [2, 5, 8, 11]
+    assert spread(5, 2) == [2, 4]
+    assert spread(3, 3) == [0, 1, 2]
+    assert between(32, 2, 1) == [8]
+    assert between(1000, 1, 2) == [100, 10]
+
+
+def test_the_loss_of_features_is_its_definition() -> None:
+    dice = torch.Generator().manual_seed(0)
+    theirs = tuple(torch.randn(2, 4, 6, generator=dice) for _ in range(5))  # embeddings and four blocks
+    ours = tuple(torch.randn(2, 4, 3, generator=dice) for _ in range(3))
+    maps = torch.nn.Linear(3, 6, bias=False)
+    expected = torch.stack(
+        [(maps(a) - b).square().sum() / b.square().sum() for a, b in zip(ours, theirs[::2], strict=True)]
+    ).mean()
+    torch.testing.assert_close(features.hidden_loss(ours, theirs, maps), expected)
+    p, q = (tuple(torch.rand(2, 2, 4, 4, generator=dice).softmax(-1) for _ in range(n)) for n in (4, 2))
+    expected = torch.stack([(p[i] * (p[i] / q[j]).log()).sum(-1).mean() for j, i in enumerate((1, 3))]).mean()
+    torch.testing.assert_close(features.attention_loss(q, p), expected)
+    assert float(features.attention_loss(p, p)) == pytest.approx(0, abs=1e-6)
+
+
+def test_feature_training_brings_hidden_states_nearer_and_gives_attention_back(
+    tiny_folder: Callable[..., Path], context: Context
+) -> None:
+    model = load(tiny_folder())
+    found = apply(
+        "distill/features", model, context, student="size", hidden_size=32, num_blocks=2, steps=10, label_weight=1.0,
+        attention_weight=1.0, learning_rate=3e-3,
+    )  # fmt: skip
+    assert found.network.config._attn_implementation == "sdpa"
+    assert found.network.config.hidden_size == 32
+    assert not any("projection" in name for name, _ in found.network.named_parameters())
+    losses = [float(str(data["value"])) for kind, data in context.emit.said if data.get("series") == "loss"]  # type: ignore[attr-defined]
+    assert losses
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "falcon", "gemma2", "mixtral", "bloom"])
+def test_students_of_every_family_learn_features(family: str, context: Context) -> None:
+    from tests.families import MIXTURES
+
+    model = in_memory((FAMILIES | MIXTURES)[family])
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    found = apply("distill/features", model, context, student="current", steps=2)
+    assert any(not torch.equal(value, before[name]) for name, value in found.network.state_dict().items())
+
+
+def test_what_the_student_writes_follows_from_the_seed_and_its_prompt() -> None:
+    model = in_memory(tiny_config())
+    prompts = torch.arange(12).view(2, 6)
+    first, second, other = (
+        on_policy.write(model, prompts, 14, 1.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert first.equal(second)
+    assert not first.equal(other)
+    assert first[:, :6].equal(prompts)
+    assert first.shape == (2, 14)
+    likeliest = on_policy.write(model, prompts, 8, 0.05, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        odds = model.network(prompts).logits[:, -1].float().softmax(-1)
+    assert likeliest.shape == (2, 8)
+    assert odds.shape == (2, 1280)
+
+
+def test_only_written_tokens_up_to_the_end_count(tiny_folder: Callable[..., Path], context: Context) -> None:
+    from engine.distill._lesson import Lesson, Text
+    from engine.rows import Rows
+    from engine.teachers import load_live
+
+    live = load_live([tiny_folder()], 1280, context, "float32")
+    student = in_memory(tiny_config(), torch.float32, seed=1)
+    empty = Rows(torch.zeros(0, 9, dtype=torch.int32), torch.zeros(0, 9, dtype=torch.int32))
+    lesson = Lesson(student, Text(empty, empty), Objective(), live, None)
+    end = student.tokenizer.eos_token_id
+    ids = torch.tensor([[5, 6, 7, 8, 9, end, 11, 12, 13], [5, 6, 7, 8, 9, 10, 11, 12, 13]])
+    found = on_policy.own_loss(lesson, live, ids, 3, Objective(label_weight=0.7))
+    with torch.no_grad():
+        q, p = (each(ids).logits.log_softmax(-1) for each in (student.network, live.bodies[0].network))
+    kl = (p.exp() * (p - q)).sum(-1)
+    kept = torch.cat([kl[0, 2:5], kl[1, 2:8]])  # what predicts the tokens 3, 4, 5 and 3 to 8
+    torch.testing.assert_close(found, kept.mean(), rtol=0.05, atol=0)
+
+
+def test_an_interrupted_on_policy_training_ends_with_the_same_weights(context: Context) -> None:
+    from engine.errors import Cancelled
+
+    def once(context: Context) -> LoadedModel:
+        return apply(
+            "distill/on_policy", in_memory(tiny_config()), context, student="current", steps=52, prompt_tokens=14
+        )
+
+    calls = 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 52:
+            raise Cancelled("stopped")
+
+    whole = once(dataclasses.replace(context, folder=context.folder / "whole"))
+    with pytest.raises(Cancelled):
+        once(dataclasses.replace(context, check_cancelled=stop))
+    resumed = once(context)
+    assert "resumed at step 50 of 52" in context.emit.logs()  # type: ignore[attr-defined]
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_teacher_writes_once(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_folder())
+    settings = {"prompt_tokens": 6, "sequences": 4, "student": "current"}
+    with torch.no_grad():
+        prompts = torch.arange(10, 22).view(2, 6)
+        live = sequence.load_live([model.source], 1280, context, "bfloat16")
+        found = sequence.continuations(live, prompts, 9, 0.0, torch.Generator())
+        for place in range(6, 9):
+            alone = live.bodies[0].network(found[:, :place].long()).logits[:, -1].argmax(-1)
+            assert found[:, place].tolist() == alone.tolist()
+    apply("distill/sequence", model, context, **settings)
+    assert any("written now" in line for line in recorder.logs())
+    monkeypatch.setattr(sequence, "load_live", None)
+    again = dataclasses.replace(context, folder=context.folder / "again")
+    apply("distill/sequence", load(model.source), again, **settings)
+    assert any("reused" in line for line in recorder.logs())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_adapters_merge_to_what_was_trained_and_keep_zeros(family: str, context: Context) -> None:
+    model = in_memory(FAMILIES[family], torch.float32)
+    prefix, modules = blocks(model.network)
+    path, linear = next(repair.linears(modules[0]))
+    repair.matrix(linear)[:, ::2] = 0
+    model.pruned = {f"{prefix}.0.{path}"}
+    embeddings = model.network.get_input_embeddings().weight.clone()
+    before = repair.matrix(linear).clone()
+    apply("distill/repair", model, context, scope="lora", rank=2, learning_rate=1e-2, steps=6)
+    after = repair.matrix(linear)
+    assert bool((after[:, ::2] == 0).all())
+    assert not after.equal(before)
+    other = repair.matrix(list(repair.linears(modules[1]))[-1][1])
+    original = repair.matrix(
+        list(repair.linears(blocks(in_memory(FAMILIES[family], torch.float32).network)[1][1]))[-1][1]
+    )
+    assert int(torch.linalg.matrix_rank((other - original).double(), atol=1e-6)) == 2
+    torch.testing.assert_close(model.network.get_input_embeddings().weight, embeddings, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "step", [{"quantize/rtn": {"bits": 4, "group_size": 32, "symmetric": False}}, {"quantize/smoothquant": {}}]
+)
+def test_norms_and_scales_keep_every_code_and_come_nearer(
+    step: dict[str, dict[str, object]], context: Context, tmp_path: Path
+) -> None:
+    model = load(DEMO / "model")
+    ((name, given),) = step.items()
+    given = given | ({"samples": 4, "sequence_length": 16} if "smooth" in name else {"bits": 3})
+    with torch.no_grad():
+        model = methods.get(name).apply(model, methods.get(name).check(given), context)  # type: ignore[arg-type]
+    codes = {name: weight.codes.clone() for name, weight in model.quantized.items()}
+    found = apply(
+        "distill/repair", model, context, scope="norms and scales", steps=20, batch=4, sequence_length=32,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    said = [float(str(d["value"])) for k, d in context.emit.said if d.get("series") == "kl_heldout"]  # type: ignore[attr-defined]
+    assert said[-1] < said[0]
+    moved = 0
+    for name, weight in found.quantized.items():
+        assert isinstance(weight, QuantizedWeight)
+        torch.testing.assert_close(weight.codes, codes[name], rtol=0, atol=0)
+        torch.testing.assert_close(found.network.get_submodule(name).weight, weight.dequantize(), rtol=0, atol=0)
+        moved += 1
+    assert moved == 28
+    ids = torch.arange(3, 90)[None]
+    artifacts.write(found, Recipe.model_validate({}), tmp_path / "artifact")
+    again = load(tmp_path / "artifact")
+    with torch.inference_mode():
+        ours, theirs = found.network(ids).logits.float(), again.network(ids).logits.float()
+    assert float((ours - theirs).norm() / ours.norm()) < 0.02
+
+
+def test_repair_of_norms_and_scales_may_follow_quantization_and_nothing_else_may() -> None:
+    def recipe(*steps: object) -> Recipe:
+        return Recipe.model_validate({"steps": list(steps)})
+
+    healed = {"distill/repair": {"scope": "norms and scales"}}
+    methods.check(recipe({"quantize/rtn": {}}, healed))
+    methods.check(recipe({"quantize/rtn": {}}, healed, {"quantize/kv_cache": {}}))
+    for steps in (
+        [{"quantize/rtn": {}}, {"distill/repair": {}}],
+        [{"quantize/rtn": {}}, healed, {"prune/magnitude": {}}],
+        [{"quantize/bitsandbytes": {}}, healed],
+    ):
+        with pytest.raises(BadRecipe):
+            methods.check(recipe(*steps))
+
+
+def test_a_chain_of_assistants_is_taught_one_by_the_other(context: Context, recorder: Recorder) -> None:
+    params = methods.get("distill/logits").params
+    made = params.model_validate({"student": "size", "hidden_size": 16, "num_blocks": 1})
+    assert list(assistants(in_memory(tiny_config()), made, 1)) == [(32, 2)]  # type: ignore[arg-type]
+    settings = {"student": "blocks", "keep_every": 3, "assistants": 1}
+    first = apply("distill/logits", in_memory(tiny_config()), context, **settings)
+    assert "assistant 1 of 1: 2 blocks of 64" in recorder.logs()
+    assert first.network.config.num_hidden_layers == 1
+    assert first.source == DEMO / "model"
+    second = apply("distill/logits", in_memory(tiny_config()), context, **settings)
+    assert "this assistant is finished" in recorder.logs()
+    for name, value in first.network.state_dict().items():
+        torch.testing.assert_close(second.network.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_checkpoint_can_be_the_student_and_vocabularies_may_differ_by_padding(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder
+) -> None:
+    own = tiny_folder(vocab_size=1344, num_hidden_layers=1)
+    model = load(tiny_folder())
+    found = apply("distill/logits", model, context, student="folder", folder=str(own))
+    assert found.network.config.vocab_size == 1344
+    assert found.source == model.source
+    large = tiny_folder(num_hidden_layers=4)
+    other = dataclasses.replace(context, folder=context.folder / "other")
+    apply("distill/logits", model, other, student="folder", folder=str(large), teacher_logits="live")
+    assert any("larger than the model" in line for line in recorder.logs())
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"temperature": 0}, "temperature"),
+        ({"steps": 0}, "steps"),
+        ({"keep_every": 9}, "keep_every 9 leaves no block of 4"),
+        ({"student": "size", "hidden_size": 100}, "not a multiple of the head size 64"),
+        ({"student": "current", "assistants": 1}, "assistants need a student"),
+        ({"student": "folder"}, "The model is empty"),
+        ({"teachers": "/nowhere/at/all"}, "There is no model folder"),
+        ({"text": "/nowhere.txt"}, "There is no calibration file"),
+        ({"text": "EMPTY"}, "is empty"),
+        ({"text": "SHORT"}, "one sequence needs 128"),
+        ({"teachers": "OTHER"}, "another tokenizer"),
+        ({"student": "folder", "folder": "OTHER"}, "another tokenizer"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    params: dict[str, object], words: str, tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    other = tiny_folder()
+    body = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(body.replace('"the"', '"teh"').replace('"Ġthe"', '"Ġteh"'))
+    (tmp_path / "EMPTY").write_text("\n")
+    (tmp_path / "SHORT").write_text("Ann.")
+    places = {"OTHER": str(other), "EMPTY": str(tmp_path / "EMPTY"), "SHORT": str(tmp_path / "SHORT")}
+    given = {key: places.get(str(value), value) for key, value in params.items()}
+    recipe = Recipe.model_validate({"steps": [{"distill/logits": given}], "measure": ["size"]})
+    with pytest.raises(InputError, match=words) as caught:
+        check(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_learning_rate_of_a_milliard_stops_as_diverged(context: Context) -> None:
+    from engine.errors import Diverged
+
+    with pytest.raises(Diverged, match=r"diverged at step \d+: .*Use a lower learning_rate"):
+        apply("distill/logits", in_memory(tiny_config()), context, learning_rate=1e9, steps=40)
