@@ -56,9 +56,9 @@ class Trial:
         return f"{found.value:.4g} ± {found.error:.2g}" if found.error is not None else f"{found.value:.3g}"
 
 
-def trial(name: str, steps: Sequence[object], measure: Sequence[str] = FIDELITY, calibration: str = "demo") -> Trial:
-    """Run the steps on the demo model, or read what they gave before."""
-    body = {"steps": list(steps), "measure": list(measure), "calibration": calibration}
+def trial(name: str, steps: Sequence[object], measure: Sequence[str] = FIDELITY, source: str = "demo") -> Trial:
+    """Run the steps on a model, or read what they gave before."""
+    body = {"model": source, "steps": list(steps), "measure": list(measure)}
     recipe = Recipe.model_validate(body)
     key = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
     file, folder = CACHE / f"{key}.json", CACHE / "home" / "runs" / key / "attempt-1"

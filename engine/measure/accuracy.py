@@ -20,7 +20,12 @@ from engine.records import Measurement
 
 def choices(model: LoadedModel, items: Sequence[Item]) -> list[int]:
     """The option that the model prefers, for each item."""
-    scores = [[0.0] * len(item.options) for item in items]
+    return [row.index(max(row)) for row in scores(model, items)]
+
+
+def scores(model: LoadedModel, items: Sequence[Item]) -> list[list[float]]:
+    """The total log-probability of each option of each item."""
+    found = [[0.0] * len(item.options) for item in items]
     # An option of one token can be read off the prompt's own prediction: one row for all options.
     rows: list[tuple[int, ...]] = []
     jobs: list[tuple[int, range]] = []  # which item, which of its options
@@ -37,8 +42,8 @@ def choices(model: LoadedModel, items: Sequence[Item]) -> list[int]:
             number, places = jobs[index]
             item = items[number]
             for place in places:
-                scores[number][place] = option_score(logs[line], len(item.prompt), item.options[place])
-    return [row.index(max(row)) for row in scores]
+                found[number][place] = option_score(logs[line], len(item.prompt), item.options[place])
+    return found
 
 
 def option_score(logs: Tensor, prompt: int, option: tuple[int, ...]) -> float:

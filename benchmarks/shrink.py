@@ -1,0 +1,194 @@
+"""Models of another shape: what pruning, distillation and the chain of both with quantization give and cost.
+
+    python -m benchmarks.shrink [part ...]     # sparsity, students, assistant, ensemble, chain; all: about an hour
+
+Writes README.md's sections of these names. Every line is a run of the real pipeline on the demo model, with text that
+the demo's own world tells (six million tokens from a seed that its training never used). What was run is kept in
+`.cache/trials`: a run goes on where another stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from benchmarks.sections import ROOT, write_section
+from benchmarks.trials import CACHE, FIDELITY, TASKS, Trial, table, trial
+from engine import hardware, pipeline
+from engine.measure import _text, accuracy
+from engine.models import load
+from engine.records import EventKind, Measurement
+
+DEMO = ROOT / "assets" / "demo"
+DOCUMENTS, SEED = 120_000, 12_345
+BATCH = 32
+SHORT, LONG = 800, 3000  # steps
+REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 300}}
+COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
+
+log = logging.getLogger("shrink")
+
+
+def text() -> str:
+    """A JSONL file of documents of the demo's world; made where it is not there."""
+    file = CACHE / "world.jsonl"
+    if not file.exists():
+        sys.path.insert(0, str(DEMO))
+        import world
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        documents = islice(world.stream(world.inhabitants(2000, 0), SEED, world.LAST), DOCUMENTS)
+        file.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    return str(file)
+
+
+def lesson(steps: int, **changes: JsonValue) -> dict[str, JsonValue]:
+    """A step of distillation on that text."""
+    usual: dict[str, JsonValue] = {"steps": steps, "batch": BATCH, "learning_rate": 0.002, "text": text()}
+    return {"distill/logits": usual | changes}
+
+
+def sparsity() -> str:
+    """Magnitude, Wanda and SparseGPT at the same zeros, before and after repair."""
+    trials = [trial("original", [])]
+    for pattern in ("unstructured", "2:4"):
+        shown = "half" if pattern == "unstructured" else pattern
+        for name in ("magnitude", "wanda", "sparsegpt"):
+            step: dict[str, JsonValue] = {f"prune/{name}": {"pattern": pattern}}
+            trials.append(trial(f"{name}, {shown}", [step]))
+            trials.append(trial(f"{name}, {shown}, repaired", [step, REPAIR]))
+    return table(trials, COLUMNS)
+
+
+def students() -> str:
+    """A student of half the blocks: long taught; and for the same short time taught, or given labels alone."""
+    trials = [
+        trial("original", []),
+        trial(f"half the blocks, distilled, {LONG:,} steps", [lesson(LONG, keep_every=2)]),
+        trial(f"half the blocks, distilled, {SHORT} steps", [lesson(SHORT, keep_every=2)]),
+        trial(f"half the blocks, labels alone, {SHORT} steps", [lesson(SHORT, keep_every=2, label_weight=1.0)]),
+    ]
+    original, student, taught, labels = trials
+    kept = student.measured["accuracy"].value / original.measured["accuracy"].value
+    size = 1 - student.measured["size.bytes"].value / original.measured["size.bytes"].value
+    seconds = latencies([original, student])
+    words = (
+        f"The student is {size:.0%} smaller, writes {seconds[0] / seconds[1]:.2f} times as fast (batch 1, medians in "
+        f"turns: {1e3 * seconds[1]:.2f} against {1e3 * seconds[0]:.2f} ms a token) and keeps {kept:.1%} of the original's "
+        f"accuracy. {margin('distilled', taught, 'labels alone', labels)}"
+    )
+    return f"{table(trials, COLUMNS)}\n\n{words}"
+
+
+def latencies(trials: Sequence[Trial], turns: int = 5) -> list[float]:
+    """Seconds for the next token at batch 1 of each, the median of medians taken in turns."""
+    found: list[list[float]] = [[] for _ in trials]
+    for _ in range(turns):
+        for place, each in enumerate(trials):
+
+            def hear(kind: EventKind, data: dict[str, JsonValue], place: int = place) -> None:
+                if kind == "measurement" and data["name"] == "latency.tpot":
+                    found[place].append(float(str(data["value"])))
+
+            pipeline.measure_folder(each.artifact, ("latency",), None, hear, lambda: None, "cpu")
+    return [statistics.median(each) for each in found]
+
+
+def margin(a_name: str, a: Trial, b_name: str, b: Trial) -> str:
+    """How far two accuracies are apart, in standard errors of their difference."""
+    first, second = a.measured["accuracy"], b.measured["accuracy"]
+    error = math.hypot(first.error or 0, second.error or 0)
+    return (
+        f"After the same tokens, {a_name} against {b_name}: {100 * (first.value - second.value):+.1f} points, "
+        f"{(first.value - second.value) / error:.1f} standard errors of the difference; KL "
+        f"{a.measured['kl'].value:.3g} against {b.measured['kl'].value:.3g}."
+    )
+
+
+def assistant() -> str:
+    """A student of about a tenth of the weights, taught by the original, and by an assistant of a size in between."""
+    tenth: dict[str, JsonValue] = {"student": "size", "hidden_size": 64, "num_blocks": 2}
+    direct = trial("a tenth, taught by the original", [lesson(SHORT, **tenth)])
+    helped = trial("a tenth, taught by an assistant", [lesson(SHORT, assistants=1, **tenth)])
+    trials = [trial("original", []), direct, helped]
+    gain = helped.measured["accuracy"].value - direct.measured["accuracy"].value
+    error = math.hypot(helped.measured["accuracy"].error or 0, direct.measured["accuracy"].error or 0)
+    verdict = "helped" if gain > 2 * error else "harmed" if gain < -2 * error else "made no difference beyond the error"
+    return f"{table(trials, COLUMNS)}\n\nThe assistant {verdict} ({100 * gain:+.1f} ± {100 * error:.1f} points)."
+
+
+def ensemble() -> str:
+    """Two students and the mean of their probabilities, distilled into one student of their size."""
+    members = [
+        trial(f"half the blocks, distilled, {SHORT} steps", [lesson(SHORT, keep_every=2)]),
+        trial(f"half the blocks, labels alone, {SHORT} steps", [lesson(SHORT, keep_every=2, label_weight=1.0)]),
+    ]
+    first, second = (str(each.artifact) for each in members)
+    pupil = trial(
+        "one student, taught by both", [lesson(SHORT, student="current", teachers=second)], FIDELITY[:-1], first
+    )
+    together = accuracy_of_mean([each.artifact for each in members])
+    share = pupil.measured["accuracy"].value / together.value
+    words = (
+        f"The mean of both students' probabilities is right in {100 * together.value:.1f} ± "
+        f"{100 * (together.error or 0):.1f} %; the one student keeps {share:.1%} of that."
+    )
+    return f"{table([*members, pupil], [column for column in COLUMNS if column != 'kl'])}\n\n{words}"
+
+
+def accuracy_of_mean(folders: Sequence[Path]) -> Measurement:
+    """The accuracy of the mean of several models' probabilities of each option."""
+    models = [load(folder) for folder in folders]
+    items = _text.items(models[0])
+    scores = [accuracy.scores(model, items) for model in models]
+    means = [[sum(map(math.exp, option)) for option in zip(*rows, strict=True)] for rows in zip(*scores, strict=True)]
+    return accuracy.measure(items, [row.index(max(row)) for row in means])[0]
+
+
+def chain() -> str:
+    """Prune, distill back, quantize; beside quantization alone at the nearest sizes."""
+    packed: dict[str, JsonValue] = {"head": True, "embeddings": True}
+    narrower: dict[str, JsonValue] = {"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64}
+    shallow: list[object] = [{"prune/depth": {"share": 0.25}}, lesson(SHORT, student="current")]
+    narrow: list[object] = [{"prune/width": narrower}, lesson(2 * SHORT, student="current")]
+    trials = [
+        trial("original", []),
+        trial("half: fewer blocks, distilled, 8 bit", [*shallow, {"quantize/gptq": {"bits": 8}}]),
+        trial("quarter: fewer blocks, distilled, 4 bit", [*shallow, {"quantize/gptq": {"bits": 4, **packed}}]),
+        trial("GPTQ 3 bit alone", [{"quantize/gptq": {"bits": 3, **packed}}]),
+        trial("GPTQ 2 bit alone", [{"quantize/gptq": {"bits": 2, **packed}}]),
+        trial("tenth: narrower, distilled, 4 bit", [*narrow, {"quantize/gptq": {"bits": 4, **packed}}]),
+    ]
+    return table(trials, COLUMNS)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "sparsity": sparsity, "students": students, "assistant": assistant, "ensemble": ensemble, "chain": chain,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the parts and write their sections."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all where none is named")
+    parts = parser.parse_args().parts or list(PARTS)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for name in parts:
+        body = PARTS[name]()
+        about = f"Measured {time.strftime('%Y-%m-%d')} on {hardware.machine()}; ± is one standard error."
+        log.info("%s\n%s", name, body)
+        write_section(ROOT / "README.md", name, f"{body}\n\n{about}")
+
+
+if __name__ == "__main__":
+    main()
