@@ -84,8 +84,8 @@ def students() -> str:
     seconds = latencies([original, student])
     words = (
         f"The student is {size:.0%} smaller, writes {seconds[0] / seconds[1]:.2f} times as fast (batch 1, medians in "
-        f"turns: {1e3 * seconds[1]:.2f} against {1e3 * seconds[0]:.2f} ms a token) and keeps {kept:.1%} of the original's "
-        f"accuracy. {margin('distilled', taught, 'labels alone', labels)}"
+        f"turns: {1e3 * seconds[1]:.2f} against {1e3 * seconds[0]:.2f} ms a token) and keeps {kept:.1%} of the "
+        f"original's accuracy. {margin('distilled', taught, 'labels alone', labels)}"
     )
     return f"{table(trials, COLUMNS)}\n\n{words}"
 
