@@ -11,7 +11,7 @@ from engine.measure import _text, accuracy, divergence, perplexity
 from engine.methods import Context
 from engine.models import LoadedModel, load
 from engine.preflight import DEMO
-from engine.prune import magnitude, wanda
+from engine.prune import low_rank, magnitude, sparsegpt, wanda
 from engine.quantize import awq, gptq, hqq, mixed, rtn
 
 
@@ -69,6 +69,17 @@ def test_wanda_harms_less_than_magnitude(demo: LoadedModel, context: Context) ->
     _, informed = damage(wanda, demo, context, sparsity=0.5)
     _, blind = damage(magnitude, demo, context, sparsity=0.5)
     assert informed < blind
+
+
+def test_sparsegpt_harms_less_than_wanda_and_water_filling_less_than_equal_shares(
+    demo: LoadedModel, context: Context
+) -> None:
+    _, made_up = damage(sparsegpt, demo, context, pattern="2:4", samples=32)
+    _, informed = damage(wanda, demo, context, pattern="2:4", samples=32)
+    assert made_up < 0.6 * informed
+    _, filled = damage(low_rank, demo, context, samples=32)
+    _, equal = damage(low_rank, demo, context, samples=32, allocation="uniform")
+    assert filled < 0.2 * equal
 
 
 def test_it_fits_into_the_repository() -> None:
