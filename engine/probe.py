@@ -25,17 +25,17 @@ FROM = 60.0  # seconds: what is expected to take less is not probed
 
 
 class Clock:
-    """Stands in a run's event stream's place and notes when a walk began its blocks and when it ended the first."""
+    """Stands in a run's event stream's place and adds up what walks spent in the first block: some methods take two."""
 
     def __init__(self) -> None:
-        self.began = self.ended = time.monotonic()
+        self.began, self.spent = time.monotonic(), 0.0
 
     def __call__(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
         if kind == "progress" and data["unit"] == "blocks":
-            if data["done"] == 0:
-                self.began = time.monotonic()
-            else:
-                self.ended = time.monotonic()
+            now = time.monotonic()
+            if data["done"] != 0:
+                self.spent += now - self.began
+            self.began = now
 
 
 def probe(recipe: Recipe, device: str, emit: Emit) -> None:
@@ -50,8 +50,8 @@ def probe(recipe: Recipe, device: str, emit: Emit) -> None:
             text = preflight.calibration_file(recipe.calibration)
             kept = Path(folder) / str(number)
             model = method.apply(model, params, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
-            once = time.monotonic() - start - (clock.ended - clock.began)
-            seconds += once + count * (clock.ended - clock.began)
+            once = time.monotonic() - start - clock.spent
+            seconds += once + count * clock.spent
     emit("estimate", {"memory": peak(device), "seconds": seconds, "probed": True})
 
 

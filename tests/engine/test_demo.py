@@ -7,11 +7,12 @@ from types import ModuleType
 import pytest
 import torch
 
+from engine.calibration import token_rows
 from engine.measure import _text, accuracy, divergence, perplexity
 from engine.methods import Context
 from engine.models import LoadedModel, load
 from engine.preflight import DEMO
-from engine.prune import magnitude, wanda
+from engine.prune import magnitude, sparsegpt, wanda
 from engine.quantize import awq, gptq, hqq, mixed, rtn
 
 
@@ -69,6 +70,22 @@ def test_wanda_harms_less_than_magnitude(demo: LoadedModel, context: Context) ->
     _, informed = damage(wanda, demo, context, sparsity=0.5)
     _, blind = damage(magnitude, demo, context, sparsity=0.5)
     assert informed < blind
+
+
+def test_sparsegpt_harms_less_than_wanda(demo: LoadedModel, context: Context) -> None:
+    rows = token_rows(demo.tokenizer, context.calibration, 128)[-16:]  # far behind the 32 that calibrate
+
+    @torch.no_grad()
+    def predicted(model: LoadedModel) -> torch.Tensor:
+        return model.network(rows).logits.float().log_softmax(-1)  # type: ignore[no-any-return]
+
+    original, harm = predicted(demo), {}
+    for method in (sparsegpt, wanda):
+        model, kept = load(DEMO / "model"), dataclasses.replace(context, folder=context.folder / method.__name__)
+        with torch.no_grad():
+            method.apply(model, method.Params(pattern="2:4", samples=32), kept)
+        harm[method] = float((original.exp() * (original - predicted(model))).sum(-1).mean())
+    assert harm[sparsegpt] < 0.6 * harm[wanda]
 
 
 def test_it_fits_into_the_repository() -> None:

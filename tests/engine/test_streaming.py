@@ -76,7 +76,7 @@ def test_methods_that_do_not_say_otherwise_hold_one_block(
     name: str, tiny_folder: Maker, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = methods.get(name)
-    short: dict[str, JsonValue] = {"samples": 4, "sequence_length": 32, "group_size": 16}
+    short: dict[str, JsonValue] = {"samples": 4, "sequence_length": 32, "group_size": 16, "multiple": 8}
     params = chosen.check({key: value for key, value in short.items() if key in chosen.params.model_fields})
     held: list[int] = []
     fill = models.Parts.fill
