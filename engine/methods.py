@@ -74,6 +74,12 @@ class Params(BaseModel):
             InputError: one line that names the file.
         """
 
+    def reshaped(
+        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]:
+        """The config.json and the tensors' shapes of what the step makes: the next step is checked on them."""
+        return config, tensors
+
     def cache_grid(self) -> CacheGrid | None:
         """How the model is to hold keys and values, for a step that says this and changes no weight."""
         return None
