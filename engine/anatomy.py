@@ -87,8 +87,13 @@ def of_dict(config: Mapping[str, JsonValue]) -> Anatomy:
     Raises:
         BadModel: the family is none of those that are known.
     """
+    return of(read(config))
+
+
+def read(config: Mapping[str, JsonValue]) -> PretrainedConfig:
+    """The config of a config.json."""
     found: PretrainedConfig = CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
-    return of(found)
+    return found
 
 
 def of(config: PretrainedConfig) -> Anatomy:

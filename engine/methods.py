@@ -86,6 +86,12 @@ class Params(BaseModel):
         """Whether a quantizing step leaves integer codes of our own, which a step that `keeps_codes` can go on from."""
         return True
 
+    def reshaped(
+        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]:
+        """The config.json and the tensors' shapes of what the step makes: the next step is checked on them."""
+        return config, tensors
+
     def cache_grid(self) -> CacheGrid | None:
         """How the model is to hold keys and values, for a step that says this and changes no weight."""
         return None

@@ -6,7 +6,7 @@ Knows a model by its config and headers alone (`engine.headers`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -96,9 +96,12 @@ def check(recipe: Recipe) -> Estimate:
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     if steps:
         _check_experts(steps, shape)
+    becoming = shape
     for method, params in steps:
-        _check_shapes(method, params, shape)
+        _check_shapes(method, params, becoming)
         params.check_sources(shape.folder)
+        config, tensors = params.reshaped(becoming.config, becoming.tensors)
+        becoming = replace(becoming, config=config, tensors=tensors)
     text = calibration_file(recipe.calibration)
     for _, params in steps:
         if isinstance(params, Calibrated):

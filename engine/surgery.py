@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -104,6 +105,17 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
         _correct(model.network, body, narrower, math.sqrt(body.channels / len(kept.channels)))
     _say(config.get_text_config(), body, kept)
     return assemble(model, config, narrower)
+
+
+def narrowed(config: Mapping[str, JsonValue], sizes: Mapping[Axis, int]) -> dict[str, JsonValue]:
+    """The config.json of a model that keeps so many units along these axes."""
+    body = anatomy.of_dict(config)
+    each = {axis: [range(size)] * body.blocks for axis, size in sizes.items()}
+    made = anatomy.read(config)
+    channels = range(sizes["channels"]) if "channels" in sizes else None
+    _say(made.get_text_config(), body, Kept(each.get("neurons"), each.get("heads"), channels))
+    changed: dict[str, JsonValue] = made.to_dict()
+    return changed
 
 
 def places(units: Tensor, kept: Sequence[int]) -> Tensor:

@@ -63,6 +63,11 @@ def measure(model: LoadedModel, baseline: LoadedModel, documents: Sequence[Docum
     agreement, agreement_error = ratio(agreed, counts)
     details: dict[str, JsonValue] = {"protocol": PROTOCOL + (OF_SHARED if shared is not None else ""),
                                      "tokens": sum(counts)}  # fmt: skip
+    if shared is not None:  # where these are fewer, the baseline reads the text worse than it could
+        texts = [str(baseline.tokenizer.decode(known_as(document.ids[1:], shared))) for document in documents]
+        details["tokens_of_baseline"] = sum(
+            map(len, baseline.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+        )
     return [
         Measurement(name="kl", value=value, error=error, unit="nat", higher_is_better=False, details=details),
         Measurement(

@@ -68,6 +68,16 @@ class Params(Calibrated):
             if config.get(key, harmless) not in (harmless, None):
                 raise BadModel(f"config.json says {key}: what a block computes depends on its number, so none can go.")
 
+    def reshaped(
+        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]:
+        """Fewer blocks; which, is not known yet, but blocks are alike."""
+        total = attention_sizes(config)[0]
+        left = total - self.removed(total)
+        numbers = {name: next((int(word) for word in name.split(".") if word.isdigit()), 0) for name in tensors}
+        key = "n_layer" if "n_layer" in config else "num_hidden_layers"
+        return {**config, key: left}, {name: shape for name, shape in tensors.items() if numbers[name] < left}
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Judge the blocks, or read what was judged before, and keep the others."""

@@ -12,6 +12,7 @@ damage wants repair by training after it (distillation with student `current`). 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -94,6 +95,23 @@ class Params(Calibrated):
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
         """Refuse families whose widths are tied, and shares that leave nothing or no multiple."""
         self.sizes(anatomy.of_dict(config))
+
+    def reshaped(
+        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]:
+        """Narrower linears; which units stay, is not known yet, but how many."""
+        body = anatomy.of_dict(config)
+        sizes = self.sizes(body)
+        found = {}
+        for name, shape in tensors.items():
+            entries = anatomy.units(body, name, shape) if name.endswith(".weight") and len(shape) <= 2 else []
+            found[name] = tuple(
+                size
+                if entry is None or entry[0] not in sizes
+                else len(surgery.places(entry[1], range(sizes[entry[0]])))
+                for size, entry in itertools.zip_longest(shape, entries)
+            )
+        return surgery.narrowed(config, sizes), found
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

@@ -88,10 +88,11 @@ def logits(model: LoadedModel, ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("name", ["demo", "added tokens", "ignoring merges", "all pairs"])
 def test_the_text_is_split_as_before_and_any_other_can_be_written(
-    name: str, text: Path, context: Context, tmp_path: Path
+    name: str, text: Path, context: Context, recorder: Recorder, tmp_path: Path
 ) -> None:
     model = made(name)
     smaller = method.apply(model, method.Params(text=str(text)), context)
+    assert any("times as many tokens as before" in line for line in recorder.logs())
     size = smaller.network.config.vocab_size
     assert 256 < size < model.network.config.vocab_size
     artifacts.write(smaller, Recipe(), tmp_path / "artifact")
@@ -174,6 +175,8 @@ def test_divergence_is_over_the_tokens_that_both_have(text: Path, context: Conte
     assert kl.value == pytest.approx(total / tokens, rel=1e-3)
     assert agreement.value == pytest.approx(same / tokens)
     assert "renormalised" in str(kl.details["protocol"])
+    whole = sum(len(encode(baseline.tokenizer, line)) - 1 for line in [*TEXT, UNSEEN[1]])
+    assert kl.details["tokens_of_baseline"] == whole < tokens  # the unseen line takes more
     itself = method.apply(in_memory(tiny_config(), torch.float32), method.Params(text=str(text)), context)
     assert divergence.measure(itself, baseline, documents)[0].value < 1e-6
     (found,) = outputs.measure(itself, baseline, ["The lamp"])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from engine import anatomy
+from engine import anatomy, preflight
 from engine.calibration import token_rows
 from engine.errors import BadModel, BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, blocks
 from engine.prune import _importance, width
 from engine.prune._importance import by_activation, by_taylor
+from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.engine.test_surgery import KNOWN, lively
 from tests.families import FAMILIES, MIXTURES
@@ -203,3 +207,28 @@ def test_coupled_families_lose_heads_and_channels_together(context: Context) -> 
     config = smaller.network.config
     assert (config.hidden_size, config.num_attention_heads, config.n_inner) == (32, 2, 128)
     assert smaller.network(torch.arange(9)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "falcon-groups"])
+def test_the_shapes_that_the_next_step_is_checked_on_are_those_that_come(family: str, context: Context) -> None:
+    model = in_memory(KNOWN[family])
+    body = anatomy.of(model.network.config)
+    settings = params(neurons=0.5, **({"heads": 0.5, "channels": 0.5} if body.coupled else {"heads": 0.5}))
+    tensors = {name: tuple(weight.shape) for name, weight in model.network.state_dict().items()}
+    config, shapes = settings.reshaped(model.network.config.to_dict(), tensors)
+    smaller = width.apply(model, settings, context)
+    weights = {name: tuple(w.shape) for name, w in smaller.network.state_dict().items() if name.endswith("weight")}
+    assert {name: shape for name, shape in shapes.items() if name in weights} == weights
+    assert anatomy.of_dict(config) == anatomy.of(smaller.network.config)
+
+
+def test_a_group_that_the_narrower_model_has_not_is_refused_before_work(tiny_folder: Callable[..., Path]) -> None:
+    steps = [{"prune/width": {"neurons": 0.25}}, {"prune/depth": {"count": 2}}, {"quantize/rtn": {"group_size": 64}}]
+    recipe = {"model": str(tiny_folder()), "steps": steps, "measure": ["size"]}
+    with pytest.raises(BadParams, match=r"64 .*96 inputs|96 inputs"):
+        preflight.check(Recipe.model_validate(recipe))
+    steps[2] = {"quantize/rtn": {"group_size": 32}}
+    preflight.check(Recipe.model_validate(recipe))
+    steps[2] = {"prune/depth": {"count": 1}}
+    with pytest.raises(BadParams, match="all 1 blocks would be removed"):
+        preflight.check(Recipe.model_validate(recipe))
