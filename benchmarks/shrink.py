@@ -32,7 +32,7 @@ from engine.records import EventKind, Measurement
 DEMO = ROOT / "assets" / "demo"
 DOCUMENTS, SEED = 120_000, 12_345
 BATCH = 32
-SHORT, LONG = 800, 3000  # steps
+SHORT, LONG = 400, 1500  # steps
 REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 300}}
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
