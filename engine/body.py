@@ -5,8 +5,9 @@ So that the logits of all tokens need not exist at once, and packed documents do
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,3 +125,14 @@ def _isolates(body: Body, ids: Tensor) -> bool:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and float((a.float() - b.float()).norm()) <= CLOSE * float(b.float().norm())
+
+
+@contextlib.contextmanager
+def eager(network: PreTrainedModel) -> Iterator[None]:
+    """Let a network compute attention plainly meanwhile: its maps can be seen, and short rows are fast on a CPU."""
+    before = network.config._attn_implementation
+    network.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(before)

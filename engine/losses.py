@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional
 
 Divergence = Literal["forward", "reverse", "js"]
-CHUNK = 1 << 20  # logits that exist at once on a CPU: 4 MiB in float32, what its caches hold
+CHUNK = 1 << 18  # logits that exist at once on a CPU: 1 MiB in float32, what its caches hold
+FEWEST = 128
 CHUNK_CUDA = 1 << 27  # and on a GPU, where few large products are fast
 
 
@@ -124,8 +125,8 @@ def averaged(logps: Sequence[Tensor]) -> Tensor:
 
 
 def chunk_size(vocabulary: int, device: torch.device) -> int:
-    """How many tokens' logits are computed at once."""
-    return max(16, (CHUNK_CUDA if device.type == "cuda" else CHUNK) // vocabulary)
+    """How many tokens' logits are computed at once; `FEWEST` at least: each piece adds to the head's gradient."""
+    return max(FEWEST, (CHUNK_CUDA if device.type == "cuda" else CHUNK) // vocabulary)
 
 
 def chunked(

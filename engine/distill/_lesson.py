@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import hardware
-from engine.body import Body
+from engine.body import Body, eager
 from engine.checkpoint import read_config
 from engine.distill._settings import CacheParams, TrainingParams
 from engine.losses import Objective, chunk_size, chunked, pieces
@@ -21,6 +22,7 @@ from engine.teachers import Answers, Cached, Live, Teacher, cached, load_live
 from engine.tokens import check_same_tokenizer
 from engine.training import Extras, train
 
+SHORT = 256  # tokens of a sequence up to which plain attention trains faster on a CPU than the fused kernel
 KL = Objective()  # how a student is judged, whatever it is taught with
 
 
@@ -142,7 +144,11 @@ class Lesson:
             tokens=params.sequence_length, beside=beside or {}, begin=begin, trainable=trainable,
             held_out=self.held_out if self.judge is not None else None,
         )  # fmt: skip
-        train(self.student, numbers, loss_of or self.batch_loss, params.schedule, context, extras=extras)
+        plain = self.student.device.type == "cpu" and params.sequence_length <= SHORT
+        with contextlib.ExitStack() as stack:
+            if plain and self.body.isolation == "positions":
+                stack.enter_context(eager(self.student.network))
+            train(self.student, numbers, loss_of or self.batch_loss, params.schedule, context, extras=extras)
 
 
 def beneath(context: Context, name: str) -> Context:

@@ -19,7 +19,6 @@ training text.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from pydantic import Field
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from engine.body import Body
+from engine.body import Body, eager
 from engine.distill._lesson import Lesson, read, shared_vocabulary, token_loss
 from engine.distill._settings import ObjectiveParams, StudentParams, TrainingParams
 from engine.distill._student import choose, spread
@@ -143,14 +142,3 @@ def attention_loss(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tens
         logp = got.clamp_min(1e-12).log()
         parts.append(functional.kl_div(logp, wanted, reduction="sum") / tokens)
     return torch.stack(parts).mean()
-
-
-@contextlib.contextmanager
-def eager(network: PreTrainedModel) -> Iterator[None]:
-    """Let a network compute its attention plainly meanwhile, so that its maps can be seen."""
-    before = network.config._attn_implementation
-    network.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        network.set_attn_implementation(before)
