@@ -1,6 +1,6 @@
 """Models of another shape: what pruning, distillation and the chain of both with quantization give and cost.
 
-    python -m benchmarks.shrink [part ...]     # sparsity, students, assistant, ensemble, chain; all: about an hour
+    python -m benchmarks.shrink [part ...]     # sparsity, students, assistant, ensemble, chain; all: an hour and a half on two cores
 
 Writes README.md's sections of these names. Every line is a run of the real pipeline on the demo model, with text that
 the demo's own world tells (six million tokens from a seed that its training never used). What was run is kept in
@@ -32,7 +32,7 @@ from engine.records import EventKind, Measurement
 DEMO = ROOT / "assets" / "demo"
 DOCUMENTS, SEED = 120_000, 12_345
 BATCH = 32
-SHORT, LONG = 400, 1500  # steps
+SHORT, LONG = 600, 3000  # steps
 REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 300}}
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
