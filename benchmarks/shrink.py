@@ -1,6 +1,6 @@
 """Models of another shape: what pruning, distillation and the chain of both with quantization give and cost.
 
-    python -m benchmarks.shrink [part ...]     # sparsity, students, assistant, ensemble, chain; all: an hour and a half on two cores
+    python -m benchmarks.shrink [part ...]    # of sparsity, students, assistant, ensemble, chain; all: about an hour
 
 Writes README.md's sections of these names. Every line is a run of the real pipeline on the demo model, with text that
 the demo's own world tells (six million tokens from a seed that its training never used). What was run is kept in

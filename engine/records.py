@@ -65,6 +65,8 @@ class Recipe(Record):
 
     def title(self) -> str:
         """A short name: the methods with the settings that matter, or `original`."""
+        if not self.steps and self.measure == ("sensitivity",):
+            return "what each block can bear"
         return " → ".join(_step_title(step) for step in self.steps) or "original"
 
 

@@ -18,7 +18,7 @@ from pydantic import JsonValue, ValidationError
 
 from engine.errors import BadModel, UnknownName
 from engine.methods import field_kind, get
-from engine.records import RUN_ID, Measurement, Output, Recipe, Record, Run, Status
+from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
 from engine.scheduler import Scheduler
 from engine.store import Store
 from ui import wording
@@ -166,7 +166,7 @@ class Desk:
     def baseline(self, recipe: Recipe, owner: str) -> Entry | None:
         """The newest finished run of the same model without steps; for the demo the stored one otherwise."""
         for entry in self.entries(owner):
-            if entry.run.recipe.model == recipe.model and not entry.run.recipe.steps:
+            if entry.run.recipe.model == recipe.model and is_original(entry.run):
                 return entry
         return None
 
@@ -221,6 +221,11 @@ class Desk:
     def _read(self, run: Run) -> Entry:
         measured, outputs = self.store.measurements(run.id), tuple(self.store.outputs(run.id))
         return Entry(run.id, wording.run_label(run), run, measured, outputs)
+
+
+def is_original(run: Run) -> bool:
+    """Whether a run measured a model as it is, and more than what its blocks can bear."""
+    return not run.recipe.steps and bool(set(run.recipe.measure) & set(USUAL_MEASURES))
 
 
 def read_stored(path: Path) -> StoredComparison | None:

@@ -42,7 +42,7 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
         with gr.Tabs(elem_id="mq-tabs") as tabs:
             with gr.Tab(say("tab.compare"), id="compare") as compare_tab:
                 comparing = compare.build(desk)
-            with gr.Tab(say("tab.compress"), id="compress"):
+            with gr.Tab(say("tab.compress"), id="compress") as compress_tab:
                 making = compress.build(desk, page)
             with gr.Tab(say("tab.runs"), id="runs") as runs_tab:
                 running = runs.build(desk, journal)
@@ -53,6 +53,12 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
         _wire_load(desk, page, tabs, comparing, making, running)
         _wire_between(desk, tabs, comparing, making, running)
         _wire_tabs(desk, compare_tab, runs_tab, comparing, running)
+
+        @edge
+        def open_compress(draft: compress.Draft, request: gr.Request) -> object:
+            return compress.bearing(desk, draft, request)
+
+        on([compress_tab.select], open_compress, [making.draft], [making.blocks])
     return page, desk
 
 
@@ -132,8 +138,16 @@ def _wire_between(
         pair = [gr.update(choices=names, value=a), gr.update(choices=names, value=run.id)]
         return [gr.Tabs(selected="compare"), *pair, *compare.render(desk, owner, a, run.id, "", "same", cost, quality)]
 
-    begun = on([making.start.click], start, [making.draft, making.original], [tabs, running.picked, running.timer])
-    begun.then(running.tick, running.inputs, running.outputs, show_progress="hidden", api_visibility="private")
+    @edge
+    def look(draft: compress.Draft, request: gr.Request) -> object:
+        return [gr.Tabs(selected="runs"), compress.submit_look(desk, draft, request), gr.update(active=True)]
+
+    opened: list[Block] = [tabs, running.picked, running.timer]
+    for begun in (
+        on([making.start.click], start, [making.draft, making.original], opened),
+        on([making.look.click], look, [making.draft], opened),
+    ):
+        begun.then(running.tick, running.inputs, running.outputs, show_progress="hidden", api_visibility="private")
     chosen = [running.picked, comparing.cost, comparing.quality]
     on([running.compare.click], compare_it, chosen, [tabs, comparing.a, comparing.b, *comparing.pair])
 

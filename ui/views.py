@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from engine.recipes import dump_recipe
 from engine.records import Measurement, Run, Status
-from ui import audit, live, markup, wording
+from ui import audit, live, markup, sensitivity, wording
 from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
@@ -208,6 +208,10 @@ def run_detail(
     if truth := _estimate(run, story, series):
         parts.append(truth)
     parts += [_live(item, run, story) for item in series]
+    if entry is not None and sensitivity.NAME in entry.measured:
+        parts.append(
+            tag("section", tag("h3", say("sensitivity.title")), sensitivity.table(entry.measured[sensitivity.NAME]))
+        )
     whole = entry.measured.get("size.bits_per_weight") if entry is not None else None
     parts.append(audit.report([*story.linears.values()], story.budget, whole.value if whole else None))
     if run.status is Status.SUCCEEDED:

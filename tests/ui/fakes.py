@@ -172,13 +172,16 @@ def running(scheduler: FakeScheduler, recipe: Recipe, owner: str) -> Run:
     return run
 
 
-def finished(scheduler: FakeScheduler, recipe: Recipe, owner: str, shrink: float = 1.0, worse: float = 0.0) -> Run:
-    """A run that succeeded, with measurements, outputs and an artifact folder."""
+def finished(
+    scheduler: FakeScheduler, recipe: Recipe, owner: str, shrink: float = 1.0, worse: float = 0.0,
+    measurements: list[Measurement] | None = None,
+) -> Run:  # fmt: skip
+    """A run that succeeded, with measurements (the usual ones where none are given), outputs and an artifact folder."""
     run = running(scheduler, recipe, owner)
     folder = scheduler.home / "runs" / run.id / f"attempt-{run.attempt}" / "artifact"
     folder.mkdir(parents=True)
     events: list[tuple[EventKind, dict[str, JsonValue]]] = [("artifact", {"path": "artifact"})]
-    events += [("measurement", m.model_dump(mode="json")) for m in measured(shrink, worse)]
+    events += [("measurement", m.model_dump(mode="json")) for m in measurements or measured(shrink, worse)]
     events += [("output", o.model_dump(mode="json")) for o in outputs(small=shrink != 1)]
     events.append(("finished", {"status": "succeeded", "reason": ""}))
     say(scheduler, run, *events, start=200)

@@ -11,12 +11,12 @@ from engine.errors import BadParams
 from engine.records import Measurement, Recipe, Run, Status
 from engine.scheduler import Scheduler
 from tests.ui import fakes
+from tests.ui.conftest import ANNA
 from tests.ui.fakes import FakeScheduler
 from ui import scaling
 from ui.desk import Desk, Entry
 from ui.pages import scaling as page
 
-ANNA = "anna-0123456789abcdef"
 LLAMA = {"architecture": "llama", "vocabulary": "0123456789ab"}
 
 

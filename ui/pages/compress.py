@@ -21,8 +21,8 @@ from engine.errors import BadParams, BadRecipe, MaquetteError
 from engine.methods import check, get, methods
 from engine.recipes import dump_recipe, load_recipe
 from engine.records import Recipe, Step
-from ui import form, markup
-from ui.desk import FIRST, Desk
+from ui import form, markup, sensitivity
+from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
 from ui.wiring import on
 from ui.wording import say
@@ -56,6 +56,8 @@ class CompressPage:
     preset: gr.Radio
     start: gr.Button
     original: gr.Checkbox
+    look: gr.Button
+    blocks: gr.HTML
 
 
 def build(desk: Desk, page: gr.Blocks) -> CompressPage:
@@ -71,6 +73,9 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
             )  # fmt: skip
             names = [(say(f"preset.{name}"), name) for name in PRESETS]
             preset = gr.Radio(names, value="gptq4", label=say("compress.preset"), elem_id="mq-preset")
+            with gr.Accordion(say("sensitivity.title"), open=False, elem_id="mq-sensitivity"):
+                blocks = gr.HTML()
+                look = gr.Button(say("sensitivity.measure"), size="sm")
             with gr.Accordion(say("compress.steps"), open=False, elem_id="mq-steps"):
                 cards(draft, shape, page)
                 with gr.Row():
@@ -111,15 +116,15 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
     def model(source: str, draft: Draft) -> Draft:
         return {**draft, "model": {**_object(draft.get("model")), "source": str(source).strip() or "demo"}}
 
-    def follow(draft: Draft) -> object:
-        return [judge(desk, draft), describe(draft)]
+    def follow(draft: Draft, request: gr.Request) -> object:
+        return [judge(desk, draft), describe(draft), bearing(desk, draft, request)]
 
     on([preset.input], choose, [preset, draft, shape], [draft, shape])
     on([add.click], append, [method, draft, shape], [draft, shape])
     on([read.click], paste, [text, shape], [draft, shape, source])
     on([source.change], model, [source, draft], [draft])
-    on([draft.change, page.load], follow, [draft], [meter, written])
-    return CompressPage(draft, shape, source, preset, start, original)
+    on([draft.change, page.load], follow, [draft], [meter, written, blocks])
+    return CompressPage(draft, shape, source, preset, start, original, look, blocks)
 
 
 def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
@@ -246,6 +251,26 @@ def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request) -> str
     return desk.scheduler.submit(recipe, owner).id
 
 
+def bearing(desk: Desk, draft: Draft, request: gr.Request) -> Markup:
+    """What each block of the draft's model can bear, where that was measured."""
+    try:
+        return sensitivity.table(sensitivity.newest(desk.entries(visitor(request)), as_recipe(draft).model))
+    except Exception as error:
+        return markup.notice(line(error), "bad")
+
+
+def submit_look(desk: Desk, draft: Draft, request: gr.Request) -> str:
+    """Queue the measuring of each block of the draft's model; returns the run's id.
+
+    Raises:
+        InputError: the model cannot be used, or the visitor has too many runs waiting.
+    """
+    recipe = as_recipe(draft)
+    asked = sensitivity.recipe(recipe.model, recipe.calibration)
+    desk.check_sources(asked)
+    return desk.scheduler.submit(asked, visitor(request)).id
+
+
 def recipe_from_link(desk: Desk, text: str) -> Recipe:
     """The recipe of a `?recipe=` address, judged as any other input.
 
@@ -261,7 +286,7 @@ def recipe_from_link(desk: Desk, text: str) -> Recipe:
 
 def _has_original(desk: Desk, recipe: Recipe, owner: str) -> bool:
     return any(
-        run.recipe.model == recipe.model and not run.recipe.steps and (not run.status.final or run.artifact)
+        run.recipe.model == recipe.model and is_original(run) and (not run.status.final or run.artifact)
         for run in desk.runs(owner)
     )
 
