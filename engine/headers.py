@@ -231,3 +231,13 @@ def experts(config: Mapping[str, JsonValue]) -> int:
 def integer(value: object) -> int:
     """A whole number of a config, 0 where it is none."""
     return value if isinstance(value, int) else 0
+
+
+Tensors = dict[str, tuple[int, ...]]
+
+
+def fewer_blocks(config: dict[str, JsonValue], tensors: Tensors, left: int) -> tuple[dict[str, JsonValue], Tensors]:
+    """The config and the tensors of a model that keeps so many of its blocks, which are alike."""
+    numbers = {name: next((int(word) for word in name.split(".") if word.isdigit()), -1) for name in tensors}
+    key = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    return {**config, key: left}, {name: shape for name, shape in tensors.items() if numbers[name] < left}

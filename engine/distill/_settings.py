@@ -13,7 +13,7 @@ from engine.errors import BadModel, BadParams, short
 from engine.headers import integer
 from engine.losses import Divergence, Objective
 from engine.methods import Params
-from engine.preflight import calibration_file, check_text, resolve
+from engine.preflight import attention_sizes, calibration_file, check_text, resolve
 from engine.tokens import check_same_files
 from engine.training import Schedule
 
@@ -129,6 +129,21 @@ class StudentParams(Params):
             if "quantization_config" in headers.inspect(own).config:
                 raise BadModel(f"{short(own.name)} is quantized; its codes cannot be trained. Name the original.")
             check_same_files(folder, own)
+
+    def reshaped(
+        self, config: dict[str, JsonValue], tensors: headers.Tensors
+    ) -> tuple[dict[str, JsonValue], headers.Tensors]:
+        """Those of the student; of a new network the blocks' are not known before it is built."""
+        if self.student == "folder":
+            found = headers.inspect(resolve(self.folder))
+            return found.config, found.tensors
+        if self.student == "blocks":
+            return headers.fewer_blocks(config, tensors, attention_sizes(config)[0] // self.keep_every)
+        if self.student == "size":
+            _, beside = headers.fewer_blocks(config, tensors, 0)
+            named, _ = headers.fewer_blocks(config, {}, self.num_blocks)
+            return named | {"hidden_size": self.hidden_size}, beside
+        return config, tensors
 
     def notes(self, folder: Path, device: str) -> Sequence[str]:
         """Say where the student is the teacher, or larger."""

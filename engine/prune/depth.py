@@ -20,7 +20,7 @@ from typing import Literal, cast
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from engine import influence, scores
+from engine import headers, influence, scores
 from engine.calibration import token_rows
 from engine.errors import BadModel, BadParams
 from engine.methods import Calibrated, Context
@@ -69,14 +69,11 @@ class Params(Calibrated):
                 raise BadModel(f"config.json says {key}: what a block computes depends on its number, so none can go.")
 
     def reshaped(
-        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
-    ) -> tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]:
-        """Fewer blocks; which, is not known yet, but blocks are alike."""
+        self, config: dict[str, JsonValue], tensors: headers.Tensors
+    ) -> tuple[dict[str, JsonValue], headers.Tensors]:
+        """Fewer blocks; which, is not known yet."""
         total = attention_sizes(config)[0]
-        left = total - self.removed(total)
-        numbers = {name: next((int(word) for word in name.split(".") if word.isdigit()), 0) for name in tensors}
-        key = "n_layer" if "n_layer" in config else "num_hidden_layers"
-        return {**config, key: left}, {name: shape for name, shape in tensors.items() if numbers[name] < left}
+        return headers.fewer_blocks(config, tensors, total - self.removed(total))
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

@@ -255,10 +255,35 @@ def test_a_good_recipe_passes_and_is_estimated(tiny_folder: Maker) -> None:
 
 
 @pytest.mark.parametrize(
+    ("student", "refused"),
+    [
+        ({"keep_every": 3}, "all 1 blocks would be removed"),
+        ({"keep_every": 1}, ""),
+        ({"student": "size", "hidden_size": 32, "num_blocks": 1}, "all 1 blocks would be removed"),
+        ({"student": "size", "hidden_size": 32, "num_blocks": 2}, ""),
+    ],
+)
+def test_a_step_is_checked_on_the_student_that_the_step_before_leaves(
+    student: dict[str, object], refused: str, tiny_folder: Maker
+) -> None:
+    chain = recipe(tiny_folder(), {"distill/logits": student}, {"prune/depth": {"count": 1}})
+    if refused:
+        assert refused in refuse(chain)
+    else:
+        preflight.check(chain)
+
+
+def test_a_group_that_fits_the_original_alone_is_refused_behind_width_pruning(tiny_folder: Maker) -> None:
+    narrower = {"prune/width": {"neurons": 0.25, "multiple": 32}}  # 96 of 128
+    words = refuse(recipe(tiny_folder(), narrower, {"quantize/gptq": {"group_size": 64}}))
+    assert "does not divide the 96 inputs of model.layers.0.mlp.down_proj" in words
+
+
+@pytest.mark.parametrize(
     ("step", "gpu", "words"),
     [
         ({"prune/wanda": {}}, False, "Wanda: No smaller and no faster here: the zeros stay dense."),
-        ({"prune/magnitude": {"storage": "bitmask"}}, False, "the file becomes smaller; memory and speed do not."),
+        ({"prune/magnitude": {"storage": "bitmask"}}, False, "The file becomes smaller; memory and speed do not."),
         ({"prune/sparsegpt": {"pattern": "2:4"}}, False, "No smaller and no faster here"),
         ({"prune/sparsegpt": {"pattern": "2:4"}}, True, "no smaller; where CUDA's 2:4 kernel takes a linear"),
         ({"quantize/gptq": {"sparsity": 0.5, "group_size": 32}}, False, "zeros take as many bits"),
