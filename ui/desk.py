@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import JsonValue, ValidationError
 
 from engine.errors import BadModel, UnknownName
-from engine.methods import field_kind, get
+from engine.methods import Selection, field_kind, get
 from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
 from engine.scheduler import Scheduler
 from engine.store import Store
@@ -204,7 +204,8 @@ class Desk:
         texts = [recipe.model.source, recipe.calibration]
         for step in recipe.steps:
             fields = get(step.method).params.model_fields
-            texts += [str(v) for k, v in step.params.items() if k in fields and field_kind(fields[k]) == "str"]
+            named = {k for k in fields if field_kind(fields[k]) == "str"} - set(Selection.model_fields)  # no patterns
+            texts += [str(value) for key, value in step.params.items() if key in named]
         if any(text not in ("demo", "") for text in texts):
             raise BadModel(say("error.not_local"))
 

@@ -73,6 +73,7 @@ def test_folders_and_files_of_a_shared_server_are_refused(desk: Desk) -> None:
         with pytest.raises(InputError, match="shared server"):
             desk.check_sources(Recipe.model_validate(body))
     desk.check_sources(Recipe(steps=fakes.HALF.steps))
+    desk.check_sources(Recipe.model_validate({"steps": [{"quantize/gptq": {"targets": "*.mlp.*"}}]}))
 
 
 def test_an_error_is_one_line_and_a_surprise_has_a_number() -> None:
