@@ -34,6 +34,7 @@ DOCUMENTS, SEED = 120_000, 12_345
 BATCH = 32
 SHORT, LONG = 600, 3000  # steps
 REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 300}}
+STUDENTS = {1: "Half the blocks", 2: "Three of four"}
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
 log = logging.getLogger("shrink")
@@ -70,24 +71,37 @@ def sparsity() -> str:
     return table(trials, COLUMNS)
 
 
-def students() -> str:
-    """A student of half the blocks: long taught; and for the same short time taught, or given labels alone."""
-    trials = [
-        trial("original", []),
-        trial(f"half the blocks, distilled, {LONG:,} steps", [lesson(LONG, keep_every=2)]),
-        trial(f"half the blocks, distilled, {SHORT} steps", [lesson(SHORT, keep_every=2)]),
-        trial(f"half the blocks, labels alone, {SHORT} steps", [lesson(SHORT, keep_every=2, label_weight=1.0)]),
+def shallow(**changes: JsonValue) -> list[object]:
+    """Three of the four blocks, trained for a short time."""
+    return [{"prune/depth": {"share": 0.25}}, lesson(SHORT, student="current", **changes)]
+
+
+def taught_and_not() -> list[Trial]:
+    """Two students of three of the four blocks: one taught by the original, one given labels alone."""
+    return [
+        trial(f"three of four blocks, distilled, {SHORT} steps", shallow()),
+        trial(f"three of four blocks, labels alone, {SHORT} steps", shallow(label_weight=1.0)),
     ]
-    original, student, taught, labels = trials
+
+
+def students() -> str:
+    """Students of half and of three quarters of the blocks; the latter taught, and given labels alone."""
+    half = trial(f"half the blocks, distilled, {LONG:,} steps", [lesson(LONG, keep_every=2)])
+    trials = [trial("original", []), half, *taught_and_not()]
+    seconds = latencies(trials[:3])
+    words = [bar(name, trials[0], trials[number], seconds[0], seconds[number]) for number, name in STUDENTS.items()]
+    words.append(margin("distilled", trials[2], "labels alone", trials[3]))
+    return f"{table(trials, COLUMNS)}\n\n{' '.join(words)}"
+
+
+def bar(name: str, original: Trial, student: Trial, before: float, after: float) -> str:
+    """What a student saves and keeps; seconds a token before and after."""
     kept = student.measured["accuracy"].value / original.measured["accuracy"].value
     size = 1 - student.measured["size.bytes"].value / original.measured["size.bytes"].value
-    seconds = latencies([original, student])
-    words = (
-        f"The student is {size:.0%} smaller, writes {seconds[0] / seconds[1]:.2f} times as fast (batch 1, medians in "
-        f"turns: {1e3 * seconds[1]:.2f} against {1e3 * seconds[0]:.2f} ms a token) and keeps {kept:.1%} of the "
-        f"original's accuracy. {margin('distilled', taught, 'labels alone', labels)}"
+    return (
+        f"{name}: {size:.0%} smaller, {before / after:.2f} times as fast (batch 1, medians in turns: {1e3 * after:.2f} "
+        f"against {1e3 * before:.2f} ms a token), {kept:.1%} of the original's accuracy."
     )
-    return f"{table(trials, COLUMNS)}\n\n{words}"
 
 
 def latencies(trials: Sequence[Trial], turns: int = 5) -> list[float]:
@@ -129,10 +143,7 @@ def assistant() -> str:
 
 def ensemble() -> str:
     """Two students and the mean of their probabilities, distilled into one student of their size."""
-    members = [
-        trial(f"half the blocks, distilled, {SHORT} steps", [lesson(SHORT, keep_every=2)]),
-        trial(f"half the blocks, labels alone, {SHORT} steps", [lesson(SHORT, keep_every=2, label_weight=1.0)]),
-    ]
+    members = taught_and_not()
     first, second = (str(each.artifact) for each in members)
     pupil = trial(
         "one student, taught by both", [lesson(SHORT, student="current", teachers=second)], FIDELITY[:-1], first
@@ -159,12 +170,11 @@ def chain() -> str:
     """Prune, distill back, quantize; beside quantization alone at the nearest sizes."""
     packed: dict[str, JsonValue] = {"head": True, "embeddings": True}
     narrower: dict[str, JsonValue] = {"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64}
-    shallow: list[object] = [{"prune/depth": {"share": 0.25}}, lesson(SHORT, student="current")]
     narrow: list[object] = [{"prune/width": narrower}, lesson(2 * SHORT, student="current")]
     trials = [
         trial("original", []),
-        trial("half: fewer blocks, distilled, 8 bit", [*shallow, {"quantize/gptq": {"bits": 8}}]),
-        trial("quarter: fewer blocks, distilled, 4 bit", [*shallow, {"quantize/gptq": {"bits": 4, **packed}}]),
+        trial("half: fewer blocks, distilled, 8 bit", [*shallow(), {"quantize/gptq": {"bits": 8}}]),
+        trial("quarter: fewer blocks, distilled, 4 bit", [*shallow(), {"quantize/gptq": {"bits": 4, **packed}}]),
         trial("GPTQ 3 bit alone", [{"quantize/gptq": {"bits": 3, **packed}}]),
         trial("GPTQ 2 bit alone", [{"quantize/gptq": {"bits": 2, **packed}}]),
         trial("tenth: narrower, distilled, 4 bit", [*narrow, {"quantize/gptq": {"bits": 4, **packed}}]),
