@@ -32,9 +32,10 @@ from engine.records import EventKind, Measurement
 DEMO = ROOT / "assets" / "demo"
 DOCUMENTS, SEED = 120_000, 12_345
 BATCH = 32
-SHORT, LONG = 600, 3000  # steps
+SHORT, MIDDLE, LONG = 600, 1200, 3000  # steps
+QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
+HALF: dict[str, JsonValue] = {"prune/depth": {"share": 0.5}}
 REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 300}}
-STUDENTS = {1: "Half the blocks", 2: "Three of four"}
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
 log = logging.getLogger("shrink")
@@ -73,7 +74,7 @@ def sparsity() -> str:
 
 def shallow(**changes: JsonValue) -> list[object]:
     """Three of the four blocks, trained for a short time."""
-    return [{"prune/depth": {"share": 0.25}}, lesson(SHORT, student="current", **changes)]
+    return [QUARTER, lesson(SHORT, student="current", **changes)]
 
 
 def taught_and_not() -> list[Trial]:
@@ -85,21 +86,29 @@ def taught_and_not() -> list[Trial]:
 
 
 def students() -> str:
-    """Students of half and of three quarters of the blocks; the latter taught, and given labels alone."""
-    half = trial(f"half the blocks, distilled, {LONG:,} steps", [lesson(LONG, keep_every=2)])
-    trials = [trial("original", []), half, *taught_and_not()]
-    seconds = latencies(trials[:3])
-    words = [bar(name, trials[0], trials[number], seconds[0], seconds[number]) for number, name in STUDENTS.items()]
-    words.append(margin("distilled", trials[2], "labels alone", trials[3]))
-    return f"{table(trials, COLUMNS)}\n\n{' '.join(words)}"
+    """Smaller and smaller students; three of four blocks with the teacher, and with labels alone."""
+    narrower: dict[str, JsonValue] = {"prune/width": {"neurons": 0.5}}
+    smaller = [
+        trial(f"every second block, {LONG:,} steps", [lesson(LONG, keep_every=2)]),
+        trial(f"the two blocks of most influence, {MIDDLE:,} steps", [HALF, lesson(MIDDLE, student="current")]),
+        trial(
+            f"three blocks, half the neurons, {MIDDLE:,} steps", [QUARTER, narrower, lesson(MIDDLE, student="current")]
+        ),
+    ]
+    compared = taught_and_not()
+    trials = [trial("original", []), *smaller, *compared]
+    seconds = latencies(trials[:-1])
+    words = [bar(trials[0], each, seconds[0], now) for each, now in zip(trials[1:-1], seconds[1:], strict=True)]
+    words.append(margin("distilled", compared[0], "labels alone", compared[1]))
+    return f"{table(trials, COLUMNS)}\n\n" + "\n".join(f"- {each}" for each in words)
 
 
-def bar(name: str, original: Trial, student: Trial, before: float, after: float) -> str:
+def bar(original: Trial, student: Trial, before: float, after: float) -> str:
     """What a student saves and keeps; seconds a token before and after."""
     kept = student.measured["accuracy"].value / original.measured["accuracy"].value
     size = 1 - student.measured["size.bytes"].value / original.measured["size.bytes"].value
     return (
-        f"{name}: {size:.0%} smaller, {before / after:.2f} times as fast (batch 1, medians in turns: {1e3 * after:.2f} "
+        f"{student.name}: {size:.0%} smaller, {before / after:.2f} times as fast (batch 1, medians in turns: {1e3 * after:.2f} "
         f"against {1e3 * before:.2f} ms a token), {kept:.1%} of the original's accuracy."
     )
 
@@ -170,7 +179,7 @@ def chain() -> str:
     """Prune, distill back, quantize; beside quantization alone at the nearest sizes."""
     packed: dict[str, JsonValue] = {"head": True, "embeddings": True}
     narrower: dict[str, JsonValue] = {"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64}
-    narrow: list[object] = [{"prune/width": narrower}, lesson(2 * SHORT, student="current")]
+    narrow: list[object] = [{"prune/width": narrower}, lesson(MIDDLE, student="current")]
     trials = [
         trial("original", []),
         trial("half: fewer blocks, distilled, 8 bit", [*shallow(), {"quantize/gptq": {"bits": 8}}]),
