@@ -108,8 +108,8 @@ def bar(original: Trial, student: Trial, before: float, after: float) -> str:
     kept = student.measured["accuracy"].value / original.measured["accuracy"].value
     size = 1 - student.measured["size.bytes"].value / original.measured["size.bytes"].value
     return (
-        f"{student.name}: {size:.0%} smaller, {before / after:.2f} times as fast (batch 1, medians in turns: {1e3 * after:.2f} "
-        f"against {1e3 * before:.2f} ms a token), {kept:.1%} of the original's accuracy."
+        f"{student.name}: {size:.0%} smaller, {before / after:.2f} times as fast (batch 1, medians in turns: "
+        f"{1e3 * after:.2f} against {1e3 * before:.2f} ms a token), {kept:.1%} of the original's accuracy."
     )
 
 
