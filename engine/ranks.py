@@ -96,7 +96,9 @@ def _train(request: Request, count: int, context: Context) -> None:
 
     def look() -> None:
         if any(process.poll() for process in processes):
-            raise RunError("A process that trained ended without a word. Its log may say why.")
+            raise RunError(
+                "A process that trained was ended from outside; memory may have run out. Use a smaller batch."
+            )
 
     with ExitStack() as stack:
         life, said = _pipe(stack), _pipe(stack)
@@ -111,6 +113,8 @@ def _train(request: Request, count: int, context: Context) -> None:
                 if event["kind"] != "finished":
                     context.emit(event_kind(event["kind"]), event["data"])
                 elif event["data"]["status"] != "succeeded":
+                    if any((process.poll() or 0) < 0 for process in processes):
+                        look()  # that one was killed is the reason for what the others say
                     raise RunError(short(event["data"]["reason"], 400))
             for process in processes:
                 process.wait()
