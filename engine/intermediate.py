@@ -61,12 +61,17 @@ def find(recipe: Recipe, steps: Steps, cache: Path, folder: Path, device: str) -
             shutil.rmtree(kept, ignore_errors=True)
             continue
         os.utime(kept)
-        model = models.stream(folder, recipe.model.dtype, device)
-        model.source = resolve(recipe.model.source)
-        for file in headers.weight_files(folder):
-            model.pruned |= Shard(file).pruned()
-        return model, count
+        return read(folder, recipe.model.dtype, device, resolve(recipe.model.source)), count
     return None, 0
+
+
+def read(folder: Path, dtype: str, device: str, source: Path) -> LoadedModel:
+    """A model that was written between steps as an artifact; `source` is the original's folder."""
+    model = models.stream(folder, dtype, device)
+    model.source = source
+    for file in headers.weight_files(folder):
+        model.pruned |= Shard(file).pruned()
+    return model
 
 
 def make_room(folder: Path, needed: int) -> bool:

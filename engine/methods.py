@@ -92,6 +92,10 @@ class Params(BaseModel):
         """The config.json and the tensors' shapes of what the step makes: the next step is checked on them."""
         return config, tensors
 
+    def processes(self) -> int:
+        """In how many processes, a GPU each, the step can train at most, the network in shards; 1: it cannot so."""
+        return 1
+
     def cache_grid(self) -> CacheGrid | None:
         """How the model is to hold keys and values, for a step that says this and changes no weight."""
         return None

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import selectors
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, probe, verify
+from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, probe, ranks, verify
 from engine.attempts import cache_folder
+from engine.children import event_kind, lines
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
 from engine.methods import Context, Emit
 from engine.models import LoadedModel
@@ -94,7 +93,10 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
         context = Context(device, recipe.seed, blocks, cache, text, emit, check_cancelled)
         torch.manual_seed(recipe.seed + number)  # of this step alone: the ones before may have been reused
         with torch.no_grad():
-            model = method.apply(model, params, context)
+            if (processes := ranks.wanted(params, model, context)) > 1:
+                model = ranks.apply(method, params, model, context, processes, original=number == 0)
+            else:
+                model = method.apply(model, params, context)
         if number + 1 < len(steps):
             intermediate.keep(model, recipe, steps[: number + 1], cache)
     return model
@@ -187,12 +189,13 @@ def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) ->
     )
     finished: dict[str, JsonValue] = {"status": "failed", "reason": f"The process for {kind} ended without a word."}
     try:
-        for line in lines(process, check_cancelled):
+        assert process.stdout is not None
+        for line in lines(process.stdout, check_cancelled):
             event = json.loads(line)
             if event["kind"] == "finished":
                 finished = event["data"]
             else:
-                emit(_kind(event["kind"]), event["data"])
+                emit(event_kind(event["kind"]), event["data"])
         process.wait()
     finally:
         if process.poll() is None:
@@ -203,28 +206,3 @@ def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) ->
     if finished["status"] != "succeeded":
         error = BadArtifact if kind == "verify" else RunError
         raise error(short(finished["reason"], 400))
-
-
-def lines(process: subprocess.Popen[bytes], check_cancelled: Check) -> Iterator[bytes]:
-    """The lines of a process's stdout as they come; cancellation is looked at five times a second."""
-    assert process.stdout is not None
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            check_cancelled()
-            if not selector.select(0.2):
-                continue
-            got = os.read(process.stdout.fileno(), 1 << 16)
-            if not got:
-                return
-            *complete, rest = (rest + got).split(b"\n")
-            yield from complete
-
-
-def _kind(name: str) -> EventKind:
-    kinds: dict[str, EventKind] = {
-        "phase": "phase", "progress": "progress", "sample": "sample", "log": "log", "estimate": "estimate",
-        "measurement": "measurement", "output": "output",
-    }  # fmt: skip
-    return kinds[name]

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from engine import hardware, headers, models
+from engine import distributed, hardware, headers, models
 from engine.body import Body
 from engine.errors import BadModel, TooBig, short
 from engine.files import publish
@@ -124,7 +124,9 @@ class _Mapped:
 def cached(
     folders: Sequence[Path], rows: Rows, k: int, vocabulary: int, context: Context, load: Callable[[], Live]
 ) -> Cached:
-    """The teachers' answers to all rows, from disk where they are; `load` is called only where some are missing.
+    """The teachers' answers to all rows, from disk where they are; `load` is called where some are missing.
+
+    Of several processes each asks for some of the files.
 
     Raises:
         BadModel: a file of the cache is another teacher's.
@@ -141,16 +143,19 @@ def cached(
         tokens = sum(spans[place][1] - spans[place][0] for place in missing) * (width - 1)
         _check_room(context.cache, tokens * bytes_per_token(k, vocabulary))
         folder.mkdir(parents=True, exist_ok=True)
-        live = load()
-        for done, place in enumerate(missing):
-            context.progress(done, len(missing), "files of the teacher's answers")
+        mine = [place for place in missing if place % distributed.count() == distributed.rank()]
+        live = load() if mine else None
+        for done, place in enumerate(mine):
+            assert live is not None
+            context.progress(done, len(mine), "files of the teacher's answers")
             write_answers(live, rows, spans[place], k, files[place], whose, context)
-        context.progress(len(missing), len(missing), "files of the teacher's answers")
+        context.progress(len(mine), len(mine), "files of the teacher's answers")
         context.log(
             f"the teacher answered for {tokens:,} tokens; {len(files) - len(missing)} of {len(files)} files reused"
         )
     else:
         context.log(f"reused the teacher's answers of an earlier run ({len(files)} files); it is not loaded")
+    distributed.wait()  # for the answers that others ask for
     return Cached(files, each, torch.device(context.device))
 
 

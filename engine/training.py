@@ -5,6 +5,10 @@ Distillation trains with it, and pruning that lets the model recover.
 What a step does depends on the seed and its number alone: the rows that are drawn and what dropout drops. So a
 checkpoint needs the weights, the optimizer's two moments and the number of the step. It is written once the loss *with
 its weights* is known to be good, so a training that diverges never replaces a good checkpoint by a bad one.
+
+The loop is the same in each of several processes that `engine.distributed` joined: each takes its share of the batch's
+rows, loss and gradient are those of the batch, the first process says and writes everything. A checkpoint holds whole
+tensors, whoever wrote it, so any number of processes can go on from it.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine import distributed
+from engine.distributed import Shards, gathered, local, scattered
 from engine.errors import Diverged
 from engine.files import publish
 from engine.methods import Context
@@ -32,6 +39,7 @@ BETAS, DECAY = (0.9, 0.95), 0.01
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 SAID_EVERY = 10  # steps
 LOOKS = 20  # at the held-out rows in one training
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def train(
     """Train the student's network in float32 on packed rows (count, length), drawn anew from the seed each epoch.
 
     Weights of the linears in `pruned` that are zero stay zero; `prune` may make more of them so after any step. The
-    network comes back in its own dtype.
+    network comes back in its own dtype; several processes, which train all parameters and those alone, get a new one.
 
     Raises:
         Diverged: the loss or a gradient is not finite, or the loss far above where it began.
@@ -89,10 +97,16 @@ def train(
     network, dtype = student.network, student.network.dtype
     names = {name for name, _ in network.named_parameters()} if extras.trainable is None else set(extras.trainable)
     trained = {name: each for name, each in network.named_parameters() if name in names}
-    cast(trained.values(), torch.float32)
     network.train().requires_grad_(False)
     cache, network.config.use_cache = network.config.use_cache, False
-    run = Training({**trained, **extras.beside}, student, schedule, context, extras)
+    shards = None
+    if distributed.count() > 1:
+        assert (prune, extras.trainable, len(extras.beside)) == (None, None, 0), "not in several processes"
+        shards = Shards(network)
+        trained = dict(shards.parameters)
+    else:
+        cast(trained.values(), torch.float32)
+    run = Training({**trained, **extras.beside}, student, schedule, context, extras, shards)
     with torch.enable_grad():
         for each in run.parameters.values():
             each.requires_grad_(True)
@@ -106,7 +120,10 @@ def train(
         if (step + 1) % SAID_EVERY == 0 or step + 1 == schedule.steps:
             run.say(step, value, rows_each * min(schedule.batch, len(rows)) * done, done, time.monotonic() - began)
     run.finish()
-    cast(trained.values(), dtype)
+    if shards is None:
+        cast(trained.values(), dtype)
+    else:
+        student.network = network = shards.whole(dtype)
     network.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     network.config.use_cache = cache
 
@@ -125,8 +142,9 @@ class Training:
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], student: LoadedModel, schedule: Schedule, context: Context,
-        extras: Extras,
+        extras: Extras, shards: Shards | None = None,
     ) -> None:  # fmt: skip
+        self._shards = shards
         self.parameters, self._student, self._schedule = parameters, student, schedule
         self._context, self._extras = context, extras
         self._saved = context.folder / "training.safetensors"
@@ -151,9 +169,10 @@ class Training:
         torch.manual_seed(self._context.seed * 1_000_003 + step)
         if self._extras.begin is not None:
             self._extras.begin(step)
+        rows, weight = distributed.share(batch)
         with torch.enable_grad():
-            loss = loss_of(batch)
-        value = loss.item()
+            loss = weight * self._with_network(lambda: loss_of(rows))
+        value = distributed.mean(loss.item(), loss.device)
         if math.isinf(self._highest):
             self._highest = 3 * abs(value) + 10
         if not math.isfinite(value) or value > self._highest:
@@ -163,14 +182,14 @@ class Training:
         if self._extras.held_out is not None and step % max(SAID_EVERY, schedule.steps // LOOKS) == 0:
             self.look()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP))
         if not math.isfinite(norm):
             raise self.diverged(step, "a gradient is not finite")
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for weight, zero in self._zeros:
-                weight.masked_fill_(zero, 0)
+            for own, zero in self._zeros:
+                own.masked_fill_(zero, 0)
             if prune is not None:
                 prune(step + 1)
                 self._look_for_zeros()
@@ -179,7 +198,8 @@ class Training:
     def finish(self) -> None:
         """The last look and the last checkpoint."""
         steps = self._schedule.steps
-        if any(not bool(each.isfinite().all()) for each in self.parameters.values()):
+        bad = sum(not bool(local(each).isfinite().all()) for each in self.parameters.values())
+        if distributed.mean(float(bad), self._student.device) > 0:
             raise self.diverged(steps - 1, "weights are not finite")
         if self._extras.held_out is not None:
             self.look()
@@ -196,7 +216,7 @@ class Training:
         assert self._extras.held_out is not None
         self._student.network.eval()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            self._context.sample("kl_heldout", self._extras.held_out(), "nats")
+            self._context.sample("kl_heldout", self._with_network(self._extras.held_out), "nats")
         self._student.network.train()
 
     def say(self, step: int, loss: float, tokens: int, steps: int, seconds: float) -> None:
@@ -214,7 +234,11 @@ class Training:
 
     def _look_for_zeros(self) -> None:
         weights = [self.parameters.get(f"{name}.weight") for name in sorted(self._student.pruned)]
-        self._zeros = [(each.data, each.data == 0) for each in weights if each is not None]
+        own = [local(each.data) for each in weights if each is not None]
+        self._zeros = [(each, each == 0) for each in own]
+
+    def _with_network(self, work: Callable[[], T]) -> T:
+        return work() if self._shards is None else self._shards.run(work)
 
 
 def draw(rows: Tensor, batch: int, step: int, seed: int) -> Tensor:
@@ -233,6 +257,12 @@ def write_checkpoint(
     for name, value in parameters.items():
         for part, moment in optimizer.state[value].items():
             tensors[f"{part}.{name}"] = torch.as_tensor(moment)
+    if distributed.count() > 1:
+        for name in tensors:  # one after the other leaves the device again
+            tensor = gathered(tensors[name])
+            tensors[name] = tensor.cpu() if distributed.rank() == 0 else tensor.new_empty(0)
+        if distributed.rank() > 0:
+            return
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, temporary, metadata={"state": json.dumps(dict(state))})
@@ -241,12 +271,16 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Read a checkpoint back into weights and optimizer; returns its `state`."""
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file, torch.no_grad():
         state: dict[str, float] = json.loads(file.metadata()["state"])
-    tensors = load_file(path)
-    with torch.no_grad():
+        there = set(file.keys())
         for name, value in parameters.items():
-            value.copy_(tensors[f"weight.{name}"])
-            moments = {part: tensors.get(f"{part}.{name}") for part in MOMENTS}  # none where no gradient came
-            optimizer.state[value] = {part: each.to(value.device) for part, each in moments.items() if each is not None}
+            value.copy_(scattered(file.get_tensor(f"weight.{name}"), value))
+            moments = [part for part in MOMENTS if f"{part}.{name}" in there]  # none where no gradient came
+            optimizer.state[value] = {part: _moment(file.get_tensor(f"{part}.{name}"), value) for part in moments}
     return state
+
+
+def _moment(tensor: Tensor, weight: Tensor) -> Tensor:
+    """As the optimizer wants it: the number of the step everywhere, the others in shards where the weight is."""
+    return scattered(tensor, weight) if tensor.shape == weight.shape else tensor.to(weight.device)

@@ -5,6 +5,8 @@
     {"kind": "probe" | "verify" | "measure", ...}
         A child of a run, or of the command line: the work is in a process of its own so that it starts fresh.
         Events go to stdout, a line `{"kind", "data"}` each; the last one is `finished`.
+    {"kind": "train", ...}
+        One of several processes that train together, as RANK and WORLD_SIZE say; see `engine.ranks`.
     {"kind": "serve", "model": source, "device": device}
         Keeps a model warm and writes text; see `engine.serve`.
 
@@ -143,9 +145,11 @@ def _child(request: Request, replies: TextIO) -> Status:
         _reply(replies, {"kind": kind, "data": data})
 
     def work() -> None:
-        from engine import pipeline, probe, verify
+        from engine import pipeline, probe, ranks, verify
 
-        if request["kind"] == "probe":
+        if request["kind"] == "train":
+            ranks.work(request, emit)
+        elif request["kind"] == "probe":
             probe.probe(Recipe.model_validate(request["recipe"]), str(request["device"]), emit)
         elif request["kind"] == "verify":
             emit("log", {"text": verify.verify(request)})

@@ -16,6 +16,8 @@ runs on the same text find them there. With `live` it stays in memory and all it
 
 Where the student is far smaller, `assistants` (Mirzadeh et al., 2019, arXiv 1902.03393) of sizes in between are
 trained first, each by the one before it, and the last one teaches the student. Needs training text.
+
+With several GPUs a process on each takes its share of every batch and holds its shard of the student (FSDP).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from engine import artifacts
+from engine import artifacts, distributed
 from engine.distill._lesson import Lesson, beneath, read, shared_vocabulary, teachers_of
 from engine.distill._settings import CacheParams, StudentParams, TrainingParams
 from engine.distill._student import assistants, choose, of_size, spread
@@ -48,6 +50,10 @@ class Params(TrainingParams, CacheParams, StudentParams):
         le=4,
         description="Models of sizes in between that are taught first, the last one teaching the student.",
     )
+
+    def processes(self) -> int:
+        """Each needs a row of the batch."""
+        return self.batch
 
     @model_validator(mode="after")
     def _sizes(self) -> Params:
@@ -84,7 +90,9 @@ def _assistant(
     else:
         assistant = of_size(model, width, depth, context.seed)
     _learn(assistant, model, params, folders, context)
-    artifacts.write(assistant, Recipe.model_validate({}), folder)
+    if distributed.rank() == 0:
+        artifacts.write(assistant, Recipe.model_validate({}), folder)
+    distributed.wait()
     return folder
 
 

@@ -49,6 +49,10 @@ class Params(TrainingParams, CacheParams):
     label_weight: float = Field(0.0, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
     steps: int = Field(100, ge=1, le=1_000_000, description="Optimizer steps.")
 
+    def processes(self) -> int:
+        """Each needs a row of the batch; what is learned beside the network is not in shards."""
+        return self.batch if self.scope == "all" else 1
+
     def keeps_codes(self) -> bool:
         """Norms and scales leave codes as they are."""
         return self.scope == "norms and scales"

@@ -29,7 +29,7 @@ def environment(device: str, threads: int) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": path,
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)),
-        "CUDA_VISIBLE_DEVICES": "0" if device == "cuda" else "",
+        **({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}),  # one run at a time has all GPUs
         "PYTHONSAFEPATH": "1",  # the working folder is no place to import from
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
