@@ -53,13 +53,14 @@ class Source(Part, Protocol):
 
 
 class Original:
-    """The model's own checkpoint.
+    """A checkpoint in `folder`, the model's own or one of what earlier steps made of it.
 
     Raises:
         BadModel: weights are missing, misshapen or not finite.
     """
 
     def __init__(self, folder: Path, network: PreTrainedModel, parts: list[str]) -> None:
+        self.folder = folder
         self._checkpoint = Checkpoint(folder, network, parts)
         self._checkpoint.check_finite()
         self.tied: Mapping[str, str] = self._checkpoint.tied

@@ -24,7 +24,7 @@ from engine.models import LoadedModel, load_tokenizer
 from engine.preflight import DEMO
 from engine.records import EventKind
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 class Recorder:

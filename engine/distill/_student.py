@@ -24,10 +24,8 @@ def choose(model: LoadedModel, params: StudentParams, context: Context) -> Loade
         BadParams: it cannot be cut from the model.
         BadModel: the checkpoint cannot be used.
     """
-    untouched = not model.pruned and model.parts is not None
-    untouched = untouched and all(
-        isinstance(part, Original) for part in (model.parts.where.values() if model.parts else ())
-    )
+    places = [] if model.parts is None else list(model.parts.where.values())
+    untouched = bool(places) and all(isinstance(each, Original) and each.folder == model.source for each in places)
     if params.student == "folder":
         folder = resolve(params.folder)
         check_same_tokenizer(model.tokenizer, folder)
