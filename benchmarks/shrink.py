@@ -34,7 +34,6 @@ DOCUMENTS, SEED = 120_000, 12_345
 BATCH = 32
 SHORT, MIDDLE, LONG = 600, 1200, 3000  # steps
 QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
-HALF: dict[str, JsonValue] = {"prune/depth": {"share": 0.5}}
 REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 300}}
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
@@ -90,7 +89,6 @@ def students() -> str:
     narrower: dict[str, JsonValue] = {"prune/width": {"neurons": 0.5}}
     smaller = [
         trial(f"every second block, {LONG:,} steps", [lesson(LONG, keep_every=2)]),
-        trial(f"the two blocks of most influence, {MIDDLE:,} steps", [HALF, lesson(MIDDLE, student="current")]),
         trial(
             f"three blocks, half the neurons, {MIDDLE:,} steps", [QUARTER, narrower, lesson(MIDDLE, student="current")]
         ),
