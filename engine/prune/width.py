@@ -82,8 +82,7 @@ class Params(Calibrated):
         largest = (size - 1) // step * step
         if kept == 0:
             raise BadParams(
-                f"a share of {share:g} would remove all {size} {label}; {1 - step / size:.4g} is the most that leaves "
-                "some."
+                f"a share of {share:g} would remove all {size} {label}; {1 - step / size:.4g} leaves the fewest."
             )
         if kept >= size:
             raise BadParams(

@@ -12,7 +12,8 @@ from playwright.sync_api import Page, StorageState, expect
 
 from tests.browser.conftest import PATIENCE, Open
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # the first comparison is real work
+# The first comparison is real work; one process does all of it, from the start: the others take the rest.
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]
 TABS = ("Compare", "Compress", "Runs", "Methods")
 
 
@@ -102,7 +103,7 @@ def test_start_then_reload_finds_the_run_and_cancel_ends_it(open_page: Open, ret
     page = open_page(state=returning)
     tab(page, "Compress")
     expect(page.locator("#mq-fit")).to_contain_text("Fits", timeout=30_000)
-    page.get_by_label("Half depth, distilled").check()
+    page.get_by_label("Half: prune depth → distill → 8 bit").check()
     expect(page.locator("#mq-recipe")).to_contain_text("distill/logits")
     page.locator("#mq-start").click()
     expect(page.locator("#mq-detail .mq-badge")).to_have_text(re.compile("queued|running"), timeout=30_000)
@@ -123,7 +124,7 @@ def test_cards_edit_the_recipe(open_page: Open, returning: StorageState) -> None
     expect(page.locator(".mq-step")).to_have_count(1, timeout=30_000)
     page.locator(".mq-step").get_by_label("3", exact=True).check()
     expect(page.locator("#mq-recipe")).to_contain_text("bits: 3", timeout=30_000)
-    page.get_by_label("Prune 50 % → distill → 4 bit").check()
+    page.get_by_label("Quarter: prune depth → distill → 4 bit").check()
     expect(page.locator(".mq-step")).to_have_count(3, timeout=30_000)
     page.locator(".mq-step").nth(1).get_by_role("button", name="Remove").click()
     expect(page.locator(".mq-step")).to_have_count(2, timeout=30_000)

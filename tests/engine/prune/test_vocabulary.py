@@ -206,15 +206,15 @@ def test_other_tokenizers_are_refused_before_work(
     change(body)
     (folder / "tokenizer.json").write_text(json.dumps(body))
     with pytest.raises(BadModel, match=words):
-        method.Params().check_folder(folder)
+        method.Params().check_sources(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(BadModel, match=r"no tokenizer\.json"):
-        method.Params().check_folder(folder)
+        method.Params().check_sources(folder)
 
 
 def test_a_text_that_is_missing_or_empty_is_refused_before_work(tmp_path: Path) -> None:
     with pytest.raises(BadText, match="There is no"):
-        method.Params(text=str(tmp_path / "none.txt")).check_config({})
+        method.Params(text=str(tmp_path / "none.txt")).check_sources(DEMO / "model")
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(BadText, match="is empty"):
-        method.Params(text=str(tmp_path / "empty.txt")).check_config({})
+        method.Params(text=str(tmp_path / "empty.txt")).check_sources(DEMO / "model")
