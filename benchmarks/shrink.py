@@ -34,7 +34,7 @@ DOCUMENTS, SEED = 120_000, 12_345
 BATCH = 32
 SHORT, MIDDLE, LONG = 600, 1200, 3000  # steps
 QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
-REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 300}}
+REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 150}}
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
 log = logging.getLogger("shrink")
