@@ -47,8 +47,8 @@ def keep(model: LoadedModel, recipe: Recipe, steps: Steps, cache: Path) -> None:
 
 
 def find(recipe: Recipe, steps: Steps, cache: Path, folder: Path, device: str) -> tuple[LoadedModel | None, int]:
-    """The model after as many of the steps, but for the last, as were kept; and their number. Links go to `folder`."""
-    for count in range(len(steps) - 1, 0, -1):
+    """The model after as many of the steps as were kept, and their number. Links go to `folder`."""
+    for count in range(len(steps), 0, -1):
         kept = cache / "steps" / key(recipe, steps[:count])
         if not kept.is_dir():
             continue
