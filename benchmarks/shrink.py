@@ -189,9 +189,16 @@ def chain() -> str:
     return table(trials, COLUMNS)
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "sparsity": sparsity, "students": students, "assistant": assistant, "ensemble": ensemble, "chain": chain,
-}  # fmt: skip
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "sparsity": ("Zeros at the same number, before and after self-repair:", sparsity),
+    "students": ("Students that keep less and less:", students),
+    "assistant": (
+        "A student of a tenth of the weights, with and without an assistant of a size in between:",
+        assistant,
+    ),
+    "ensemble": ("Two students taught into one:", ensemble),
+    "chain": ("The chain prune, distill, quantize, beside quantization alone:", chain),
+}
 
 
 def main() -> None:
@@ -201,7 +208,8 @@ def main() -> None:
     parts = parser.parse_args().parts or list(PARTS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for name in parts:
-        body = PARTS[name]()
+        title, make = PARTS[name]
+        body = f"{title}\n\n{make()}"
         about = f"Measured {time.strftime('%Y-%m-%d')} on {hardware.machine()}; ± is one standard error."
         log.info("%s\n%s", name, body)
         write_section(ROOT / "README.md", name, f"{body}\n\n{about}")
