@@ -11,7 +11,7 @@ run: .venv/requirements
 	HOST=$(HOST) PORT=$(PORT) $(BIN)/python app.py
 
 test: check chromium
-	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/requirements-test
 	$(BIN)/ruff format --check .

@@ -12,8 +12,7 @@ from playwright.sync_api import Page, StorageState, expect
 
 from tests.browser.conftest import PATIENCE, Open
 
-# The first comparison is real work; one process does all of it, from the start: the others take the rest.
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600), pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # the first comparison is real work
 TABS = ("Compare", "Compress", "Runs", "Methods")
 
 
