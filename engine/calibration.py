@@ -27,7 +27,7 @@ from engine import hardware, shards
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, head, linears
-from engine.text import read_documents, too_short
+from engine.rows import packed_rows
 
 log = logging.getLogger(__name__)
 
@@ -144,19 +144,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, coun
     Raises:
         BadText: the text is shorter than one row.
     """
-    ids: list[int] = []
-    end = tokenizer.eos_token_id
-    for document in read_documents(path):
-        row = tokenizer(document, truncation=False, verbose=False).input_ids
-        if end is not None and (not row or row[0] != end):
-            row = [*row, end]
-        ids += row
-        if count is not None and len(ids) >= count * length:
-            break
-    rows = len(ids) // length
-    if rows == 0:
-        raise too_short(path, len(ids), length)
-    return torch.tensor(ids[: rows * length]).view(rows, length)[:count]
+    return packed_rows(tokenizer, path, length, count).ids.long()
 
 
 def walk_blocks(

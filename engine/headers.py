@@ -28,6 +28,7 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
     "max_position_embeddings": 1 << 26,
 }
 OWN_KEYS = (SPARSE_KEY, RANKS_KEY)  # of config.json: formats that only Maquette reads
+Tensors = dict[str, tuple[int, ...]]  # shapes by name
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -40,7 +41,7 @@ class Shape:
 
     folder: Path
     config: dict[str, JsonValue]
-    tensors: dict[str, tuple[int, ...]]
+    tensors: Tensors
     bytes: int
 
     @property
@@ -83,7 +84,7 @@ def inspect(folder: Path) -> Shape:
     """
     config = _config(folder)
     files = weight_files(folder)
-    tensors: dict[str, tuple[int, ...]] = {}
+    tensors: Tensors = {}
     total = 0
     for file in files:
         found = read_header(file)
@@ -231,9 +232,6 @@ def experts(config: Mapping[str, JsonValue]) -> int:
 def integer(value: object) -> int:
     """A whole number of a config, 0 where it is none."""
     return value if isinstance(value, int) else 0
-
-
-Tensors = dict[str, tuple[int, ...]]
 
 
 def fewer_blocks(config: dict[str, JsonValue], tensors: Tensors, left: int) -> tuple[dict[str, JsonValue], Tensors]:

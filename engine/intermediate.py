@@ -71,6 +71,7 @@ def read(folder: Path, dtype: str, device: str, source: Path) -> LoadedModel:
     model.source = source
     for file in headers.weight_files(folder):
         model.pruned |= Shard(file).pruned()
+        model.sparse |= Shard(file).sparse()
     return model
 
 

@@ -25,12 +25,12 @@ def measured(
     """What `measure` finds, or what it found before for the same weights, calibration text and `about`.
 
     kind: what is measured, in a word; it names the file. about: the settings that enter, and a version to raise when
-    the measuring changes. All weights must be in memory.
+    the measuring changes.
     """
     file = context.cache / f"{kind.replace(' ', '-')}-{fingerprint(model, context, about)}.json"
     found = read(file)
     if found is not None:
-        context.log(f"{kind}: measured before and is reused")
+        context.log(f"{kind}: measured before, now reused")
         return found
     found = measure()
     keep(found, file)
@@ -38,13 +38,15 @@ def measured(
 
 
 def fingerprint(model: LoadedModel, context: Context, about: Mapping[str, JsonValue]) -> str:
-    """A digest of the weights as they are, the calibration text and the settings."""
+    """A digest of the weights as they are, opened part by part, the calibration text and the settings."""
     digest = hashlib.sha256()
     digest.update(json.dumps({"dtype": str(model.network.dtype), **about}, sort_keys=True).encode())
     digest.update(context.calibration.read_bytes())
-    for name, weight in model.network.named_parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    for part in [""] if model.parts is None else model.parts.where:
+        with model.opened(part):
+            for name, weight in model.network.get_submodule(part).named_parameters(prefix=part):
+                sample = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)].float().cpu()
+                digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:24]
 
 

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine import preflight, runtime
-from engine.errors import BadText, InputError, MaquetteError
+from engine.errors import BadText, InputError, MaquetteError, RunError
 from engine.generate import generate
 from engine.measure._text import encode
 from engine.measure.outputs import describe, force
@@ -95,8 +95,7 @@ def _answer(model: LoadedModel, command: Command) -> Iterator[tuple[str, Body]]:
         yield from _generate(model, prompt, command)
     else:
         ids = [int(str(i)) for i in _list(body["token_ids"])]
-        reference = load_file(str(body["read"]))[TENSOR]
-        yield from _score(model, prompt, ids, reference)
+        yield from _score(model, prompt, ids, _reference(str(body["read"])))
 
 
 def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterator[tuple[str, Body]]:
@@ -127,6 +126,18 @@ def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterat
             save_file({TENSOR: torch.stack(logprobs) if ids else torch.empty(0, size)}, str(body["write"]))
     tpot = (last - first) / (len(ids) - 1) if len(ids) > 1 else None
     yield "done", {"ttft": first - began if ids else None, "tpot": tpot, "tokens": len(ids)}
+
+
+def _reference(file: str) -> torch.Tensor:
+    """What the first model wrote.
+
+    Raises:
+        RunError: it is gone, as it is where the reader left in between, or could not be written.
+    """
+    try:
+        return load_file(file)[TENSOR]
+    except (OSError, SafetensorError) as error:
+        raise RunError("The first model's predictions are gone. Try again.") from error
 
 
 def _score(

@@ -1,4 +1,4 @@
-"""The settings that methods of distillation share: the student, the teachers, the training text, the training."""
+"""The settings that methods of distillation share: the student, the teachers, the loss, the writing."""
 
 from __future__ import annotations
 
@@ -6,41 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from engine import headers
 from engine.errors import BadModel, BadParams, short
 from engine.headers import integer
+from engine.lesson import TextParams
 from engine.losses import Divergence, Objective
 from engine.methods import Params
-from engine.preflight import attention_sizes, calibration_file, check_text, resolve
+from engine.preflight import attention_sizes, resolve
 from engine.tokens import check_same_files
-from engine.training import Schedule
-
-
-class TextParams(Params):
-    """The text that is learned from."""
-
-    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
-    text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
-
-    def check_sources(self, folder: Path) -> None:
-        """Refuse a text that cannot be read, or is shorter than one sequence."""
-        super().check_sources(folder)
-        check_text(calibration_file(self.text), folder, self.sequence_length)
-
-
-class TrainingParams(TextParams):
-    """How long and how fast a student learns, and from what."""
-
-    steps: int = Field(300, ge=1, le=1_000_000, description="Optimizer steps.")
-    batch: int = Field(16, ge=1, le=1024, description="Sequences in each step.")
-    learning_rate: float = Field(1e-3, gt=0.0, le=1e10, description="Highest learning rate.")
-
-    @property
-    def schedule(self) -> Schedule:
-        """As the training loop wants it."""
-        return Schedule(self.steps, self.batch, self.learning_rate)
 
 
 class TeacherParams(Params):
@@ -90,6 +65,18 @@ class CacheParams(ObjectiveParams):
     top_k: int = Field(
         50, ge=1, le=1024, description="With `cached`: most probable tokens that are kept, with the rest."
     )
+
+
+class WritingParams(TextParams):
+    """From where sequences are written."""
+
+    prompt_tokens: int = Field(16, ge=1, le=4096, description="First tokens of a row, from which writing goes on.")
+
+    @model_validator(mode="after")
+    def _room(self) -> WritingParams:
+        if self.prompt_tokens >= self.sequence_length:
+            raise ValueError(f"prompt_tokens {self.prompt_tokens} leave no token of {self.sequence_length} to write")
+        return self
 
 
 Student = Literal["blocks", "size", "current", "folder"]

@@ -27,15 +27,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from engine.body import Body, eager
-from engine.distill._lesson import Lesson, read, shared_vocabulary, token_loss
-from engine.distill._settings import ObjectiveParams, StudentParams, TrainingParams
+from engine.distill._settings import ObjectiveParams, StudentParams
 from engine.distill._student import choose, spread
+from engine.distill._teachers import live_of
 from engine.errors import BadModel
+from engine.lesson import Lesson, TrainingParams, read, token_loss
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
-from engine.teachers import load_live
-from engine.tokens import check_same_tokenizer
 
 TITLE = "Feature distillation"
 CHANGES = ("disk", "memory", "latency")
@@ -55,15 +54,9 @@ class Params(TrainingParams, ObjectiveParams, StudentParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train the student beside its teacher."""
-    folders = params.folders(model.source)
-    for folder in folders:
-        check_same_tokenizer(model.tokenizer, folder)
     text = read(model, params, calibration_file(params.text))
     student = choose(model, params, context)
-    size = student.network.config.get_text_config().vocab_size
-    live = load_live(
-        folders, shared_vocabulary(folders, size), context, str(model.network.dtype).removeprefix("torch.")
-    )
+    live = live_of(params, model, student, context)
     judge = live if len(text.held) else None
     lesson = Lesson(student, text, params.objective, live, judge)
     teacher = live.bodies[0]

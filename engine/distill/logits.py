@@ -27,9 +27,10 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from engine import artifacts, distributed
-from engine.distill._lesson import Lesson, beneath, read, shared_vocabulary, teachers_of
-from engine.distill._settings import CacheParams, StudentParams, TrainingParams
+from engine.distill._settings import CacheParams, StudentParams
 from engine.distill._student import assistants, choose, of_size, spread
+from engine.distill._teachers import beneath, shared_vocabulary, teachers_of
+from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file

@@ -14,25 +14,25 @@ text.
 from __future__ import annotations
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from engine.distill._lesson import Lesson, read, shared_vocabulary, token_loss
-from engine.distill._settings import ObjectiveParams, StudentParams, TrainingParams
+from engine.distill._settings import ObjectiveParams, StudentParams, WritingParams
 from engine.distill._student import choose
+from engine.distill._teachers import live_of
+from engine.lesson import Lesson, TrainingParams, read, token_loss
 from engine.losses import Divergence, Objective
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
-from engine.teachers import Live, load_live
-from engine.tokens import check_same_tokenizer
+from engine.teachers import Live
 
 TITLE = "On-policy distillation"
 CHANGES = ("disk", "memory", "latency")
 WHOLE = True
 
 
-class Params(TrainingParams, ObjectiveParams, StudentParams):
+class Params(TrainingParams, WritingParams, ObjectiveParams, StudentParams):
     """Settings of the student, the loss, the training and the writing."""
 
     divergence: Divergence = Field(
@@ -42,27 +42,14 @@ class Params(TrainingParams, ObjectiveParams, StudentParams):
         0.0, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher, on batches of the text."
     )
     student_share: float = Field(0.5, ge=0.0, le=1.0, description="Share of the batches that the student writes.")
-    prompt_tokens: int = Field(16, ge=1, le=4096, description="First tokens of a row that the student goes on from.")
     sampling_temperature: float = Field(1.0, ge=0.05, le=5.0, description="Of the student's writing.")
-
-    @model_validator(mode="after")
-    def _room(self) -> Params:
-        if self.prompt_tokens >= self.sequence_length:
-            raise ValueError(f"prompt_tokens {self.prompt_tokens} leave no token of {self.sequence_length} to write")
-        return self
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train the student on the text and on its own writing."""
-    folders = params.folders(model.source)
-    for folder in folders:
-        check_same_tokenizer(model.tokenizer, folder)
     text = read(model, params, calibration_file(params.text))
     student = choose(model, params, context)
-    size = student.network.config.get_text_config().vocab_size
-    live = load_live(
-        folders, shared_vocabulary(folders, size), context, str(model.network.dtype).removeprefix("torch.")
-    )
+    live = live_of(params, model, student, context)
     lesson = Lesson(student, text, params.objective, live, live if len(text.held) else None)
     step = [0]
 

@@ -18,6 +18,7 @@ The adapters are written here: `peft` would be one more package for these few li
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
@@ -28,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from engine.distill._lesson import Lesson, read, shared_vocabulary, teachers_of
-from engine.distill._settings import CacheParams, TrainingParams
+from engine.distill._settings import CacheParams
+from engine.distill._teachers import shared_vocabulary, teachers_of
+from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import Linear, LoadedModel, blocks, linears
 from engine.packing import QuantizedWeight
@@ -91,20 +93,20 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     return model
 
 
-class Added(nn.Module):
+class Added(nn.Module, ABC):
     """Something that is learned beside the network and made part of it at the end."""
 
+    @abstractmethod
     def attach(self) -> None:
         """Let the network compute with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def detach(self) -> None:
         """Let the network compute as it did."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self, model: LoadedModel, name: str) -> None:
         """Make what was learned part of the model."""
-        raise NotImplementedError
 
 
 class InsteadOfWeight(Added):
@@ -118,9 +120,9 @@ class InsteadOfWeight(Added):
     def linear(self) -> Linear:
         return self._linear[0]
 
+    @abstractmethod
     def weight(self) -> Tensor:
         """The weight (out, in) to compute with."""
-        raise NotImplementedError
 
     def attach(self) -> None:
         def forward(x: Tensor) -> Tensor:

@@ -16,23 +16,23 @@ import json
 from pathlib import Path
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine import hardware
-from engine.distill._lesson import Lesson, Text, read, shared_vocabulary, token_loss
-from engine.distill._settings import StudentParams, TeacherParams, TrainingParams
+from engine.distill._settings import StudentParams, TeacherParams, WritingParams
 from engine.distill._student import choose
+from engine.distill._teachers import check_tokenizers, dtype_of, shared_vocabulary
 from engine.files import publish
+from engine.lesson import Lesson, Text, TrainingParams, read, token_loss
 from engine.losses import Objective, pieces
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.rows import Rows
 from engine.teachers import Live, fingerprint, load_live
-from engine.tokens import check_same_tokenizer
 
 TITLE = "Sequence distillation"
 CHANGES = ("disk", "memory", "latency")
@@ -41,28 +41,20 @@ TOGETHER = 32  # sequences that are written at a time, and in one file
 LABELS = Objective(label_weight=1.0)
 
 
-class Params(TrainingParams, TeacherParams, StudentParams):
+class Params(TrainingParams, WritingParams, TeacherParams, StudentParams):
     """Settings of the student, the writing and the training."""
 
     sequences: int = Field(512, ge=2, le=1_000_000, description="Sequences that the teacher writes, at most one a row.")
-    prompt_tokens: int = Field(16, ge=1, le=4096, description="First tokens of a row that the teacher goes on from.")
     sampling_temperature: float = Field(
         0.0, ge=0.0, le=5.0, description="Of the teacher's writing; 0: always the likeliest token (greedy)."
     )
     learn_prompts: bool = Field(True, description="Learn the prompts' own tokens too.")
 
-    @model_validator(mode="after")
-    def _room(self) -> Params:
-        if self.prompt_tokens >= self.sequence_length:
-            raise ValueError(f"prompt_tokens {self.prompt_tokens} leave no token of {self.sequence_length} to write")
-        return self
-
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Let the teacher write, where it has not yet, and train the student on it."""
     folders = params.folders(model.source)
-    for folder in folders:
-        check_same_tokenizer(model.tokenizer, folder)
+    check_tokenizers(folders, model)
     given = read(model, params, calibration_file(params.text)).rows
     count = min(params.sequences, len(given))
     prompts = given.ids[:count, : params.prompt_tokens].long()
@@ -110,7 +102,7 @@ def written(
         ids = _read(path, {"teacher": whose, "asked": asked})
         if ids is None:
             if live is None:
-                live = load_live(folders, vocabulary, context, str(model.network.dtype).removeprefix("torch."))
+                live = load_live(folders, vocabulary, context, dtype_of(model))
             dice = torch.Generator().manual_seed(int(asked[:12], 16) + context.seed)
             ids = continuations(live, prompts[piece], params.sequence_length, params.sampling_temperature, dice)
             folder.mkdir(parents=True, exist_ok=True)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
-from engine.calibration import BlockLinear, token_rows
+from engine.calibration import BlockLinear
+from engine.lesson import Lesson, TrainingParams, read
+from engine.losses import Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
 from engine.preflight import calibration_file
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
-from engine.training import Extras, Prune, Schedule, train
+from engine.training import Prune
+
+LABELS = Objective(label_weight=1.0)  # no teacher
 
 
-class RetrainParams(SparsityParams):
+class RetrainParams(SparsityParams, TrainingParams):
     """Settings of a pruning with training: how sparse, and how long, fast and on what it trains."""
 
     steps: int = Field(300, ge=2, le=1_000_000, description="Optimizer steps.")
-    batch: int = Field(16, ge=1, le=1024, description="Sequences in each step.")
-    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
-    learning_rate: float = Field(1e-3, gt=0.0, le=1e10, description="Highest learning rate.")
-    text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
 
 
 def retrain(
@@ -38,22 +36,18 @@ def retrain(
 
     Zeros stay zero: of the selected linears from the beginning.
     """
-    rows = token_rows(model.tokenizer, calibration_file(params.text), params.sequence_length)
+    lesson = Lesson(model, read(model, params, calibration_file(params.text)), LABELS, None, None)
     now = 0
 
     def begin(step: int) -> None:
         nonlocal now
         now = step
 
-    def loss_of(batch: Tensor) -> Tensor:
-        with torch.autocast(batch.device.type, torch.bfloat16):
-            logits = model.network(input_ids=batch).logits[:, :-1]
-        loss = functional.cross_entropy(logits.flatten(0, -2).float(), batch[:, 1:].flatten())
-        price = penalty(now)
+    def loss_of(numbers: Tensor) -> Tensor:
+        loss, price = lesson.batch_loss(numbers), penalty(now)
         return loss if price is None else loss + price
 
-    schedule = Schedule(params.steps, params.batch, params.learning_rate)
-    train(model, rows, loss_of, schedule, context, prune, Extras(begin=begin))
+    lesson.teach(params, context, loss_of, begin=begin, prune=prune)
     return model
 
 

@@ -19,22 +19,19 @@ Zeros of earlier pruning steps are lost: a product has none.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from pydantic import Field
-from safetensors.torch import load_file, save_file
+from pydantic import Field, JsonValue
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from engine import scores
 from engine.calibration import BlockLinear, Moments, walk_blocks
 from engine.errors import BadParams
-from engine.files import publish
 from engine.low_rank import empty_factors, pays
 from engine.methods import Context, Selection
 from engine.models import LoadedModel
@@ -42,6 +39,7 @@ from engine.solver import turned_factor
 
 TITLE = "Low rank"
 CHANGES = ("disk", "memory", "latency")
+VERSION = 1  # of the singular values that are kept
 
 
 class Params(Selection, Moments):
@@ -140,29 +138,29 @@ def spectra(
     model: LoadedModel, params: Params, context: Context
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:  # fmt: skip
     """The squared singular values of W S of each linear as a share of its output's energy, and its (out, in)."""
-    file = context.cache / f"low-rank-{fingerprint(model, params, context)}.safetensors"
-    if file.exists():
-        context.log("the singular values of each linear were computed before and are reused")
-        found = load_file(file)
-        shapes = {name: (int(body[0]), int(body[1])) for name, body in found.items()}
-        return {name: body[2:] for name, body in found.items()}, shapes
-    values: dict[str, Tensor] = {}
-    shapes = {}
+    about = params.model_dump(include={"samples", "sequence_length", "equal_tokens", "damping", "targets", "ignore"})
+    found = scores.measured(
+        model, context, "singular values", {"version": VERSION, **about}, lambda: _spectra(model, params, context)
+    )
+    named = cast(dict[str, tuple[int, int, list[float]]], found)
+    values = {name: torch.tensor(shares, dtype=torch.float64) for name, (_, _, shares) in named.items()}
+    return values, {name: (outputs, inputs) for name, (outputs, inputs, _) in named.items()}
+
+
+def _spectra(model: LoadedModel, params: Params, context: Context) -> dict[str, JsonValue]:
+    """By linear: its outputs, its inputs and the shares of its output's energy, the largest first."""
+    found: dict[str, JsonValue] = {}
     for block in walk_blocks(model, context, params, params.collect, keep_blocks=False):
         roots: dict[int, Tensor] = {}
         for linear in block.linears:
             context.check_cancelled()
             root = _root(linear, params, context, roots)
             squares = torch.linalg.svdvals(linear.weight.float() @ root).double().square().cpu()
-            values[linear.name] = squares / squares.sum().clamp(min=1e-30)
-            shapes[linear.name] = (linear.weight.shape[0], linear.weight.shape[1])
+            shares: list[JsonValue] = (squares / squares.sum().clamp(min=1e-30)).tolist()
+            found[linear.name] = [*linear.weight.shape, shares]
         for linear in block.linears:
             linear.hessian = linear.sample = None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    save_file({n: torch.cat([torch.tensor(shapes[n], dtype=torch.float64), v]) for n, v in values.items()}, temporary)
-    publish(temporary, file)
-    return values, shapes
+    return found
 
 
 def fill(
@@ -204,16 +202,3 @@ def fill(
 def _cost(rank: int, shape: tuple[int, int]) -> int:
     """Weights of two linears of that rank, or of the one of that (out, in) where these are fewer."""
     return rank * sum(shape) if pays(rank, shape) else shape[0] * shape[1]
-
-
-def fingerprint(model: LoadedModel, params: Params, context: Context) -> str:
-    """What the singular values depend on: the weights as they are, the text, the settings that enter."""
-    about = params.model_dump(include={"samples", "sequence_length", "equal_tokens", "damping", "targets", "ignore"})
-    digest = hashlib.sha256(json.dumps([about, str(model.network.dtype)], sort_keys=True).encode())
-    digest.update(context.calibration.read_bytes())
-    for block in walk_blocks(model, context, Selection(targets="", ignore=""), keep_blocks=False):
-        for linear in block.linears:
-            weight = linear.weight
-            sample = weight.flatten()[:: max(1, weight.numel() // 4096)].float().cpu()
-            digest.update(f"{linear.name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:24]

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field, JsonValue
 
-from engine import anatomy, scores, surgery
+from engine import anatomy, headers, scores, surgery
 from engine.anatomy import Anatomy, Axis
 from engine.calibration import token_rows
 from engine.errors import BadParams
@@ -96,8 +96,8 @@ class Params(Calibrated):
         self.sizes(anatomy.of_dict(config))
 
     def reshaped(
-        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
-    ) -> tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]:
+        self, config: dict[str, JsonValue], tensors: headers.Tensors
+    ) -> tuple[dict[str, JsonValue], headers.Tensors]:
         """Narrower linears; which units stay, is not known yet, but how many."""
         body = anatomy.of_dict(config)
         sizes = self.sizes(body)

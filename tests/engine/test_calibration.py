@@ -7,11 +7,12 @@ import torch
 
 from engine import calibration
 from engine import flow as flow_module
-from engine.calibration import accumulate_hessian, make_empty_hessian, read_documents, token_rows, walk_blocks
+from engine.calibration import accumulate_hessian, make_empty_hessian, token_rows, walk_blocks
 from engine.errors import BadText
 from engine.flow import capture
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import LoadedModel, blocks
+from engine.text import read_documents
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES, MIXTURES
 

@@ -121,3 +121,9 @@ def test_another_vocabulary_is_refused(model: str, tmp_path: Path) -> None:
     save_file({"logprobs": torch.zeros(2, 77)}, str(file))
     replies = answers(model, score("Ada", [1, 2], file))
     assert "77 and 320" in replies[-1]["text"]
+
+
+def test_a_reader_who_left_takes_no_model_along(model: str, tmp_path: Path) -> None:
+    replies = answers(model, score("Ada", [1, 2], tmp_path / "gone.safetensors"), generate(max_tokens=2))
+    assert replies[1] == {"event": "error", "text": "The first model's predictions are gone. Try again."}
+    assert replies[-1]["event"] == "done"

@@ -95,7 +95,7 @@ def test_what_the_student_writes_follows_from_the_seed_and_its_prompt() -> None:
 
 
 def test_only_written_tokens_up_to_the_end_count(tiny_folder: Callable[..., Path], context: Context) -> None:
-    from engine.distill._lesson import Lesson, Text
+    from engine.lesson import Lesson, Text
     from engine.rows import Rows
     from engine.teachers import load_live
 

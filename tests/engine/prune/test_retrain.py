@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 
+from engine import lesson
 from engine.calibration import token_rows
-from engine.errors import Cancelled
+from engine.errors import BadText, Cancelled
 from engine.methods import Context, get
 from engine.models import LoadedModel
-from engine.prune import _retrain, gradual
+from engine.preflight import DEMO
+from engine.prune import gradual
 from engine.training import Schedule
 from tests.conftest import Recorder, in_memory, tiny_config
 
@@ -73,7 +76,7 @@ def test_the_price_makes_weights_small_before_the_cut(context: Context, recorder
 def test_an_interrupted_run_ends_with_the_same_weights(
     name: str, stop_at: int, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_retrain, "Schedule", functools.partial(Schedule, checkpoint_every=2))
+    monkeypatch.setattr(lesson, "Schedule", functools.partial(Schedule, checkpoint_every=2))
     changes = {"every": 3} if name == "prune/gradual" else {}
     whole = pruned(name, dataclasses.replace(context, folder=context.folder / "whole"), **changes)
     asked = 0
@@ -104,3 +107,11 @@ def test_training_recovers_what_the_cut_broke(context: Context) -> None:
         return float(functional.cross_entropy(logits, rows[:, 1:].flatten()))
 
     assert loss(trained) < loss(short) - 0.3
+
+
+@pytest.mark.parametrize("name", ["prune/gradual", "prune/l1"])
+def test_a_text_that_is_no_text_is_refused_before_the_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    for text, words in ((tmp_path / "absent.txt", "no calibration file"), (tmp_path / "short.txt", "tokens")):
+        with pytest.raises(BadText, match=words):
+            get(name).check({"text": str(text)}).check_sources(DEMO / "model")

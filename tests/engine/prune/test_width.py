@@ -164,7 +164,7 @@ def test_another_share_needs_no_new_calibration(
     width.apply(in_memory(tiny_config()), params(), context)
     monkeypatch.setattr(width, "MEASURES", {})  # a second measurement would find none
     smaller = width.apply(in_memory(tiny_config()), params(neurons=0.5, channels=0.5), context)
-    assert any("measured before and is reused" in line for line in recorder.logs())
+    assert any("measured before, now reused" in line for line in recorder.logs())
     assert (smaller.network.config.intermediate_size, smaller.network.config.hidden_size) == (64, 32)
 
 

@@ -1,29 +1,55 @@
-"""A student, its teacher and the text, put together: the loss of a batch, the held-out KL, the training."""
+"""A model, what it learns from and who teaches it, put together: the loss of a batch, the held-out KL, the training.
+
+Methods of distillation are lessons of a student; pruning that trains is one without a teacher.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from engine import hardware
 from engine.body import Body, eager
-from engine.checkpoint import read_config
-from engine.distill._settings import CacheParams, TrainingParams
 from engine.losses import Objective, chunk_size, chunked, pieces
-from engine.methods import Context
+from engine.methods import Context, Params
 from engine.models import LoadedModel
+from engine.preflight import calibration_file, check_text
 from engine.rows import MOST_HELD, Rows, packed_rows
-from engine.teachers import Answers, Cached, Live, Teacher, cached, load_live
-from engine.tokens import check_same_tokenizer
-from engine.training import Extras, train
+from engine.teachers import Answers, Teacher
+from engine.training import Extras, Prune, Schedule, train
 
 SHORT = 256  # tokens of a sequence up to which plain attention trains faster on a CPU than the fused kernel
 KL = Objective()  # how a student is judged, whatever it is taught with
+
+
+class TextParams(Params):
+    """The text that is learned from."""
+
+    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
+    text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
+
+    def check_sources(self, folder: Path) -> None:
+        """Refuse a text that cannot be read, or is shorter than one sequence."""
+        super().check_sources(folder)
+        check_text(calibration_file(self.text), folder, self.sequence_length)
+
+
+class TrainingParams(TextParams):
+    """How long and how fast a student learns, and from what."""
+
+    steps: int = Field(300, ge=1, le=1_000_000, description="Optimizer steps.")
+    batch: int = Field(16, ge=1, le=1024, description="Sequences in each step.")
+    learning_rate: float = Field(1e-3, gt=0.0, le=1e10, description="Highest learning rate.")
+
+    @property
+    def schedule(self) -> Schedule:
+        """As the training loop wants it."""
+        return Schedule(self.steps, self.batch, self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -42,41 +68,6 @@ def read(model: LoadedModel, params: TrainingParams, path: Path) -> Text:
     """
     count = params.steps * params.batch + MOST_HELD
     return Text(*packed_rows(model.tokenizer, path, params.sequence_length, count).split())
-
-
-def teachers_of(
-    text: Text, folders: list[Path], model: LoadedModel, params: CacheParams, context: Context, vocabulary: int
-) -> tuple[Teacher | None, Teacher | None]:
-    """Who answers for the rows to learn from (nobody, where only labels count), and for those held out (where any are).
-
-    Raises:
-        BadModel: a teacher cannot be loaded, or has another tokenizer.
-    """
-    for folder in folders:
-        check_same_tokenizer(model.tokenizer, folder)
-    loaded: list[Live] = []
-    dtype = str(model.network.dtype).removeprefix("torch.")
-
-    def live() -> Live:
-        if not loaded:
-            loaded.append(load_live(folders, vocabulary, context, dtype))
-        return loaded[0]
-
-    if params.teacher_logits == "live":
-        return live() if params.label_weight < 1 else None, live() if len(text.held) else None
-    found: list[Cached | None] = [
-        cached(folders, rows, params.top_k, vocabulary, context, live) if wanted and len(rows) else None
-        for rows, wanted in ((text.rows, params.label_weight < 1), (text.held, True))
-    ]
-    loaded.clear()
-    hardware.give_back_memory()
-    return found[0], found[1]
-
-
-def shared_vocabulary(folders: list[Path], student: int) -> int:
-    """Tokens that the student and all teachers have logits for: their sizes may differ by padding."""
-    sizes: list[int] = [read_config(folder).get_text_config().vocab_size for folder in folders]
-    return min([student, *sizes])
 
 
 def token_loss(body: Body, hidden: Tensor, labels: Tensor, answers: Answers | None, objective: Objective) -> Tensor:
@@ -128,9 +119,9 @@ class Lesson:
     def teach(
         self, params: TrainingParams, context: Context, loss_of: Callable[[Tensor], Tensor] | None = None,
         beside: Mapping[str, nn.Parameter] | None = None, begin: Callable[[int], None] | None = None,
-        trainable: list[str] | None = None,
+        trainable: list[str] | None = None, prune: Prune | None = None,
     ) -> None:  # fmt: skip
-        """Train the student.
+        """Train the student; the arguments are those of `engine.training`.
 
         Raises:
             Diverged: the loss did.
@@ -148,9 +139,4 @@ class Lesson:
         with contextlib.ExitStack() as stack:
             if plain and self.body.isolation == "positions":
                 stack.enter_context(eager(self.student.network))
-            train(self.student, numbers, loss_of or self.batch_loss, params.schedule, context, extras=extras)
-
-
-def beneath(context: Context, name: str) -> Context:
-    """The context of a phase, with a folder of its own."""
-    return replace(context, folder=context.folder / name)
+            train(self.student, numbers, loss_of or self.batch_loss, params.schedule, context, prune, extras)
