@@ -57,7 +57,7 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
         return Chart(None, caption)
     divisor, cost_unit = _scale(points[0][1], max(p[1].value for p in points))
     share = 100 if quality in wording.FRACTIONS else 1
-    figure = empty_figure(f"{wording.name(cost)}, {cost_unit}", axis_title(points[0][2]))
+    figure = empty_figure(say("axis.with", name=wording.name(cost), what=cost_unit), axis_title(points[0][2]))
     edge = front([(x.value, y.value) for _, x, y in points], higher=bool(points[0][2].higher_is_better))
     line = sorted((points[i][1].value / divisor, points[i][2].value * share) for i in edge)
     figure.add_scatter(
@@ -199,8 +199,10 @@ def _bytes(top: float) -> tuple[float, str]:
 def axis_title(measurement: Measurement) -> str:
     """A quality's name with its unit and the direction that is better."""
     direction = say("axis.higher" if measurement.higher_is_better else "axis.lower")
-    unit = ", %" if measurement.name in wording.FRACTIONS else ""
-    return f"{wording.name(measurement.name)}{unit} ({direction})"
+    name = wording.name(measurement.name)
+    if measurement.name in wording.FRACTIONS:
+        name = say("axis.with", name=name, what="%")
+    return say("axis.directed", name=name, direction=direction)
 
 
 def colour(index: int) -> str:

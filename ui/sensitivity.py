@@ -78,7 +78,7 @@ def _heats(values: Sequence[float]) -> list[float]:
 
 def _shown(column: str, row: Row) -> str:
     value = _number(row.get(column))
-    return f"{wording.digits(100 * value, 2)} %" if column in SHARES else wording.digits(value)
+    return say("unit.percent", value=wording.digits(100 * value, 2)) if column in SHARES else wording.digits(value)
 
 
 def _number(value: JsonValue) -> float:

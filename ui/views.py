@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from engine.recipes import dump_recipe
 from engine.records import Measurement, Run, Status
-from ui import audit, live, markup, sensitivity, wording
+from ui import audit, language, live, markup, sensitivity, wording
 from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
@@ -22,9 +22,17 @@ Machine = Mapping[str, JsonValue]  # what Scheduler.status() says: cpu in per ce
 
 
 def masthead() -> Markup:
-    """The name and one sentence."""
+    """The name, one sentence, and the languages: each a link in itself, by its own name."""
     name = tag("h1", tag("span", "", class_="mq-logo", aria_hidden="true"), "Maquette")
-    return tag("header", name, tag("p", say("tagline"), class_="mq-sub"), class_="mq-masthead")
+    links = [
+        tag(
+            "a", own, href=f"?{language.KEY}={code}", lang=code, hreflang=code, data_language=code,
+            aria_current="true" if code == language.current() else None,
+        )
+        for code, own in language.LANGUAGES.items()
+    ]  # fmt: skip
+    switch = tag("nav", *links, class_="mq-languages", aria_label=say("language"))
+    return tag("header", name, tag("p", say("tagline"), class_="mq-sub"), switch, class_="mq-masthead")
 
 
 def strip(status: Machine, history: Mapping[str, Sequence[float]], mine: Run | None) -> Markup:
@@ -32,7 +40,7 @@ def strip(status: Machine, history: Mapping[str, Sequence[float]], mine: Run | N
     cpu, used, total, engine = (_number(status.get(key)) for key in ("cpu", "ram_used", "ram_total", "engine"))
     ram = f"{used / 2**30:.1f} / {wording.size(total)}"
     cells = [
-        _cell("CPU", f"{cpu:.0f} %", history.get("cpu", ()), 100),
+        _cell("CPU", say("unit.percent", value=f"{cpu:.0f}"), history.get("cpu", ()), 100),
         _cell("RAM", ram, history.get("ram_used", ()), total or None),
         _cell(say("strip.engine"), wording.size(engine), history.get("engine", ()), None),
     ]
@@ -115,7 +123,7 @@ def _card(a: Measurement, b: Measurement) -> Markup:
     mark = {1: "▲", 0: "●", -1: "▼"}[sense]
     change = tag(
         "p", tag("span", mark, aria_hidden="true"), " ", wording.difference(a, b),
-        tag("span", f" ({say(f'sense.{kind}')})", class_="unseen"), class_=f"change {kind}",
+        tag("span", " ", say("aside", text=say(f"sense.{kind}")), class_="unseen"), class_=f"change {kind}",
     )  # fmt: skip
     simulated = say("simulated") if is_simulated(b) else ""
     sides = tag(

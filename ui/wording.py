@@ -1,6 +1,6 @@
 """Words, units and numbers as a reader wants them: the only place that formats.
 
-`say(key)` is the page's dictionary (English; a second language is a second dictionary with the same keys).
+`say(key)` is the page's dictionary in the language that is spoken (`ui.language`), one dictionary a language.
 Records hold SI units; here they become MiB, ms and per cent.
 """
 
@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 
 from engine.records import Measurement, Run, Status
+from ui import language
+from ui.chinese import CHINESE
 from ui.words import ENGLISH
 
 Measured = Mapping[str, Measurement]
@@ -22,24 +24,28 @@ ORDER = (
     "top1_agreement", "flips",
 )  # fmt: skip
 FRACTIONS = ("accuracy", "top1_agreement", "flips", "size.sparsity")
+DICTIONARIES: Mapping[str, Mapping[str, str]] = {language.ENGLISH: ENGLISH, language.CHINESE: CHINESE}
 
 
 def say(key: str, **values: object) -> str:
-    """The words for `key`, with `values` filled in."""
-    text = ENGLISH[key]
+    """The words for `key`, with `values` filled in; where `count` is 1 and the language has a form for it, that one."""
+    words = DICTIONARIES[language.current()]
+    if values.get("count") == 1 and f"{key}.one" in words:
+        key = f"{key}.one"
+    text = words[key] if key in words else ENGLISH[key]
     return text.format(**values) if values else text
 
 
 def known(key: str, otherwise: str) -> str:
     """The words for `key`, or `otherwise` where there are none: for names that come from methods and workers."""
-    return ENGLISH.get(key, otherwise)
+    return DICTIONARIES[language.current()].get(key, ENGLISH.get(key, otherwise))
 
 
 def name(measurement: str) -> str:
     """A measurement's name for a reader: `latency.tpot` -> `Time per token`."""
     if measurement.startswith("accuracy."):
         return say("name.accuracy.task", task=measurement.removeprefix("accuracy."))
-    return ENGLISH.get(f"name.{measurement}", measurement)
+    return known(f"name.{measurement}", measurement)
 
 
 def size(count: float) -> str:
@@ -66,17 +72,18 @@ def duration(seconds: float) -> str:
     if seconds < 1:
         return f"{digits(seconds * 1e3)} ms"
     if seconds < 60:
-        return f"{digits(seconds, 2)} s"
+        return say("unit.seconds", value=digits(seconds, 2))
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+        key = "unit.minutes_seconds" if rest else "unit.minutes"
+        return say(key, minutes=minutes, seconds=rest)
+    return say("unit.hours_minutes", hours=minutes // 60, minutes=minutes % 60)
 
 
 def percent(fraction: float, signed: bool = False) -> str:
     """A fraction in per cent with one decimal, or none where it is round: `92.4 %`."""
     text = f"{100 * fraction:+.1f}" if signed else f"{100 * fraction:.1f}"
-    return f"{minus(text.removesuffix('.0'))} %"
+    return say("unit.percent", value=minus(text.removesuffix(".0")))
 
 
 def minus(text: str) -> str:
@@ -95,7 +102,7 @@ def quantity(value: float, unit: str, label: str = "") -> str:
     if label.split(".")[0] == "throughput":
         return f"{digits(value)} {say('unit.tokens_per_second')}"
     plain = unit in ("", "1", "ratio", label)
-    return digits(value) if plain else f"{digits(value)} {unit}"
+    return digits(value) if plain else f"{digits(value)} {known(f'unit.{unit}', unit)}"
 
 
 def value(measurement: Measurement) -> str:
@@ -156,8 +163,8 @@ def verdict(a: Measured, b: Measured) -> str:
     costs = [part for part in (_perplexity(a, b), _accuracy(a, b), _flips(b)) if part]
     if not gains + costs:
         return say("verdict.unknown")
-    sentence = ", ".join(gains + costs)
-    return sentence[0].upper() + sentence[1:] + "."
+    text = say("list.comma").join(gains + costs)
+    return say("list.sentence", text=text[0].upper() + text[1:])
 
 
 def _pair(key: str, a: Measured, b: Measured) -> tuple[Measurement, Measurement] | None:
@@ -233,7 +240,8 @@ def when(moment: float, now: float | None = None) -> str:
         return say("when.now")
     if past < 86_400:
         minutes = round(past / 60)
-        return say("when.ago", span=f"{minutes} min" if minutes < 60 else f"{minutes // 60} h")
+        short = say("unit.minutes", minutes=minutes) if minutes < 60 else say("unit.hours", hours=minutes // 60)
+        return say("when.ago", span=short)
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment))
 
 

@@ -201,6 +201,13 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.steps": "A recipe holds at most {limit} steps here. Remove one first.",
         "error.picks": "Pick at most {limit} results.",
         "error.long_link": "The recipe in the address is too long. Paste it on the Compress tab.",
+        # languages: how each writes numbers, spans and lists; `.one` is the form for a count of one
+        "language": "Language", "list.comma": ", ", "list.sentence": "{text}.", "axis.with": "{name}, {what}",
+        "axis.directed": "{name} ({direction})", "aside": "({text})",
+        "unit.percent": "{value} %", "unit.seconds": "{value} s", "unit.minutes": "{minutes} min",
+        "unit.minutes_seconds": "{minutes} min {seconds} s", "unit.hours": "{hours} h",
+        "unit.hours_minutes": "{hours} h {minutes} min", "panes.tokens.one": "1 token",
+        "verdict.flips.one": "1 of {total} answers flipped",
     }
 )
 # fmt: on

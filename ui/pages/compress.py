@@ -113,9 +113,11 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
         desk.check_sources(recipe)
         return [as_draft(recipe), shape + 1, recipe.model.source]
 
-    def model(source: str, draft: Draft) -> Draft:
+    @edge
+    def model(source: str, draft: Draft) -> object:
         return {**draft, "model": {**_object(draft.get("model")), "source": str(source).strip() or "demo"}}
 
+    @edge
     def follow(draft: Draft, request: gr.Request) -> object:
         return [judge(desk, draft), describe(draft), bearing(desk, draft, request)]
 
@@ -130,6 +132,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
 def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
     """A card for each step: its settings, and buttons that move and remove it; rebuilt when `shape` changes."""
 
+    @edge
     def draw(value: Draft, generation: int) -> None:
         steps = _steps(value)
         for index, step in enumerate(steps):
