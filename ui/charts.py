@@ -110,7 +110,7 @@ def accuracy(runs: Sequence[Named]) -> Chart:
     caption = say("chart.accuracy")
     if not tasks:
         return Chart(None, caption)
-    names = [task.removeprefix("accuracy.") for task in tasks]
+    names = [wording.task(key.removeprefix("accuracy.")) for key in tasks]
     figure = empty_figure("", say("axis.percent"))
     for index, (label, measured) in enumerate(runs):
         found = [measured.get(task) for task in tasks]

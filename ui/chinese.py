@@ -212,6 +212,21 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "unit.percent": "{value}%", "unit.seconds": "{value} 秒", "unit.minutes": "{minutes} 分钟",
         "unit.minutes_seconds": "{minutes} 分 {seconds} 秒", "unit.hours": "{hours} 小时",
         "unit.hours_minutes": "{hours} 小时 {minutes} 分",
+        "audit.note": "：{note}",
+        # phases of a run as the engine names them, what it counts, and tasks
+        "phase.measuring size": "测量大小", "phase.loading packed weights": "加载打包权重",
+        "phase.measuring sensitivity": "逐层测量",
+        "phase.measuring memory and latency": "测量内存与延迟",
+        "phase.measuring perplexity": "测量困惑度", "phase.measuring accuracy": "测量准确率",
+        "phase.measuring divergence": "测量 KL 散度", "phase.writing outputs": "生成文本",
+        "phase.probing one block": "试测一层",
+        "progress.blocks": "层", "progress.linears": "个线性层", "progress.linears probed": "个线性层已探测",
+        "progress.steps": "步", "progress.documents": "篇文档", "progress.batches": "批",
+        "progress.files of the teacher's answers": "个教师答案文件",
+        "progress.files of sequences": "个序列文件", "progress.runs of blocks": "段连续层",
+        "title.original": "原始模型", "title.what each block can bear": "每一层能承受多少",
+        "task.facts": "事实", "task.grammar": "语法", "task.reading": "阅读", "task.sums": "算术",
+        "unit.bit": "位", "unit.nat": "nat", "unit.nats": "nat",
     }
 )
 # fmt: on

@@ -154,7 +154,7 @@ class Desk:
         return [
             Entry(
                 f"{STORED}{index}",
-                say("stored.label", title=item.run.recipe.title()),
+                say("stored.label", title=wording.title(item.run.recipe)),
                 item.run,
                 {m.name: m for m in item.measurements},
                 item.outputs,
@@ -188,7 +188,7 @@ class Desk:
             return "demo"
         run = self.twin(entry.run.recipe, owner) if entry.stored else entry.run
         if run is None:
-            raise BadModel(say("error.stored_only", title=entry.run.recipe.title()))
+            raise BadModel(say("error.stored_only", title=wording.title(entry.run.recipe)))
         if not run.artifact or not Path(run.artifact).is_dir():
             raise BadModel(say("error.no_artifact", run=run.id))
         return run.id

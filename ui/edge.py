@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from engine.errors import MaquetteError
 from ui import language
+from ui.messages import translate
 from ui.wording import say
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,10 @@ def has_cookie(request: gr.Request) -> bool:
 def line(error: Exception) -> str:
     """What a visitor reads of an error; what nobody foresaw is logged under a number they can quote."""
     if isinstance(error, MaquetteError):
-        return str(error)
+        return translate(str(error))
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        return f"{'.'.join(str(part) for part in problem['loc']) or say('recipe')}: {problem['msg']}."
+        return translate(f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {problem['msg']}.")
     number = secrets.token_hex(3)
     log.error("unforeseen error %s", number, exc_info=error)
     return say("error.unforeseen", number=number)

@@ -16,6 +16,7 @@ from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
 from ui.markup import join, tag
+from ui.messages import translate
 from ui.wording import say
 
 Machine = Mapping[str, JsonValue]  # what Scheduler.status() says: cpu in per cent, memory in bytes
@@ -67,7 +68,7 @@ def _working(status: Machine, mine: Run | None) -> Markup:
     queued = _number(status.get("queued"))
     if not status.get("running"):
         return tag("p", say("strip.idle"), class_="mq-working")
-    title = mine.recipe.title() if mine else say("strip.other")
+    title = wording.title(mine.recipe) if mine else say("strip.other")
     parts: list[Markup | None] = [tag("strong", title)]
     progress = status.get("progress")
     if mine and isinstance(progress, dict):
@@ -83,7 +84,8 @@ def progress_line(progress: Mapping[str, JsonValue]) -> Markup:
     phase = phase_name(str(progress.get("phase") or ""))
     text = phase
     if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
-        text += f" · {done:.0f} / {total:.0f} {progress.get('unit') or ''}".rstrip()
+        unit = str(progress.get("unit") or "")
+        text += f" · {done:.0f} / {total:.0f} {wording.known(f'progress.{unit}', unit)}".rstrip()
     if isinstance(eta, int | float) and math.isfinite(eta):
         text += f" · {say('eta', span=wording.duration(max(1.0, eta)))}"
     bar = markup.progress(_number(done), _number(total), phase)
@@ -91,8 +93,8 @@ def progress_line(progress: Mapping[str, JsonValue]) -> Markup:
 
 
 def phase_name(name: str) -> str:
-    """A phase in words, as it is where no words are known for it."""
-    return wording.known(f"phase.{name}", name[:1].upper() + name[1:] or say("phase.start"))
+    """A phase in words: of the pipeline, or a method's title; as it is where no words are known for it."""
+    return wording.known(f"phase.{name}", translate(name[:1].upper() + name[1:]) or say("phase.start"))
 
 
 CARDS = ("size.bytes", "latency.tpot", "memory.loaded", "perplexity", "accuracy")
@@ -149,7 +151,12 @@ def compare_table(a: Entry, b: Entry) -> Markup:
         left, right = a.measured.get(name), b.measured.get(name)
         change = wording.difference(left, right) if left and right else ""
         rows.append((wording.name(name), _shown(left), _shown(right), change))
-    headers = (say("measurement"), f"A · {a.run.recipe.title()}", f"B · {b.run.recipe.title()}", say("difference"))
+    headers = (
+        say("measurement"),
+        f"A · {wording.title(a.run.recipe)}",
+        f"B · {wording.title(b.run.recipe)}",
+        say("difference"),
+    )
     return markup.table(headers, rows, caption=say("compare.all"))
 
 
@@ -165,7 +172,7 @@ def runs_table(runs: Sequence[Run], picked: str, needle: str, now: float) -> Mar
         return tag("div", tag("p", say("runs.none")), class_="mq-empty")
     rows = []
     for run in runs:
-        title, state = run.recipe.title(), wording.status(run.status)
+        title, state = wording.title(run.recipe), wording.status(run.status)
         source = run.recipe.model.source
         if needle and needle.casefold() not in f"{title} {source} {state} {run.id}".casefold():
             continue
@@ -196,11 +203,17 @@ def run_detail(
 ) -> Markup:  # fmt: skip
     """One run: where it stands, what it measured, its charts, its log, its files."""
     head = tag(
-        "header", tag("h2", run.recipe.title()), markup.badge(run.status), tag("code", run.id), class_="mq-run-head"
+        "header",
+        tag("h2", wording.title(run.recipe)),
+        markup.badge(run.status),
+        tag("code", run.id),
+        class_="mq-run-head",
     )
     parts: list[Markup | None] = [head]
     if run.reason:
-        parts.append(markup.notice(run.reason, "bad" if run.status in (Status.FAILED, Status.REFUSED) else "warn"))
+        parts.append(
+            markup.notice(translate(run.reason), "bad" if run.status in (Status.FAILED, Status.REFUSED) else "warn")
+        )
     if run.status is Status.RUNNING:
         parts.append(
             tag(
@@ -229,7 +242,7 @@ def run_detail(
         ]
         parts.append(tag("ul", *files, class_="mq-files"))
     if story.log:
-        text = "\n".join(line for _, line in list(story.log)[-14:])
+        text = "\n".join(translate(line) for _, line in list(story.log)[-14:])
         parts.append(
             tag(
                 "section",

@@ -7,11 +7,12 @@ Records hold SI units; here they become MiB, ms and per cent.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
 
-from engine.records import Measurement, Run, Status
-from ui import language
+from engine.records import Measurement, Recipe, Run, Status
+from ui import chinese_methods, language
 from ui.chinese import CHINESE
 from ui.words import ENGLISH
 
@@ -44,8 +45,42 @@ def known(key: str, otherwise: str) -> str:
 def name(measurement: str) -> str:
     """A measurement's name for a reader: `latency.tpot` -> `Time per token`."""
     if measurement.startswith("accuracy."):
-        return say("name.accuracy.task", task=measurement.removeprefix("accuracy."))
+        return say("name.accuracy.task", task=task(measurement.removeprefix("accuracy.")))
     return known(f"name.{measurement}", measurement)
+
+
+def task(name: str) -> str:
+    """A task's name for a reader, as it is where it is not one of ours."""
+    return known(f"task.{name}", name)
+
+
+def field(name: str) -> str:
+    """The label of a method's setting."""
+    if language.current() == language.CHINESE and name in chinese_methods.FIELDS:
+        return chinese_methods.FIELDS[name]
+    return known(f"field.{name}", name.replace("_", " ").capitalize())
+
+
+def choice(value: object) -> str:
+    """The label of one of a setting's choices."""
+    if language.current() == language.CHINESE and value in chinese_methods.CHOICES:
+        return chinese_methods.CHOICES[str(value)]
+    return known(f"choice.{value}", str(value))
+
+
+def title(recipe: Recipe) -> str:
+    """A recipe's title in words."""
+    text = recipe.title()
+    return known(f"title.{text}", " → ".join(map(_step, text.split(" → "))))
+
+
+def _step(text: str) -> str:
+    if language.current() != language.CHINESE:
+        return text
+    name, _, rest = text.partition(" ")
+    for pattern, written in chinese_methods.SETTINGS:
+        rest = re.sub(pattern, written, rest)
+    return f"{chinese_methods.STEPS.get(name, name)} {rest}".rstrip()
 
 
 def size(count: float) -> str:
@@ -252,8 +287,8 @@ def run_label(run: Run) -> str:
 
 def run_name(run: Run) -> str:
     """A run's title, and its model where it is not the demo."""
-    title, model = run.recipe.title(), run.recipe.model.source
-    return title if model == "demo" else f"{title} · {source(model)}"
+    name, model = title(run.recipe), run.recipe.model.source
+    return name if model == "demo" else f"{name} · {source(model)}"
 
 
 def source(path: str) -> str:
