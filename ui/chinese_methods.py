@@ -156,7 +156,7 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "Folders of more teachers, separated by spaces; probabilities are averaged.":
             "更多教师的文件夹，以空格分隔；概率取平均。",
         "KL to the teacher (forward), from it (reverse, MiniLLM), or between both (js, as in GKD).":
-            "对教师的前向 KL（forward）、反向 KL（reverse，MiniLLM），或二者之间（js，如 GKD）。",
+            "对教师的前向 KL（`forward`）、反向 KL（`reverse`，MiniLLM），或二者之间（`js`，如 GKD）。",
         "With divergence `js`: near 0 forward KL, near 1 reverse.": "散度为 `js` 时：接近 0 为前向 KL，接近 1 为反向。",
         "Softens both distributions; 1 changes nothing.": "软化两个分布；1 表示不变。",
         "Weight of the true labels beside the teacher.": "真实标签相对教师的权重。",

@@ -18,9 +18,15 @@ from ui.chinese_methods import DESCRIPTIONS, SUMMARIES, TITLES
 
 LONGEST = 2000  # characters of a line that is looked up
 METHOD = re.compile(r"[a-z][a-z0-9_]*/[a-z][a-z0-9_]*")
-LINEAR = re.compile(r"\S+")
+WORD = re.compile(r"\S+")
 FIELD = re.compile(r"[a-z][A-Za-z0-9_.]*")
-KINDS = {"method": METHOD, "linear": LINEAR, "field": FIELD}  # values that must look like what they are
+KINDS = {
+    "method": METHOD,
+    "linear": WORD,
+    "field": FIELD,
+    "one": WORD,
+    "other": WORD,
+}  # values that must look like what they are
 
 
 @dataclass(frozen=True)
@@ -121,4 +127,5 @@ def _translated(text: str, code: str) -> str:
     catalogue = _catalogue(code)
     if catalogue is None or len(text) > LONGEST:
         return text
-    return catalogue.find(text) or text
+    fragments = catalogue.fragments
+    return catalogue.find(text) or (fragments and fragments.find(text)) or text

@@ -328,7 +328,7 @@ def _settings(run: Run) -> dict[str, str]:
     for number, step in enumerate(run.recipe.steps, 1):
         found[say("step", number=number)] = step.method
         for key, value in step.params.items():
-            found[f"{number} · {key}"] = json.dumps(value)
+            found[f"{number} · {wording.field(key)}"] = json.dumps(value)
     return found
 
 

@@ -49,8 +49,8 @@ def _method(method: Method) -> Markup:
             (
                 tag("code", name),
                 translate(info.description or ""),
-                json.dumps(info.default),
-                ", ".join(map(str, choices)) if choices else span,
+                tag("code", json.dumps(info.default)),
+                tag("code", ", ".join(map(str, choices)) if choices else span),
             )
         )
     headers = (say("setting"), say("meaning"), say("default"), say("values"))
