@@ -20,6 +20,7 @@ ACCENT = "#4f46e5"
 GREY = "#737380"
 # Okabe and Ito's palette for colour-blind readers, after our grey and accent; dark enough on white.
 COLOURS = (GREY, ACCENT, "#c2570c", "#0e7a5f", "#a21caf", "#0369a1")
+FONT = "system-ui, PingFang SC, Microsoft YaHei, Noto Sans CJK SC, sans-serif"
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 NAMED_POINTS = 4
 Named = tuple[str, Measured]
@@ -221,7 +222,7 @@ def empty_figure(x: str, y: str) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin={"l": 8, "r": 16, "t": 32, "b": 8},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": GREY}, uirevision="keep", height=320,
+        font={"family": FONT, "size": 13, "color": GREY}, uirevision="keep", height=320,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, hoverlabel={"namelength": -1},
         xaxis={**axis, "title": {"text": x, "standoff": 12}}, yaxis={**axis, "title": {"text": y, "standoff": 12}},
         dragmode=False, template="none",
