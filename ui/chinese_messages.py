@@ -299,6 +299,27 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} cannot keep packed documents apart: they see each other": "{name} 无法隔开打包的文档：它们能互相看到",
         "warning: only {count} sizes lie between the model and the student": "警告：模型与学生之间只有 {count} 种尺寸",
         "assistant {number} of {count}: {depth} blocks of {width}": "第 {number} 个助教（共 {count} 个）：{depth} 层，宽度 {width}",
+        "{count} of {total} parameters are trained": "训练 {total} 个参数中的 {count} 个",
+        "{count} of {total} parameters": "{total} 个参数中的 {count} 个",
+        "warning: the student is the teacher itself; there is nothing to learn from it but the labels":
+            "警告：学生就是教师本身；除标签外没有可学的",
+        "warning: the student is larger than the model": "警告：学生比模型还大",
+        "this assistant is finished": "该助教已完成",
+        "the teacher's {count} sequences: written now": "教师的 {count} 条序列：刚刚写成",
+        "the teacher's {count} sequences: reused, it is not loaded": "教师的 {count} 条序列：复用，不加载教师",
+        "{said}: measured before, now reused": "{said}：先前已测量，直接复用",
+        "block {number}: {said_by} {cost}, removed": "第 {number} 层：{said_by} {cost}，已移除",
+        "block {number}: {said_by} {cost}": "第 {number} 层：{said_by} {cost}",
+        "blocks {first} to {last}: {said_by} {cost}, removed": "第 {first} 至 {last} 层：{said_by} {cost}，已移除",
+        "blocks {first} to {last}: {said_by} {cost}": "第 {first} 至 {last} 层：{said_by} {cost}",
+        "{said}: {size} of {total} stay in each block, with {share} of the importance":
+            "{said}：每层 {total} 个中保留 {size} 个，占重要性的 {share}",
+        "{said}: {size} of {total} stay, with {share} of the importance": "{said}：{total} 个中保留 {size} 个，占重要性的 {share}",
+        "KV cache {bits} bit, unpacked for attention": "KV 缓存 {bits} 位，计算注意力时解包",
+        "kernels: {names}": "算子：{names}",
+        "sensitivity is measured before quantizing: this model's weights are packed": "敏感度应在量化之前测量：该模型的权重已打包",
+        "reused what an earlier run has done: {titles}": "复用了先前运行的成果：{titles}",
+        "read back {said}: logits {distance} apart": "已{said}读回：logits 相差 {distance}",
         "{count} sequences of {tokens} tokens of the calibration text, one block at a time": "校准文本的 {count} 条序列，每条 {tokens} 个词元，逐层测量",
     }
 )
@@ -360,6 +381,10 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "left as it is, for two linears of that quality would not be smaller": "保持不变：同样质量的两个线性层并不会更小",
         "pruned by magnitude instead, {said}": "改为按幅值剪枝，{said}",
         "{share} set to zero": "{share} 置零",
+        "influence": "影响", "angle over pi": "角度 / π", "loss in nats without it": "去掉后的损失（nat）",
+        "width by {by}": "宽度（{by}）", "depth by {by}": "深度（{by}）",
+        "part by part, for it is large": "逐部分（因为较大）", "with transformers": "用 transformers ",
+        "by Maquette's own reader, for the format is its own": "用 Maquette 自己的读取程序（因为格式是自有的）",
         # pydantic
         "Input should be greater than or equal to {value}": "应大于或等于 {value}",
         "Input should be less than or equal to {value}": "应小于或等于 {value}",

@@ -65,6 +65,17 @@ def templates() -> Iterator[tuple[str, str]]:
                     yield f"{place}:{node.lineno}", f"quantize/gptq: bits: {sample}, got 'x'." if asked else sample
 
 
+def lines_of_the_log() -> Iterator[tuple[str, str]]:
+    samples = {**SAMPLES, "note": "no token reached it", "error": "no token reached it", "about": "block 3"}
+    samples |= {"unit": "influence", "kind": "width by taylor", "LABELS[axis]": "channels", "of_each": " in each block"}
+    for file in sorted(ENGINE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args):
+                continue
+            if node.func.attr == "log" and (sample := filled(node.args[0], samples)) is not None:
+                yield f"{file.name}:{node.lineno}", sample
+
+
 def subclasses(kind: type) -> set[type]:
     return {kind}.union(*(subclasses(each) for each in kind.__subclasses__()))
 
@@ -110,6 +121,19 @@ def test_every_error_of_the_engine_can_be_said_in_chinese() -> None:
     with language.use("zh-CN"):
         missing = [f"{place}: {sample}" for place, sample in templates() if translate(sample) == sample]
     assert missing == []
+
+
+def test_every_line_of_a_log_can_be_said_in_chinese() -> None:
+    with language.use("zh-CN"):
+        missing = [f"{place}: {line_}" for place, line_ in lines_of_the_log() if translate(line_) == line_]
+    assert missing == []
+
+
+def test_every_kind_of_unknown_name_has_a_word() -> None:
+    source = "\n".join(file.read_text() for file in ENGINE.rglob("*.py"))
+    kinds = set(re.findall(r'(?:UnknownName|_known)\(\s*"([^"]+)"', source))
+    assert len(kinds) > 4
+    assert kinds <= chinese_messages.FRAGMENTS.keys()
 
 
 def test_both_sides_of_a_message_carry_the_same_values() -> None:
