@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from ui import markup, wording
 from ui.markup import tag
+from ui.messages import translate
 from ui.wording import say
 
 Audit = Mapping[str, JsonValue]
@@ -139,7 +140,9 @@ def notes(linears: Sequence[Audit]) -> Markup:
     odd = [each for each in linears if each.get("note")]
     if not odd:
         return tag("p", say("audit.clean"), class_="mq-sub")
-    listed = [tag("li", tag("code", str(each["name"])), f": {each['note']}") for each in odd]
+    listed = [
+        tag("li", tag("code", str(each["name"])), say("audit.note", note=translate(str(each["note"])))) for each in odd
+    ]
     summary = say("audit.odd" if len(odd) > 1 else "audit.odd_one", count=len(odd))
     return markup.details(summary, tag("ul", *listed, class_="mq-notes"))
 

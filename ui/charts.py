@@ -20,6 +20,7 @@ ACCENT = "#4f46e5"
 GREY = "#737380"
 # Okabe and Ito's palette for colour-blind readers, after our grey and accent; dark enough on white.
 COLOURS = (GREY, ACCENT, "#c2570c", "#0e7a5f", "#a21caf", "#0369a1")
+FONT = "system-ui, PingFang SC, Microsoft YaHei, Noto Sans CJK SC, sans-serif"
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 NAMED_POINTS = 4
 Named = tuple[str, Measured]
@@ -57,7 +58,7 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
         return Chart(None, caption)
     divisor, cost_unit = _scale(points[0][1], max(p[1].value for p in points))
     share = 100 if quality in wording.FRACTIONS else 1
-    figure = empty_figure(f"{wording.name(cost)}, {cost_unit}", axis_title(points[0][2]))
+    figure = empty_figure(say("axis.with", name=wording.name(cost), what=cost_unit), axis_title(points[0][2]))
     edge = front([(x.value, y.value) for _, x, y in points], higher=bool(points[0][2].higher_is_better))
     line = sorted((points[i][1].value / divisor, points[i][2].value * share) for i in edge)
     figure.add_scatter(
@@ -110,7 +111,7 @@ def accuracy(runs: Sequence[Named]) -> Chart:
     caption = say("chart.accuracy")
     if not tasks:
         return Chart(None, caption)
-    names = [task.removeprefix("accuracy.") for task in tasks]
+    names = [wording.task(key.removeprefix("accuracy.")) for key in tasks]
     figure = empty_figure("", say("axis.percent"))
     for index, (label, measured) in enumerate(runs):
         found = [measured.get(task) for task in tasks]
@@ -199,8 +200,10 @@ def _bytes(top: float) -> tuple[float, str]:
 def axis_title(measurement: Measurement) -> str:
     """A quality's name with its unit and the direction that is better."""
     direction = say("axis.higher" if measurement.higher_is_better else "axis.lower")
-    unit = ", %" if measurement.name in wording.FRACTIONS else ""
-    return f"{wording.name(measurement.name)}{unit} ({direction})"
+    name = wording.name(measurement.name)
+    if measurement.name in wording.FRACTIONS:
+        name = say("axis.with", name=name, what="%")
+    return say("axis.directed", name=name, direction=direction)
 
 
 def colour(index: int) -> str:
@@ -219,7 +222,7 @@ def empty_figure(x: str, y: str) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin={"l": 8, "r": 16, "t": 32, "b": 8},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": GREY}, uirevision="keep", height=320,
+        font={"family": FONT, "size": 13, "color": GREY}, uirevision="keep", height=320,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, hoverlabel={"namelength": -1},
         xaxis={**axis, "title": {"text": x, "standoff": 12}}, yaxis={**axis, "title": {"text": y, "standoff": 12}},
         dragmode=False, template="none",

@@ -21,7 +21,7 @@ from engine.methods import Selection, field_kind, get
 from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
 from engine.scheduler import Scheduler
 from engine.store import Store
-from ui import wording
+from ui import language, wording
 from ui.wording import say
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Desk:
     scheduler: Scheduler
     stored: StoredComparison | None = None
     local: bool = True
-    _finished: dict[tuple[str, int], Entry] = field(default_factory=dict)
+    _finished: dict[tuple[str, int, str], Entry] = field(default_factory=dict)
     _pulse: Pulse = field(default_factory=Pulse)
 
     def runs(self, owner: str) -> list[Run]:
@@ -154,7 +154,7 @@ class Desk:
         return [
             Entry(
                 f"{STORED}{index}",
-                say("stored.label", title=item.run.recipe.title()),
+                say("stored.label", title=wording.title(item.run.recipe)),
                 item.run,
                 {m.name: m for m in item.measurements},
                 item.outputs,
@@ -188,7 +188,7 @@ class Desk:
             return "demo"
         run = self.twin(entry.run.recipe, owner) if entry.stored else entry.run
         if run is None:
-            raise BadModel(say("error.stored_only", title=entry.run.recipe.title()))
+            raise BadModel(say("error.stored_only", title=wording.title(entry.run.recipe)))
         if not run.artifact or not Path(run.artifact).is_dir():
             raise BadModel(say("error.no_artifact", run=run.id))
         return run.id
@@ -210,7 +210,7 @@ class Desk:
             raise BadModel(say("error.not_local"))
 
     def _entry(self, run: Run) -> Entry:
-        key = (run.id, run.attempt)
+        key = (run.id, run.attempt, language.current())  # its label is in words
         if run.status is not Status.SUCCEEDED:
             return self._read(run)
         if key not in self._finished:

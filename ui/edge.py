@@ -12,12 +12,16 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import gradio as gr
+from gradio.context import LocalContext
 from markupsafe import escape
 from pydantic import ValidationError
 
 from engine.errors import MaquetteError
+from ui import language
+from ui.messages import translate
 from ui.wording import say
 
 log = logging.getLogger(__name__)
@@ -53,10 +57,10 @@ def has_cookie(request: gr.Request) -> bool:
 def line(error: Exception) -> str:
     """What a visitor reads of an error; what nobody foresaw is logged under a number they can quote."""
     if isinstance(error, MaquetteError):
-        return str(error)
+        return translate(str(error))
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        return f"{'.'.join(str(part) for part in problem['loc']) or say('recipe')}: {problem['msg']}."
+        return translate(f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {problem['msg']}.")
     number = secrets.token_hex(3)
     log.error("unforeseen error %s", number, exc_info=error)
     return say("error.unforeseen", number=number)
@@ -68,25 +72,39 @@ def tell(error: Exception) -> None:
 
 
 def edge(handler: Callable[..., object]) -> Callable[..., object]:
-    """A handler whose errors become one line in a corner of the page; its outputs stay as they are."""
+    """A handler in its visitor's language whose errors become one line in a corner; its outputs stay as they are."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def stream(*args: object, **kwargs: object) -> Iterator[object]:
-            try:
-                yield from handler(*args, **kwargs)
-            except Exception as error:
-                tell(error)
-                yield gr.skip()
+            code = spoken()
+            with closing(handler(*args, **kwargs)) as steps:
+                while True:  # each step may run in another context
+                    with language.use(code):
+                        try:
+                            value = next(steps)
+                        except StopIteration:
+                            return
+                        except Exception as error:
+                            tell(error)
+                            value = gr.skip()
+                    yield value
 
         return stream
 
     @functools.wraps(handler)
     def call(*args: object, **kwargs: object) -> object:
-        try:
-            return handler(*args, **kwargs)
-        except Exception as error:
-            tell(error)
-            return gr.skip()
+        with language.use(spoken()):
+            try:
+                return handler(*args, **kwargs)
+            except Exception as error:
+                tell(error)
+                return gr.skip()
 
     return call
+
+
+def spoken() -> str:
+    """The language of the request that Gradio serves; outside of one, what is spoken already."""
+    request = LocalContext.request.get(None)
+    return language.current() if request is None else language.of_request(request)

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from engine.methods import Calibrated, Method, Selection, bounds, field_kind
 from ui import wording
+from ui.messages import translate
 
 Input = gr.Radio | gr.Dropdown | gr.Checkbox | gr.Textbox | gr.Number
 RADIO_LIMIT = 7  # up to so many choices a screen reader prefers radio buttons to a list
@@ -36,12 +37,10 @@ def inputs(method: Method, values: Mapping[str, JsonValue]) -> dict[str, Input]:
 
 def widget(name: str, info: FieldInfo, value: JsonValue) -> Input:
     """The input for one field: radio or list for a choice, a box for a number or a text."""
-    label, about = wording.known(f"field.{name}", name.replace("_", " ").capitalize()), _plain(info.description)
+    label, about = wording.field(name), _plain(translate(info.description or ""))
     kind = field_kind(info)
     if kind == "choice":
-        choices = [
-            (wording.known(f"choice.{choice}", str(choice)), choice) for choice in typing.get_args(info.annotation)
-        ]
+        choices = [(wording.choice(choice), choice) for choice in typing.get_args(info.annotation)]
         known = next((choice for _, choice in choices if choice == value), info.default)
         if len(choices) <= RADIO_LIMIT:
             return gr.Radio(choices, value=known, label=label, info=about, interactive=True)

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from engine.preflight import Estimate
 from engine.records import Status
 from ui import wording
+from ui.messages import translate
 from ui.wording import say
 
 Child = str | Markup | None
@@ -144,7 +145,11 @@ def fit_meter(estimate: Estimate) -> Markup:
     numbers = say("fit.of", total=wording.size(estimate.total), free=wording.size(estimate.available))
     head = tag("div", tag("strong", say("fit.yes" if fits else "fit.no")), tag("span", numbers), class_="mq-line")
     takes = say("fit.seconds", span=wording.duration(estimate.seconds)) if estimate.seconds > 0 else ""
-    notes = tag("ul", *(tag("li", note) for note in estimate.notes), class_="mq-notes") if estimate.notes else None
+    notes = (
+        tag("ul", *(tag("li", translate(note)) for note in estimate.notes), class_="mq-notes")
+        if estimate.notes
+        else None
+    )
     return tag(
         "section", tag("h3", say("fit.title")), head,
         tag("div", *segments, class_="mq-bar parts" + ("" if fits else " over"), role="img", aria_label=numbers),

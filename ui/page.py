@@ -11,12 +11,13 @@ from gradio.blocks import Block
 
 from engine.scheduler import Scheduler
 from engine.store import Store
-from ui import views
+from ui import translated, views
 from ui.desk import Desk, read_stored
 from ui.edge import edge, tell, visitor
 from ui.journal import Journal
 from ui.pages import compare, compress, methods, runs
 from ui.theme import ASSETS
+from ui.translated import Page
 from ui.wiring import on
 from ui.wording import say
 
@@ -25,7 +26,14 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
     """The page and the desk behind it. `local`: only this machine can reach the server."""
     desk = Desk(store, scheduler, read_stored(ASSETS / "demo" / "comparison.json"), local)
     journal = Journal(store)
-    with gr.Blocks(title="Maquette", analytics_enabled=False) as page:
+    page = translated.in_each(lambda: lay_out(desk, journal))
+    return page, desk
+
+
+def lay_out(desk: Desk, journal: Journal) -> Page:
+    """The page in the language that is spoken now."""
+    page = Page(title="Maquette", analytics_enabled=False)
+    with page:
         gr.HTML(views.masthead())
         with gr.Row(elem_id="mq-top"):
             with gr.Column(min_width=300):
@@ -59,7 +67,7 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
             return compress.bearing(desk, draft, request)
 
         on([compress_tab.select], open_compress, [making.draft], [making.blocks])
-    return page, desk
+    return page
 
 
 def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, ticker: gr.Timer) -> None:

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from engine.records import Output, Token
 from ui import wording
+from ui.messages import translate
 from ui.theme import ASSETS
 from ui.wording import say
 
@@ -88,7 +89,7 @@ class Panes:
             pane.state, pane.note = "done", say("panes.stopped") if data.get("stopped") else ""
             pane.stats = _stats(data, len(pane.tokens))
         elif kind == "error":
-            pane.state, pane.note = "failed", str(data.get("text", ""))
+            pane.state, pane.note = "failed", translate(str(data.get("text", "")))
 
 
 def stored(title_a: str, title_b: str, a: Output | None, b: Output | None, same_text: bool, key: str) -> Panes:

@@ -31,7 +31,7 @@ def measurements(entry: Entry, baseline: Entry | None = None) -> str:
 def markdown(entry: Entry, baseline: Entry | None = None) -> str:
     """What was done, what came out beside the original, and how to do it again."""
     run = entry.run
-    lines = [f"# {_plain(run.recipe.title())}", ""]
+    lines = [f"# {_plain(wording.title(run.recipe))}", ""]
     if baseline is not None and baseline.key != entry.key:
         lines += [wording.verdict(baseline.measured, entry.measured), ""]
     lines += [f"{say('model')}: `{_plain(run.recipe.model.source)}` · {say('run')}: `{run.id}`", ""]

@@ -70,7 +70,7 @@ def line(recipe: Recipe) -> str:
             fields = {}
         filled = {key: fields[key].default for key in NAMING if key in fields}
         steps.append(step.model_copy(update={"params": filled | step.params}))
-    return recipe.model_copy(update={"steps": tuple(steps)}).title()
+    return wording.title(recipe.model_copy(update={"steps": tuple(steps)}))
 
 
 def points(entries: Sequence[Entry], quality: str) -> list[Point]:

@@ -15,6 +15,7 @@ from engine.records import Measurement, Model, Recipe
 from ui import markup, sheet, wording
 from ui.desk import Entry
 from ui.markup import tag
+from ui.messages import translate
 from ui.wording import say
 
 NAME = "sensitivity"
@@ -57,7 +58,7 @@ def table(found: Measurement | None) -> Markup:
     file = sheet.write([headers, *([str(row.get("block")), *(_shown(c, row) for c in COLUMNS)] for row in rows)])
     whole = say(
         "sensitivity.whole", perplexity=wording.digits(_number(found.details.get("perplexity"))),
-        protocol=str(found.details.get("protocol", "")),
+        protocol=translate(str(found.details.get("protocol", ""))),
     )  # fmt: skip
     return markup.join(
         (
@@ -78,7 +79,7 @@ def _heats(values: Sequence[float]) -> list[float]:
 
 def _shown(column: str, row: Row) -> str:
     value = _number(row.get(column))
-    return f"{wording.digits(100 * value, 2)} %" if column in SHARES else wording.digits(value)
+    return say("unit.percent", value=wording.digits(100 * value, 2)) if column in SHARES else wording.digits(value)
 
 
 def _number(value: JsonValue) -> float:

@@ -22,6 +22,7 @@ from ui import report
 from ui.desk import Desk
 from ui.edge import COOKIE, NAME, new_visitor
 from ui.theme import ASSETS, head, theme
+from ui.translated import InLanguage
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -61,7 +62,7 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
             footer_links=[], max_file_size="1mb", state_session_capacity=200, blocked_paths=[str(home)],
             allowed_paths=[], favicon_path=str(ASSETS / "logo.svg"), theme=theme(),
             head=head(), show_error=False, mcp_server=False,
-            app_kwargs={"docs_url": None, "redoc_url": None, "middleware": [Middleware(Guard)]},
+            app_kwargs={"docs_url": None, "redoc_url": None, "middleware": [Middleware(Guard), Middleware(InLanguage)]},
         )  # fmt: skip
         app.router.routes[0:0] = [Route("/healthz", health), Route("/runs/{run}/{name}", Downloads(desk).get)]
         if block:

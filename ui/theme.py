@@ -7,10 +7,13 @@ from pathlib import Path
 import gradio as gr
 
 ASSETS = Path(__file__).parent.parent / "assets"
-SANS = ("system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
+SANS = (
+    "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC",
+    "WenQuanYi Micro Hei", "sans-serif",
+)  # fmt: skip
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
-# One listener for every copy button: HTML that arrives later needs no script of its own.
+# One listener for every copy button and language: HTML that arrives later needs no script of its own.
 SCRIPT = """
 <meta name="color-scheme" content="light dark">
 <script>
@@ -21,6 +24,13 @@ document.addEventListener("click", (event) => {
     const before = copy.textContent;
     copy.textContent = "✓";
     setTimeout(() => { copy.textContent = before; }, 1200);
+  }
+  const language = event.target.closest("[data-language]");
+  if (language && !event.ctrlKey && !event.metaKey) {  // keep what else the address says
+    event.preventDefault();
+    const address = new URL(location.href);
+    address.searchParams.set("lang", language.dataset.language);
+    location.assign(address);
   }
 });
 </script>

@@ -11,20 +11,29 @@ from pydantic import JsonValue
 
 from engine.recipes import dump_recipe
 from engine.records import Measurement, Run, Status
-from ui import audit, live, markup, sensitivity, wording
+from ui import audit, language, live, markup, sensitivity, wording
 from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
 from ui.markup import join, tag
+from ui.messages import translate
 from ui.wording import say
 
 Machine = Mapping[str, JsonValue]  # what Scheduler.status() says: cpu in per cent, memory in bytes
 
 
 def masthead() -> Markup:
-    """The name and one sentence."""
+    """The name, one sentence, and the languages: each a link in itself, by its own name."""
     name = tag("h1", tag("span", "", class_="mq-logo", aria_hidden="true"), "Maquette")
-    return tag("header", name, tag("p", say("tagline"), class_="mq-sub"), class_="mq-masthead")
+    links = [
+        tag(
+            "a", own, href=f"?{language.KEY}={code}", lang=code, hreflang=code, data_language=code,
+            aria_current="true" if code == language.current() else None,
+        )
+        for code, own in language.LANGUAGES.items()
+    ]  # fmt: skip
+    switch = tag("nav", *links, class_="mq-languages", aria_label=say("language"))
+    return tag("header", name, tag("p", say("tagline"), class_="mq-sub"), switch, class_="mq-masthead")
 
 
 def strip(status: Machine, history: Mapping[str, Sequence[float]], mine: Run | None) -> Markup:
@@ -32,7 +41,7 @@ def strip(status: Machine, history: Mapping[str, Sequence[float]], mine: Run | N
     cpu, used, total, engine = (_number(status.get(key)) for key in ("cpu", "ram_used", "ram_total", "engine"))
     ram = f"{used / 2**30:.1f} / {wording.size(total)}"
     cells = [
-        _cell("CPU", f"{cpu:.0f} %", history.get("cpu", ()), 100),
+        _cell("CPU", say("unit.percent", value=f"{cpu:.0f}"), history.get("cpu", ()), 100),
         _cell("RAM", ram, history.get("ram_used", ()), total or None),
         _cell(say("strip.engine"), wording.size(engine), history.get("engine", ()), None),
     ]
@@ -59,7 +68,7 @@ def _working(status: Machine, mine: Run | None) -> Markup:
     queued = _number(status.get("queued"))
     if not status.get("running"):
         return tag("p", say("strip.idle"), class_="mq-working")
-    title = mine.recipe.title() if mine else say("strip.other")
+    title = wording.title(mine.recipe) if mine else say("strip.other")
     parts: list[Markup | None] = [tag("strong", title)]
     progress = status.get("progress")
     if mine and isinstance(progress, dict):
@@ -75,7 +84,8 @@ def progress_line(progress: Mapping[str, JsonValue]) -> Markup:
     phase = phase_name(str(progress.get("phase") or ""))
     text = phase
     if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
-        text += f" · {done:.0f} / {total:.0f} {progress.get('unit') or ''}".rstrip()
+        unit = str(progress.get("unit") or "")
+        text += f" · {done:.0f} / {total:.0f} {wording.known(f'progress.{unit}', unit)}".rstrip()
     if isinstance(eta, int | float) and math.isfinite(eta):
         text += f" · {say('eta', span=wording.duration(max(1.0, eta)))}"
     bar = markup.progress(_number(done), _number(total), phase)
@@ -83,8 +93,8 @@ def progress_line(progress: Mapping[str, JsonValue]) -> Markup:
 
 
 def phase_name(name: str) -> str:
-    """A phase in words, as it is where no words are known for it."""
-    return wording.known(f"phase.{name}", name[:1].upper() + name[1:] or say("phase.start"))
+    """A phase in words: of the pipeline, or a method's title; as it is where no words are known for it."""
+    return wording.known(f"phase.{name}", translate(name[:1].upper() + name[1:]) or say("phase.start"))
 
 
 CARDS = ("size.bytes", "latency.tpot", "memory.loaded", "perplexity", "accuracy")
@@ -115,7 +125,7 @@ def _card(a: Measurement, b: Measurement) -> Markup:
     mark = {1: "▲", 0: "●", -1: "▼"}[sense]
     change = tag(
         "p", tag("span", mark, aria_hidden="true"), " ", wording.difference(a, b),
-        tag("span", f" ({say(f'sense.{kind}')})", class_="unseen"), class_=f"change {kind}",
+        tag("span", " ", say("aside", text=say(f"sense.{kind}")), class_="unseen"), class_=f"change {kind}",
     )  # fmt: skip
     simulated = say("simulated") if is_simulated(b) else ""
     sides = tag(
@@ -141,7 +151,12 @@ def compare_table(a: Entry, b: Entry) -> Markup:
         left, right = a.measured.get(name), b.measured.get(name)
         change = wording.difference(left, right) if left and right else ""
         rows.append((wording.name(name), _shown(left), _shown(right), change))
-    headers = (say("measurement"), f"A · {a.run.recipe.title()}", f"B · {b.run.recipe.title()}", say("difference"))
+    headers = (
+        say("measurement"),
+        f"A · {wording.title(a.run.recipe)}",
+        f"B · {wording.title(b.run.recipe)}",
+        say("difference"),
+    )
     return markup.table(headers, rows, caption=say("compare.all"))
 
 
@@ -157,7 +172,7 @@ def runs_table(runs: Sequence[Run], picked: str, needle: str, now: float) -> Mar
         return tag("div", tag("p", say("runs.none")), class_="mq-empty")
     rows = []
     for run in runs:
-        title, state = run.recipe.title(), wording.status(run.status)
+        title, state = wording.title(run.recipe), wording.status(run.status)
         source = run.recipe.model.source
         if needle and needle.casefold() not in f"{title} {source} {state} {run.id}".casefold():
             continue
@@ -188,11 +203,17 @@ def run_detail(
 ) -> Markup:  # fmt: skip
     """One run: where it stands, what it measured, its charts, its log, its files."""
     head = tag(
-        "header", tag("h2", run.recipe.title()), markup.badge(run.status), tag("code", run.id), class_="mq-run-head"
+        "header",
+        tag("h2", wording.title(run.recipe)),
+        markup.badge(run.status),
+        tag("code", run.id),
+        class_="mq-run-head",
     )
     parts: list[Markup | None] = [head]
     if run.reason:
-        parts.append(markup.notice(run.reason, "bad" if run.status in (Status.FAILED, Status.REFUSED) else "warn"))
+        parts.append(
+            markup.notice(translate(run.reason), "bad" if run.status in (Status.FAILED, Status.REFUSED) else "warn")
+        )
     if run.status is Status.RUNNING:
         parts.append(
             tag(
@@ -221,7 +242,7 @@ def run_detail(
         ]
         parts.append(tag("ul", *files, class_="mq-files"))
     if story.log:
-        text = "\n".join(line for _, line in list(story.log)[-14:])
+        text = "\n".join(translate(line) for _, line in list(story.log)[-14:])
         parts.append(
             tag(
                 "section",
@@ -307,7 +328,7 @@ def _settings(run: Run) -> dict[str, str]:
     for number, step in enumerate(run.recipe.steps, 1):
         found[say("step", number=number)] = step.method
         for key, value in step.params.items():
-            found[f"{number} · {key}"] = json.dumps(value)
+            found[f"{number} · {wording.field(key)}"] = json.dumps(value)
     return found
 
 

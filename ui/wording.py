@@ -1,16 +1,19 @@
 """Words, units and numbers as a reader wants them: the only place that formats.
 
-`say(key)` is the page's dictionary (English; a second language is a second dictionary with the same keys).
+`say(key)` is the page's dictionary in the language that is spoken (`ui.language`), one dictionary a language.
 Records hold SI units; here they become MiB, ms and per cent.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
 
-from engine.records import Measurement, Run, Status
+from engine.records import Measurement, Recipe, Run, Status
+from ui import chinese_methods, language
+from ui.chinese import CHINESE
 from ui.words import ENGLISH
 
 Measured = Mapping[str, Measurement]
@@ -22,24 +25,62 @@ ORDER = (
     "top1_agreement", "flips",
 )  # fmt: skip
 FRACTIONS = ("accuracy", "top1_agreement", "flips", "size.sparsity")
+DICTIONARIES: Mapping[str, Mapping[str, str]] = {language.ENGLISH: ENGLISH, language.CHINESE: CHINESE}
 
 
 def say(key: str, **values: object) -> str:
-    """The words for `key`, with `values` filled in."""
-    text = ENGLISH[key]
+    """The words for `key`, with `values` filled in; where `count` is 1 and the language has a form for it, that one."""
+    words = DICTIONARIES[language.current()]
+    if values.get("count") == 1 and f"{key}.one" in words:
+        key = f"{key}.one"
+    text = words[key] if key in words else ENGLISH[key]
     return text.format(**values) if values else text
 
 
 def known(key: str, otherwise: str) -> str:
     """The words for `key`, or `otherwise` where there are none: for names that come from methods and workers."""
-    return ENGLISH.get(key, otherwise)
+    return DICTIONARIES[language.current()].get(key, ENGLISH.get(key, otherwise))
 
 
 def name(measurement: str) -> str:
     """A measurement's name for a reader: `latency.tpot` -> `Time per token`."""
     if measurement.startswith("accuracy."):
-        return say("name.accuracy.task", task=measurement.removeprefix("accuracy."))
-    return ENGLISH.get(f"name.{measurement}", measurement)
+        return say("name.accuracy.task", task=task(measurement.removeprefix("accuracy.")))
+    return known(f"name.{measurement}", measurement)
+
+
+def task(name: str) -> str:
+    """A task's name for a reader, as it is where it is not one of ours."""
+    return known(f"task.{name}", name)
+
+
+def field(name: str) -> str:
+    """The label of a method's setting."""
+    if language.current() == language.CHINESE and name in chinese_methods.FIELDS:
+        return chinese_methods.FIELDS[name]
+    return known(f"field.{name}", name.replace("_", " ").capitalize())
+
+
+def choice(value: object) -> str:
+    """The label of one of a setting's choices."""
+    if language.current() == language.CHINESE and value in chinese_methods.CHOICES:
+        return chinese_methods.CHOICES[str(value)]
+    return known(f"choice.{value}", str(value))
+
+
+def title(recipe: Recipe) -> str:
+    """A recipe's title in words."""
+    text = recipe.title()
+    return known(f"title.{text}", " → ".join(map(_step, text.split(" → "))))
+
+
+def _step(text: str) -> str:
+    if language.current() != language.CHINESE:
+        return text
+    name, _, rest = text.partition(" ")
+    for pattern, written in chinese_methods.SETTINGS:
+        rest = re.sub(pattern, written, rest)
+    return f"{chinese_methods.STEPS.get(name, name)} {rest}".rstrip()
 
 
 def size(count: float) -> str:
@@ -66,17 +107,18 @@ def duration(seconds: float) -> str:
     if seconds < 1:
         return f"{digits(seconds * 1e3)} ms"
     if seconds < 60:
-        return f"{digits(seconds, 2)} s"
+        return say("unit.seconds", value=digits(seconds, 2))
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+        key = "unit.minutes_seconds" if rest else "unit.minutes"
+        return say(key, minutes=minutes, seconds=rest)
+    return say("unit.hours_minutes", hours=minutes // 60, minutes=minutes % 60)
 
 
 def percent(fraction: float, signed: bool = False) -> str:
     """A fraction in per cent with one decimal, or none where it is round: `92.4 %`."""
     text = f"{100 * fraction:+.1f}" if signed else f"{100 * fraction:.1f}"
-    return f"{minus(text.removesuffix('.0'))} %"
+    return say("unit.percent", value=minus(text.removesuffix(".0")))
 
 
 def minus(text: str) -> str:
@@ -95,7 +137,7 @@ def quantity(value: float, unit: str, label: str = "") -> str:
     if label.split(".")[0] == "throughput":
         return f"{digits(value)} {say('unit.tokens_per_second')}"
     plain = unit in ("", "1", "ratio", label)
-    return digits(value) if plain else f"{digits(value)} {unit}"
+    return digits(value) if plain else f"{digits(value)} {known(f'unit.{unit}', unit)}"
 
 
 def value(measurement: Measurement) -> str:
@@ -156,8 +198,8 @@ def verdict(a: Measured, b: Measured) -> str:
     costs = [part for part in (_perplexity(a, b), _accuracy(a, b), _flips(b)) if part]
     if not gains + costs:
         return say("verdict.unknown")
-    sentence = ", ".join(gains + costs)
-    return sentence[0].upper() + sentence[1:] + "."
+    text = say("list.comma").join(gains + costs)
+    return say("list.sentence", text=text[0].upper() + text[1:])
 
 
 def _pair(key: str, a: Measured, b: Measured) -> tuple[Measurement, Measurement] | None:
@@ -233,7 +275,8 @@ def when(moment: float, now: float | None = None) -> str:
         return say("when.now")
     if past < 86_400:
         minutes = round(past / 60)
-        return say("when.ago", span=f"{minutes} min" if minutes < 60 else f"{minutes // 60} h")
+        short = say("unit.minutes", minutes=minutes) if minutes < 60 else say("unit.hours", hours=minutes // 60)
+        return say("when.ago", span=short)
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment))
 
 
@@ -244,8 +287,8 @@ def run_label(run: Run) -> str:
 
 def run_name(run: Run) -> str:
     """A run's title, and its model where it is not the demo."""
-    title, model = run.recipe.title(), run.recipe.model.source
-    return title if model == "demo" else f"{title} · {source(model)}"
+    name, model = title(run.recipe), run.recipe.model.source
+    return name if model == "demo" else f"{name} · {source(model)}"
 
 
 def source(path: str) -> str:

@@ -201,6 +201,28 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.steps": "A recipe holds at most {limit} steps here. Remove one first.",
         "error.picks": "Pick at most {limit} results.",
         "error.long_link": "The recipe in the address is too long. Paste it on the Compress tab.",
+        # languages: how each writes numbers, spans and lists; `.one` is the form for a count of one
+        "language": "Language", "list.comma": ", ", "list.sentence": "{text}.", "axis.with": "{name}, {what}",
+        "axis.directed": "{name} ({direction})", "aside": "({text})",
+        "unit.percent": "{value} %", "unit.seconds": "{value} s", "unit.minutes": "{minutes} min",
+        "unit.minutes_seconds": "{minutes} min {seconds} s", "unit.hours": "{hours} h",
+        "unit.hours_minutes": "{hours} h {minutes} min", "panes.tokens.one": "1 token",
+        "audit.note": ": {note}",
+        # phases of a run as the engine names them, what it counts, and tasks
+        "phase.measuring size": "Measuring size", "phase.loading packed weights": "Loading packed weights",
+        "phase.measuring sensitivity": "Measuring each block",
+        "phase.measuring memory and latency": "Measuring memory and latency",
+        "phase.measuring perplexity": "Measuring perplexity", "phase.measuring accuracy": "Measuring accuracy",
+        "phase.measuring divergence": "Measuring divergence", "phase.writing outputs": "Writing outputs",
+        "phase.probing one block": "Probing one block",
+        "progress.blocks": "blocks", "progress.linears": "linears", "progress.linears probed": "linears probed",
+        "progress.steps": "steps", "progress.documents": "documents", "progress.batches": "batches",
+        "progress.files of the teacher's answers": "files of the teacher's answers",
+        "progress.files of sequences": "files of sequences", "progress.runs of blocks": "runs of blocks",
+        "title.original": "original", "title.what each block can bear": "what each block can bear",
+        "task.facts": "facts", "task.grammar": "grammar", "task.reading": "reading", "task.sums": "sums",
+        "unit.bit": "bit", "unit.nat": "nat", "unit.nats": "nats",
+        "verdict.flips.one": "1 of {total} answers flipped",
     }
 )
 # fmt: on

@@ -20,6 +20,7 @@ from engine.records import Run, Status
 from ui import charts, markup, panes, views, wording
 from ui.desk import BASELINE, FIRST, STORED, Desk, Entry
 from ui.edge import edge, has_cookie, visitor
+from ui.messages import translate
 from ui.panes import Pane, Panes
 from ui.turns import Turns
 from ui.wiring import on
@@ -158,7 +159,10 @@ def render(desk: Desk, owner: str, a: str, b: str, prompt: str, mode: str, cost:
         return [Markup(say("compare.nothing")), None, None, None, None, None, ""]
     left, right = desk.entry(a, owner), desk.entry(b, owner)
     machine = desk.stored.machine if desk.stored else ""
-    named = [(f"A · {left.run.recipe.title()}", left.measured), (f"B · {right.run.recipe.title()}", right.measured)]
+    named = [
+        (f"A · {wording.title(left.run.recipe)}", left.measured),
+        (f"B · {wording.title(right.run.recipe)}", right.measured),
+    ]
     drawn = [_front(desk, owner, cost, quality), charts.accuracy(named), charts.latency(named), charts.memory(named)]
     output = fixed(left, right, prompt, mode)
     tables = markup.join(chart.table() for chart in drawn)
@@ -176,7 +180,7 @@ def fixed(left: Entry, right: Entry, prompt: str, mode: str) -> Panes | None:
     wanted = prompt if prompt in known else known[0]
     a, b = (next((o for o in entry.outputs if o.prompt == wanted), None) for entry in (left, right))
     return panes.stored(
-        f"A · {left.run.recipe.title()}", f"B · {right.run.recipe.title()}", a, b, mode == "same",
+        f"A · {wording.title(left.run.recipe)}", f"B · {wording.title(right.run.recipe)}", a, b, mode == "same",
         secrets.token_hex(4),
     )  # fmt: skip
 
@@ -195,7 +199,7 @@ def stream(
         entries.reverse()
     titles = [say("blind.left"), say("blind.right")]
     if not blind:
-        titles = [f"{side} · {entry.run.recipe.title()}" for side, entry in zip("AB", entries, strict=True)]
+        titles = [f"{side} · {wording.title(entry.run.recipe)}" for side, entry in zip("AB", entries, strict=True)]
     sources = [desk.source(entry, owner) for entry in entries]
     shown = Panes(secrets.token_hex(4), [Pane(title, state="loading") for title in titles], mode == "same", blind)
     events = desk.scheduler.stream(sources, prompt, same_text=mode == "same", stop=stop)
@@ -218,12 +222,13 @@ def reveal_vote(desk: Desk, owner: str, ballot: dict[str, str] | None, choice: s
     left, right = desk.entry(ballot["left"], owner), desk.entry(ballot["right"], owner)
     winner = "tie" if choice == "tie" else ballot[choice]
     desk.store.add_vote(owner, left.key, right.key, ballot["prompt"], winner)
-    text = say("vote.reveal", left=left.run.recipe.title(), right=right.run.recipe.title())
+    first, second = wording.title(left.run.recipe), wording.title(right.run.recipe)
+    text = say("vote.reveal", left=first, right=second)
     mine = [v for v in desk.store.votes() if v.owner == owner and {v.run_a, v.run_b} == {left.key, right.key}]
     counts = {key: sum(vote.winner == key for vote in mine) for key in (left.key, right.key, "tie")}
     tally = say(
-        "vote.tally", left=left.run.recipe.title(), left_count=counts[left.key], right=right.run.recipe.title(),
-        right_count=counts[right.key], ties=counts["tie"],
+        "vote.tally", left=first, left_count=counts[left.key], right=second, right_count=counts[right.key],
+        ties=counts["tie"],
     )  # fmt: skip
     return markup.join((markup.notice(text, "good"), markup.tag("p", tally, class_="mq-sub")))
 
@@ -273,7 +278,9 @@ def banner_for(first: list[Run]) -> Markup:
         return Markup("")
     bad = [run for run in first if run.status.final and run.status is not Status.SUCCEEDED]
     if bad:
-        return markup.notice(say("first.failed", title=bad[0].recipe.title(), reason=bad[0].reason), "warn")
+        return markup.notice(
+            say("first.failed", title=wording.title(bad[0].recipe), reason=translate(bad[0].reason)), "warn"
+        )
     done = sum(run.status is Status.SUCCEEDED for run in first)
     return markup.notice(say("first.working", done=done, total=len(first)))
 

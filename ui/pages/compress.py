@@ -17,13 +17,14 @@ from markupsafe import Markup
 from pydantic import JsonValue
 
 from engine import preflight
-from engine.errors import BadParams, BadRecipe, MaquetteError
+from engine.errors import BadParams, BadRecipe
 from engine.methods import check, get, methods
 from engine.recipes import dump_recipe, load_recipe
 from engine.records import Recipe, Step
 from ui import form, markup, sensitivity
 from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
+from ui.messages import translate
 from ui.wiring import on
 from ui.wording import say
 
@@ -79,7 +80,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
             with gr.Accordion(say("compress.steps"), open=False, elem_id="mq-steps"):
                 cards(draft, shape, page)
                 with gr.Row():
-                    offered = [(f"{m.title} · {m.name}", m.name) for m in methods().values()]
+                    offered = [(f"{translate(m.title)} · {m.name}", m.name) for m in methods().values()]
                     method = gr.Dropdown(
                         offered, value=offered[0][1] if offered else None, label=say("compress.add_what"), min_width=220
                     )
@@ -113,9 +114,11 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
         desk.check_sources(recipe)
         return [as_draft(recipe), shape + 1, recipe.model.source]
 
-    def model(source: str, draft: Draft) -> Draft:
+    @edge
+    def model(source: str, draft: Draft) -> object:
         return {**draft, "model": {**_object(draft.get("model")), "source": str(source).strip() or "demo"}}
 
+    @edge
     def follow(draft: Draft, request: gr.Request) -> object:
         return [judge(desk, draft), describe(draft), bearing(desk, draft, request)]
 
@@ -130,6 +133,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
 def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
     """A card for each step: its settings, and buttons that move and remove it; rebuilt when `shape` changes."""
 
+    @edge
     def draw(value: Draft, generation: int) -> None:
         steps = _steps(value)
         for index, step in enumerate(steps):
@@ -144,7 +148,7 @@ def card(
     """One step: a heading, the form made from its Params, and three buttons."""
     method = get(str(step["method"]))
     with gr.Column(elem_classes="mq-step"):
-        gr.HTML(markup.heading(f"{index + 1} · {method.title}", method.summary, level=3))
+        gr.HTML(markup.heading(f"{index + 1} · {translate(method.title)}", translate(method.summary), level=3))
         for name, component in form.inputs(method, _object(step.get("params"))).items():
             on([component.change], setting(index, name), [component, draft], [draft])
         with gr.Row():
@@ -213,8 +217,6 @@ def judge(desk: Desk, draft: Draft) -> Markup:
         if estimate.fits:
             preflight.check(recipe)
         return meter
-    except MaquetteError as error:
-        return markup.notice(str(error), "bad")
     except Exception as error:
         return markup.notice(line(error), "bad")
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from engine.methods import FAMILIES, Method, bounds, methods
 from ui import markup
 from ui.markup import tag
+from ui.messages import translate
 from ui.wording import say
 
 
@@ -31,6 +32,7 @@ def catalogue(methods: Mapping[str, Method]) -> Markup:
 
 
 def _method(method: Method) -> Markup:
+    title = translate(method.title)
     chips = [markup.chip(say(f"change.{change}"), "good") for change in method.changes]
     if not chips:
         chips = [markup.chip(say("change.none"))]
@@ -46,17 +48,17 @@ def _method(method: Method) -> Markup:
         rows.append(
             (
                 tag("code", name),
-                info.description,
-                json.dumps(info.default),
-                ", ".join(map(str, choices)) if choices else span,
+                translate(info.description or ""),
+                tag("code", json.dumps(info.default)),
+                tag("code", ", ".join(map(str, choices)) if choices else span),
             )
         )
     headers = (say("setting"), say("meaning"), say("default"), say("values"))
-    settings = markup.table(headers, rows, caption=say("methods.settings", title=method.title))
+    settings = markup.table(headers, rows, caption=say("methods.settings", title=title))
     rest = method.documentation.split("\n", 1)[1] if "\n" in method.documentation else ""
     return tag(
-        "article", tag("header", tag("h3", method.title), tag("code", method.name), class_="mq-run-head"),
-        tag("p", method.summary), tag("p", *chips, class_="mq-chips"),
-        markup.details(say("methods.more"), markup.prose(rest), settings),
+        "article", tag("header", tag("h3", title), tag("code", method.name), class_="mq-run-head"),
+        tag("p", translate(method.summary)), tag("p", *chips, class_="mq-chips"),
+        markup.details(say("methods.more"), tag("div", markup.prose(rest), lang="en"), settings),
         class_="mq-card wide",
     )  # fmt: skip

@@ -1,0 +1,429 @@
+"""What the engine says in sentences, in Simplified Chinese: errors, notes and the lines of a log, by their template.
+
+The engine writes English, also into its store; `ui.messages` recognises a line by the text around its values. What
+stands in braces is carried over: `{said...}` is looked up in turn, `{method}` and `{linear}` must look like one.
+Terms as in `ui.chinese`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# fmt: off
+MESSAGES: Mapping[str, str] = MappingProxyType(
+    {
+        # names
+        "Unknown {said} '{name}'. Did you mean {said_near}? Available: {known}.":
+            "未知的{said}“{name}”。您是不是指 {said_near}？可用：{known}。",
+        "Unknown {said} '{name}'. Did you mean {said_near}?": "未知的{said}“{name}”。您是不是指 {said_near}？",
+        "Unknown {said} '{name}'. Available: {known}.": "未知的{said}“{name}”。可用：{known}。",
+        "Unknown {said} '{name}'.": "未知的{said}“{name}”。",
+        # recipes
+        "The recipe has {count} characters; the limit is {limit}.": "配方有 {count} 个字符，上限为 {limit}。",
+        "A recipe may not use YAML aliases (`*name`): write the value out.": "配方不能使用 YAML 别名（`*name`）：请直接写出值。",
+        "The recipe is not valid YAML: {said} in line {line}, column {column}.":
+            "配方不是有效的 YAML：第 {line} 行第 {column} 列：{said}。",
+        "The recipe is not valid YAML: {said}.": "配方不是有效的 YAML：{said}。",
+        "The recipe is not valid YAML: {error}.": "配方不是有效的 YAML：{error}。",
+        "The recipe must be a mapping such as `model: demo`, with keys {keys}.":
+            "配方必须是 `model: demo` 这样的映射，键为 {keys}。",
+        "steps must be a list such as `- quantize/rtn: {{bits: 4}}`.":
+            "steps 必须是 `- quantize/rtn: {{bits: 4}}` 这样的列表。",
+        "A step must be `method: {{settings}}`, got {got}.": "每一步必须写成 `method: {{settings}}`，收到的是 {got}。",
+        "A step names one method, got {got}; indent the settings or put them in braces.":
+            "每一步只能写一种方法，收到的是 {got}；请将设置缩进或放在花括号中。",
+        "The settings of {name} must be a mapping, got {got}.": "{name} 的设置必须是映射，收到的是 {got}。",
+        "{method}: {field}: {said}, got {got}.": "{method}：{field}：{said}，收到的是 {got}。",
+        "{method}: {field}: {said}.": "{method}：{field}：{said}。",
+        "{field}: {said}, got {got}.": "{field}：{said}，收到的是 {got}。",
+        "{field}: {said}.": "{field}：{said}。",
+        "{method} cannot follow {earlier}. Put {last} last, once.": "{method} 不能排在 {earlier} 之后。请把 {last} 放在最后，且只用一次。",
+        "{method} cannot follow {earlier}, whose weights are a library's. Leave one out.":
+            "{method} 不能排在 {earlier} 之后：后者的权重属于第三方库的格式。请去掉其中一个。",
+        "{method} cannot follow {earlier}: it would change weights whose integer codes are already fixed. "
+        "Put quantization last; distill/repair of norms and scales may follow it.":
+            "{method} 不能排在 {earlier} 之后：它会改变整数码已经确定的权重。"
+            "请把量化放在最后；其后可以接只调整归一化与缩放系数的 distill/repair。",
+        # folders and files of models
+        "There is no model folder {name}. Give `demo` or the path of a folder.":
+            "没有模型文件夹 {name}。请填写 `demo` 或文件夹路径。",
+        "The model is empty or holds a NUL character. Give `demo` or the path of a folder.":
+            "模型为空或含有 NUL 字符。请填写 `demo` 或文件夹路径。",
+        "There is no calibration file {name}. Give `demo` or a text or JSONL file.":
+            "没有校准文件 {name}。请填写 `demo`，或文本文件、JSONL 文件。",
+        "{name} is already quantized. Start from the original model.": "{name} 已经量化过。请从原始模型开始。",
+        "{name} is quantized; its codes cannot be trained. Name the original.": "{name} 已量化，其编码无法训练。请指定原始模型。",
+        "{name} is truncated or not a safetensors file. Download it again.": "{name} 不完整，或不是 safetensors 文件。请重新下载。",
+        "{name} holds only an adapter. Merge it into its base model first.": "{name} 只有适配器。请先把它合并到基座模型。",
+        "{name} has no config.json: it is not a model folder.": "{name} 没有 config.json：它不是模型文件夹。",
+        "{name}: config.json is not JSON.": "{name}：config.json 不是 JSON。",
+        "{name}: config.json is not a JSON object.": "{name}：config.json 不是 JSON 对象。",
+        "{name}: model type {kind} is unknown to the installed transformers.": "{name}：已安装的 transformers 不认识模型类型 {kind}。",
+        "{name}: a {kind} model is not a causal language model.": "{name}：{kind} 模型不是因果语言模型。",
+        "{name}: config.json says {key} = {value}; that cannot be right.": "{name}：config.json 中 {key} = {value}，这不可能正确。",
+        "{name}: {heads} attention heads do not divide a hidden size of {hidden}.": "{name}：{heads} 个注意力头不能整除隐藏维度 {hidden}。",
+        "{name}: the bitmask of {linear} is incomplete. Download it again.": "{name}：{linear} 的位图不完整。请重新下载。",
+        "{name}: the bitmask of {linear} does not fit {rows} x {columns}.": "{name}：{linear} 的位图与 {rows} x {columns} 不符。",
+        "{name} has pickled weights only; they can run code. Convert them to safetensors.":
+            "{name} 只有 pickle 格式的权重，它们可能执行代码。请转换为 safetensors。",
+        "{name} has no model.safetensors.": "{name} 没有 model.safetensors。",
+        "{name}: model.safetensors.index.json is damaged.": "{name}：model.safetensors.index.json 已损坏。",
+        "{name}: the index names {part}, which is not a file of this folder.": "{name}：索引中的 {part} 不是该文件夹里的文件。",
+        "config.json says {key} = {value}; it must name linears with their ranks.": "config.json 中 {key} = {value}；它必须列出线性层及其秩。",
+        "config.json says {key} = {value} for {linear}, which cannot be.": "config.json 中 {linear} 的 {key} = {value}，这不可能。",
+        "config.json says {key}: what a block computes depends on its number, so none can go.":
+            "config.json 中有 {key}：每层的计算取决于其序号，所以不能移除任何层。",
+        "config.json does not say how {linear} is packed.": "config.json 没有说明 {linear} 如何打包。",
+        "{name}: config.json says {key} = {value}; no such KV cache is known.": "{name}：config.json 中 {key} = {value}；没有这样的 KV 缓存。",
+        "{name}: the weights do not fit the config ({said}: {example}).": "{name}：权重与配置不符（{said}：{example}）。",
+        "{name}: the weights have other shapes than the config says.": "{name}：权重的形状与配置不符。",
+        "{name}: {linear} holds NaN or infinite values; the checkpoint is damaged.": "{name}：{linear} 含有 NaN 或无穷大；检查点已损坏。",
+        "{name}: {linear} has the shape {got}, the config says {wanted}.": "{name}：{linear} 的形状为 {got}，配置为 {wanted}。",
+        "{name}: {said}; save or download the model again.": "{name}：{said}；请重新保存或下载模型。",
+        "{name}: its weights are packed, but config.json does not say how.": "{name}：权重已打包，但 config.json 没有说明方式。",
+        "{name}: config.json gives {linear} no integer scheme that we can read.": "{name}：config.json 没有给出 {linear} 可读取的整数方案。",
+        "{name}: config.json quantizes the inputs of {linear} as we cannot read.": "{name}：config.json 对 {linear} 输入的量化方式无法读取。",
+        "{name}: tokenizer.json is damaged. Download it again.": "{name}：tokenizer.json 已损坏。请重新下载。",
+        "{name} has no tokenizer.json that can be read; tokens stay as they are.": "{name} 没有可读取的 tokenizer.json；词元保持不变。",
+        "{name} has another tokenizer: {said}. Probabilities of different tokens cannot be compared; "
+        "use a checkpoint of the same family.":
+            "{name} 的分词器不同：{said}。不同词元的概率无法比较；请使用同系列的检查点。",
+        "{name} has no list of {count} blocks; this family is not supported yet.": "{name} 没有 {count} 层的列表；尚不支持该系列。",
+        "{name} is a mixture of {count} experts of the type {kind}; Maquette can compress those of {known}.":
+            "{name} 是 {kind} 类型的混合专家模型（{count} 个专家）；Maquette 能压缩的有 {known}。",
+        "{name} has {kind} at {linear}: its saved files cannot say that inputs are rounded. "
+        "Use a weight-only method for this family.":
+            "{name} 的 {linear} 是 {kind}：其保存格式无法表示输入被舍入。该系列请使用仅量化权重的方法。",
+        "{name}: files differ from the manifest: {files}.": "{name}：文件与清单不符：{files}。",
+        "{name} has no readable {file}.": "{name} 没有可读取的 {file}。",
+        "{name}: {file} is not what the manifest says.": "{name}：{file} 与清单不符。",
+        # memory and devices
+        "The run needs {needed} GiB, {free} are free. Use fewer calibration samples or measurements "
+        "(`size` alone needs least), or close other programs.":
+            "该运行需要 {needed} GiB，可用 {free} GiB。请减少校准样本或测量项（只测 `size` 最省），或关闭其他程序。",
+        "One block took {needed} GiB, {free} were free. Use fewer or shorter calibration sequences.":
+            "一层用了 {needed} GiB，可用 {free} GiB。请使用更少或更短的校准序列。",
+        "There is no CUDA device here. Choose the device `cpu` or `auto`.": "本机没有 CUDA 设备。请选择设备 `cpu` 或 `auto`。",
+        "The export needs {needed} GiB of disk, {free} are free.": "导出需要 {needed} GiB 磁盘空间，可用 {free} GiB。",
+        "The teacher's answers need {needed} GiB on disk, {free} are free. Use fewer steps, a smaller top_k, "
+        "or teacher_logits `live`.":
+            "教师的答案需要 {needed} GiB 磁盘空间，可用 {free} GiB。请减少步数、减小 top_k，或使用 teacher_logits `live`。",
+        "Out of memory: the run held {held} GiB, its budget is {budget} GiB. {said}":
+            "内存不足：该运行占用 {held} GiB，其预算为 {budget} GiB。{said}",
+        "Out of memory. Use fewer calibration samples, a smaller batch or a smaller model, or free some memory.":
+            "内存不足。请减少校准样本、减小批大小或换用较小的模型，或释放一些内存。",
+        "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume.":
+            "磁盘已满。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹，然后继续。",
+        "{variable} is {asked}. Use a number from 1 to 1024, or leave it out.": "{variable} 为 {asked}。请填 1 到 1024 之间的数，或不填。",
+        "{variable} is {asked}, and torch sees {gpus} GPU. Use {most} or less.": "{variable} 为 {asked}，而 torch 只看到 {gpus} 个 GPU。请用 {most} 或更少。",
+        "{variable} is {asked}, and torch sees {gpus} GPUs. Use {most} or less.": "{variable} 为 {asked}，而 torch 只看到 {gpus} 个 GPU。请用 {most} 或更少。",
+        # which linears
+        "{method}: {chosen} of {all} linears of experts are selected; files can hold all of them quantized or none. "
+        "Ignore `*.experts.*`, or none of them.":
+            "{method}：{all} 个专家线性层中选中了 {chosen} 个；文件只能全部量化或全不量化。请忽略 `*.experts.*`，或一个也不忽略。",
+        "{method}: {said} Choose other settings, or ignore `*.experts.*`.": "{method}：{said}请选择其他设置，或忽略 `*.experts.*`。",
+        "{method}: no linear is left by targets {targets} and ignore {ignore}. Names are as in {linear}.":
+            "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
+        "{method}: the head of {name} is its embeddings; quantized apart, they would be larger. "
+        "Choose both, head and embeddings, or neither.":
+            "{method}：{name} 的输出头就是词嵌入；分开量化反而更大。请同时选择输出头和词嵌入，或都不选。",
+        "{method}: {said}": "{method}：{said}",
+        # settings of methods against the model
+        "keep_every {every} leaves no block of {count}. Use {most} or less.": "keep_every 为 {every} 时 {count} 层中一层也不剩。请用 {most} 或更小。",
+        "hidden_size {size} is not a multiple of the head size {head} of this model.": "hidden_size {size} 不是该模型头维度 {head} 的倍数。",
+        "prompt_tokens {count} leave no token of {length} to write": "prompt_tokens 为 {count} 时 {length} 个词元中没有留下可写的",
+        "assistants need a student of `blocks` or `size`, between which and the model sizes lie":
+            "使用助教需要学生为 `blocks` 或 `size`，助教的尺寸介于学生与模型之间",
+        "{name} cannot be taken apart for its features. Use distill/logits.": "无法拆出 {name} 的特征。请使用 distill/logits。",
+        "all {count} blocks would be removed. Keep one at least: count {most} or less.": "全部 {count} 层都会被移除。请至少保留一层：count 设为 {most} 或更小。",
+        "a share of {share} of {count} blocks is none. Set count, or a larger share.": "{count} 层的 {share} 不足一层。请设置 count，或用更大的比例。",
+        "ratio {ratio} leaves no rank that is a multiple of {multiple} for each linear.": "ratio 为 {ratio} 时，没有适合每个线性层的 {multiple} 的倍数的秩。",
+        "ratio {ratio} leaves {linear} no rank that is a multiple of {multiple}. Use a ratio from {least} on, or a smaller multiple.":
+            "ratio 为 {ratio} 时，{linear} 没有 {multiple} 的倍数的秩。请用 {least} 以上的 ratio，或更小的 multiple。",
+        "The tokenizer has the token {token}, the model has no row for it. Use another.": "分词器有词元 {token}，而模型没有对应的行。请换一个。",
+        "With fewer tokens the tokenizer splits the text otherwise; its tokens stay as they are.":
+            "词元变少后分词器对文本的切分会改变；词元保持不变。",
+        "The tokenizer of {name} is {kind}; tokens can be dropped from byte-level BPE only.": "{name} 的分词器是 {kind}；只能从字节级 BPE 中去掉词元。",
+        "The tokenizer of {name} marks the parts of words; tokens cannot be dropped from it.": "{name} 的分词器会标记词的组成部分；不能从中去掉词元。",
+        "{name} does not take another vocabulary; its tokens stay as they are.": "{name} 不接受其他词表；词元保持不变。",
+        "{key} belongs to tokens, too; tokens cannot be dropped from a {kind} model.": "{key} 也属于词元；不能从 {kind} 模型中去掉词元。",
+        "nothing is to be removed. Set neurons, heads or channels above 0.": "没有要移除的内容。请把 neurons、heads 或 channels 设为大于 0。",
+        "{said} cannot be removed: {said_why}.": "{said}无法移除：{said_why}。",
+        "all {said} would be removed. Keep some.": "全部{said}都会被移除。请保留一些。",
+        "no multiple of {multiple} is below the width of {width} that {size} {said} have. Use a smaller multiple.":
+            "{size} 个{said}的宽度为 {width}，没有比它小的 {multiple} 的倍数。请用更小的 multiple。",
+        "no multiple of {multiple} is below the width of {width} that {size} {said} have. Use a smaller multiple or leave them.":
+            "{size} 个{said}的宽度为 {width}，没有比它小的 {multiple} 的倍数。请用更小的 multiple，或保持不变。",
+        "a share of {share} would remove all {size} {said}; {least} leaves the fewest.": "比例 {share} 会移除全部 {size} 个{said}；{least} 保留得最少。",
+        "a share of {share} of {size} {said} is none in steps of {step}; {least} is the smallest share that does, "
+        "or use a smaller multiple.":
+            "以 {step} 为步长时，{size} 个{said}的 {share} 不足一步；最小可用比例为 {least}，或用更小的 multiple。",
+        "linears that are products of two cannot be made narrower. Put low rank after width pruning.":
+            "由两个线性层相乘而成的线性层无法变窄。请把低秩分解放在宽度剪枝之后。",
+        "a {family} model has as many channels as its heads have numbers: {heads} heads of {size} and {channels} channels do not fit. "
+        "Remove the same share of both.":
+            "{family} 模型的通道数等于各头维度之和：{heads} 个维度为 {size} 的头与 {channels} 个通道不符。请按相同比例移除二者。",
+        "A bloom model cannot get other widths: its feed-forward width follows from its hidden size, and its positions "
+        "from its number of heads. Remove blocks instead (prune/depth).":
+            "bloom 模型无法改变宽度：其前馈宽度由隐藏维度决定，位置编码由头数决定。请改为移除层（prune/depth）。",
+        "A {family} model cannot get other widths here; {known} can. Remove blocks instead (prune/depth).":
+            "{family} 模型在这里无法改变宽度；可以的有 {known}。请改为移除层（prune/depth）。",
+        "group_size {size} does not divide the {inputs} inputs of {linear}. Sizes that do: {sizes}.":
+            "group_size {size} 不能整除 {linear} 的 {inputs} 个输入。可用的大小：{sizes}。",
+        "group_size {size} does not divide the {count} channels of a head. Sizes that do: {sizes}.":
+            "group_size {size} 不能整除每个头的 {count} 个通道。可用的大小：{sizes}。",
+        "groups of {sizes} do not divide the {inputs} inputs of {linear}.": "大小为 {sizes} 的分组都不能整除 {linear} 的 {inputs} 个输入。",
+        "the pattern {pattern} does not divide the {inputs} inputs of {linear}. Choose `unstructured`, "
+        "or leave it out with the setting `ignore`.":
+            "模式 {pattern} 不能整除 {linear} 的 {inputs} 个输入。请选择 `unstructured`，或用 `ignore` 设置排除它。",
+        "The embeddings of this family are a {kind}; they can only stay as they are.": "该系列的词嵌入是 {kind}；只能保持不变。",
+        "{scheme} needs inputs divisible by 64 and outputs by 32; {linear} has {inputs} and {outputs}. "
+        "Use int8, or leave it out with ignore.":
+            "{scheme} 要求输入能被 64 整除、输出能被 32 整除；{linear} 为 {inputs} 和 {outputs}。请用 int8，或用 ignore 排除它。",
+        "{kind} has {said}: its keys and values cannot be quantized. Leave quantize/kv_cache out.":
+            "{kind} 有{said}：其键和值无法量化。请去掉 quantize/kv_cache。",
+        "{name} has a cache of its own: it cannot be quantized.": "{name} 有自己的缓存：无法量化。",
+        "{kind} keeps {layer} in block {number}, not keys and values alone: its cache cannot be quantized.":
+            "{kind} 在第 {number} 层保存 {layer}，不只是键和值：其缓存无法量化。",
+        "{budget} bits a weight are below the smallest that is possible, {least}.": "每权重 {budget} 位低于可能的最小值 {least}。",
+        "a budget of {budget} bits a weight is below the smallest that is possible, {least}.": "每权重 {budget} 位的预算低于可能的最小值 {least}。",
+        "a budget of {budget} MiB is below the smallest that is possible, {least}.": "{budget} MiB 的预算低于可能的最小值 {least}。",
+        # texts
+        "The text {name} has {tokens} tokens, one sequence needs {length}. Give a longer text or a smaller sequence_length.":
+            "文本 {name} 有 {tokens} 个词元，一条序列需要 {length} 个。请换更长的文本，或减小 sequence_length。",
+        "{name} is not UTF-8 text.": "{name} 不是 UTF-8 文本。",
+        "The text {name} is empty.": "文本 {name} 为空。",
+        "{name} is a binary file; a text or JSONL file in UTF-8 is needed.": "{name} 是二进制文件；需要 UTF-8 的文本文件或 JSONL 文件。",
+        "The text {name} cannot be read: {said}.": "文本 {name} 无法读取：{said}。",
+        "The text {name} cannot be read: {error}.": "文本 {name} 无法读取：{error}。",
+        "{name}, line {number}: a JSON object with a \"text\" is needed.": "{name} 第 {number} 行：需要含有 \"text\" 的 JSON 对象。",
+        # runs
+        "{count} of your runs are waiting already. Wait for one to start, or cancel one.": "您已有 {count} 个运行在排队。请等其中一个开始，或取消一个。",
+        "Run {run} is {said}; only an interrupted or failed run can be resumed.": "运行 {run} 的状态为“{said}”；只有已中断或失败的运行可以继续。",
+        "Run {run} is {said}; cancel it first.": "运行 {run} 的状态为“{said}”；请先取消它。",
+        "Run {run} has no model yet.": "运行 {run} 还没有模型。",
+        "The worker could not be started: {said}.": "无法启动工作进程：{said}。",
+        "The worker could not be started: {error}.": "无法启动工作进程：{error}。",
+        "The worker ended without a result (exit code {code}); worker.log has the details.": "工作进程没有结果就结束了（退出码 {code}）；详情见 worker.log。",
+        "The worker crashed in native code ({name}); worker.log has the details.": "工作进程在本机代码中崩溃（{name}）；详情见 worker.log。",
+        "The worker was stopped from outside ({name}); the run can be resumed.": "工作进程被外部停止（{name}）；该运行可以继续。",
+        "The worker was stopped from outside; the run can be resumed.": "工作进程被外部停止；该运行可以继续。",
+        "The process for {kind} ended without a word.": "负责 {kind} 的进程没有留下信息就结束了。",
+        "Internal error, please report it: {kind}: {message} (the log has the details)": "内部错误，请报告：{kind}: {message}（详情见日志）",
+        "Cancelled.": "已取消。",
+        "Stopped.": "已停止。",
+        "Stopped before it was done; it can be resumed.": "在完成之前停止；可以继续。",
+        "Maquette is shutting down.": "Maquette 正在关闭。",
+        "Training diverged at step {step}: {said}. Use a lower learning_rate. {said_kept}": "训练在第 {step} 步发散：{said}。请降低 learning_rate。{said_kept}",
+        "The cache {name} was made by another teacher or tokenizer, or is damaged. Delete the folder {folder} below cache/teachers.":
+            "缓存 {name} 由其他教师或分词器生成，或已损坏。请删除 cache/teachers 下的文件夹 {folder}。",
+        "The saved model computes other logits than the one in memory: {distance} apart, {tolerance} is allowed.":
+            "保存的模型与内存中的模型算出的 logits 不同：相差 {distance}，允许 {tolerance}。",
+        "A process that trained was ended from outside; memory may have run out. Use a smaller batch.":
+            "一个训练进程被外部结束；可能是内存不足。请减小批大小。",
+        # writing side by side
+        "The prompt is empty, and this model has no start token. Write a few words.": "提示词为空，而该模型没有起始词元。请写几个词。",
+        "The prompt has {count} tokens; this model reads {limit}. Shorten it.": "提示词有 {count} 个词元；该模型最多读 {limit} 个。请缩短。",
+        "The text has {count} tokens; this model reads {limit}. Shorten it.": "文本有 {count} 个词元；该模型最多读 {limit} 个。请缩短。",
+        "The prompt has {count} characters; write 1 to {limit}, and no NUL.": "提示词有 {count} 个字符；请写 1 到 {limit} 个，且不含 NUL。",
+        "The models have {theirs} and {ours} tokens: their predictions cannot be compared.": "两个模型的词表分别有 {theirs} 和 {ours} 个词元：预测无法比较。",
+        "The model has {ours} tokens, the baseline {theirs}: their predictions cannot be compared.":
+            "该模型有 {ours} 个词元，基线有 {theirs} 个：预测无法比较。",
+        "The first model's predictions are gone. Try again.": "第一个模型的预测已不在。请重试。",
+        "The first model wrote no text that could be compared.": "第一个模型没有写出可以比较的文本。",
+        "The process that held the model has ended; it may have run out of memory. Try again.": "载有模型的进程已结束；可能是内存不足。请重试。",
+        "The model could not be loaded.": "模型无法加载。",
+        "{count} models were chosen; compare 1 to {most}.": "选择了 {count} 个模型；请比较 1 到 {most} 个。",
+        "max_tokens is {count}; it must lie in 1 to {limit}.": "max_tokens 为 {count}；必须在 1 到 {limit} 之间。",
+        "The sampling temperature must lie in 0 to 5, the seed in 0 to 2147483647.": "采样温度必须在 0 到 5 之间，种子必须在 0 到 2147483647 之间。",
+        # store
+        "No data folder can be written: set MAQUETTE_HOME to a folder of yours.": "没有可写的数据文件夹：请把 MAQUETTE_HOME 设为您的文件夹。",
+        "{path} was written by a later version of Maquette (schema {version}; this one knows {known}). "
+        "Update Maquette, or choose another folder with MAQUETTE_HOME.":
+            "{path} 由更新版本的 Maquette 写成（模式 {version}；当前版本认识 {known}）。请更新 Maquette，或用 MAQUETTE_HOME 选择其他文件夹。",
+        "Another Maquette uses the folder {folder}. Stop it, or choose another with --home or MAQUETTE_HOME.":
+            "另一个 Maquette 正在使用文件夹 {folder}。请停止它，或用 --home 或 MAQUETTE_HOME 选择其他文件夹。",
+        "There are no runs in {folder} yet.": "{folder} 中还没有运行。",
+        "The run store {path} cannot be used: {error}.": "运行数据库 {path} 无法使用：{error}。",
+        "The run store {path} cannot be read: {error}.": "运行数据库 {path} 无法读取：{error}。",
+        # export
+        "{path} exists already. Name a folder that does not.": "{path} 已存在。请指定一个不存在的文件夹。",
+        "There is no folder {parent} to write {name} into.": "没有可写入 {name} 的文件夹 {parent}。",
+        "{name} has no {file}, so it is no artifact of a run. Give the folder that `run` printed.":
+            "{name} 没有 {file}，因此不是运行的成品。请给出 `run` 打印的文件夹。",
+        "{name} has linears that are products of two, which this format does not know. Export it as dense, "
+        "or quantize without prune/low_rank.":
+            "{name} 含有由两个线性层相乘而成的线性层，该格式不支持。请导出为 dense，或在量化时不用 prune/low_rank。",
+        "{name} holds no quantized weights: there is nothing to export.": "{name} 没有量化权重：没有可导出的内容。",
+        "{name} is stored as {kind}; only weights in groups or rows of integers, with inputs as they are, can be exported. "
+        "Use a weight-only method such as quantize/gptq.":
+            "{name} 以 {kind} 存储；只能导出按组或按行的整数权重且输入保持原样的模型。请使用仅量化权重的方法，如 quantize/gptq。",
+        "{name} has packed weights beside its blocks ({linear}), which readers of these formats do not expect. "
+        "Quantize with `head` and `embeddings` off to export.":
+            "{name} 在各层之外还有打包权重（{linear}），这些格式的读取程序不支持。要导出，请在量化时关闭 `head` 和 `embeddings`。",
+        "{name}: the inputs of {linear} are rounded to 8 bits, which weight-only formats cannot say. "
+        "Use a weight-only method such as quantize/gptq.":
+            "{name}：{linear} 的输入被舍入到 8 位，仅权重的格式无法表示。请使用仅量化权重的方法，如 quantize/gptq。",
+        "{name}: scales of {linear} ({kind}) are not exact in the float16 that this format stores. "
+        "Run the recipe with dtype bfloat16 or float16; where weights are tiny, with fewer bits or larger groups.":
+            "{name}：{linear} 的缩放系数（{kind}）无法用该格式的 float16 精确表示。"
+            "请用 dtype bfloat16 或 float16 运行配方；权重极小时，请用更少的位数或更大的分组。",
+        "{name}: {linear} is {rows} x {columns}; this format needs multiples of {by}. Leave it out with the setting `ignore`.":
+            "{name}：{linear} 为 {rows} x {columns}；该格式要求是 {by} 的倍数。请用 `ignore` 设置排除它。",
+        "{name}: {linear} has {bits} bits; the AWQ format has 4.": "{name}：{linear} 为 {bits} 位；AWQ 格式只有 4 位。",
+        "{name}: {linear} has groups of {size}, most others of {usual}; the AWQ format has one size. Export it as gptq.":
+            "{name}：{linear} 的组大小为 {size}，其他多为 {usual}；AWQ 格式只有一种大小。请导出为 gptq。",
+        "{name} is stored as any `transformers` user can load it: use the folder as it is.": "{name} 的存储方式任何 `transformers` 用户都能加载：直接使用该文件夹即可。",
+        "{name}: {linear} has {bits} bits; the GPTQ format has {known}.": "{name}：{linear} 为 {bits} 位；GPTQ 格式支持 {known} 位。",
+        "{name}: {linear} has zero points of 0, which the first version of the GPTQ format cannot hold. Export it as gptq_v2.":
+            "{name}：{linear} 的零点为 0，GPTQ 格式第一版无法表示。请导出为 gptq_v2。",
+        # notes of an estimate
+        "{said_method}: {said_note}": "{said_method}：{said_note}",
+        "Larger than memory: one block at a time.": "大于内存：逐层处理。",
+        # the log and the audit
+        "calibrating on {count} sequences of {tokens} tokens": "用 {count} 条、每条 {tokens} 个词元的序列校准",
+        "reused {count} finished blocks": "复用了 {count} 个已完成的层",
+        "resumed at step {step} of {steps}": "从第 {step} 步（共 {steps} 步）继续",
+        "{linear}: {said}": "{linear}：{said}",
+        "training in {count} processes": "用 {count} 个进程训练",
+        "mixtures of experts train in one process": "混合专家模型用一个进程训练",
+        "the teacher answered for {tokens} tokens; {reused} of {count} files reused": "教师为 {tokens} 个词元给出了答案；{count} 个文件中复用 {reused} 个",
+        "reused the teacher's answers of an earlier run ({count} files); it is not loaded": "复用了先前运行中教师的答案（{count} 个文件）；不加载教师",
+        "the teacher {name} is larger than half of the free memory: one block at a time": "教师 {name} 大于可用内存的一半：逐层处理",
+        "cut {gone} of {all} weights, the largest of them {largest}": "剪去 {all} 个权重中的 {gone} 个，其中最大的为 {largest}",
+        "{count} of {total} tokens stay; the text is split as before": "{total} 个词元保留 {count} 个；文本切分不变",
+        "the calibration text takes {times} times as many tokens as before": "校准文本所需词元数为原来的 {times} 倍",
+        "the text uses, or needs, all {total} tokens: nothing is dropped": "文本用到或需要全部 {total} 个词元：没有去掉任何词元",
+        "{share} of the input channels have outliers above {threshold} and stay 16 bit": "{share} 的输入通道有超过 {threshold} 的离群值，保持 16 位",
+        "{name} cannot keep packed documents apart: they see each other": "{name} 无法隔开打包的文档：它们能互相看到",
+        "warning: only {count} sizes lie between the model and the student": "警告：模型与学生之间只有 {count} 种尺寸",
+        "assistant {number} of {count}: {depth} blocks of {width}": "第 {number} 个助教（共 {count} 个）：{depth} 层，宽度 {width}",
+        "{count} of {total} parameters are trained": "训练 {total} 个参数中的 {count} 个",
+        "{count} of {total} parameters": "{total} 个参数中的 {count} 个",
+        "warning: the student is the teacher itself; there is nothing to learn from it but the labels":
+            "警告：学生就是教师本身；除标签外没有可学的",
+        "warning: the student is larger than the model": "警告：学生比模型还大",
+        "this assistant is finished": "该助教已完成",
+        "the teacher's {count} sequences: written now": "教师的 {count} 条序列：刚刚写成",
+        "the teacher's {count} sequences: reused, it is not loaded": "教师的 {count} 条序列：复用，不加载教师",
+        "{said}: measured before, now reused": "{said}：先前已测量，直接复用",
+        "block {number}: {said_by} {cost}, removed": "第 {number} 层：{said_by} {cost}，已移除",
+        "block {number}: {said_by} {cost}": "第 {number} 层：{said_by} {cost}",
+        "blocks {first} to {last}: {said_by} {cost}, removed": "第 {first} 至 {last} 层：{said_by} {cost}，已移除",
+        "blocks {first} to {last}: {said_by} {cost}": "第 {first} 至 {last} 层：{said_by} {cost}",
+        "{said}: {size} of {total} stay in each block, with {share} of the importance":
+            "{said}：每层 {total} 个中保留 {size} 个，占重要性的 {share}",
+        "{said}: {size} of {total} stay, with {share} of the importance": "{said}：{total} 个中保留 {size} 个，占重要性的 {share}",
+        "KV cache {bits} bit, unpacked for attention": "KV 缓存 {bits} 位，计算注意力时解包",
+        "kernels: {names}": "算子：{names}",
+        "sensitivity is measured before quantizing: this model's weights are packed": "敏感度应在量化之前测量：该模型的权重已打包",
+        "reused what an earlier run has done: {titles}": "复用了先前运行的成果：{titles}",
+        "read back {said}: logits {distance} apart": "已{said}读回：logits 相差 {distance}",
+        "{count} sequences of {tokens} tokens of the calibration text, one block at a time": "校准文本的 {count} 条序列，每条 {tokens} 个词元，逐层测量",
+    }
+)
+
+# Parts of such lines, and what libraries say inside of them: pydantic, PyYAML, the operating system.
+FRAGMENTS: Mapping[str, str] = MappingProxyType(
+    {
+        "method": "方法", "measurement": "测量项", "run": "运行", "key": "键", "key of model": "model 的键",
+        "key of a step": "步骤的键", "setting of {method}": "{method} 设置", "format": "格式",
+        "{one} or {other}": "{one} 或 {other}",
+        "queued": "排队中", "running": "运行中", "succeeded": "已完成", "failed": "失败", "cancelled": "已取消",
+        "interrupted": "已中断", "refused": "已拒绝",
+        "neurons": "神经元", "heads": "注意力头", "channels": "通道", "feed-forward neurons": "前馈神经元",
+        "attention units": "注意力单元", "missing": "缺失", "mismatched": "不匹配",
+        "a cache of its own": "自己的缓存", "layers of {kind}": "{kind} 类型的层",
+        "{family} normalises the queries of all heads together": "{family} 对所有头的查询一起归一化",
+        "this stablelm has a norm for each head": "该 stablelm 的每个头各有归一化",
+        "the positions of this falcon follow from its number of heads (ALiBi)": "该 falcon 的位置编码由头数决定（ALiBi）",
+        "this opt projects its embeddings to another size": "该 opt 把词嵌入投影到其他维度",
+        "this opt has norms that cannot be corrected for fewer channels": "该 opt 的归一化无法适应更少的通道",
+        "{family} is a mixture of experts": "{family} 是混合专家模型",
+        "it has {theirs} tokens, the model {ours}": "它有 {theirs} 个词元，模型有 {ours} 个",
+        "token {token} has the id {there} there and {here} here": "词元 {token} 在那里的编号为 {there}，在这里为 {here}",
+        "the loss is {value}": "损失为 {value}", "a gradient is not finite": "梯度不是有限值",
+        "weights are not finite": "权重不是有限值",
+        "The checkpoint of step {step} is kept.": "第 {step} 步的检查点已保留。",
+        "No checkpoint was written yet.": "尚未写入检查点。",
+        "{linear} is missing": "{linear} 缺失", "{linear} holds NaN or infinite values": "{linear} 含有 NaN 或无穷大",
+        "experts are stored without zero points.": "专家的存储没有零点。",
+        "the library knows linears only, and fused experts are none.": "该库只认识线性层，而融合的专家不是。",
+        "files cannot say that the inputs of experts are rounded.": "文件无法表示专家的输入被舍入。",
+        "experts are stored with the same bits, all of them.": "全部专家以相同的位数存储。",
+        # notes of methods
+        "The zeros take as many bits as other weights; the file is no smaller for them.": "零与其他权重占用同样的位数；文件不会因此变小。",
+        "The file becomes smaller; memory and speed do not.": "文件变小；内存和速度不变。",
+        "No smaller and no faster here: the zeros stay dense.": "在这里不会更小也不会更快：零仍以稠密方式存储。",
+        "The file becomes smaller; where CUDA's 2:4 kernel takes a linear, its weights take 9/16 of the GPU's memory. "
+        "The measured latency says whether it is faster.":
+            "文件变小；CUDA 的 2:4 算子适用的线性层，其权重占显存的 9/16。是否更快以实测延迟为准。",
+        "The file becomes no smaller; where CUDA's 2:4 kernel takes a linear, its weights take 9/16 of the GPU's memory. "
+        "The measured latency says whether it is faster.":
+            "文件不会变小；CUDA 的 2:4 算子适用的线性层，其权重占显存的 9/16。是否更快以实测延迟为准。",
+        "The student has every block of the teacher: it is as large, and begins as the teacher itself.":
+            "学生包含教师的每一层：大小相同，并以教师本身为起点。",
+        "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
+        "The student is the teacher itself.": "学生就是教师本身。",
+        # notes on linears
+        "only {tokens} tokens reached it": "只有 {tokens} 个词元到达它", "no token reached it": "没有词元到达它",
+        "damping raised from {low} to {high}": "阻尼从 {low} 提高到 {high}",
+        "rounded to nearest instead, the smallest weights set to zero, {said}": "改为就近舍入并把最小的权重置零，{said}",
+        "rounded to nearest instead, {said}": "改为就近舍入，{said}",
+        "its Hessian is not positive definite (order {order})": "其 Hessian 矩阵不正定（第 {order} 阶）",
+        "{bits} bits in groups of {size}": "{bits} 位，组大小 {size}",
+        "no scale for {names}": "{names} 没有缩放系数",
+        "distance to the original {before} before, {after} after distillation": "与原始层的距离：蒸馏前 {before}，蒸馏后 {after}",
+        "no token reached it, scored by magnitude alone": "没有词元到达它，只按幅值评分",
+        "no token reached it, its own singular values decide": "没有词元到达它，由其自身奇异值决定",
+        "its own singular values decide, {said}": "由其自身奇异值决定，{said}",
+        "left as it is, for two linears of that quality would not be smaller": "保持不变：同样质量的两个线性层并不会更小",
+        "pruned by magnitude instead, {said}": "改为按幅值剪枝，{said}",
+        "{share} set to zero": "{share} 置零",
+        "influence": "影响", "angle over pi": "角度 / π", "loss in nats without it": "去掉后的损失（nat）",
+        "width by {by}": "宽度（{by}）", "depth by {by}": "深度（{by}）",
+        "part by part, for it is large": "逐部分（因为较大）", "with transformers": "用 transformers ",
+        "by Maquette's own reader, for the format is its own": "用 Maquette 自己的读取程序（因为格式是自有的）",
+        # pydantic
+        "Input should be greater than or equal to {value}": "应大于或等于 {value}",
+        "Input should be less than or equal to {value}": "应小于或等于 {value}",
+        "Input should be greater than {value}": "应大于 {value}", "Input should be less than {value}": "应小于 {value}",
+        "Input should be a valid integer": "应为整数", "Input should be a valid number": "应为数字",
+        "Input should be a valid integer, got a number with a fractional part": "应为整数，而不是小数",
+        "Input should be a valid integer, unable to parse string as an integer": "应为整数，无法把该文字读成整数",
+        "Input should be a valid number, unable to parse string as a number": "应为数字，无法把该文字读成数字",
+        "Input should be a valid string": "应为文字", "Input should be a valid boolean": "应为 true 或 false",
+        "Input should be a valid boolean, unable to interpret input": "应为 true 或 false",
+        "Input should be a valid dictionary": "应为映射", "Input should be a valid tuple": "应为列表",
+        "Input should be a valid array": "应为列表", "Input should be an object": "应为映射",
+        "Input should be a valid list": "应为列表", "Input should be a finite number": "应为有限的数字",
+        "Input should be a valid dictionary or instance of {name}": "应为 {name} 映射",
+        "Input should be {name} or {other}": "应为 {name} 或 {other}", "Input should be {name}": "应为 {name}",
+        "Field required": "缺少此项", "Extra inputs are not permitted": "不允许有此项",
+        "String should have at least {count} character": "至少 {count} 个字符",
+        "String should have at least {count} characters": "至少 {count} 个字符",
+        "String should have at most {count} character": "至多 {count} 个字符",
+        "String should have at most {count} characters": "至多 {count} 个字符",
+        "Tuple should have at most {count} items after validation, not {got}": "至多 {count} 项，而不是 {got} 项",
+        "Tuple should have at most {count} items after validation, not more": "至多 {count} 项",
+        "{pattern} is no regular expression ({error})": "{pattern} 不是正则表达式（{error}）",
+        # YAML
+        "mapping values are not allowed here": "此处不能有映射值", "could not find expected ':'": "缺少“:”",
+        "found unhashable key": "键不可哈希", "found undefined alias {name}": "未定义的别名 {name}",
+        "found character {name} that cannot start any token": "字符 {name} 不能出现在此处",
+        "expected ',' or ']', but got {got}": "应为“,”或“]”，而不是 {got}",
+        "expected ',' or '}}', but got {got}": "应为“,”或“}}”，而不是 {got}",
+        "expected <block end>, but found {got}": "结构应在此结束，而不是 {got}",
+        "expected the node content, but found {got}": "缺少内容，出现了 {got}",
+        "found unexpected end of stream": "内容意外结束", "unreadable": "无法读取",
+        "special characters are not allowed": "不允许特殊字符",
+        "could not determine a constructor for the tag {name}": "无法识别标签 {name}",
+        # the operating system
+        "No such file or directory": "没有该文件或文件夹", "Permission denied": "没有权限", "Is a directory": "这是文件夹",
+        "No space left on device": "磁盘已满", "Input/output error": "读写错误", "File name too long": "文件名过长",
+        "Not a directory": "不是文件夹", "Too many open files": "打开的文件过多",
+        "Too many levels of symbolic links": "符号链接层数过多", "Cannot allocate memory": "无法分配内存",
+    }
+)
+# fmt: on
