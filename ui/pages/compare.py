@@ -122,10 +122,11 @@ def build(desk: Desk) -> ComparePage:
     def run_both(
         a: str, b: str, prompt: str, mode: str, clicked: float, request: gr.Request
     ) -> Iterator[object]:  # fmt: skip
-        page = request.session_hash or visitor(request)
-        turn = turns.begin(page, clicked)
+        owner = desk.enter(request, "stream")
+        page = request.session_hash or owner
+        turn = turns.begin(page, clicked, owner)
         try:
-            for values in stream(desk, visitor(request), a, b, prompt, mode, turn.stop):
+            for values in stream(desk, owner, a, b, prompt, mode, turn.stop):
                 if turn.replaced:
                     return
                 yield values
