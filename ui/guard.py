@@ -34,7 +34,7 @@ OPEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (READ, r"/"),
         (READ, r"/config/?|/gradio_api/info/?|/gradio_api/startup-events"),
         (READ, r"/(assets|static|svelte)/[^\0]+"),
-        (READ, r"(/gradio_api)?/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/pwa_icon(/\w+)?"),
+        (READ, r"(/gradio_api)?/theme\.css|/favicon\.ico|/robots\.txt"),
         (READ, r"/gradio_api/heartbeat/\w+|/gradio_api/queue/data"),
         (WRITE, r"/gradio_api/queue/join|/gradio_api/run/\w+/?"),
         (READ, r"/healthz|/runs/[\w-]+/[\w.-]+"),
