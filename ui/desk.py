@@ -128,10 +128,9 @@ class Desk:
             raise TooMany(say("error.no_cookie"))
         most = self.limits.streams if what == "stream" else self.limits.starts
         address = str(dict(getattr(request, "headers", {})).get(ADDRESS, ""))
+        self._rates.require(what, owner, most)  # first: what is refused here is not held against the address
         if most is not None and address:
-            self._rates.require(what, address, most * self.limits.crowd)
-        if what == "stream":  # the scheduler itself counts starts
-            self._rates.require(what, owner, most)
+            self._rates.require(what, f"at {address}", most * self.limits.crowd)
         return owner
 
     def runs(self, owner: str) -> list[Run]:

@@ -44,6 +44,8 @@ DOOR = (((*READ, *WRITE), re.compile(r"/login")), (WRITE, re.compile(r"/logout")
 WITHOUT_LOGIN = re.compile(r"/login|/healthz|/favicon\.ico|/robots\.txt|/gradio_api/startup-events")
 BODY = 2 << 20  # bytes of a request
 MOST_OPEN = 64  # requests of one visitor at a time, streams of events among them
+AT_ONCE = 5  # the part of a minute's requests that may come together: a fifth
+PAGES = 30  # new pages of one visitor in a minute; Gradio keeps the state of a number of them, the last used
 YEAR = 365 * 86_400
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -112,14 +114,15 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, guarded)
             return
-        who = owner or self._address(request)
-        self._open[who] += 1
+        several = {owner, self._address(request)} - {""}
+        self._open.update(several)
         try:
             await self._let_in(request, owner, receive, guarded)
         finally:
-            self._open[who] -= 1
-            if not self._open[who]:
-                del self._open[who]
+            self._open.subtract(several)
+            for who in several:
+                if not self._open[who]:
+                    del self._open[who]
 
     async def _let_in(self, request: Request, owner: str, receive: Receive, send: Send) -> None:
         session = request.query_params.get("session_hash")
@@ -132,6 +135,11 @@ class Guard:
                 return
             session = _session(body) if request.scope["path"].startswith("/gradio_api/") else None
             receive = _again(body, receive)
+        if session and session not in self._pages and self._house.limits.requests is not None:
+            wait = self._wait("page", owner, self._address(request), PAGES, None)
+            if wait:
+                await _too_often(wait)(request.scope, receive, send)
+                return
         if session and not self._pages.belongs(session, owner):
             await PlainTextResponse(say("door.closed"), 404)(request.scope, receive, send)
             return
@@ -146,21 +154,29 @@ class Guard:
             return PlainTextResponse(say("door.host"), 421)
         if not self._same_site(request):
             return PlainTextResponse(say("door.origin"), 403)
-        limits, rates, address = self._house.limits, self._house.rates, self._address(request)
+        limits, address = self._house.limits, self._address(request)
         if method == "POST" or path == "/gradio_api/queue/data":
             per = limits.requests
-            wait = rates.take("request", address, None if per is None else per * limits.crowd)
-            wait = wait or (rates.take("request", owner, per) if owner else 0.0)
+            wait = self._wait("request", owner, address, per, per and max(1, per // AT_ONCE))
             if wait:
-                return PlainTextResponse(say("door.often"), 429, {"Retry-After": str(int(wait) + 1)})
-        if limits.requests is not None and self._open[owner or address] >= MOST_OPEN:
-            return PlainTextResponse(say("door.often"), 429, {"Retry-After": "5"})
+                return _too_often(wait)
+        crowded = self._open[address] >= MOST_OPEN * limits.crowd or self._open[owner] >= MOST_OPEN
+        if limits.requests is not None and crowded:
+            return _too_often(5)
         if self._house.mode is Mode.TEAM and not owner and not WITHOUT_LOGIN.fullmatch(path):
             if path == "/":
                 query = f"?{request.url.query}" if request.url.query else ""
                 return RedirectResponse(f"./login{query}", 303)
             return PlainTextResponse(say("door.login"), 401)
         return None
+
+    def _wait(self, what: str, owner: str, address: str, per_minute: int | None, at_once: int | None) -> float:
+        """Seconds until somebody may do something again; an address holds several visitors."""
+        rates, crowd = self._house.rates, self._house.limits.crowd
+        if per_minute is None:
+            return 0.0
+        wait = rates.take(what, owner, per_minute, at_once=at_once) if owner else 0.0
+        return wait or rates.take(what, f"at {address}", per_minute * crowd, at_once=at_once and at_once * crowd)
 
     def _same_site(self, request: Request) -> bool:
         """Whether a browser says that the request comes from our own page. Who is no browser says nothing."""
@@ -198,6 +214,8 @@ class Guard:
         ours = {name.encode(): value.encode() for name, value in self._headers.items()}
         # No other site reads our answers, whatever the framework would allow it.
         kept = [(k, v) for k, v in headers if k.lower() not in ours and not k.lower().startswith(b"access-control-")]
+        if not any(k.lower() == b"cache-control" for k, _ in kept):
+            kept.append((b"cache-control", b"private, no-cache"))  # what one visitor got is no other's
         return [*kept, *ours.items(), *([(b"set-cookie", cookie.encode())] if cookie else [])]
 
 
@@ -207,6 +225,10 @@ def set_cookie(request: Request, name: str, value: str, seconds: int) -> str:
     framed = secure and name == COOKIE
     scope = "SameSite=None; Secure; Partitioned" if framed else f"SameSite=Lax{'; Secure' if secure else ''}"
     return f"{name}={value}; Path=/; Max-Age={seconds}; HttpOnly; {scope}"
+
+
+def _too_often(wait: float) -> Response:
+    return PlainTextResponse(say("door.often"), 429, {"Retry-After": str(int(wait) + 1)})
 
 
 async def _read(receive: Receive) -> bytes | None:

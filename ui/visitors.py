@@ -120,6 +120,9 @@ class Pages:
         self._owners: OrderedDict[str, str] = OrderedDict()
         self._guard = threading.Lock()
 
+    def __contains__(self, session: str) -> bool:
+        return session in self._owners
+
     def belongs(self, session: str, owner: str) -> bool:
         """Whether the visitor may use the session; a new one becomes the visitor's."""
         with self._guard:

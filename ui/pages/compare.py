@@ -15,7 +15,7 @@ import gradio as gr
 from gradio.blocks import Block
 from markupsafe import Markup
 
-from engine.errors import BadParams, InputError
+from engine.errors import BadParams, InputError, TooMany
 from engine.records import Run, Status
 from ui import charts, markup, panes, views, wording
 from ui.desk import BASELINE, FIRST, STORED, Desk, Entry
@@ -244,6 +244,10 @@ def start_first(desk: Desk, request: gr.Request) -> list[Run]:
     owner = visitor(request)
     status = desk.scheduler.status()
     if not has_cookie(request) or desk.runs(owner) or status.get("running") or status.get("queued"):
+        return []
+    try:
+        desk.enter(request, "start")
+    except TooMany:
         return []
     return [desk.scheduler.submit(BASELINE, owner), desk.scheduler.submit(FIRST, owner)]
 
