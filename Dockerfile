@@ -1,4 +1,6 @@
 # Maquette as a container: docker build -t maquette . && docker run -p 7860:7860 maquette
+# Whoever reaches the port is a visitor (mode public). For people with passwords: -e MAQUETTE_MODE=team, and
+# docker exec -it CONTAINER python -m engine user add NAME
 # With CUDA: docker build --build-arg TORCH_BACKEND=cu130 -t maquette . && docker run --gpus all -p 7860:7860 maquette
 FROM python:3.12-slim
 
@@ -18,6 +20,7 @@ ENV VIRTUAL_ENV=/home/maquette/venv \
     GRADIO_SERVER_NAME=0.0.0.0 \
     GRADIO_ANALYTICS_ENABLED=False \
     HOST=0.0.0.0 \
+    MAQUETTE_MODE=public \
     PORT=7860 \
     PYTHONUNBUFFERED=1
 

@@ -9,10 +9,11 @@ import sys
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from engine.errors import MaquetteError
+from engine.modes import check_address, limits_of, mode_of
 from engine.scheduler import Scheduler
 from engine.store import home
 from ui.page import build
-from ui.server import address, is_local, serve
+from ui.server import address, serve
 
 
 def main() -> int:
@@ -21,8 +22,10 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     host, port = address()
     try:
-        with Scheduler(home()) as scheduler:
-            page, desk = build(scheduler.store, scheduler, local=is_local(host))
+        mode = mode_of(os.environ)
+        check_address(mode, host)
+        with Scheduler(home(), limits=limits_of(mode, os.environ)) as scheduler:
+            page, desk = build(scheduler.store, scheduler, mode=mode)
             serve(page, desk, host, port)
     except MaquetteError as error:
         sys.stderr.write(f"{error}\n")

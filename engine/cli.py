@@ -4,6 +4,7 @@
     python -m engine measure FOLDER [--measure a,b] [--baseline FOLDER] [--json]
     python -m engine export ARTIFACT --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
+    python -m engine user add|remove NAME | user list     who may log in to a team server; the password comes from stdin
 
 Results go to stdout, progress and errors to stderr. With --json the last line of stdout is one JSON object.
 Exit codes: 0 done, 1 failed, 2 refused with one line that says why, 130 interrupted.
@@ -12,6 +13,7 @@ Exit codes: 0 done, 1 failed, 2 refused with one line that says why, 130 interru
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import signal
 import sys
@@ -28,6 +30,7 @@ from engine.errors import BadRecipe, InputError, MaquetteError, short
 from engine.recipes import choose_measures, load_recipe
 from engine.records import MEASURES, USUAL_MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
 from engine.store import Store, home
+from engine.users import UserFile
 
 Json = dict[str, JsonValue]
 EXIT = {Status.SUCCEEDED: 0, Status.REFUSED: 2, Status.INTERRUPTED: 130, Status.CANCELLED: 130}
@@ -207,6 +210,32 @@ def show_doctor(options: argparse.Namespace, supervisor: Callable[[Path], Superv
     return 0 if all(finding.good for finding in findings) else 1
 
 
+def user(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`user`: who may log in to a team server."""
+    users = UserFile(_home(options))
+    if (options.name is None) != (options.do == "list"):
+        raise InputError("Give a name to add or remove, and none to list.")
+    if options.do == "add":
+        users.add(options.name, _password())
+    elif options.do == "remove":
+        users.remove(options.name)
+    if options.json:
+        _json({"status": "succeeded", "users": [*users.names()]})
+    elif options.do == "list":
+        _table([[name] for name in users.names()])
+    return 0
+
+
+def _password() -> str:
+    """A password, typed twice and not shown, or a line of stdin."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    first = getpass.getpass("Password: ")
+    if getpass.getpass("Again: ") != first:
+        raise InputError("The two passwords differ. Try again.")
+    return first
+
+
 def read_recipe(file: Path, measures: str | None = None) -> Recipe:
     """The recipe in a YAML file, with other measurements where `measures` (`a,b`) names them.
 
@@ -262,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     comparer.add_argument("run", metavar="RUN")
     comparer.add_argument("other", metavar="RUN")
     add("doctor", show_doctor)
+    people = add("user", user)
+    people.add_argument("do", choices=["add", "remove", "list"])
+    people.add_argument("name", nargs="?", metavar="NAME")
     return parser
 
 

@@ -7,7 +7,8 @@ MaquetteError
 │   ├── BadRecipe         the recipe's shape or the order of its steps
 │   ├── BadModel          the model cannot be used: not found, unsafe, broken, not a causal LM
 │   ├── BadText           calibration or training text that cannot be used
-│   └── TooBig            does not fit in the memory or on the disk that is free
+│   ├── TooBig            does not fit in the memory or on the disk that is free
+│   └── TooMany           more than one visitor may have at a time
 ├── RunError              a run that had started ended without a result
 │   ├── Cancelled         the user asked for it
 │   ├── Interrupted       the process was stopped from outside; can be resumed
@@ -62,6 +63,10 @@ class BadText(InputError):
 
 class TooBig(InputError):
     """The work does not fit into what is free."""
+
+
+class TooMany(InputError):
+    """More than one visitor may have, or too soon."""
 
 
 class RunError(MaquetteError):

@@ -87,7 +87,10 @@ class Status(StrEnum):
 
 
 class Run(Record):
-    """One execution of a recipe. `attempt` counts starts; `artifact` is a folder once it is published."""
+    """One execution of a recipe. `attempt` counts starts; `artifact` is a folder once it is published.
+
+    shared: the owner lets the rest of the team look. expired: when its files were deleted to give the disk back.
+    """
 
     id: str
     recipe: Recipe
@@ -99,6 +102,8 @@ class Run(Record):
     finished: float | None = None
     reason: str = ""
     artifact: str | None = None
+    shared: bool = False
+    expired: float | None = None
 
 
 EventKind = Literal[

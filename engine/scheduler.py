@@ -25,7 +25,10 @@ from pydantic import JsonValue
 
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
-from engine.errors import BadModel, InputError, StoreError, UnknownName
+from engine.errors import BadModel, InputError, StoreError, TooMany, UnknownName
+from engine.modes import Limits
+from engine.quotas import Quotas, check_sources
+from engine.rates import Rates
 from engine.records import Recipe, Run, Status
 from engine.runners import Runner, Worker
 from engine.runners.local import LocalRunner
@@ -43,22 +46,29 @@ BUDGET_SHARE = 0.8  # of the memory that is free when a run starts
 class Scheduler:
     """Runs the runs of one data folder; `store` holds them.
 
-    memory_budget: bytes that a run and its children may hold; None means a share of what is free when it starts.
+    limits: what one visitor may take. memory_budget: bytes that a run and its children may hold; None means a share of
+    what is free when it starts.
 
     Raises:
         StoreError: the folder cannot be used, or another scheduler uses it.
     """
 
     def __init__(
-        self, home: Path, *, runner: Runner | None = None, per_owner_running: int = 1, per_owner_queued: int = 3,
+        self,
+        home: Path,
+        *,
+        runner: Runner | None = None,
+        limits: Limits | None = None,
         memory_budget: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.home = home.absolute()
         self.store = Store(self.home / "maquette.db")
         self._runner = runner or LocalRunner()
-        self._per_owner_running, self._per_owner_queued = per_owner_running, per_owner_queued
+        self.limits = limits or Limits()
+        self._quotas, self._rates = Quotas(self.home, self.store, self.limits), Rates()
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
+        self._overdrawn: set[str] = set()  # running runs whose files go with them
         self._guard = threading.RLock()  # around the watches and every decision about a run
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -103,11 +113,14 @@ class Scheduler:
         """Check a recipe and queue a run of it.
 
         Raises:
-            InputError: the recipe cannot work, or the owner has too many runs waiting; one helpful line.
+            InputError: the recipe cannot work, or is too much for this owner; one helpful line.
         """
+        check_sources(recipe, self.limits)
         preflight.check(recipe)
+        self._quotas.check(recipe, owner)
         with self._guard:
             self._check_queue(owner)
+            self._rates.require("start", owner, self.limits.starts)
             run = self.store.add_run(recipe, owner)
         self._wake.set()
         return run
@@ -140,6 +153,8 @@ class Scheduler:
             if run.status not in (Status.INTERRUPTED, Status.FAILED) or self._watch_of(run_id) is not None:
                 raise InputError(f"Run {run_id} is {run.status}; only an interrupted or failed run can be resumed.")
             self._check_queue(run.owner)
+            self._quotas.check(run.recipe, run.owner, resumed=run.id)
+            self._rates.require("start", run.owner, self.limits.starts)
             run = self.store.requeue(run_id)
         self._wake.set()
         return run
@@ -158,6 +173,16 @@ class Scheduler:
             self.store.delete_run(run_id)
             self._discard(self.home / "runs" / run_id)
         self._wake.set()
+
+    def share(self, run_id: str, shared: bool, owner: str | None = "") -> Run:
+        """Let the rest of a team look at a run, or no more.
+
+        Raises:
+            UnknownName: there is no such run of that owner.
+        """
+        with self._guard:
+            self._own(run_id, owner)
+            return self.store.share(run_id, shared)
 
     def status(self) -> dict[str, JsonValue]:
         """The machine and the engine now; memory in bytes, `cpu` in percent, `eta` in seconds."""
@@ -194,6 +219,7 @@ class Scheduler:
             try:
                 with self._guard:
                     self._look_after()
+                    self._hold_to_limits()
                     self._start_next()
                 self._telemetry.sample([*self._watches.values()], self._streams.pids())
                 self._streams.end_idle()
@@ -210,12 +236,23 @@ class Scheduler:
                 del self._watches[device]
                 self._clean_up(self.store.run(watch.run.id))
 
+    def _hold_to_limits(self) -> None:
+        """End what takes too much; delete the files of runs whose time is over, which they say then."""
+        for breach in self._quotas.look([watch.run for watch in self._watches.values()]):
+            watch = self._watch_of(breach.run)
+            if watch is not None:
+                watch.fail(breach.reason)
+                self._overdrawn |= {breach.run} if breach.discard else set()
+        for run in self._quotas.expired():
+            self._discard(self.home / "runs" / run.id)
+            self.store.expire(run.id)  # only now: after a crash in between it is done again
+
     def _start_next(self) -> None:
         queued = [run for run in self.store.unfinished() if run.status is Status.QUEUED]
         for run in queued:
             device = _device(run.recipe)
             owners = [watch.run.owner for watch in self._watches.values()]
-            if device not in self._watches and owners.count(run.owner) < self._per_owner_running:
+            if device not in self._watches and owners.count(run.owner) < self.limits.running:
                 self._start_run(run, device)
 
     def _start_run(self, run: Run, device: str) -> None:
@@ -256,7 +293,9 @@ class Scheduler:
 
     def _clean_up(self, run: Run) -> None:
         """Give the disk back: all of a cancelled run, the finished blocks of one that needs them no more."""
-        if run.status is Status.CANCELLED:
+        overdrawn = run.id in self._overdrawn and run.status is not Status.SUCCEEDED
+        self._overdrawn.discard(run.id)
+        if run.status is Status.CANCELLED or overdrawn:
             self._discard(self.home / "runs" / run.id)
         elif run.status is Status.SUCCEEDED:
             self._discard(attempt_folder(self.home, run.id, run.attempt) / "blocks")
@@ -287,8 +326,8 @@ class Scheduler:
 
     def _check_queue(self, owner: str) -> None:
         waiting = [run for run in self.store.unfinished() if run.status is Status.QUEUED and run.owner == owner]
-        if len(waiting) >= self._per_owner_queued:
-            raise InputError(f"{len(waiting)} of your runs are waiting already. Wait for one to start, or cancel one.")
+        if len(waiting) >= self.limits.queued:
+            raise TooMany(f"{len(waiting)} of your runs are waiting already. Wait for one to start, or cancel one.")
 
     def _model_of(self, source: str) -> Path:
         if source != "demo":

@@ -48,6 +48,11 @@ MIGRATIONS: tuple[str, ...] = (
         run_a TEXT NOT NULL, run_b TEXT NOT NULL, prompt TEXT NOT NULL, winner TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    ALTER TABLE runs ADD COLUMN shared INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE runs ADD COLUMN expired REAL;
+    CREATE INDEX runs_owner ON runs (owner);
+    """,
 )
 
 
@@ -161,14 +166,35 @@ class Store:
             raise UnknownName("run", run_id, ())  # no list of those that exist: they may be another visitor's
         return self._as_run(row)
 
-    def runs(self, owner: str | None = None, limit: int = 200) -> list[Run]:
-        """The runs of `owner` (None: of everybody), newest first."""
+    def runs(self, owner: str | None = None, limit: int = 200, *, shared: bool = False) -> list[Run]:
+        """The runs of `owner` (None: of everybody), newest first; with `shared` also what others share."""
         with self._read() as db:
             rows = db.execute(
-                "SELECT * FROM runs WHERE ?1 IS NULL OR owner = ?1 ORDER BY created DESC, rowid DESC LIMIT ?2",
-                (owner, limit),
+                "SELECT * FROM runs WHERE ?1 IS NULL OR owner = ?1 OR (?3 AND shared)"
+                " ORDER BY created DESC, rowid DESC LIMIT ?2",
+                (owner, limit, shared),
             ).fetchall()
         return [self._as_run(row) for row in rows]
+
+    def ended_before(self, moment: float) -> list[Run]:
+        """Runs that had ended by then and whose files have not been deleted."""
+        with self._read() as db:
+            rows = db.execute("SELECT * FROM runs WHERE finished < ? AND expired IS NULL ORDER BY finished", (moment,))
+            return [self._as_run(row) for row in rows]
+
+    def share(self, run_id: str, shared: bool) -> Run:
+        """Let others look at a run, or no more."""
+        with self._write() as db:
+            db.execute("UPDATE runs SET shared = ? WHERE id = ?", (shared, run_id))
+        return self.run(run_id)
+
+    def expire(self, run_id: str) -> None:
+        """Note that the files of a run that has ended are gone; what it measured stays."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE runs SET artifact = NULL, expired = ? WHERE id = ? AND finished IS NOT NULL",
+                (time.time(), run_id),
+            )
 
     def unfinished(self) -> list[Run]:
         """Runs that are queued or running, oldest first."""
@@ -181,7 +207,7 @@ class Store:
         with self._write() as db:
             db.execute(
                 "UPDATE runs SET attempt = attempt + 1, status = 'running', started = ?, finished = NULL, reason = '',"
-                " artifact = NULL WHERE id = ?",
+                " artifact = NULL, expired = NULL WHERE id = ?",
                 (time.time(), run_id),
             )
         return self.run(run_id)

@@ -74,6 +74,12 @@ class Watch:
             self._deadline = time.monotonic() + GRACE
             self._worker.ask()
 
+    def fail(self, reason: str) -> None:
+        """End the worker, at once, as a failed run; nothing where it is ending already."""
+        if self._deadline is None:
+            self._verdict = (Status.FAILED, reason)
+            self._deadline = time.monotonic()
+
     def tick(self) -> bool:
         """Look after the attempt once; False when it is over."""
         now = time.monotonic()

@@ -1,8 +1,8 @@
 """What one page server knows: the store, the scheduler, the stored comparison, and who may see what.
 
 Every handler of a Gradio page is public HTTP API, so each asks the desk by the visitor's own name and gets
-only what that visitor may see. Runs started on the command line have no owner; they are shown where the
-page is served to this machine alone.
+only what that visitor may see: own runs, in a team also those that others share, which only their owner changes.
+Runs started on the command line have no owner; they are shown where the page is served to this machine alone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+import gradio as gr
 from pydantic import JsonValue, ValidationError
 
-from engine.errors import BadModel, UnknownName
-from engine.methods import Selection, field_kind, get
+from engine.errors import BadModel, InputError, TooMany, UnknownName
+from engine.modes import Limits, Mode
+from engine.quotas import check_sources
+from engine.rates import Rates
 from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
 from engine.scheduler import Scheduler
 from engine.store import Store
 from ui import language, wording
+from ui.edge import has_cookie, visitor
+from ui.guard import ADDRESS
 from ui.wording import say
 
 log = logging.getLogger(__name__)
@@ -91,19 +97,46 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Desk:
-    """The one object that handlers talk to. `local`: only this machine can reach the page."""
+    """The one object that handlers talk to."""
 
     store: Store
     scheduler: Scheduler
     stored: StoredComparison | None = None
-    local: bool = True
-    _finished: dict[tuple[str, int, str], Entry] = field(default_factory=dict)
+    mode: Mode = Mode.LOCAL
+    _finished: dict[tuple[str, int, bool, bool, str], Entry] = field(default_factory=dict)
     _pulse: Pulse = field(default_factory=Pulse)
+    _rates: Rates = field(default_factory=Rates)
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the page."""
+        return self.mode is Mode.LOCAL
+
+    @property
+    def limits(self) -> Limits:
+        """What one visitor may take."""
+        return self.scheduler.limits
+
+    def enter(self, request: gr.Request, what: Literal["start", "stream"]) -> str:
+        """The visitor who wants to start something that costs: a run, or models that write.
+
+        Raises:
+            TooMany: this visitor, or the address, did so too often; or keeps no cookie by which to count.
+        """
+        owner = visitor(request)
+        if self.mode is Mode.PUBLIC and not has_cookie(request):
+            raise TooMany(say("error.no_cookie"))
+        most = self.limits.streams if what == "stream" else self.limits.starts
+        address = str(dict(getattr(request, "headers", {})).get(ADDRESS, ""))
+        self._rates.require(what, owner, most)  # first: what is refused here is not held against the address
+        if most is not None and address:
+            self._rates.require(what, f"at {address}", most * self.limits.crowd)
+        return owner
 
     def runs(self, owner: str) -> list[Run]:
-        """The visitor's runs, newest first; on a local page also those of the command line."""
+        """The visitor's runs and those shared with the team, newest first; on a local page also the command line's."""
         if not self.local:
-            return self.store.runs(owner=owner)
+            return self.store.runs(owner=owner, shared=self.mode is Mode.TEAM)
         return [run for run in self.store.runs() if run.owner in (owner, "")]
 
     def run(self, run_id: str, owner: str) -> Run:
@@ -125,7 +158,24 @@ class Desk:
             run = self.store.run(run_id)
         except UnknownName:
             return None
-        return run if run.owner == owner or (self.local and run.owner == "") else None
+        shared = self.mode is Mode.TEAM and run.shared
+        return run if shared or self.owns(run, owner) else None
+
+    def owns(self, run: Run, owner: str) -> bool:
+        """Whether the visitor may change a run, not only look at it."""
+        return run.owner == owner or (self.local and run.owner == "")
+
+    def own(self, run_id: str, owner: str) -> Run:
+        """One run that the visitor may change.
+
+        Raises:
+            UnknownName: there is none that the visitor may see.
+            InputError: it is another's, shared to be looked at.
+        """
+        run = self.run(run_id, owner)
+        if not self.owns(run, owner):
+            raise InputError(say("error.not_yours"))
+        return run
 
     def now(self) -> Now:
         """The machine and the engine as of the last half second; nobody waits while another visitor asks."""
@@ -194,23 +244,15 @@ class Desk:
         return run.id
 
     def check_sources(self, recipe: Recipe) -> None:
-        """Folders of the server are for those who sit at it.
+        """Folders of the server are for those who sit at it, models for those whom the limits let have them.
 
         Raises:
-            BadModel: a model or text other than the bundled one on a page that others can reach.
+            BadModel: a model or text that may not be named here.
         """
-        if self.local:
-            return
-        texts = [recipe.model.source, recipe.calibration]
-        for step in recipe.steps:
-            fields = get(step.method).params.model_fields
-            named = {k for k in fields if field_kind(fields[k]) == "str"} - set(Selection.model_fields)  # no patterns
-            texts += [str(value) for key, value in step.params.items() if key in named]
-        if any(text not in ("demo", "") for text in texts):
-            raise BadModel(say("error.not_local"))
+        check_sources(recipe, self.limits)
 
     def _entry(self, run: Run) -> Entry:
-        key = (run.id, run.attempt, language.current())  # its label is in words
+        key = (run.id, run.attempt, run.shared, run.expired is None, language.current())  # its label is in words
         if run.status is not Status.SUCCEEDED:
             return self._read(run)
         if key not in self._finished:

@@ -1,6 +1,6 @@
 """The page's edge: who is asking, and what they read when something goes wrong.
 
-A visitor is a random name in an HttpOnly cookie that the server sets with the page; where a browser keeps
+A visitor is the name in our cookie, which the door (`ui.guard`) has proved and put there; where a browser keeps
 no cookies it is the Gradio session. It is never empty: the empty owner is the command line.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -22,17 +21,12 @@ from pydantic import ValidationError
 from engine.errors import MaquetteError
 from ui import language
 from ui.messages import translate
+from ui.visitors import COOKIE, NAME
 from ui.wording import say
 
 log = logging.getLogger(__name__)
 
-COOKIE = "maquette_visitor"
-NAME = re.compile(r"[A-Za-z0-9_-]{16,64}")
-
-
-def new_visitor() -> str:
-    """A name nobody can guess."""
-    return secrets.token_urlsafe(24)
+__all__ = ["COOKIE", "NAME", "edge", "has_cookie", "line", "tell", "visitor"]
 
 
 def visitor(request: gr.Request) -> str:

@@ -25,7 +25,7 @@ EMPTY = {"input", "br", "hr", "line", "path", "rect", "circle", "polyline", "img
 NAME = re.compile(r"[a-z][a-zA-Z0-9-]*")
 
 
-def tag(name: str, *children: Child, **attributes: Attribute) -> Markup:
+def tag(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
     """`<name attributes>children</name>`, escaped. `class_` becomes class, `data_run` data-run.
 
     None leaves a child or an attribute out; True gives a bare attribute.
@@ -48,6 +48,16 @@ def tag(name: str, *children: Child, **attributes: Attribute) -> Markup:
 def join(parts: Iterable[Child]) -> Markup:
     """The parts one after the other, escaped."""
     return Markup("").join(escape(part) for part in parts if part is not None)
+
+
+def document(title: str, body: Markup, style: str) -> Markup:
+    """A whole page of ours, beside Gradio's. `style` is CSS of our own files, never a visitor's text."""
+    assert "</" not in style
+    head = join((
+        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        tag("title", title), tag("style", Markup(style)),
+    ))  # fmt: skip
+    return join((Markup("<!doctype html>"), tag("html", tag("head", head), tag("body", body), lang="en")))
 
 
 def table(

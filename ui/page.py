@@ -9,9 +9,10 @@ from __future__ import annotations
 import gradio as gr
 from gradio.blocks import Block
 
+from engine.modes import Mode
 from engine.scheduler import Scheduler
 from engine.store import Store
-from ui import translated, views
+from ui import hosting, translated, views
 from ui.desk import Desk, read_stored
 from ui.edge import edge, tell, visitor
 from ui.journal import Journal
@@ -22,9 +23,9 @@ from ui.wiring import on
 from ui.wording import say
 
 
-def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr.Blocks, Desk]:
-    """The page and the desk behind it. `local`: only this machine can reach the server."""
-    desk = Desk(store, scheduler, read_stored(ASSETS / "demo" / "comparison.json"), local)
+def build(store: Store, scheduler: Scheduler, *, mode: Mode = Mode.LOCAL) -> tuple[gr.Blocks, Desk]:
+    """The page and the desk behind it, for those whom the mode serves."""
+    desk = Desk(store, scheduler, read_stored(ASSETS / "demo" / "comparison.json"), mode)
     journal = Journal(store)
     page = translated.in_each(lambda: lay_out(desk, journal))
     return page, desk
@@ -35,6 +36,7 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
     page = Page(title="Maquette", analytics_enabled=False)
     with page:
         gr.HTML(views.masthead())
+        who = gr.HTML(elem_id="mq-who", visible=desk.mode is Mode.TEAM)
         with gr.Row(elem_id="mq-top"):
             with gr.Column(min_width=300):
                 strip = gr.HTML(elem_id="mq-status")
@@ -66,6 +68,12 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
         def open_compress(draft: compress.Draft, request: gr.Request) -> object:
             return compress.bearing(desk, draft, request)
 
+        @edge
+        def greet(request: gr.Request) -> object:
+            return hosting.who(visitor(request))
+
+        if desk.mode is Mode.TEAM:
+            on([page.load], greet, [], [who], queue=False)
         on([compress_tab.select], open_compress, [making.draft], [making.blocks])
     return page
 
@@ -73,14 +81,17 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
 def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, ticker: gr.Timer) -> None:
     @edge
     def look(request: gr.Request) -> object:
-        now = desk.now()
-        mine = desk.find(now.status.get("running"), visitor(request))
-        return [views.strip(now.status, now.history, mine), gr.update(visible=mine is not None)]
+        now, owner = desk.now(), visitor(request)
+        mine = desk.find(now.status.get("running"), owner)
+        return [
+            views.strip(now.status, now.history, mine),
+            gr.update(visible=mine is not None and desk.owns(mine, owner)),
+        ]
 
     @edge
     def stop(request: gr.Request) -> object:
         mine = desk.find(desk.scheduler.status().get("running"), visitor(request))
-        if mine is not None:
+        if mine is not None and desk.owns(mine, visitor(request)):
             desk.scheduler.cancel(mine.id, owner=mine.owner)
         return gr.update(visible=False)
 

@@ -1,7 +1,8 @@
 """Which of a page's texts are being written, and which were stopped.
 
 A page is one Gradio session. Its clicks arrive over HTTP and may overtake one another, so each carries the
-time at which the visitor clicked: a Stop ends what was started before it, even what arrives after it.
+time at which the visitor clicked: a Stop ends what was started before it, even what arrives after it. However many
+pages a visitor has, one text is written at a time: the newest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Turn:
     """One text being written. `replaced`: the page has begun another, so this one must not draw any more."""
 
     clicked: float
+    owner: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     replaced: bool = False
 
@@ -30,10 +32,16 @@ class Turns:
         self._stops: OrderedDict[str, float] = OrderedDict()
         self._guard = threading.Lock()
 
-    def begin(self, page: str, clicked: float) -> Turn:
-        """A new turn of the page, stopped already where a later Stop came first; it ends the page's earlier one."""
-        turn = Turn(clicked)
+    def begin(self, page: str, clicked: float, owner: str = "") -> Turn:
+        """A new turn of the page, stopped already where a later Stop came first.
+
+        It ends the page's earlier one, and stops what the same visitor has written on other pages.
+        """
+        turn = Turn(clicked, owner)
         with self._guard:
+            for other in self._running.values():
+                if owner and other.owner == owner:
+                    other.stop.set()
             earlier = self._running.get(page)
             if earlier is not None:
                 earlier.replaced = True

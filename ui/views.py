@@ -166,8 +166,13 @@ def _shown(measurement: Measurement | None) -> Markup | str:
     return join((wording.value(measurement), _small(wording.error(measurement))))
 
 
-def runs_table(runs: Sequence[Run], picked: str, needle: str, now: float) -> Markup:
-    """The visitor's runs; the title of each is a button that opens it. `needle` filters titles, models, states."""
+def runs_table(
+    runs: Sequence[Run], picked: str, needle: str, now: float, marks: Mapping[str, str] | None = None
+) -> Markup:
+    """The visitor's runs; the title of each is a button that opens it. `needle` filters titles, models, states.
+
+    marks: what stands beside a title, by the run's id.
+    """
     if not runs:
         return tag("div", tag("p", say("runs.none")), class_="mq-empty")
     rows = []
@@ -184,7 +189,7 @@ def runs_table(runs: Sequence[Run], picked: str, needle: str, now: float) -> Mar
         took = wording.duration(span) if span > 0 else ""
         rows.append(
             (
-                button,
+                join((button, markup.chip(marks[run.id]))) if marks and run.id in marks else button,
                 tag("span", wording.source(source), title=source),
                 markup.badge(run.status),
                 took,

@@ -188,8 +188,6 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.title": "That did not work",
         "error.unforeseen": "Something went wrong on our side. It is in the server's log as {number}.",
         "error.no_visitor": "This page needs a cookie or a session to know your runs. Reload the page.",
-        "error.not_local": "On a shared server only the bundled model and text can be used: set model, calibration "
-        "and text to demo.",
         "error.stored_only": "{title} is stored as numbers only. Its live run makes the model; or start it on the "
         "Compress tab.",
         "error.no_artifact": "Run {run} has no model on this machine any more. Start its recipe again.",
@@ -223,6 +221,31 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "task.facts": "facts", "task.grammar": "grammar", "task.reading": "reading", "task.sums": "sums",
         "unit.bit": "bit", "unit.nat": "nat", "unit.nats": "nats",
         "verdict.flips.one": "1 of {total} answers flipped",
+        # hosting: the door, logging in, limits, sharing
+        "door.closed": "Not found.", "door.login": "Log in first.", "door.body": "The request is too long.",
+        "door.host": "This server answers to localhost alone. Open http://127.0.0.1 with its port.",
+        "door.origin": "The request comes from another site. Open the page itself.",
+        "door.often": "Too many requests in a short time. Wait a little and try again.",
+        "login.title": "Log in to Maquette", "login.about": "A small model of a large one, and what it cost.",
+        "login.name": "Name", "login.password": "Password", "login.enter": "Log in",
+        "login.wrong": "Name and password do not belong together. Try again.",
+        "login.often": "That was too often. Try again in {seconds} seconds.",
+        "login.broken": "The users file of this server cannot be read. Tell whoever runs it.",
+        "who.name": "Logged in as {name}.", "who.leave": "Log out",
+        "limits.title": "What one visitor may take here",
+        "limits.runs": "Runs at a time: {running}, and {queued} waiting.",
+        "limits.parameters": "Models up to {count} billion parameters.",
+        "limits.seconds": "Time of a run: {span}.", "limits.disk": "Disk of all your runs: {size}.",
+        "limits.keep": "A run's files are deleted {span} after its end; its numbers stay.",
+        "share.start": "Share with the team", "share.stop": "Stop sharing", "share.mark": "shared",
+        "share.yours": "The team can look at this run, compare and download it. Only you can change it.",
+        "share.theirs": "{name} shares this run. You can look, compare and download.",
+        "expiry.gone": "The files of this run were deleted {when}; its numbers stay. Start it anew for a model.",
+        "expiry.left": "The files of this run will be deleted in about {span}. Download what you want to keep.",
+        "error.not_yours": "This run is shared with you to look at; only its owner can change it.",
+        "error.no_team": "Runs can be shared on a team server only.",
+        "error.no_cookie": "Your browser keeps no cookie of this page, so nothing can be started in your name. Allow "
+        "its cookies, or open the page in a tab of its own.",
     }
 )
 # fmt: on

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,21 @@ def chromium() -> str | None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running page."""
+    with running(tmp_path_factory.mktemp("home")) as address:
+        yield address
+
+
+@contextmanager
+def running(home: Path, **settings: str) -> Iterator[str]:
+    """`python app.py` on a data folder, with more in its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    home = tmp_path_factory.mktemp("home")
     log = (home / "server.log").open("wb")
     keep = {key: value for key, value in os.environ.items() if not key.startswith("GRADIO_SERVER")}
     process = subprocess.Popen(
         [sys.executable, "app.py"], cwd=ROOT, stdout=log, stderr=log,
-        env={**keep, "MAQUETTE_HOME": str(home), "PORT": str(port), "HOST": "127.0.0.1"},
+        env={**keep, "MAQUETTE_HOME": str(home), "PORT": str(port), "HOST": "127.0.0.1", **settings},
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}/"
     try:

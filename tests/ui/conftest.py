@@ -9,6 +9,7 @@ from typing import cast
 import gradio as gr
 import pytest
 
+from engine.modes import Mode
 from engine.records import Recipe, Run, Status
 from engine.scheduler import Scheduler
 from tests.ui import fakes
@@ -26,6 +27,7 @@ class FakeRequest:
         self.cookies = {edge.COOKIE: owner} if owner else {}
         self.session_hash = session
         self.query_params: dict[str, str] = {}
+        self.headers: dict[str, str] = {}
 
 
 def request(owner: str = "", session: str = "s1") -> gr.Request:
@@ -43,7 +45,7 @@ def stored() -> StoredComparison:
 
 @pytest.fixture
 def desk(scheduler: FakeScheduler) -> Desk:
-    return Desk(scheduler.store, cast(Scheduler, scheduler), stored(), local=False)
+    return Desk(scheduler.store, cast(Scheduler, scheduler), stored(), Mode.PUBLIC)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from engine import methods
 from engine.errors import InputError, UnknownName
+from engine.modes import Limits
 from engine.records import Event, EventKind, Measurement, Output, Recipe, Run, Status, Step, Token
 from engine.store import Store
 
@@ -84,6 +85,7 @@ class FakeScheduler:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.store = Store(home / "maquette.db")
+        self.limits = Limits(folders=False)
         self.closed_streams = 0
         self.asked: list[tuple[list[str], str, bool]] = []
         self.pause = 0.0
@@ -105,6 +107,10 @@ class FakeScheduler:
     def delete(self, run_id: str, owner: str | None = "") -> None:
         self._own(run_id, owner)
         self.store.delete_run(run_id)
+
+    def share(self, run_id: str, shared: bool, owner: str | None = "") -> Run:
+        self._own(run_id, owner)
+        return self.store.share(run_id, shared)
 
     def status(self) -> dict[str, JsonValue]:
         unfinished = self.store.unfinished()

@@ -59,7 +59,7 @@ class Asked:
 def desk(tmp_path: Path) -> Iterator[Desk]:
     """A desk with a real scheduler that was not started: it judges, and runs nothing."""
     scheduler = Scheduler(tmp_path / "home")
-    yield Desk(scheduler.store, scheduler, None, local=True)
+    yield Desk(scheduler.store, scheduler, None)
     scheduler.store.close()
 
 

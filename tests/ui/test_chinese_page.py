@@ -139,7 +139,7 @@ def test_a_bad_draft_is_refused_in_chinese(desk: Desk) -> None:
 
 
 def test_an_entry_is_named_anew_for_another_language(scheduler: FakeScheduler) -> None:
-    desk = Desk(scheduler.store, cast(Scheduler, scheduler), stored(), local=False)
+    desk = Desk(scheduler.store, cast(Scheduler, scheduler), stored(), Mode.PUBLIC)
     fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.2, 0.1)
     assert desk.entries(ANNA)[0].label.startswith("GPTQ 4 位 · ")
     with language.use("en"):

@@ -51,7 +51,7 @@ def test_a_visitor_sees_only_own_runs(desk: Desk, scheduler: FakeScheduler) -> N
         with pytest.raises(UnknownName) as error:
             desk.run(foreign, ANNA)
         assert other.id not in str(error.value).replace(repr(other.id), "")
-    local = Desk(scheduler.store, cast(Scheduler, scheduler), None, local=True)
+    local = Desk(scheduler.store, cast(Scheduler, scheduler), None)
     assert {run.id for run in local.runs(ANNA)} == {mine.id, command_line.id}
 
 
@@ -272,13 +272,6 @@ def test_files_carry_no_formula_and_no_markup(desk: Desk, scheduler: FakeSchedul
     assert not any(row.startswith("=") for row in rows)
     assert "\\|" in report.markdown(loaded)
     assert "quantize/gptq" in report.recipe(loaded)
-
-
-def test_only_loopback_is_local() -> None:
-    assert server.is_local("127.0.0.1")
-    assert server.is_local("localhost")
-    assert not server.is_local("0.0.0.0")
-    assert not server.is_local("example.org")
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "x", "-1"])

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 
 from engine.errors import BadParams
+from engine.modes import Mode
 from engine.records import Measurement, Recipe, Run, Status
 from engine.scheduler import Scheduler
 from tests.ui import fakes
@@ -110,7 +111,7 @@ def test_another_quality_is_taken_where_none_was_measured() -> None:
 
 
 def test_the_section_shows_only_the_visitors_own_runs(scheduler: FakeScheduler) -> None:
-    desk = Desk(scheduler.store, cast(Scheduler, scheduler), None, local=False)
+    desk = Desk(scheduler.store, cast(Scheduler, scheduler), None, Mode.PUBLIC)
     assert page.draw(desk, ANNA, None, "accuracy")[3] is None
     fakes.finished(scheduler, fakes.GPTQ, "ben-0123456789abcdefg", 3.2, 0.1)
     fakes.finished(scheduler, Recipe(), ANNA)

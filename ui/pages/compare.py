@@ -15,7 +15,7 @@ import gradio as gr
 from gradio.blocks import Block
 from markupsafe import Markup
 
-from engine.errors import BadParams, InputError
+from engine.errors import BadParams, InputError, TooMany
 from engine.records import Run, Status
 from ui import charts, markup, panes, views, wording
 from ui.desk import BASELINE, FIRST, STORED, Desk, Entry
@@ -123,10 +123,11 @@ def build(desk: Desk) -> ComparePage:
     def run_both(
         a: str, b: str, prompt: str, mode: str, clicked: float, request: gr.Request
     ) -> Iterator[object]:  # fmt: skip
-        page = request.session_hash or visitor(request)
-        turn = turns.begin(page, clicked)
+        owner = desk.enter(request, "stream")
+        page = request.session_hash or owner
+        turn = turns.begin(page, clicked, owner)
         try:
-            for values in stream(desk, visitor(request), a, b, prompt, mode, turn.stop):
+            for values in stream(desk, owner, a, b, prompt, mode, turn.stop):
                 if turn.replaced:
                     return
                 yield values
@@ -248,6 +249,10 @@ def start_first(desk: Desk, request: gr.Request) -> list[Run]:
     owner = visitor(request)
     status = desk.scheduler.status()
     if not has_cookie(request) or desk.runs(owner) or status.get("running") or status.get("queued"):
+        return []
+    try:
+        desk.enter(request, "start")
+    except TooMany:
         return []
     return [desk.scheduler.submit(BASELINE, owner), desk.scheduler.submit(FIRST, owner)]
 

@@ -21,7 +21,7 @@ from engine.errors import BadParams, BadRecipe
 from engine.methods import check, get, methods
 from engine.recipes import dump_recipe, load_recipe
 from engine.records import Recipe, Step
-from ui import form, markup, sensitivity
+from ui import form, hosting, markup, sensitivity
 from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
 from ui.messages import translate
@@ -92,6 +92,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
             meter = gr.HTML(elem_id="mq-fit")
             original = gr.Checkbox(True, label=say("compress.original"), info=say("compress.original.info"))
             start = gr.Button(say("compress.start"), variant="primary", elem_id="mq-start")
+            gr.HTML(hosting.limits_line(desk.mode, desk.limits), elem_id="mq-limits", visible=not desk.local)
             written = gr.HTML(elem_id="mq-recipe")
 
     @edge
@@ -244,7 +245,7 @@ def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request) -> str
     Raises:
         InputError: the recipe cannot work or the visitor has too many runs waiting.
     """
-    owner = visitor(request)
+    owner = desk.enter(request, "start")
     recipe = as_recipe(draft)
     desk.check_sources(recipe)
     if original and recipe.steps and not _has_original(desk, recipe, owner):
@@ -270,7 +271,7 @@ def submit_look(desk: Desk, draft: Draft, request: gr.Request) -> str:
     recipe = as_recipe(draft)
     asked = sensitivity.recipe(recipe.model, recipe.calibration)
     desk.check_sources(asked)
-    return desk.scheduler.submit(asked, visitor(request)).id
+    return desk.scheduler.submit(asked, desk.enter(request, "start")).id
 
 
 def recipe_from_link(desk: Desk, text: str) -> Recipe:

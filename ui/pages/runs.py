@@ -14,8 +14,9 @@ from gradio.blocks import Block
 from markupsafe import Markup
 
 from engine.errors import BadParams
+from engine.modes import Mode
 from engine.records import Run, Status
-from ui import markup, views
+from ui import hosting, markup, views
 from ui.desk import Desk
 from ui.edge import edge, visitor
 from ui.journal import Journal
@@ -63,6 +64,10 @@ def build(desk: Desk, journal: Journal) -> RunsPage:
         )
         resume = gr.Button(say("runs.resume"), interactive=False, size="md", min_width=110)
         delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110)
+        share = gr.Button(
+            say("share.start"), interactive=False, size="md", min_width=110, visible=desk.mode is Mode.TEAM,
+            elem_id="mq-share",
+        )  # fmt: skip
     detail = gr.HTML(elem_id="mq-detail")
     with gr.Column(elem_classes="mq-block"):
         gr.HTML(markup.heading(say("diff.title"), say("diff.about")))
@@ -70,7 +75,7 @@ def build(desk: Desk, journal: Journal) -> RunsPage:
         difference = gr.HTML()
     scaling.build(desk, last)
     timer = gr.Timer(1.5, active=False)
-    buttons = [compare, cancel, resume, delete]
+    buttons = [compare, cancel, resume, delete, share]
     outputs: list[Block] = [table, detail, last, *buttons]
     inputs: list[Block] = [picked, needle, last]
 
@@ -89,12 +94,21 @@ def build(desk: Desk, journal: Journal) -> RunsPage:
     def act(name: str) -> Callable[..., object]:
         @edge
         def handler(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
-            owner = visitor(request)
-            run = desk.run(run_id, owner)
+            owner = desk.enter(request, "start") if name == "resume" else visitor(request)
+            run = desk.own(run_id, owner)
             getattr(desk.scheduler, name)(run.id, owner=run.owner)
             return [run.id if name != "delete" else "", *look(owner, run.id if name != "delete" else "", needle, last)]
 
         return handler
+
+    @edge
+    def toggle(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
+        owner = visitor(request)
+        if desk.mode is not Mode.TEAM:
+            raise BadParams(say("error.no_team"))
+        run = desk.own(run_id, owner)
+        desk.scheduler.share(run.id, not run.shared, owner=run.owner)
+        return [run.id, *look(owner, run.id, needle, last)]
 
     @edge
     def differ(keys: list[str], request: gr.Request) -> object:
@@ -106,33 +120,37 @@ def build(desk: Desk, journal: Journal) -> RunsPage:
     on([table.select], select, [needle, last], [picked, *outputs])
     for button, name in ((cancel, "cancel"), (resume, "resume"), (delete, "delete")):
         on([button.click], act(name), inputs, [picked, *outputs])
+    on([share.click], toggle, inputs, [picked, *outputs])
     on([picks.input], differ, [picks], [difference])
     return RunsPage(picked, timer, tick, inputs, outputs, compare, picks, journal)
 
 
 def refresh(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
-    """Table, detail, what is shown now, four buttons; what has not changed is left as it is."""
+    """Table, detail, what is shown now, five buttons; what has not changed is left as it is."""
     runs = desk.runs(owner)
     run = next((run for run in runs if run.id == run_id), runs[0] if runs and not run_id else None)
-    table = views.runs_table(runs, run.id if run else "", str(needle or "")[:100], time.time())
+    marks = hosting.marks(runs, owner)
+    table = views.runs_table(runs, run.id if run else "", str(needle or "")[:100], time.time(), marks)
     detail = describe(desk, journal, owner, run) if run else Markup("")
-    state = f"{run.id} {run.status.value}" if run else ""
+    state = f"{run.id} {run.status.value} {run.shared}" if run else ""
     now: Shown = (str(hash(table)), str(hash(detail)), state)
     before = tuple(last) if isinstance(last, list | tuple) and len(last) == 3 else ("", "", "")
     changed = [gr.skip() if now[i] == before[i] else part for i, part in enumerate((table, detail))]
-    return [*changed, now, *([gr.skip()] * 4 if now[2] == before[2] else buttons_for(run))]
+    return [*changed, now, *([gr.skip()] * 5 if now[2] == before[2] else buttons_for(desk, owner, run))]
 
 
-def buttons_for(run: Run | None) -> list[object]:
-    """Compare, cancel, resume, delete: which of them make sense for this run."""
+def buttons_for(desk: Desk, owner: str, run: Run | None) -> list[object]:
+    """Compare, cancel, resume, delete, share: which of them make sense for this run, and are this visitor's."""
     status = run.status if run else None
+    mine = run is not None and desk.owns(run, owner)
     able = (
         status is Status.SUCCEEDED,
-        status in (Status.QUEUED, Status.RUNNING),
-        status in (Status.INTERRUPTED, Status.FAILED),
-        status is not None and status.final,
+        mine and status in (Status.QUEUED, Status.RUNNING),
+        mine and status in (Status.INTERRUPTED, Status.FAILED),
+        mine and status is not None and status.final,
     )
-    return [gr.update(interactive=each) for each in able]
+    label = say("share.stop" if run is not None and run.shared else "share.start")
+    return [*(gr.update(interactive=each) for each in able), gr.update(interactive=mine, value=label)]
 
 
 def describe(desk: Desk, journal: Journal, owner: str, run: Run) -> Markup:
@@ -144,4 +162,6 @@ def describe(desk: Desk, journal: Journal, owner: str, run: Run) -> Markup:
         found = status.get("progress")
         progress = found if status.get("running") == run.id and isinstance(found, dict) else None
     baseline = desk.baseline(run.recipe, owner)
-    return views.run_detail(run, journal.story(run), journal.series(run), progress, entry, baseline)
+    note = hosting.run_note(run, desk.limits, desk.owns(run, owner), time.time())
+    shown = views.run_detail(run, journal.story(run), journal.series(run), progress, entry, baseline)
+    return markup.join((note, shown))

@@ -1,0 +1,197 @@
+"""What a visitor may name, and how much disk and time a run may take: refused before work, ended while it works.
+
+Before work: models and texts by where they come from, a model by its size, the disk by what the visitor's runs hold
+already. While it works: seconds of this start, the visitor's disk, and what must stay free for everybody. Files of
+runs that have ended are deleted when their time is over; what was measured stays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import headers, preflight
+from engine.errors import BadModel, TooBig, short
+from engine.methods import Selection, field_kind, get
+from engine.modes import GIB, Limits
+from engine.records import Recipe, Run
+from engine.store import Store
+
+BUNDLED = frozenset({"demo", ""})
+REPO = re.compile(r"(?!\.)[\w.-]{1,96}/(?!\.)[\w.-]{1,96}")
+LOOK_EVERY = 1.0  # seconds between looks at the disk
+EXPIRE_EVERY = 60.0
+ALL = 1_000_000  # runs
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A running run that must end; `discard`: with its files, for they are what is too much."""
+
+    run: str
+    reason: str
+    discard: bool = False
+
+
+class Quotas:
+    """The limits of one data folder's visitors. `free` says how many bytes its disk has left."""
+
+    def __init__(self, home: Path, store: Store, limits: Limits, free: Callable[[], int] | None = None) -> None:
+        self._home, self._store, self._limits = home, store, limits
+        self._free = free or (lambda: shutil.disk_usage(home).free)
+        self._began: dict[tuple[str, int], float] = {}  # monotonic: a clock that jumps ends no run
+        self._next_look = self._next_expiry = 0.0
+
+    def check(self, recipe: Recipe, owner: str, resumed: str | None = None) -> None:
+        """Refuse what is too much for this visitor, before any work. `resumed`: a run whose files it goes on with.
+
+        Raises:
+            BadModel: a source that may not be named here.
+            TooBig: the model is too large here, or the disk too full; with the numbers and a way out.
+        """
+        limits = self._limits
+        check_sources(recipe, limits)
+        if limits.parameters is None and limits.model_bytes is None and limits.disk is None and not limits.floor:
+            return
+        parameters, size = model_size(recipe)
+        if limits.parameters is not None and parameters > limits.parameters:
+            raise TooBig(
+                f"The model has {parameters / 1e9:.2f} billion parameters; this server takes up to "
+                f"{limits.parameters / 1e9:.2f} billion. Choose a smaller one, or run Maquette on your own machine."
+            )
+        if limits.model_bytes is not None and size > limits.model_bytes:
+            raise TooBig(
+                f"The model's files hold {_bytes(size)}; this server takes up to "
+                f"{_bytes(limits.model_bytes)}. Choose a smaller one, or run Maquette on your own machine."
+            )
+        size -= min(size, self._size(resumed)) if resumed else 0
+        if limits.disk is not None and (used := self.used(owner)) + size > limits.disk:
+            raise TooBig(
+                f"Your runs hold {_bytes(used)} of the {_bytes(limits.disk)} that a visitor has, and this one "
+                f"needs up to {_bytes(size)}. Delete a run on the Runs tab, or choose a smaller model."
+            )
+        if (free := self._free()) - size < limits.floor:
+            raise TooBig(
+                f"The server's disk has {_bytes(free)} left; the run needs up to {_bytes(size)}, and "
+                f"{_bytes(limits.floor)} stay free. Delete runs of yours, or come back later."
+            )
+
+    def used(self, owner: str) -> int:
+        """Bytes on disk of a visitor's runs."""
+        return sum(self._size(run.id) for run in self._store.runs(owner, ALL) if run.expired is None)
+
+    def look(self, running: Sequence[Run], now: float | None = None) -> list[Breach]:
+        """The running runs that must end; looks about once a second."""
+        now = time.monotonic() if now is None else now
+        if now < self._next_look:
+            return []
+        self._next_look = now + LOOK_EVERY
+        found = [breach for run in running for breach in (self._late(run, now), self._overdrawn(run)) if breach]
+        # Before work all of the floor was free, so what works may use half of it before it must end.
+        if running and not found and (free := self._free()) < self._limits.floor // 2:
+            largest = max(running, key=lambda run: self._size(run.id))
+            reason = f"The server's disk has {_bytes(free)} left. Choose a smaller model, or come back later."
+            found.append(Breach(largest.id, reason, discard=True))
+        return found
+
+    def expired(self, now: float | None = None) -> list[Run]:
+        """Runs whose files have been kept long enough; looks about once a minute. `now`: seconds since the epoch."""
+        if self._limits.keep is None or (now is None and time.monotonic() < self._next_expiry):
+            return []
+        self._next_expiry = time.monotonic() + EXPIRE_EVERY
+        return self._store.ended_before((time.time() if now is None else now) - self._limits.keep)
+
+    def _late(self, run: Run, now: float) -> Breach | None:
+        key = (run.id, run.attempt)
+        if key not in self._began:
+            self._began = {key: self._began[key] for key in list(self._began)[-20:]}
+            self._began[key] = now - max(0.0, time.time() - (run.started or time.time()))
+        limit = self._limits.seconds
+        if limit is None or now - self._began[key] <= limit:
+            return None
+        return Breach(
+            run.id,
+            f"The run took longer than the {limit / 60:g} minutes that a run has here. Use a smaller model, fewer "
+            "steps or fewer measurements, or run Maquette on your own machine.",
+        )
+
+    def _overdrawn(self, run: Run) -> Breach | None:
+        limit = self._limits.disk
+        if limit is None or (used := self.used(run.owner)) <= limit:
+            return None
+        return Breach(
+            run.id,
+            f"Your runs hold {_bytes(used)} on disk; a visitor has {_bytes(limit)}. This one was ended and "
+            "its files are deleted. Delete a run on the Runs tab, or choose a smaller model.",
+            discard=True,
+        )
+
+    def _size(self, run_id: str) -> int:
+        return folder_size(self._home / "runs" / run_id)
+
+
+def check_sources(recipe: Recipe, limits: Limits) -> None:
+    """Refuse folders of a server that belongs to somebody else, and models of organisations that are not listed.
+
+    Raises:
+        BadModel: with what may be named instead.
+    """
+    if limits.folders:
+        return
+    texts = [recipe.calibration]
+    for step in recipe.steps:
+        fields = get(step.method).params.model_fields
+        named = {k for k in fields if field_kind(fields[k]) == "str"} - set(Selection.model_fields)  # no patterns
+        texts += [str(value) for key, value in step.params.items() if key in named]
+    for text in texts:
+        if text not in BUNDLED:
+            raise BadModel(
+                f"{short(text)!r}: on a shared server the bundled text is used; set it to demo or leave it out."
+            )
+    source = recipe.model.source
+    if source in BUNDLED:
+        return
+    if not REPO.fullmatch(source):
+        raise BadModel(
+            f"{short(source)!r} cannot be used on a shared server: name demo, or a model of the hub as owner/name."
+        )
+    allowed = limits.organisations
+    if allowed is not None and source.split("/")[0].lower() not in {name.lower() for name in allowed}:
+        raise BadModel(
+            f"Models of {short(source.split('/')[0])!r} are not offered here, those of {', '.join(allowed)} are."
+        )
+
+
+def model_size(recipe: Recipe) -> tuple[int, int]:
+    """Parameters of a recipe's model, and the most bytes that a run of it leaves on disk, by its headers.
+
+    Raises:
+        BadModel: it cannot be read.
+    """
+    shape = headers.inspect(preflight.resolve(recipe.model.source))
+    return shape.parameters, shape.parameters * preflight.WIDTHS[recipe.model.dtype]
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes that a folder takes on the disk; what vanishes while it is counted counts nothing."""
+    total, folders = 0, [str(folder)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue
+    return total
+
+
+def _bytes(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"

@@ -1,0 +1,269 @@
+"""The door alone, before an app that says whom it sees: floods, addresses, guessing; and what the page says of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import gradio as gr
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from engine.errors import InputError, TooMany
+from engine.modes import LIMITS, Limits, Mode
+from engine.records import Run, Status
+from engine.scheduler import Scheduler
+from engine.users import UserFile
+from tests.ui import fakes
+from tests.ui.conftest import ANNA, BEN, request
+from tests.ui.fakes import FakeScheduler
+from ui import hosting, visitors
+from ui.desk import Desk
+from ui.guard import ADDRESS, Guard, House, house, set_cookie
+from ui.login import Door
+from ui.pages import compare, runs
+from ui.turns import Turns
+from ui.visitors import COOKIE, MEMBER, Members, Signed
+
+PASSWORD = "correct horse battery"
+JOIN = "/gradio_api/queue/join"
+Call = Callable[..., httpx.Response]
+
+
+async def seen(request: Request) -> Response:
+    return JSONResponse({"owner": request.cookies.get(COOKIE), "address": request.headers.get(ADDRESS)})
+
+
+@pytest.fixture
+def signed() -> Signed:
+    return Signed(b"k" * 32)
+
+
+def calls(made: House, extra: list[Route] | None = None, address: str = "10.0.0.1") -> Call:
+    """Sends one request through the door."""
+    routes = [*(extra or []), Route(JOIN, seen, methods=["POST"]), Route("/", seen), Route("/config", seen)]
+    app = Guard(Starlette(routes=routes), made)
+
+    def call(method: str, path: str, client: str = address, **options: object) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(app=app, client=(client, 1))
+            async with httpx.AsyncClient(transport=transport, base_url="http://maquette.example") as asked:
+                return await asked.request(method, path, **options)  # type: ignore[arg-type]
+
+        return asyncio.run(ask())
+
+    return call
+
+
+def visitor(signed: Signed) -> dict[str, str]:
+    return {COOKIE: signed.welcome()}
+
+
+def test_the_app_behind_sees_the_name_that_was_proved(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}))
+    cookies = visitor(signed)
+    headers = {"Cookie": f"{COOKIE}={cookies[COOKIE]}", ADDRESS: "1.2.3.4", "X-Forwarded-For": "6.6.6.6"}
+    assert call("POST", JOIN, headers=headers).json() == {
+        "owner": cookies[COOKIE].partition(".")[0], "address": "10.0.0.1"
+    }  # fmt: skip
+    assert call("POST", JOIN, headers={"Cookie": f"{COOKIE}={ANNA}"}).json()["owner"] is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "address"),
+    [({}, "10.0.0.1"), ({"SPACE_ID": "a/b"}, "2.2.2.2"), ({"MAQUETTE_PROXIES": "2"}, "1.1.1.1")],
+)
+def test_of_what_is_forwarded_only_our_proxies_count(environment: dict[str, str], address: str, signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, environment))
+    assert call("POST", JOIN, headers={"X-Forwarded-For": "9.9.9.9, 1.1.1.1, 2.2.2.2"}).json()["address"] == address
+
+
+def test_a_flood_hurts_only_its_sender(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, Limits(requests=25, crowd=4), signed, {}))  # five at once
+    ada, ben = visitor(signed), visitor(signed)
+    answers = [call("POST", JOIN, cookies=ada) for _ in range(8)]
+    assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 3
+    assert int(answers[-1].headers["retry-after"]) > 0
+    assert "Too many requests" in answers[-1].text
+    assert call("POST", JOIN, cookies=ben).status_code == 200
+    # Ever new cookies do not help: the address is counted too. Others are not touched.
+    assert 429 in [call("POST", JOIN, cookies=visitor(signed)).status_code for _ in range(20)]
+    assert call("POST", JOIN, client="10.0.0.2", cookies=visitor(signed)).status_code == 200
+    assert call("GET", "/", cookies=ada).status_code == 200
+
+
+def test_a_flood_of_pages_hurts_only_its_sender(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, Limits(requests=10_000), signed, {}))
+    ada, ben = visitor(signed), visitor(signed)
+    answers = [call("POST", JOIN, cookies=ada, json={"session_hash": f"s{i}"}).status_code for i in range(32)]
+    assert answers == [200] * 30 + [429] * 2
+    assert call("POST", JOIN, cookies=ada, json={"session_hash": "s0"}).status_code == 200  # a page that is known
+    assert call("POST", JOIN, cookies=ben, json={"session_hash": "b0"}).status_code == 200
+
+
+def test_on_ones_own_machine_nothing_is_counted() -> None:
+    call = calls(house(Mode.LOCAL, Limits(), visitors.Anyone(), {}))
+    local = {"Host": "127.0.0.1:7860"}
+    assert {call("POST", JOIN, headers=local).status_code for _ in range(50)} == {200}
+
+
+def test_the_space_s_own_name_is_ours(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, Limits(), signed, {"SPACE_HOST": "me-maquette.hf.space"}))
+    for origin, status in (("https://me-maquette.hf.space", 200), ("https://other.hf.space", 403)):
+        assert call("POST", JOIN, headers={"Origin": origin}).status_code == status
+
+
+def team(tmp_path: Path) -> tuple[Call, Members, UserFile]:
+    users = UserFile(tmp_path)
+    users.add("anna", PASSWORD)
+    members = Members(users)
+    return calls(house(Mode.TEAM, LIMITS[Mode.TEAM], members, {}), Door(members).routes()), members, users
+
+
+def login(call: Call, name: str = "anna", password: str = PASSWORD, **options: object) -> httpx.Response:
+    return call("POST", "/login", data={"name": name, "password": password}, **options)
+
+
+def session(answer: httpx.Response) -> dict[str, str]:
+    return {visitors.SESSION: answer.cookies[visitors.SESSION]}
+
+
+def test_a_login_lasts_until_logout_another_password_or_removal(tmp_path: Path) -> None:
+    call, _, users = team(tmp_path)
+    assert call("GET", "/").headers["location"] == "./login"
+    assert call("GET", "/?recipe=a%20b").headers["location"] == "./login?recipe=a%20b"
+    for name, password in (("anna", "wrong password"), ("nobody", PASSWORD), ("", "")):
+        answer = login(call, name, password)
+        assert answer.status_code == 403
+        assert "do not belong together" in answer.text
+        assert "set-cookie" not in answer.headers
+    cookies = session(login(call, " Anna "))
+    assert call("GET", "/", cookies=cookies).json()["owner"] == f"{MEMBER}anna"
+    assert call("GET", "/login", cookies=cookies).headers["location"] == "./"
+    call("POST", "/logout", cookies=cookies)
+    assert call("GET", "/", cookies=cookies).status_code == 303
+    for change in (lambda: users.add("anna", PASSWORD + "!"), lambda: users.remove("anna")):
+        password = PASSWORD if users.check("anna", PASSWORD) else PASSWORD + "!"
+        cookies = session(login(call, password=password))
+        assert call("GET", "/", cookies=cookies).status_code == 200
+        change()
+        assert call("GET", "/", cookies=cookies).status_code == 303
+
+
+def test_guessing_is_slowed_down_for_the_one_who_guesses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ui.login.TRIES_BY_ADDRESS", 3)
+    call, _, _ = team(tmp_path)
+    answers = [login(call, password=f"wrong {i}") for i in range(4)]
+    assert [answer.status_code for answer in answers] == [403, 403, 403, 429]
+    assert int(answers[-1].headers["retry-after"]) > 0
+    assert login(call).status_code == 429
+    assert login(call, client="10.0.0.9").status_code == 303
+
+
+def test_the_form_escapes_and_keeps_what_was_asked(tmp_path: Path) -> None:
+    call, _, _ = team(tmp_path)
+    page = call("GET", '/login?recipe="><script>alert(1)</script>')
+    assert "<script>" not in page.text
+    answer = call("POST", "/login?compare=a,b", data={"name": "anna", "password": PASSWORD})
+    assert answer.headers["location"] == "./?compare=a,b"
+
+
+def test_the_key_of_the_cookies_is_made_once_and_is_the_servers_own(tmp_path: Path) -> None:
+    key = visitors.secret(tmp_path)
+    assert len(key) == 32
+    (tmp_path / "secret").chmod(0o644)
+    assert visitors.secret(tmp_path) == key
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "secret").write_text("")
+    assert visitors.secret(tmp_path) != key
+
+
+def test_behind_https_a_cookie_goes_nowhere_else() -> None:
+    scope = {"type": "http", "headers": [(b"x-forwarded-proto", b"https, http")], "scheme": "http", "path": "/"}
+    assert set_cookie(Request(scope), COOKIE, "x", 1).endswith("HttpOnly; SameSite=None; Secure; Partitioned")
+    assert set_cookie(Request(scope), visitors.SESSION, "x", 1).endswith("HttpOnly; SameSite=Lax; Secure")
+
+
+# Behind the door
+
+
+def test_who_keeps_no_cookie_looks_and_starts_nothing(desk: Desk) -> None:
+    with pytest.raises(TooMany, match="keeps no cookie"):
+        desk.enter(request("", "some-session"), "start")
+    assert compare.start_first(desk, request("", "some-session")) == []
+    assert desk.enter(request(ANNA), "start") == ANNA
+
+
+def test_models_that_write_are_counted_by_visitor_and_by_address(desk: Desk, scheduler: FakeScheduler) -> None:
+    scheduler.limits = Limits(streams=2, crowd=2)
+
+    def ask(owner: str, address: str) -> gr.Request:
+        made = request(owner)
+        made.headers[ADDRESS] = address
+        return made
+
+    for _ in range(2):
+        desk.enter(ask(ANNA, "a"), "stream")
+    with pytest.raises(TooMany, match="Try again in"):
+        desk.enter(ask(ANNA, "b"), "stream")
+    desk.enter(ask(BEN, "a"), "stream")
+    desk.enter(ask("cleo-0123456789abcdef", "a"), "stream")
+    with pytest.raises(TooMany):  # the fourth of this address was the last
+        desk.enter(ask("dora-0123456789abcdef", "a"), "stream")
+    desk.enter(ask("dora-0123456789abcdef", "c"), "stream")
+
+
+def test_a_visitor_has_one_text_written_whatever_the_number_of_pages() -> None:
+    turns = Turns()
+    first, other = turns.begin("page 1", 1, ANNA), turns.begin("page 1 of ben", 1, BEN)
+    second = turns.begin("page 2", 2, ANNA)
+    assert first.stop.is_set()
+    assert not first.replaced  # it shows that it was stopped
+    assert not other.stop.is_set()
+    assert not second.stop.is_set()
+
+
+@pytest.fixture
+def teams(scheduler: FakeScheduler) -> Desk:
+    scheduler.limits = LIMITS[Mode.TEAM]
+    return Desk(scheduler.store, cast(Scheduler, scheduler), None, Mode.TEAM)
+
+
+def test_buttons_are_for_the_owner(teams: Desk, scheduler: FakeScheduler) -> None:
+    mine = fakes.finished(scheduler, fakes.GPTQ, "member:anna", 3.0, 0.1)
+    shared = scheduler.share(mine.id, True, "member:anna")
+    own = runs.buttons_for(teams, "member:anna", shared)
+    other = runs.buttons_for(teams, "member:ben", shared)
+    assert [update["interactive"] for update in own] == [True, False, False, True, True]  # type: ignore[index]
+    assert [update["interactive"] for update in other] == [True, False, False, False, False]  # type: ignore[index]
+    assert own[-1]["value"] == "Stop sharing"  # type: ignore[index]
+    assert teams.find(shared.id, "member:ben")
+    with pytest.raises(InputError, match="only its owner"):
+        teams.own(shared.id, "member:ben")
+    assert hosting.marks([shared], "member:ben") == {shared.id: "anna"}
+    assert "anna shares this run" in hosting.run_note(shared, Limits(), False, 0)
+
+
+def test_a_shared_run_is_shared_on_a_team_server_only(desk: Desk, scheduler: FakeScheduler) -> None:
+    mine = scheduler.share(fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.0, 0.1).id, True, ANNA)
+    assert desk.find(mine.id, BEN) is None
+    assert desk.runs(BEN) == []
+
+
+def test_the_page_says_what_may_be_taken_and_when_files_go() -> None:
+    line = hosting.limits_line(Mode.PUBLIC, LIMITS[Mode.PUBLIC])
+    for words in ("and 2 waiting", "1.50 billion parameters", "30 min", "4.00 GiB", "24 h"):
+        assert words in line
+    assert hosting.limits_line(Mode.LOCAL, Limits()) == ""
+    run = Run(id="aaaa0000", recipe=fakes.GPTQ, created=0, finished=1000.0, status=Status.SUCCEEDED)
+    assert "in about 1 h 0 min" in hosting.run_note(run, Limits(keep=3600), True, 1000.0)
+    gone = run.model_copy(update={"expired": 4600.0})
+    assert "were deleted 30 min ago" in hosting.run_note(gone, Limits(keep=3600), True, 6400.0)
+    assert "Logged in as <b>" not in hosting.who("member:<b>")
+    assert hosting.who(ANNA) == ""

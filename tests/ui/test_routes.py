@@ -1,0 +1,374 @@
+"""Routes x roles over all routes of the running app and all functions of the page, in each mode.
+
+A route that is new, Gradio's or ours, fails until it stands in the table below: think about who may use it first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.modes import Mode
+from engine.records import Status
+from tests.ui.hosts import CANARY, PASSWORD, Host, host
+from ui import report
+from ui.visitors import COOKIE, SESSION
+
+# What a handler tells a visitor goes through the queue; a direct call has none, and Gradio warns instead.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+CLOSED = (404, 404, 404)
+EVERYBODY = (200, 200, 200)
+GATED = (200, 200, 401)
+# What one gets who is a visitor but not the run's owner · nobody on a public page · nobody on a team server.
+ROUTES: dict[str, tuple[int, int, int]] = {
+    "GET /healthz": EVERYBODY, "HEAD /healthz": EVERYBODY,
+    "GET /runs/{run}/{name}": (404, 404, 401), "HEAD /runs/{run}/{name}": (404, 404, 401),
+    "GET /login": (303, 404, 200), "HEAD /login": (303, 404, 200), "POST /login": (403, 404, 403),
+    "POST /logout": (303, 404, 401),
+    "GET /": (200, 200, 303), "HEAD /": (200, 200, 303),
+    "GET /config": GATED, "GET /config/": GATED, "GET /gradio_api/info": GATED, "GET /gradio_api/info/": GATED,
+    "GET /svelte/{path:path}": (404, 404, 401), "GET /static/{path:path}": GATED, "GET /assets/{path:path}": GATED,
+    "GET /favicon.ico": EVERYBODY, "GET /robots.txt": EVERYBODY, "GET /theme.css": GATED,
+    "GET /gradio_api/theme.css": GATED, "GET /gradio_api/startup-events": EVERYBODY,
+    "GET /gradio_api/heartbeat/{session_hash}": GATED, "GET /gradio_api/queue/data": (422, 422, 401),
+    "POST /gradio_api/queue/join": (422, 422, 401), "POST /gradio_api/run/{api_name}": (422, 422, 401),
+    "POST /gradio_api/run/{api_name}/": (422, 422, 401),
+    **dict.fromkeys(
+        (
+            "GET /manifest.json", "GET /pwa_icon", "GET /pwa_icon/{size}",
+            "POST /login/", "GET /logout", "GET /gradio_api/deep_link", "GET /monitoring", "GET /monitoring/summary",
+            "GET /monitoring/{key}", "GET /gradio_api/user", "GET /gradio_api/user/", "GET /gradio_api/login_check",
+            "GET /gradio_api/login_check/", "GET /gradio_api/token", "GET /gradio_api/token/",
+            "GET /gradio_api/app_id", "GET /gradio_api/app_id/", "GET /gradio_api/dev/reload", "GET /gradio_api/runs",
+            "GET /gradio_api/runs/", "GET /gradio_api/openapi.json",
+            "GET /gradio_api/custom_component/{id}/{environment}/{type}/{file_name}",
+            "GET /gradio_api/proxy={url_path:path}", "HEAD /gradio_api/proxy={url_path:path}",
+            "GET /gradio_api/file={path_or_url:path}", "HEAD /gradio_api/file={path_or_url:path}",
+            "GET /gradio_api/file/{path:path}", "POST /gradio_api/stream/{event_id}",
+            "POST /gradio_api/stream/{event_id}/close",
+            "GET /gradio_api/stream/{session_hash}/{run}/{component_id}/playlist.m3u8",
+            "GET /gradio_api/stream/{session_hash}/{run}/{component_id}/{segment_id}.{ext}",
+            "GET /gradio_api/stream/{session_hash}/{run}/{component_id}/playlist-file", "POST /gradio_api/reset",
+            "POST /gradio_api/reset/", "POST /gradio_api/api/{api_name}", "POST /gradio_api/api/{api_name}/",
+            "POST /gradio_api/call/{api_name}", "POST /gradio_api/call/{api_name}/",
+            "POST /gradio_api/call/v2/{api_name}", "POST /gradio_api/call/v2/{api_name}/",
+            "GET /gradio_api/call/{api_name}/{event_id}", "GET /gradio_api/call/v2/{api_name}/{event_id}",
+            "POST /gradio_api/cancel", "POST /gradio_api/component_server", "POST /gradio_api/component_server/",
+            "GET /gradio_api/queue/status", "GET /gradio_api/upload_progress", "POST /gradio_api/upload",
+            "POST /gradio_api/process_recording", "POST /gradio_api/vibe-edit", "POST /gradio_api/vibe-edit/",
+            "POST /gradio_api/undo-vibe-edit", "POST /gradio_api/undo-vibe-edit/", "GET /gradio_api/vibe-code",
+            "GET /gradio_api/vibe-code/", "POST /gradio_api/vibe-code", "POST /gradio_api/vibe-code/",
+            "POST /gradio_api/vibe-starter-queries", "POST /gradio_api/vibe-starter-queries/",
+        ),
+        CLOSED,
+    ),
+}  # fmt: skip
+FILLED = {
+    "name": "recipe.yaml", "path:path": "img/undo-solid.svg", "size": "64", "session_hash": "s0", "api_name": "look",
+    "url_path:path": "http://127.0.0.1/", "path_or_url:path": "/etc/passwd",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[Mode.PUBLIC, Mode.TEAM, Mode.LOCAL])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with host(request.param, tmp_path_factory.mktemp(f"home-{request.param}")) as made:
+        yield made
+
+
+def ask(client: httpx.Client, method: str, path: str) -> httpx.Response:
+    """The head of an answer; streams are not waited for."""
+    with client.stream(method, path) as answer:
+        assert answer.headers["x-content-type-options"] == "nosniff", path
+        assert "default-src 'self'" in answer.headers["content-security-policy"], path
+        assert not [name for name in answer.headers if name.startswith("access-control")], path
+        return answer
+
+
+def filled(path: str, run: str) -> str:
+    for name, value in {**FILLED, "run": run}.items():
+        path = path.replace(f"{{{name}}}", value)
+    if "/assets/" in path:
+        import gradio
+
+        built = Path(gradio.__file__).parent / "templates" / "frontend" / "assets"
+        path = f"/assets/{next(file.name for file in sorted(built.iterdir()) if file.suffix == '.js')}"
+    return path
+
+
+def test_every_route_is_open_or_closed_to_each_role_as_the_table_says(running: Host) -> None:
+    anna, ben, nobody = running.enter("anna"), running.enter("ben"), running.nobody()
+    run = running.run_of(running.owner("anna", anna)).id
+    found = {}
+    for method, path in running.routes():
+        key = f"{method} {path}"
+        assert key in ROUTES, f"{key} is a new route: who may use it?"
+        nobody.cookies.clear()
+        asked = filled(path, run)
+        expected = ROUTES[key]
+        if running.mode is not Mode.TEAM and path in ("/login", "/logout"):
+            expected = CLOSED
+        # Logging in and out has tests of its own; here the ways in are tried once, not so often that they close.
+        found[key] = (
+            expected[0] if path == "/logout" else ask(ben, method, asked.replace("/s0", "/s1")).status_code,
+            ask(nobody, method, asked).status_code,
+        )
+        want = (expected[0], expected[2 if running.mode is Mode.TEAM else 1])
+        assert found[key] == want, key
+    assert anna.get(f"/runs/{run}/recipe.yaml").status_code == 200
+    assert CANARY in anna.get(f"/runs/{run}/recipe.yaml").text
+
+
+def test_the_api_is_not_described(running: Host) -> None:
+    ben = running.enter("ben")
+    described = ben.get("/gradio_api/info").json()
+    assert described == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    for path in ("/docs", "/redoc", "/openapi.json", "/gradio_api/mcp/sse", "/gradio_api/mcp", "/mcp"):
+        assert ask(ben, "GET", path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["//etc/passwd", "/runs/../../etc/passwd", "/assets/..%2f..%2fsecret", "/gradio_api//queue/join", "/%00"]
+)
+def test_odd_paths_lead_nowhere(running: Host, path: str) -> None:
+    ben = running.enter("ben")
+    assert ask(ben, "GET", path).status_code in (403, 404)
+
+
+def test_other_methods_are_closed(running: Host) -> None:
+    ben = running.enter("ben")
+    for method in ("OPTIONS", "PUT", "DELETE", "PATCH", "TRACE"):
+        assert ask(ben, method, "/").status_code == 404
+    preflight = ben.options("/config", headers={"Origin": "https://evil.org", "Access-Control-Request-Method": "GET"})
+    assert preflight.status_code == 404
+
+
+# Every function of the page, by its number and its name, directly and through the queue
+
+
+def attacks(running: Host, run: str) -> Iterator[tuple[int, str, list[object]]]:
+    """Each function with the other's run for every input that a visitor can choose."""
+    for index, fn in running.page.fns.items():
+        for value in (run, [run, run], {"left": run, "right": run, "prompt": "x", "model": run}):
+            yield index, str(fn.api_name), [value] * len(fn.inputs)
+
+
+def body(session: str, index: int, data: list[object], run: str) -> dict[str, object]:
+    return {"fn_index": index, "session_hash": session, "data": data, "event_data": {"run": run}, "trigger_id": None}
+
+
+def through_the_queue(client: httpx.Client, session: str, bodies: list[dict[str, object]]) -> str:
+    """What came back for all of them."""
+    waiting = {
+        client.post("/gradio_api/queue/join", json=each).raise_for_status().json()["event_id"] for each in bodies
+    }
+    heard = []
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as answer:
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        for line in answer.iter_lines():
+            heard.append(line)
+            if '"process_completed"' in line:
+                waiting.discard(json.loads(line.removeprefix("data: ")).get("event_id"))
+            if not waiting:
+                break
+    return "\n".join(heard)
+
+
+def test_no_function_shows_or_changes_what_is_anothers(running: Host) -> None:
+    anna, ben = running.enter("anna"), running.enter("ben")
+    run = running.run_of(running.owner("anna", anna))
+    heard = []
+    for index, name, data in attacks(running, run.id):
+        asked = body("ben0", index, data, run.id)
+        answer = ben.post("/gradio_api/run/predict", json=asked)
+        assert answer.status_code in (200, 404, 500), name
+        heard.append(answer.text)
+        named = {key: value for key, value in asked.items() if key != "fn_index"}
+        heard.append(ben.post(f"/gradio_api/run/{name}", json=named).text)
+    queued = [body("ben1", index, data, run.id) for index, _, data in attacks(running, run.id) if index % 3 == 0]
+    heard.append(through_the_queue(ben, "ben1", queued[:12]))
+    heard.append(ben.get(f"/?compare={run.id},{run.id}").text)
+    assert not [text for text in heard if CANARY in text]
+    after = running.scheduler.store.run(run.id)
+    assert after == run
+    assert all(vote.owner == running.owner("ben", ben) for vote in running.scheduler.store.votes())
+
+
+def test_the_owner_sees_it_by_the_same_way(running: Host) -> None:
+    """The attack above is a real one: with the owner's cookie it succeeds."""
+    anna = running.enter("anna")
+    run = running.run_of(running.owner("anna", anna))
+    index = next(i for i, fn in running.page.fns.items() if fn.api_name == "select")
+    data = [None] * len(running.page.fns[index].inputs)
+    assert CANARY in anna.post("/gradio_api/run/predict", json=body("anna0", index, data, run.id)).text
+    assert CANARY in through_the_queue(anna, "anna9", [body("anna9", index, data, run.id)])
+
+
+def test_nobody_calls_anything_on_a_team_server(running: Host) -> None:
+    nobody = running.nobody()
+    index = next(i for i, fn in running.page.fns.items() if fn.api_name == "look")
+    answer = nobody.post("/gradio_api/run/predict", json=body("nobody0", index, [], ""))
+    assert answer.status_code == (401 if running.mode is Mode.TEAM else 200)
+
+
+def test_a_session_belongs_to_who_used_it_first(running: Host) -> None:
+    anna, ben = running.enter("anna"), running.enter("ben")
+    index = next(i for i, fn in running.page.fns.items() if fn.api_name == "look")
+    mine = body("annas-page", index, [], "")
+    assert anna.post("/gradio_api/run/predict", json=mine).status_code == 200
+    assert ben.post("/gradio_api/run/predict", json=mine).status_code == 404
+    assert ben.post("/gradio_api/queue/join", json=mine).status_code == 404
+    assert ask(ben, "GET", "/gradio_api/queue/data?session_hash=annas-page").status_code == 404
+    assert ask(anna, "GET", "/gradio_api/heartbeat/annaspage").status_code == 200
+    assert ask(ben, "GET", "/gradio_api/heartbeat/annaspage").status_code == 404
+
+
+# Cookies, names, sites
+
+
+def test_a_forged_or_altered_cookie_is_a_new_visitor(running: Host) -> None:
+    anna = running.enter("anna")
+    owner = running.owner("anna", anna)
+    run = running.run_of(owner).id
+    genuine = anna.cookies.get(SESSION if running.mode is Mode.TEAM else COOKIE)
+    forged = [f"{owner}.{'0' * 64}", f"{genuine}0", owner[:-1] + "A.x", "member:anna", f"{owner}."]
+    if running.mode is not Mode.LOCAL:  # there a name is a secret of this machine's own browsers
+        forged.append(owner)
+    for value in forged:
+        thief = running.nobody(cookies={COOKIE: value, SESSION: value})
+        assert thief.get(f"/runs/{run}/recipe.yaml").status_code in (401, 404), value
+        page = thief.get("/")
+        if running.mode is Mode.PUBLIC:
+            assert page.headers["set-cookie"].startswith(f"{COOKIE}=")
+            assert owner not in page.headers["set-cookie"]
+    assert anna.get(f"/runs/{run}/recipe.yaml").status_code == 200
+
+
+def test_cookies_are_hidden_from_scripts_and_kept_to_this_site(running: Host) -> None:
+    def given(**headers: str) -> str:
+        client = running.nobody(headers=headers)
+        if running.mode is Mode.TEAM:
+            return client.post("/login", data={"name": "anna", "password": PASSWORD}).headers["set-cookie"]
+        return client.get("/").headers["set-cookie"]
+
+    plain, secure = given(), given(**{"X-Forwarded-Proto": "https"})
+    assert "HttpOnly" in plain
+    assert "SameSite=Lax" in plain
+    assert "Secure" not in plain
+    assert "; Secure" in secure
+    assert ("Partitioned" in secure) == (running.mode is not Mode.TEAM)
+
+
+def test_another_site_can_send_nothing(running: Host) -> None:
+    ben = running.enter("ben")
+    index = next(i for i, fn in running.page.fns.items() if fn.api_name == "look")
+    asked = body("ben-page", index, [], "")
+    own = running.url.removesuffix("/")
+    for origin, status in ((own, 200), ("https://evil.org", 403), ("null", 403), (f"{own}.evil.org", 403)):
+        answer = ben.post("/gradio_api/run/predict", json=asked, headers={"Origin": origin})
+        assert answer.status_code == status, origin
+    for path in ("/login", "/logout"):
+        assert ben.post(path, headers={"Origin": "https://evil.org"}).status_code in (403, 404)
+
+
+def test_in_local_mode_only_names_of_this_machine_are_answered(running: Host) -> None:
+    ben = running.enter("ben")
+    port = running.url.rsplit(":", 1)[1]
+    for name, local in (("localhost", True), ("[::1]", True), ("evil.org", False), ("127.0.0.1.evil.org", False)):
+        status = ben.get("/healthz", headers={"Host": f"{name}:{port}"}).status_code
+        assert status == (421 if running.mode is Mode.LOCAL and not local else 200), name
+
+
+# Answers that are errors
+
+
+def test_an_error_of_ours_has_the_headers_too(running: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> str:
+        raise ZeroDivisionError("secret path /root/x")
+
+    anna = running.enter("anna")
+    run = running.run_of(running.owner("anna", anna)).id
+    monkeypatch.setitem(report.WRITERS, "report.md", (broken, "text/plain"))
+    answer = ask(anna, "GET", f"/runs/{run}/report.md")
+    assert answer.status_code == 500
+    assert ask(anna, "GET", "/assets/none.js").status_code == 404
+
+
+def test_a_request_that_is_too_long_is_refused(running: Host) -> None:
+    ben = running.enter("ben")
+    answer = ben.post("/gradio_api/queue/join", content=b"x" * (3 << 20))
+    assert answer.status_code == 413
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+# Secrets
+
+
+def test_a_secret_is_found_nowhere(running: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """A password, a session, the key of the cookies and a token sent along: not on disk, in logs or with others."""
+    caplog.set_level(logging.DEBUG)
+    anna, ben = running.enter("anna"), running.enter("ben")
+    token = "hf_canary0123456789abcdef"
+    run = running.run_of(running.owner("anna", anna)).id
+    index = next(i for i, fn in running.page.fns.items() if fn.api_name == "select")
+    heard = []
+    for client, session in ((anna, "anna-secret"), (ben, "ben-secret")):
+        headers = {"Authorization": f"Bearer {token}", "x-hf-token": token} if client is anna else {}
+        asked = {**body(session, index, [None] * len(running.page.fns[index].inputs), run), "oauth_token": token}
+        answer = client.post("/gradio_api/run/predict", json=asked, headers=headers)
+        heard += [answer.text, str(answer.headers)] if client is ben else []
+        heard += [client.get("/config").text] if client is ben else []
+    if running.mode is Mode.TEAM:
+        anna.post("/login", data={"name": "anna", "password": f"{PASSWORD}-mistyped"})
+    home = running.scheduler.home
+    secrets = [token, PASSWORD, anna.cookies.get(SESSION) or token]
+    key = (home / "secret").read_text() if (home / "secret").exists() else token
+    written = [file.read_bytes() for file in home.rglob("*") if file.is_file() and file.name != "secret"]
+    said = "\n".join(
+        f"{record.getMessage()} {record.exc_text}" for record in caplog.records if "http" not in record.name
+    )
+    events = str(running.scheduler.store.events(run))
+    for secret in (*secrets, key):
+        assert not any(secret.encode() in content for content in written)
+        assert secret not in said
+        assert secret not in events
+        assert not any(secret in text for text in heard)
+    for name in ("secret", "users.json"):
+        assert not (home / name).exists() or (home / name).stat().st_mode & 0o077 == 0
+
+
+# Teams
+
+
+def test_what_is_shared_can_be_looked_at_and_only_the_owner_changes_it(running: Host) -> None:
+    anna, ben = running.enter("anna"), running.enter("ben")
+    run = running.run_of(running.owner("anna", anna))
+    store = running.scheduler.store
+    by_name = {fn.api_name: index for index, fn in running.page.fns.items()}
+
+    def call(client: httpx.Client, session: str, name: str) -> str:
+        index = by_name[name]
+        data = [None] * len(running.page.fns[index].inputs)
+        return client.post("/gradio_api/run/predict", json=body(session, index, data, run.id)).text
+
+    call(ben, "ben-share", "select")
+    call(ben, "ben-share", "toggle")
+    assert not store.run(run.id).shared
+    call(anna, "anna-share", "select")
+    call(anna, "anna-share", "toggle")
+    assert store.run(run.id).shared == (running.mode is Mode.TEAM)
+    seen = call(ben, "ben-share", "select")
+    assert (CANARY in seen) == (running.mode is Mode.TEAM)
+    assert ben.get(f"/runs/{run.id}/report.md").status_code == (200 if running.mode is Mode.TEAM else 404)
+    for name in ("toggle", "handler", "handler_1", "handler_2"):  # stop sharing, cancel, resume, delete
+        call(ben, "ben-share", name)
+    assert store.run(run.id).status is Status.SUCCEEDED
+    assert store.run(run.id).shared == (running.mode is Mode.TEAM)
+    if running.mode is Mode.TEAM:
+        call(anna, "anna-share", "toggle")
+        assert CANARY not in call(ben, "ben-share", "select")
