@@ -1,0 +1,77 @@
+"""Where a model's files are read from, a piece at a time: a folder of this machine, or a repo that is not here yet.
+
+What judges a model (`engine.headers`) asks for names, sizes and a few bytes, and need not know which of the two it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from engine.errors import BadModel, short
+
+LONGEST = 64 << 20  # bytes of a JSON file that is read whole; the index of the largest models has a few million
+
+
+class Origin(Protocol):
+    """The files of one model. `folder`: where they are on this machine, None where they are not."""
+
+    @property
+    def name(self) -> str:
+        """As an error names the model."""
+
+    @property
+    def folder(self) -> Path | None: ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each file, by name."""
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """So many bytes of a file, fewer where it ends before.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            MaquetteError: the hub refuses it, or does not answer.
+        """
+
+
+class FolderOrigin:
+    """A model folder of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder: Path | None = folder
+        self._folder = folder
+
+    @property
+    def name(self) -> str:
+        return self._folder.name
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        try:
+            return {file.name: file.stat().st_size for file in self._folder.iterdir() if file.is_file()}
+        except OSError:
+            return {}
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        with (self._folder / name).open("rb") as stream:
+            stream.seek(start)
+            return stream.read(length)
+
+
+def text(origin: Origin, name: str) -> str:
+    """A small file as text.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not UTF-8.
+        BadModel: it is far larger than such a file ever is.
+    """
+    size = origin.sizes.get(name)
+    if size is None:
+        raise FileNotFoundError(name)
+    if size > LONGEST:
+        raise BadModel(f"{short(origin.name)}: {short(name)} has {size:,} bytes; that cannot be right.")
+    return origin.read(name, 0, size).decode()
