@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from engine.bitmask import MASK, SHAPE, SPARSE_KEY, VALUES
 from engine.errors import BadModel, short
 from engine.low_rank import RANKS_KEY
-from engine.origin import FolderOrigin, Origin, text
+from engine.origin import FolderOrigin, Origin, has_weights, text, weight_names
 from engine.packing import CACHE_KEY, CacheGrid
 
 LIMITS = {  # the largest config numbers that are believed; real models are far below
@@ -30,8 +30,6 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
     "max_position_embeddings": 1 << 26,
 }
 LARGEST = 100 << 20  # bytes of a safetensors header
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OWN_KEYS = (SPARSE_KEY, RANKS_KEY)  # of config.json: formats that only Maquette reads
 Tensors = dict[str, tuple[int, ...]]  # shapes by name
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -227,30 +225,6 @@ def weight_files(folder: Path) -> list[Path]:
         BadModel: there are none, or the index names others.
     """
     return [folder / name for name in weight_names(FolderOrigin(folder))]
-
-
-def weight_names(origin: Origin) -> list[str]:
-    """As `weight_files`, the names of a model's files wherever it is."""
-    name, files = short(origin.name), origin.sizes
-    if SINGLE in files:
-        return [SINGLE]
-    if INDEX not in files:
-        if any(file.endswith(PICKLED) for file in files):
-            raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
-        raise BadModel(f"{name} has no {SINGLE}.")
-    try:
-        names = set(json.loads(text(origin, INDEX))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadModel(f"{name}: {INDEX} is damaged.") from None
-    for part in names:
-        if not isinstance(part, str) or Path(part).name != part or part not in files:
-            raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")
-    return sorted(names)
-
-
-def has_weights(files: Collection[str]) -> bool:
-    """Whether there are weights among the files of these names."""
-    return SINGLE in files or INDEX in files
 
 
 def experts(config: Mapping[str, JsonValue]) -> int:

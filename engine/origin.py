@@ -5,12 +5,15 @@ What judges a model (`engine.headers`) asks for names, sizes and a few bytes, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from engine.errors import BadModel, short
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST = 64 << 20  # bytes of a JSON file that is read whole; the index of the largest models has a few million
 
 
@@ -40,13 +43,13 @@ class Origin(Protocol):
 class FolderOrigin:
     """A model folder of this machine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "") -> None:
         self.folder: Path | None = folder
-        self._folder = folder
+        self._folder, self._name = folder, name or folder.name
 
     @property
     def name(self) -> str:
-        return self._folder.name
+        return self._name
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -75,3 +78,31 @@ def text(origin: Origin, name: str) -> str:
     if size > LONGEST:
         raise BadModel(f"{short(origin.name)}: {short(name)} has {size:,} bytes; that cannot be right.")
     return origin.read(name, 0, size).decode()
+
+
+def weight_names(origin: Origin) -> list[str]:
+    """The names of a model's safetensors files.
+
+    Raises:
+        BadModel: there are none, or the index names others.
+    """
+    name, files = short(origin.name), origin.sizes
+    if SINGLE in files:
+        return [SINGLE]
+    if INDEX not in files:
+        if any(file.endswith(PICKLED) for file in files):
+            raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
+        raise BadModel(f"{name} has no {SINGLE}.")
+    try:
+        names = set(json.loads(text(origin, INDEX))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadModel(f"{name}: {INDEX} is damaged.") from None
+    for part in names:
+        if not isinstance(part, str) or Path(part).name != part or part not in files:
+            raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")
+    return sorted(names)
+
+
+def has_weights(files: Collection[str]) -> bool:
+    """Whether there are weights among the files of these names."""
+    return SINGLE in files or INDEX in files

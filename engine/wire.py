@@ -165,6 +165,8 @@ def _once(ask: Ask, url: str) -> tuple[Answer, IO[bytes]]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return "the address or the token holds characters that cannot be sent"  # the message would quote them
     inner = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(inner, TimeoutError):
         return "it does not answer in time"
