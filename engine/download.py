@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,6 @@ from engine.snapshots import bytes_of
 from engine.sources import Repo, classify
 from engine.transfer import transfer
 
-RESERVE = 64 << 20  # bytes of the disk that stay free
 TELL = 0.25  # seconds between two lines of the process
 Json = dict[str, JsonValue]
 T = TypeVar("T")
@@ -109,8 +107,7 @@ def work(
         listing = replace(tried(lambda: hub.listing(repo, token)), name=repo.name)
         sizes = tried(lambda: hub.wanted(RepoOrigin(hub, listing, token)))
         left = here.missing(repo, sizes, listing.etags)
-        free = shutil.disk_usage(here.folder).free - RESERVE
-        if left > free:
+        if left > (free := here.free()):
             raise TooBig(
                 f"{repo.name} needs {left / 2**30:.2f} GiB more on the disk, {max(0, free) / 2**30:.2f} are free. "
                 "Delete old runs, or choose another folder with MAQUETTE_HOME."

@@ -180,6 +180,7 @@ class Hub:
             return _as(model, repo.name, known)
         if known:
             self.here.remember(repo, listing.commit)
+        self._keep(("listing", listing.name, listing.commit, _digest(token)), listing, KEPT)
         return _as(model, listing.name, listing.commit)
 
     def remember(self, asked: Model, pinned: Model) -> None:
@@ -267,6 +268,12 @@ class Hub:
         except MaquetteError as error:
             found = error
         kept = KEPT if not isinstance(found, MaquetteError) else 0.0 if isinstance(found, HubError) else KEPT / 6
+        self._keep(key, found, kept)
+        if isinstance(found, MaquetteError):
+            raise found
+        return found  # type: ignore[return-value]
+
+    def _keep(self, key: tuple[str, ...], found: object, kept: float) -> None:
         now = time.monotonic()
         with self._guard:
             for old in [key for key, (until, _) in self._answers.items() if until < now]:  # tokens among them
@@ -274,9 +281,6 @@ class Hub:
             while len(self._answers) >= MOST:
                 self._answers.pop(next(iter(self._answers)))
             self._answers[key] = (now + kept, found)
-        if isinstance(found, MaquetteError):
-            raise found
-        return found  # type: ignore[return-value]
 
 
 def _repo(model: Model) -> Repo:

@@ -23,6 +23,8 @@ from engine.files import publish
 from engine.origin import FolderOrigin, weight_names
 from engine.sources import COMMIT, Repo
 
+RESERVE = 64 << 20  # bytes of the disk that stay free
+
 
 class Snapshots:
     """The cache in one folder."""
@@ -69,6 +71,11 @@ class Snapshots:
             if bytes_of(place / "snapshots" / repo.revision / name) != size and bytes_of(blob) != size:
                 left += max(0, size - bytes_of(blob.with_name(f"{blob.name}.incomplete")))
         return left
+
+    def free(self) -> int:
+        """Bytes of the disk that a download may take; some stay free."""
+        disk = next(each for each in (self.folder, *self.folder.absolute().parents) if each.exists())
+        return shutil.disk_usage(disk).free - RESERVE
 
     def link(self, repo: Repo, name: str, etag: str) -> None:
         """Let a content that is here be a file of the snapshot."""
