@@ -2,7 +2,8 @@
 
 One line of JSON on stdin says what, with the token, which stands nowhere else. Lines on stdout say how far it is:
 
-    {"done": bytes, "total": bytes} · {"rest": seconds in which nothing will come} · {"log": text}
+    {"done": bytes, "total": bytes, "came": bytes that this process received}
+    {"rest": seconds in which nothing will come} · {"log": text}
     {"error": kind or nothing, "text"}      the last one
 """
 
@@ -67,12 +68,13 @@ def main() -> int:
         sys.stdout.write(json.dumps(body) + "\n")
         sys.stdout.flush()
 
-    def done(count: int, total: int) -> None:
+    def done(count: int, total: int, came: int) -> None:
         nonlocal said
         if time.monotonic() - said >= TELL or count == total:
             said = time.monotonic()
-            tell({"done": count, "total": total})
+            tell({"done": count, "total": total, "came": came})
 
+    tell({"rest": 0})  # here I am
     try:
         hub = Hub(Path(order["folder"]), endpoint=order["endpoint"], offline=False)
         model = Model.model_validate({"source": order["source"], "revision": order["revision"]})
@@ -91,7 +93,7 @@ def main() -> int:
 
 
 def work(
-    hub: Hub, model: Model, token: str, patience: Patience, done: Callable[[int, int], None],
+    hub: Hub, model: Model, token: str, patience: Patience, done: Callable[[int, int, int], None],
     tell: Callable[[Json], None],
 ) -> None:  # fmt: skip
     """All files that a model needs and that are not here, each retried where the hub is busy.
@@ -113,17 +115,19 @@ def work(
                 "Delete old runs, or choose another folder with MAQUETTE_HOME."
             )
         here.want(repo, sizes, listing.restricted)
-        total, before = sum(sizes.values()), 0
+        total, before, came = sum(sizes.values()), 0, 0
 
-        def count(written: int) -> None:
-            tried.heard(before + written)
-            done(before + written, total)
+        def count(written: int, piece: int) -> None:
+            nonlocal came
+            came += piece
+            tried.heard(came)
+            done(before + written, total, came)
 
         for name, size in sizes.items():
             if bytes_of(here.place(repo) / "snapshots" / repo.revision / name) != size:
                 tried(partial(transfer, hub, listing, name, token, count))
             before += size
-            done(before, total)
+            done(before, total, came)
 
 
 class Tries:
@@ -131,12 +135,12 @@ class Tries:
 
     def __init__(self, patience: Patience, tell: Callable[[Json], None]) -> None:
         self._patience, self._tell, self._failed = patience, tell, 0
-        self._mark = 0  # bytes that were here when the count began
+        self._mark = 0  # bytes that had come when the count began
 
-    def heard(self, done: int) -> None:
-        """So many bytes are here: where enough came since a failure, the count begins again."""
-        if done - self._mark >= self._patience.enough or not self._failed:
-            self._mark, self._failed = done, 0
+    def heard(self, came: int) -> None:
+        """So many bytes have come: where it is enough since a failure, the count begins again."""
+        if came - self._mark >= self._patience.enough or not self._failed:
+            self._mark, self._failed = came, 0
 
     def __call__(self, work: Callable[[], T]) -> T:
         while True:

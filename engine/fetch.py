@@ -24,6 +24,7 @@ from engine.records import Model
 from engine.sources import Repo, classify
 
 SAY = 1.0  # seconds between two events
+STARTING = 30.0  # seconds that the process may take until it says its first word
 ERRORS = {"NeedsToken": NeedsToken, "BadModel": BadModel, "TooBig": TooBig}
 
 
@@ -78,11 +79,10 @@ class Pace:
 
     def __init__(self, emit: Emit, patience: Patience) -> None:
         self._emit, self._patience = emit, patience
-        self._total = 0
-        self._points: deque[tuple[float, int]] = deque()  # of the last window, and the one before it
-        self._since = time.monotonic()  # before, nothing was expected
+        self._done = self._total = self._came = 0
+        self._points: deque[tuple[float, int]] = deque()  # when how much had come: the last window, and one before
+        self._since = time.monotonic() + STARTING  # before, nothing is expected
         self._said = 0.0
-        self._came = 0
 
     @property
     def moved(self) -> bool:
@@ -97,11 +97,10 @@ class Pace:
         if isinstance(rest := body.get("rest"), int | float):
             self._since = now + rest
             self._points.clear()
-        done, total = body.get("done"), body.get("total")
-        if isinstance(done, int) and isinstance(total, int):
-            self._came += max(0, done - self._points[-1][1]) if self._points else 0
-            self._total = total
-            self._points.append((now, done))
+        done, total, came = body.get("done"), body.get("total"), body.get("came")
+        if isinstance(done, int) and isinstance(total, int) and isinstance(came, int):
+            self._done, self._total, self._came = done, total, came
+            self._points.append((now, came))
             if now - self._said >= SAY or done == total:
                 self._said = now
                 self._say()
@@ -122,11 +121,11 @@ class Pace:
             raise Stalled(f"The hub sent {came:,} bytes in {window:.0f} s.")
 
     def _say(self) -> None:
-        (first, begun), (last, done) = self._points[0], self._points[-1]
-        speed = (done - begun) / (last - first) if last > first else 0.0
-        told: Json = {"done": done, "total": self._total, "unit": "B"}
+        (first, begun), (last, came) = self._points[0], self._points[-1]
+        speed = (came - begun) / (last - first) if last > first else 0.0
+        told: Json = {"done": self._done, "total": self._total, "unit": "B"}
         if speed > 0:
-            told["eta"] = (self._total - done) / speed
+            told["eta"] = (self._total - self._done) / speed
             self._emit("sample", {"series": "download.speed", "value": speed, "unit": "B/s"})
         self._emit("progress", told)
 

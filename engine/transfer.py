@@ -17,10 +17,11 @@ from engine.snapshots import bytes_of
 from engine.sources import Repo
 
 NEVER = 1e18  # whoever watches ends it
+Count = Callable[[int, int], None]
 
 
-def transfer(hub: Hub, listing: Listing, name: str, token: str, count: Callable[[int], None]) -> None:
-    """Bring one file here; `count` hears how many bytes of it are.
+def transfer(hub: Hub, listing: Listing, name: str, token: str, count: Count) -> None:
+    """Bring one file here; `count` hears how many bytes of it are, and how many of these have just come.
 
     Raises:
         HubError: it broke off, or the hub is busy: what came is kept.
@@ -46,7 +47,7 @@ def transfer(hub: Hub, listing: Listing, name: str, token: str, count: Callable[
     hub.here.link(repo, name, etag)
 
 
-def _append(ask: wire.Ask, partial: Path, size: int, listing: Listing, count: Callable[[int], None]) -> None:
+def _append(ask: wire.Ask, partial: Path, size: int, listing: Listing, count: Count) -> None:
     if ask.start == size:
         return
     name = ask.url.rpartition("/")[2]
@@ -57,12 +58,12 @@ def _append(ask: wire.Ask, partial: Path, size: int, listing: Listing, count: Ca
         elif not answer.headers.get("content-range", "").startswith(f"bytes {ask.start}-"):
             raise HubError(f"The hub sent another part of {short(name)} than was asked for. Try again.")
         written = file.tell() if answer.status != 200 else 0
-        count(written)
+        count(written, 0)
         for piece in wire.parts(body, NEVER, size - written + 1):
             file.write(piece)
             file.flush()
             written += len(piece)
-            count(written)
+            count(written, len(piece))
         os.fsync(file.fileno())
     if written < size:
         raise HubError(f"The download of {short(name)} broke off at {written:,} of {size:,} bytes.")
