@@ -62,7 +62,7 @@ def classify(model: Model, *, folders: bool = True) -> Bundled | Folder | Repo:
         text, named = _address(text)
         revision = revision or named
         return Repo(_checked(text), _revision(revision))
-    like_path = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
+    like_path = is_path(model)
     if like_path or (folders and not revision and _is_folder(text)):
         if not folders:
             raise BadModel("Folders of the server cannot be named here. Write `demo` or a model of the hub.")
@@ -75,6 +75,12 @@ def classify(model: Model, *, folders: bool = True) -> Bundled | Folder | Repo:
             )
         return Folder(Path(text).expanduser())
     return Repo(_checked(text), _revision(revision))
+
+
+def is_path(model: Model) -> bool:
+    """Whether a model is written as a folder; nothing is looked at."""
+    text = model.source.strip()
+    return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
 
 
 def _is_folder(text: str) -> bool:

@@ -20,6 +20,7 @@ from engine.errors import BadModel, UnknownName
 from engine.methods import Selection, field_kind, get
 from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
 from engine.scheduler import Scheduler
+from engine.sources import classify, is_path
 from engine.store import Store
 from ui import wording
 from ui.wording import say
@@ -194,14 +195,17 @@ class Desk:
         return run.id
 
     def check_sources(self, recipe: Recipe) -> None:
-        """Folders of the server are for those who sit at it.
+        """Folders of the server are for those who sit at it; models of the hub are for everybody.
 
         Raises:
-            BadModel: a model or text other than the bundled one on a page that others can reach.
+            BadModel: a folder or a text other than the bundled one on a page that others can reach.
         """
         if self.local:
             return
-        texts = [recipe.model.source, recipe.calibration]
+        if is_path(recipe.model):
+            raise BadModel(say("error.not_local"))
+        classify(recipe.model, folders=False)
+        texts = [recipe.calibration]
         for step in recipe.steps:
             fields = get(step.method).params.model_fields
             named = {k for k in fields if field_kind(fields[k]) == "str"} - set(Selection.model_fields)  # no patterns

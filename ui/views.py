@@ -75,7 +75,10 @@ def progress_line(progress: Mapping[str, JsonValue]) -> Markup:
     phase = phase_name(str(progress.get("phase") or ""))
     text = phase
     if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
-        text += f" · {done:.0f} / {total:.0f} {progress.get('unit') or ''}".rstrip()
+        if progress.get("unit") == "B":
+            text += f" · {wording.size(done)} / {wording.size(total)}"
+        else:
+            text += f" · {done:.0f} / {total:.0f} {progress.get('unit') or ''}".rstrip()
     if isinstance(eta, int | float) and math.isfinite(eta):
         text += f" · {say('eta', span=wording.duration(max(1.0, eta)))}"
     bar = markup.progress(_number(done), _number(total), phase)
