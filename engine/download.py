@@ -28,7 +28,7 @@ from engine.records import Model
 from engine.repos import Busy
 from engine.snapshots import bytes_of
 from engine.sources import Repo, classify
-from engine.transfer import transfer
+from engine.transfer import Damaged, transfer
 
 TELL = 0.25  # seconds between two lines of the process
 Json = dict[str, JsonValue]
@@ -135,6 +135,7 @@ class Tries:
 
     def __init__(self, patience: Patience, tell: Callable[[Json], None]) -> None:
         self._patience, self._tell, self._failed = patience, tell, 0
+        self._damaged = False
         self._mark = 0  # bytes that had come when the count began
 
     def heard(self, came: int) -> None:
@@ -151,7 +152,8 @@ class Tries:
                 pause = self._patience.before(self._failed)
                 if isinstance(error, Busy) and error.after is not None:
                     pause = max(pause, error.after)
-                if self._failed >= self._patience.tries or pause > self._patience.longest:
+                twice, self._damaged = self._damaged, isinstance(error, Damaged)
+                if (twice and self._damaged) or self._failed >= self._patience.tries or pause > self._patience.longest:
                     raise
                 self._tell({"rest": pause, "log": f"{short(error, 300)} Going on in {pause:.0f} s."})
                 time.sleep(pause)

@@ -20,6 +20,10 @@ NEVER = 1e18  # whoever watches ends it
 Count = Callable[[int, int], None]
 
 
+class Damaged(HubError):
+    """The content that came is not what its name says."""
+
+
 def transfer(hub: Hub, listing: Listing, name: str, token: str, count: Count) -> None:
     """Bring one file here; `count` hears how many bytes of it are, and how many of these have just come.
 
@@ -86,7 +90,7 @@ def _check(partial: Path, etag: str, size: int, name: str) -> None:
             right = hashlib.file_digest(stream, "sha256").hexdigest() == etag
     if not right:
         partial.unlink(missing_ok=True)
-        raise HubError(f"{short(name)} arrived damaged: its content is not what the hub announced. It is read again.")
+        raise Damaged(f"{short(name)} arrived damaged: its content is not what the hub had announced.")
 
 
 def _look(answer: wire.Answer, listing: Listing, token: str, name: str) -> None:
