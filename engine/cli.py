@@ -1,7 +1,8 @@
 """The command line: the same engine as the page's.
 
-    python -m engine run RECIPE.yaml [--home DIR] [--measure a,b] [--json]     also: run --resume RUN
-    python -m engine measure FOLDER [--measure a,b] [--baseline FOLDER] [--json]
+    python -m engine run RECIPE.yaml [--model owner/name@revision] [--home DIR] [--measure a,b] [--json]
+    python -m engine run --resume RUN
+    python -m engine measure MODEL [--measure a,b] [--baseline MODEL] [--json]
     python -m engine export ARTIFACT --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
     python -m engine user add|remove NAME | user list     who may log in to a team server; the password comes from stdin
@@ -23,12 +24,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, Self
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from engine import doctor, export, headers, methods, preflight
-from engine.errors import BadRecipe, InputError, MaquetteError, short
+from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, short
+from engine.hub import Hub
 from engine.recipes import choose_measures, load_recipe
-from engine.records import MEASURES, USUAL_MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
+from engine.records import MEASURES, USUAL_MEASURES, Event, EventKind, Measurement, Model, Recipe, Run, Status
+from engine.sources import WAYS
 from engine.store import Store, home
 from engine.users import UserFile
 
@@ -48,9 +51,9 @@ class Supervisor(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None: ...
 
-    def submit(self, recipe: Recipe, owner: str = "") -> Run: ...
+    def submit(self, recipe: Recipe, owner: str = "", token: str = "") -> Run: ...
 
-    def resume(self, run_id: str, owner: str | None = "") -> Run: ...
+    def resume(self, run_id: str, owner: str | None = "", token: str = "") -> Run: ...
 
 
 def main(arguments: Sequence[str], supervisor: Callable[[Path], Supervisor]) -> int:
@@ -76,15 +79,18 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
     if (options.recipe is None) == (options.resume is None):
         raise InputError("Give either a recipe file or --resume RUN.")
     recipe = None if options.recipe is None else read_recipe(Path(options.recipe), options.measure)
+    if recipe is not None and options.model is not None:
+        recipe = recipe.model_copy(update={"model": _model(options.model, recipe.model.dtype)})
+    token = sys.stdin.readline().strip() if options.token_stdin else ""
     folder = _home(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: interrupted, can be resumed
     run_id: str | None = None
     try:
         with supervisor(folder) as scheduler:
             if recipe is not None:
-                run_id = scheduler.submit(recipe).id
+                run_id = scheduler.submit(recipe, token=token).id
             else:
-                run_id = scheduler.resume(options.resume, owner=None).id
+                run_id = scheduler.resume(options.resume, owner=None, token=token).id
             _follow(scheduler.store, run_id)
     except KeyboardInterrupt:
         if run_id is None:
@@ -105,9 +111,10 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
 
 
 def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
-    """`measure`: measure any model folder in this process."""
-    folder = preflight.resolve(options.folder)
-    baseline = None if options.baseline is None else preflight.resolve(options.baseline)
+    """`measure`: measure any model that is on this machine, in this process."""
+    hub = Hub(_home(options) / "cache" / "hub", offline=True)
+    folder = preflight.locate(_model(options.folder), hub)
+    baseline = None if options.baseline is None else preflight.locate(_model(options.baseline), hub)
     measures = _measures(options.measure) or USUAL_MEASURES
     headers.inspect(folder)
     from engine import pipeline  # only now: it takes seconds to import
@@ -275,9 +282,13 @@ def _parser() -> argparse.ArgumentParser:
     runner = add("run", run)
     runner.add_argument("recipe", nargs="?", metavar="RECIPE.yaml")
     runner.add_argument("--resume", metavar="RUN", help="go on with an interrupted or failed run")
+    runner.add_argument("--model", help="instead of the recipe's: demo, owner/name[@revision] of the hub, or a folder")
+    runner.add_argument(
+        "--token-stdin", action="store_true", help="read the hub's token for a gated model from the first line of stdin"
+    )
     runner.add_argument("--measure", help=f"instead of the recipe's: {','.join(MEASURES)}")
-    meter = add("measure", measure, with_home=False)
-    meter.add_argument("folder", help="a model folder, or demo")
+    meter = add("measure", measure)
+    meter.add_argument("folder", metavar="MODEL", help="demo, a folder, or a downloaded owner/name of the hub")
     meter.add_argument("--measure", help=f"of {','.join(MEASURES)}; default: all but sensitivity")
     meter.add_argument("--baseline", help="the original model, for kl, top1_agreement and flips")
     meter.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -299,6 +310,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _home(options: argparse.Namespace) -> Path:
     return Path(options.home).expanduser().absolute() if options.home else home()
+
+
+def _model(text: str, dtype: str = "bfloat16") -> Model:
+    try:
+        return Model.model_validate({"source": text, "dtype": dtype})
+    except ValidationError as error:
+        raise BadModel(f"{short(repr(text))} is no model: {error.errors()[0]['msg']}. {WAYS}") from None
 
 
 def _measures(text: str | None) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ MaquetteError
 │   ├── BadParams         a value out of its bounds
 │   ├── BadRecipe         the recipe's shape or the order of its steps
 │   ├── BadModel          the model cannot be used: not found, unsafe, broken, not a causal LM
+│   │   └── NeedsToken    gated or private, and no token came that may read it
 │   ├── BadText           calibration or training text that cannot be used
 │   ├── TooBig            does not fit in the memory or on the disk that is free
 │   └── TooMany           more than one visitor may have at a time
@@ -14,7 +15,8 @@ MaquetteError
 │   ├── Interrupted       the process was stopped from outside; can be resumed
 │   ├── Diverged          training went to NaN or above its limit
 │   ├── BadArtifact       the saved model is not the model that was in memory
-│   └── OutOfMemory       the device or the memory budget was exhausted
+│   ├── OutOfMemory       the device or the memory budget was exhausted
+│   └── HubError          the hub cannot be reached, is busy, or sends nothing; can be tried again
 └── StoreError            the run store cannot be opened or used
     ├── StoreBusy         another server uses this folder
     └── StoreTooNew       written by a later version of Maquette
@@ -57,6 +59,10 @@ class BadModel(InputError):
     """The model cannot be used."""
 
 
+class NeedsToken(BadModel):
+    """The model may be read only with a token, and none that may came along."""
+
+
 class BadText(InputError):
     """The calibration or training text cannot be used."""
 
@@ -91,6 +97,10 @@ class BadArtifact(RunError):
 
 class OutOfMemory(RunError):
     """Memory ran out."""
+
+
+class HubError(RunError):
+    """The hub does not answer as it should; nothing is wrong with what was asked."""
 
 
 class StoreError(MaquetteError):

@@ -1,6 +1,7 @@
-"""What a model folder's config.json and safetensors headers say, refused where it cannot be.
+"""What a model's config.json and safetensors headers say, refused where it cannot be.
 
-JSON and headers only: no tensor is loaded and nothing of the model is executed.
+JSON and headers only: no tensor is loaded and nothing of the model is executed. The same for a folder of this machine
+and for a repo of which nothing is here yet (`engine.origin`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import JsonValue
 from engine.bitmask import MASK, SHAPE, SPARSE_KEY, VALUES
 from engine.errors import BadModel, short
 from engine.low_rank import RANKS_KEY
+from engine.origin import FolderOrigin, Origin, has_weights, text, weight_names
 from engine.packing import CACHE_KEY, CacheGrid
 
 LIMITS = {  # the largest config numbers that are believed; real models are far below
@@ -27,6 +29,7 @@ LIMITS = {  # the largest config numbers that are believed; real models are far 
     "num_attention_heads": 4096,
     "max_position_embeddings": 1 << 26,
 }
+LARGEST = 100 << 20  # bytes of a safetensors header
 OWN_KEYS = (SPARSE_KEY, RANKS_KEY)  # of config.json: formats that only Maquette reads
 Tensors = dict[str, tuple[int, ...]]  # shapes by name
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -34,15 +37,17 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model folder's headers say.
+    """What a model's headers say.
 
     linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all.
+    here: whether `folder` is on this machine; else it is only the model's name, and all that is known stands here.
     """
 
     folder: Path
     config: dict[str, JsonValue]
     tensors: Tensors
     bytes: int
+    here: bool = True
 
     @property
     def parameters(self) -> int:
@@ -76,21 +81,22 @@ class Shape:
         return found
 
 
-def inspect(folder: Path) -> Shape:
-    """The config and tensor shapes of a model folder.
+def inspect(place: Path | Origin) -> Shape:
+    """The config and tensor shapes of a model.
 
     Raises:
         BadModel: not a causal LM in safetensors that this machine's transformers knows, or damaged.
+        MaquetteError: the hub refuses a file, or does not answer.
     """
-    config = _config(folder)
-    files = weight_files(folder)
+    origin = FolderOrigin(place) if isinstance(place, Path) else place
+    config = _config(origin)
     tensors: Tensors = {}
     total = 0
-    for file in files:
-        found = read_header(file)
+    for name in weight_names(origin):
+        found = header_of(origin, name)
         total += sum(header.length for header in found.values())
-        tensors |= {name: header.shape for name, header in plain(found, file).items()}
-    return Shape(folder, config, tensors, total)
+        tensors |= {tensor: header.shape for tensor, header in _plain(found, origin, name).items()}
+    return Shape(origin.folder or Path(origin.name), config, tensors, total, here=origin.folder is not None)
 
 
 def is_own(config: Mapping[str, JsonValue]) -> bool:
@@ -113,16 +119,20 @@ def read_header(file: Path) -> dict[str, Header]:
     Raises:
         BadModel: truncated, or not a safetensors file.
     """
-    broken = BadModel(f"{short(file.name)} is truncated or not a safetensors file. Download it again.")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, 100 << 20):
-            raise broken
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise broken from None
+    return header_of(FolderOrigin(file.parent), file.name)
+
+
+def header_of(origin: Origin, file: str) -> dict[str, Header]:
+    """As `read_header`, of a model's file wherever it is."""
+    broken = BadModel(f"{short(file)} is truncated or not a safetensors file. Download it again.")
+    size = origin.sizes.get(file, 0)
+    length = int.from_bytes(origin.read(file, 0, 8), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, LARGEST):
+        raise broken
+    try:
+        header = json.loads(origin.read(file, 8, length))
+    except ValueError:
+        raise broken from None
     result = {}
     try:
         for name, entry in header.items():
@@ -137,21 +147,26 @@ def read_header(file: Path) -> dict[str, Header]:
     return result
 
 
-def _config(folder: Path) -> dict[str, JsonValue]:
+def _config(origin: Origin) -> dict[str, JsonValue]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    name = short(folder.name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    name, files = short(origin.name), origin.sizes
+    if "adapter_config.json" in files and not ("config.json" in files and has_weights(files)):
         raise BadModel(f"{name} holds only an adapter. Merge it into its base model first.")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(text(origin, "config.json"))
     except OSError:
         raise BadModel(f"{name} has no config.json: it is not a model folder.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadModel(f"{name}: config.json is not JSON.") from None
     if not isinstance(config, dict):
         raise BadModel(f"{name}: config.json is not a JSON object.")
+    if config.get("auto_map"):
+        raise BadModel(
+            f"{name} brings code of its own (auto_map in config.json), which Maquette never runs. Choose a model that "
+            "transformers knows by itself."
+        )
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
@@ -175,6 +190,10 @@ def plain(found: Mapping[str, Header], file: Path) -> dict[str, Header]:
     Raises:
         BadModel: the parts of one do not fit.
     """
+    return _plain(found, FolderOrigin(file.parent), file.name)
+
+
+def _plain(found: Mapping[str, Header], origin: Origin, file: str) -> dict[str, Header]:
     result = dict(found)
     for name, header in found.items():
         module, _, leaf = name.rpartition(".")
@@ -182,12 +201,11 @@ def plain(found: Mapping[str, Header], file: Path) -> dict[str, Header]:
             parts = [result.pop(f"{module}.{part}", None) for part in (MASK, VALUES, SHAPE)]
             values, shape = parts[1:]
             if values is None or shape is None or shape.length != 16 or f"{module}.weight" not in result:
-                raise BadModel(f"{short(file.name)}: the bitmask of {short(module)} is incomplete. Download it again.")
-            with file.open("rb") as stream:
-                stream.seek(shape.start)
-                rows, columns = (int.from_bytes(stream.read(8), "little") for _ in range(2))
+                raise BadModel(f"{short(file)}: the bitmask of {short(module)} is incomplete. Download it again.")
+            size = origin.read(file, shape.start, 16)
+            rows, columns = int.from_bytes(size[:8], "little"), int.from_bytes(size[8:], "little")
             if header.shape != (rows, -(-columns // 8)) or len(values.shape) != 1 or values.shape[0] > rows * columns:
-                raise BadModel(f"{short(file.name)}: the bitmask of {short(module)} does not fit {rows} x {columns}.")
+                raise BadModel(f"{short(file)}: the bitmask of {short(module)} does not fit {rows} x {columns}.")
             result[f"{module}.weight"] = values._replace(shape=(rows, columns))
         elif leaf == "weight" and header.shape == (0,) and is_placeholder(name, found):
             del result[name]
@@ -206,22 +224,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         BadModel: there are none, or the index names others.
     """
-    name = short(folder.name)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
-        raise BadModel(f"{name} has no model.safetensors.")
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadModel(f"{name}: model.safetensors.index.json is damaged.") from None
-    for part in names:
-        if not isinstance(part, str) or Path(part).name != part or not (folder / part).is_file():
-            raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")
-    return [folder / part for part in sorted(names)]
+    return [folder / name for name in weight_names(FolderOrigin(folder))]
 
 
 def experts(config: Mapping[str, JsonValue]) -> int:

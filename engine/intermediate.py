@@ -24,7 +24,7 @@ from engine import artifacts, headers, models
 from engine.errors import BadArtifact
 from engine.methods import Method, Params
 from engine.models import LoadedModel
-from engine.preflight import calibration_file, resolve
+from engine.preflight import calibration_file
 from engine.records import Recipe
 from engine.shards import Shard
 
@@ -34,11 +34,11 @@ SHARE = 0.2  # of the free disk that kept models may take
 Steps = Sequence[tuple[Method, Params]]
 
 
-def keep(model: LoadedModel, recipe: Recipe, steps: Steps, cache: Path) -> None:
+def keep(model: LoadedModel, recipe: Recipe, source: Path, steps: Steps, cache: Path) -> None:
     """Keep the model as it is after these `steps`, where it may be kept and there is room."""
     if model.quantized or model.stored_as is not None or model.kv_cache is not None:
         return
-    folder = cache / "steps" / key(recipe, steps)
+    folder = cache / "steps" / key(recipe, source, steps)
     needed = model.network.num_parameters() * model.network.dtype.itemsize
     if folder.exists() or not make_room(folder.parent, needed):
         return
@@ -46,10 +46,12 @@ def keep(model: LoadedModel, recipe: Recipe, steps: Steps, cache: Path) -> None:
     artifacts.write(model, recipe.model_copy(update={"steps": recipe.steps[: len(steps)]}), folder)
 
 
-def find(recipe: Recipe, steps: Steps, cache: Path, folder: Path, device: str) -> tuple[LoadedModel | None, int]:
+def find(
+    recipe: Recipe, source: Path, steps: Steps, cache: Path, folder: Path, device: str
+) -> tuple[LoadedModel | None, int]:
     """The model after as many of the steps as were kept, and their number. Links go to `folder`."""
     for count in range(len(steps), 0, -1):
-        kept = cache / "steps" / key(recipe, steps[:count])
+        kept = cache / "steps" / key(recipe, source, steps[:count])
         if not kept.is_dir():
             continue
         try:
@@ -61,7 +63,7 @@ def find(recipe: Recipe, steps: Steps, cache: Path, folder: Path, device: str) -
             shutil.rmtree(kept, ignore_errors=True)
             continue
         os.utime(kept)
-        return read(folder, recipe.model.dtype, device, resolve(recipe.model.source)), count
+        return read(folder, recipe.model.dtype, device, source), count
     return None, 0
 
 
@@ -88,10 +90,10 @@ def make_room(folder: Path, needed: int) -> bool:
     return needed <= limit
 
 
-def key(recipe: Recipe, steps: Steps) -> str:
-    """What the model after these steps follows from, as 24 hexadecimal digits."""
+def key(recipe: Recipe, source: Path, steps: Steps) -> str:
+    """What the model in `source` after these steps follows from, as 24 hexadecimal digits."""
     body = {
-        "model": _files(resolve(recipe.model.source)),
+        "model": _files(source),
         "dtype": recipe.model.dtype,
         "seed": recipe.seed,
         "calibration": artifacts.digest(calibration_file(recipe.calibration)),

@@ -22,6 +22,7 @@ from engine import artifacts, hardware, headers, intermediate, methods, models, 
 from engine.attempts import cache_folder
 from engine.children import event_kind, lines
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
+from engine.hub import Hub
 from engine.methods import Context, Emit
 from engine.models import LoadedModel
 from engine.preflight import Estimate
@@ -40,14 +41,17 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
         MaquetteError: refused, cancelled, interrupted or failed, each with its reason.
     """
     emit("phase", {"name": "checking"})
-    estimate = preflight.check(recipe)
+    hub = downloaded(folder)
+    estimate = preflight.check(recipe, hub)
     emit("estimate", {"memory": estimate.total, "seconds": estimate.seconds})
     device = choose_device(recipe.device)
-    source = preflight.resolve(recipe.model.source)
+    source = preflight.locate(recipe.model, hub)
     check_cancelled()
     if estimate.seconds > probe.FROM and worth_a_probe(recipe) and not (folder / "blocks").exists():
         emit("phase", {"name": "probing one block"})
-        asked: Request = {"recipe": recipe.model_dump(mode="json"), "device": device, "kind": "probe"}
+        asked: Request = {
+            "recipe": recipe.model_dump(mode="json"), "source": str(source), "device": device, "kind": "probe",
+        }  # fmt: skip
         measuring = set(recipe.measure) - {"size"}
         after = estimate.weights + estimate.kv_cache + estimate.runtime if measuring else 0
         child(asked, folder, _refined(estimate, after, emit), check_cancelled)
@@ -75,12 +79,17 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     return artifact
 
 
+def downloaded(folder: Path) -> Hub:
+    """The models of the hub that an attempt finds on this machine: its worker has brought here what it needs."""
+    return Hub(cache_folder(folder) / "hub", offline=True)
+
+
 def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_cancelled: Check) -> LoadedModel:
     """The model after all steps; those that a recipe that begins alike has done are not done again."""
     steps, cache = methods.check(recipe), cache_folder(folder)
-    model, done = intermediate.find(recipe, steps, cache, folder / "blocks" / "kept", device)
+    source = preflight.locate(recipe.model, downloaded(folder))
+    model, done = intermediate.find(recipe, source, steps, cache, folder / "blocks" / "kept", device)
     if model is None:
-        source = preflight.resolve(recipe.model.source)
         model = (models.stream if steps else models.load)(source, recipe.model.dtype, device)
     elif done:
         titles = ", ".join(method.title for method, _ in steps[:done])
@@ -98,7 +107,7 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
             else:
                 model = method.apply(model, params, context)
         if number + 1 < len(steps):
-            intermediate.keep(model, recipe, steps[: number + 1], cache)
+            intermediate.keep(model, recipe, source, steps[: number + 1], cache)
     return model
 
 

@@ -15,9 +15,12 @@ from engine import hardware, headers, methods
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
 from engine.headers import Shape, integer
+from engine.hub import Hub
 from engine.methods import Calibrated, Method, Params, Selection
+from engine.origin import FolderOrigin, Origin
 from engine.packing import CACHE_KEY, CacheGrid
-from engine.records import Recipe
+from engine.records import Model, Recipe
+from engine.sources import WAYS, Folder, Repo, classify
 from engine.text import read_bytes, read_documents, too_short
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
@@ -43,6 +46,7 @@ class Estimate:
     seconds: float
     notes: tuple[str, ...] = ()
     working: float = 0.0
+    download: int = 0  # bytes that have to come from the hub first
 
     @property
     def total(self) -> int:
@@ -54,7 +58,7 @@ class Estimate:
 
 
 def resolve(source: str) -> Path:
-    """The folder of a model: `demo`, or a path to a folder.
+    """The folder of a model that is on this machine: `demo`, or a path to a folder.
 
     Raises:
         BadModel: there is no such folder.
@@ -69,7 +73,46 @@ def resolve(source: str) -> Path:
             return path.resolve()
     except OSError:
         pass
-    raise BadModel(f"There is no model folder {short(source)!r}. Give `demo` or the path of a folder.")
+    raise BadModel(f"There is no model folder {short(source)!r}. {WAYS}")
+
+
+def locate(model: Model, hub: Hub | None = None) -> Path:
+    """The folder from which a model is loaded: the bundled one, a folder, or the downloaded snapshot of a repo.
+
+    Raises:
+        BadModel: it is not on this machine.
+    """
+    found = classify(model)
+    if isinstance(found, Repo):
+        if hub is None:
+            raise BadModel(f"There is no model folder {short(model.source)!r}, and no hub is at hand. {WAYS}")
+        return hub.folder_of(model)
+    return resolve(model.source)
+
+
+def pin(model: Model, hub: Hub | None = None, token: str = "") -> Model:
+    """The model as it is stored with a run: a repo at a commit, a folder by its whole path.
+
+    Raises:
+        MaquetteError: it cannot be found.
+    """
+    found = classify(model)
+    if isinstance(found, Repo) and hub is not None:
+        return hub.pin(model, token)
+    if isinstance(found, Folder) and not found.path.is_absolute():
+        return model.model_copy(update={"source": str(resolve(model.source))})
+    return model
+
+
+def open_model(model: Model, hub: Hub | None = None, token: str = "") -> Origin:
+    """Where what is asked of a model can be read, before anything is downloaded.
+
+    Raises:
+        MaquetteError: it cannot be found, or the hub does not answer.
+    """
+    if hub is not None and isinstance(classify(model), Repo):
+        return hub.origin(model, token)
+    return FolderOrigin(locate(model, hub))
 
 
 def calibration_file(source: str) -> Path:
@@ -84,14 +127,16 @@ def calibration_file(source: str) -> Path:
     return path.resolve()
 
 
-def check(recipe: Recipe) -> Estimate:
-    """Refuse what cannot work and estimate the rest.
+def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
+    """Refuse what cannot work and estimate the rest. Of a repo that is not here yet only headers are read.
 
     Raises:
-        InputError: a bad model, step, setting or text, or too little memory; one helpful line.
+        InputError: a bad model, step, setting or text, or too little memory or disk; one helpful line.
+        HubError: the hub does not answer.
     """
     steps = methods.check(recipe)
-    shape = headers.inspect(resolve(recipe.model.source))
+    origin = open_model(recipe.model, hub, token)
+    shape = headers.inspect(origin)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     if steps:
@@ -99,14 +144,15 @@ def check(recipe: Recipe) -> Estimate:
     becoming = shape
     for method, params in steps:
         _check_shapes(method, params, becoming)
-        params.check_sources(shape.folder)
+        if shape.here:  # else the worker does, once the model is
+            params.check_sources(shape.folder)
         config, tensors = params.reshaped(becoming.config, becoming.tensors)
         becoming = replace(becoming, config=config, tensors=tensors)
     text = calibration_file(recipe.calibration)
     for _, params in steps:
         if isinstance(params, Calibrated):
             check_text(text, shape.folder, params.sequence_length)
-    estimate = _estimate(recipe, shape, steps)
+    estimate = _with_download(_estimate(recipe, shape, steps), recipe.model, origin, hub)
     if not estimate.fits:
         raise TooBig(
             f"The run needs {estimate.total / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} are free. "
@@ -115,13 +161,30 @@ def check(recipe: Recipe) -> Estimate:
     return estimate
 
 
-def estimate(recipe: Recipe) -> Estimate:
+def estimate(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
     """The estimate alone, also for what does not fit.
 
     Raises:
         InputError: the recipe or its model cannot be read.
     """
-    return _estimate(recipe, headers.inspect(resolve(recipe.model.source)), methods.check(recipe))
+    origin = open_model(recipe.model, hub, token)
+    found = _estimate(recipe, headers.inspect(origin), methods.check(recipe))
+    return _with_download(found, recipe.model, origin, hub)
+
+
+def _with_download(estimate: Estimate, model: Model, origin: Origin, hub: Hub | None) -> Estimate:
+    """With what has to be downloaded first, where the disk has room for it.
+
+    Raises:
+        TooBig: it has not.
+    """
+    needed = 0 if hub is None else hub.missing(model, origin)
+    if hub is not None and needed and needed > (free := hub.here.free()):
+        raise TooBig(
+            f"{origin.name} needs {needed / 2**30:.2f} GiB on the disk, {max(0, free) / 2**30:.2f} are free. "
+            "Delete old runs, or choose another folder with MAQUETTE_HOME."
+        )
+    return replace(estimate, download=needed)
 
 
 def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
@@ -212,7 +275,7 @@ def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) 
             tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
             activations = max(activations, 16 * shape.parameters)
             work += 8.0 * steps_to_train * tokens * shape.parameters
-        notes += [f"{method.title}: {note}" for note in params.notes(shape.folder, device)]
+        notes += [f"{method.title}: {note}" for note in (params.notes(shape.folder, device) if shape.here else ())]
     kv_cache = 0
     if set(recipe.measure) - {"size"}:
         grid = next((found for _, params in steps if (found := params.cache_grid())), shape.cache_grid)

@@ -38,9 +38,9 @@ class Clock:
             self.began = now
 
 
-def probe(recipe: Recipe, device: str, emit: Emit) -> None:
-    """Apply the recipe's steps to a model of its first block alone; emits `estimate`, seconds for all blocks."""
-    model = models.stream(preflight.resolve(recipe.model.source), recipe.model.dtype, device)
+def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
+    """Apply the recipe's steps to the first block of the model in `source`; emits `estimate`, seconds for all."""
+    model = models.stream(source, recipe.model.dtype, device)
     count = len(blocks(model.network)[1])
     keep_first_block(model)
     seconds = 0.0

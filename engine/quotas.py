@@ -8,7 +8,6 @@ runs that have ended are deleted when their time is over; what was measured stay
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +16,14 @@ from pathlib import Path
 
 from engine import headers, preflight
 from engine.errors import BadModel, TooBig, short
+from engine.hub import Hub
 from engine.methods import Selection, field_kind, get
 from engine.modes import GIB, Limits
 from engine.records import Recipe, Run
+from engine.sources import Repo, classify, is_path
 from engine.store import Store
 
 BUNDLED = frozenset({"demo", ""})
-REPO = re.compile(r"(?!\.)[\w.-]{1,96}/(?!\.)[\w.-]{1,96}")
 LOOK_EVERY = 1.0  # seconds between looks at the disk
 EXPIRE_EVERY = 60.0
 ALL = 1_000_000  # runs
@@ -41,13 +41,15 @@ class Breach:
 class Quotas:
     """The limits of one data folder's visitors. `free` says how many bytes its disk has left."""
 
-    def __init__(self, home: Path, store: Store, limits: Limits, free: Callable[[], int] | None = None) -> None:
-        self._home, self._store, self._limits = home, store, limits
+    def __init__(
+        self, home: Path, store: Store, limits: Limits, hub: Hub | None = None, free: Callable[[], int] | None = None
+    ) -> None:
+        self._home, self._store, self._limits, self._hub = home, store, limits, hub
         self._free = free or (lambda: shutil.disk_usage(home).free)
         self._began: dict[tuple[str, int], float] = {}  # monotonic: a clock that jumps ends no run
         self._next_look = self._next_expiry = 0.0
 
-    def check(self, recipe: Recipe, owner: str, resumed: str | None = None) -> None:
+    def check(self, recipe: Recipe, owner: str, token: str = "", resumed: str | None = None) -> None:
         """Refuse what is too much for this visitor, before any work. `resumed`: a run whose files it goes on with.
 
         Raises:
@@ -58,7 +60,7 @@ class Quotas:
         check_sources(recipe, limits)
         if limits.parameters is None and limits.model_bytes is None and limits.disk is None and not limits.floor:
             return
-        parameters, size = model_size(recipe)
+        parameters, size = model_size(recipe, self._hub, token)
         if limits.parameters is not None and parameters > limits.parameters:
             raise TooBig(
                 f"The model has {parameters / 1e9:.2f} billion parameters; this server takes up to "
@@ -156,24 +158,28 @@ def check_sources(recipe: Recipe, limits: Limits) -> None:
     source = recipe.model.source
     if source in BUNDLED:
         return
-    if not REPO.fullmatch(source):
+    if is_path(recipe.model):
         raise BadModel(
             f"{short(source)!r} cannot be used on a shared server: name demo, or a model of the hub as owner/name."
         )
+    found = classify(recipe.model, folders=False)
     allowed = limits.organisations
-    if allowed is not None and source.split("/")[0].lower() not in {name.lower() for name in allowed}:
-        raise BadModel(
-            f"Models of {short(source.split('/')[0])!r} are not offered here, those of {', '.join(allowed)} are."
-        )
+    if isinstance(found, Repo) and allowed is not None and _owner(found) not in {name.lower() for name in allowed}:
+        raise BadModel(f"Models of {short(_owner(found))!r} are not offered here, those of {', '.join(allowed)} are.")
 
 
-def model_size(recipe: Recipe) -> tuple[int, int]:
+def _owner(repo: Repo) -> str:
+    """Whose a repo is; the hub's oldest models have no owner in their names."""
+    return repo.name.rpartition("/")[0].lower() or repo.name.lower()
+
+
+def model_size(recipe: Recipe, hub: Hub | None = None, token: str = "") -> tuple[int, int]:
     """Parameters of a recipe's model, and the most bytes that a run of it leaves on disk, by its headers.
 
     Raises:
-        BadModel: it cannot be read.
+        MaquetteError: it cannot be read.
     """
-    shape = headers.inspect(preflight.resolve(recipe.model.source))
+    shape = headers.inspect(preflight.open_model(recipe.model, hub, token))
     return shape.parameters, shape.parameters * preflight.WIDTHS[recipe.model.dtype]
 
 

@@ -68,9 +68,7 @@ def dump_recipe(recipe: Recipe) -> str:
         recipe.model_dump_json().isprintable()
     )  # PyYAML leaves some unprintable characters bare, and misreads them
     body: dict[str, object] = {
-        "model": recipe.model.source
-        if recipe.model.dtype == Model.model_fields["dtype"].default
-        else recipe.model.model_dump(mode="json"),
+        "model": _short_model(recipe.model),
         "steps": [_short_step(step) for step in recipe.steps],
         "measure": list(recipe.measure),
         "seed": recipe.seed,
@@ -112,6 +110,15 @@ RESULTS = {
     "top1_agreement": "divergence",
     "flips": "divergence",
 }
+
+
+def _short_model(model: Model) -> object:
+    """One text where it says everything, else a mapping of what is not the default."""
+    text = f"{model.source}@{model.revision}" if model.revision else model.source
+    if Model.model_validate(text) == model:
+        return text
+    body = model.model_dump(mode="json")
+    return {key: value for key, value in body.items() if value or key == "source"}
 
 
 def _short_step(step: Step) -> object:

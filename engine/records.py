@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+AT_REVISION = re.compile(r"([\w.-]+(?:/[\w.-]+)?)@([\w.+/-]+)", re.ASCII)  # a repo with its revision
 Device = Literal["auto", "cpu", "cuda"]
 
 USUAL_MEASURES = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")
@@ -25,15 +26,31 @@ class Record(BaseModel):
 
 
 class Model(Record):
-    """A causal language model: the bundled demo (`demo`) or a local folder, and the dtype it is loaded in."""
+    """A causal language model and the dtype it is loaded in: the bundled `demo`, a folder, or a repo of the hub.
 
-    source: str = Field("demo", min_length=1, max_length=4096, description="`demo` or a folder.")
+    `owner/name@revision` is short for a repo at a revision; which of the three a text is, `engine.sources` says.
+    """
+
+    source: str = Field(
+        "demo", min_length=1, max_length=4096, description="`demo`, owner/name of the hub, or a folder."
+    )
+    revision: str = Field("", max_length=255, description="Branch, tag or commit of a repo; empty: main.")
     dtype: Literal["bfloat16", "float32", "float16"] = Field("bfloat16", description="Dtype of the weights.")
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: object) -> object:
-        return {"source": value} if isinstance(value, str) else value
+        body = {"source": value} if isinstance(value, str) else value
+        if isinstance(body, dict) and isinstance(text := body.get("source"), str) and not body.get("revision"):
+            found = AT_REVISION.fullmatch(text.strip())
+            return {**body, "source": found[1], "revision": found[2]} if found else body
+        return body
+
+    @property
+    def label(self) -> str:
+        """As people write it: with the revision where it has one, of a commit the first digits."""
+        shown = self.revision[:7] if re.fullmatch("[0-9a-f]{40}", self.revision) else self.revision
+        return f"{self.source}@{shown}" if shown else self.source
 
 
 class Step(Record):
@@ -125,7 +142,8 @@ class Event(Record):
     """One thing a worker said. `data` by kind:
 
     estimate {"memory" (B), "seconds"; "probed" once one block was measured} · phase {"name"} ·
-    progress {"done", "total", "unit"} · sample {"series", "value", "unit"} · log {"text"} ·
+    progress {"done", "total", "unit"; "eta" (s) where the worker knows better} ·
+    sample {"series", "value", "unit"} · log {"text"} ·
     linear {"name", "bits", "error", ...}, as `quantize._place` makes it ·
     budget {"points", "uniform", "chosen"} as `quantize.mixed` makes it ·
     measurement (a Measurement) · output (an Output) · artifact {"path"} · finished {"status", "reason"}

@@ -26,12 +26,15 @@ from pydantic import JsonValue
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, TooMany, UnknownName
+from engine.hub import Hub
 from engine.modes import Limits
 from engine.quotas import Quotas, check_sources
 from engine.rates import Rates
-from engine.records import Recipe, Run, Status
+from engine.records import Model, Recipe, Run, Status
+from engine.repos import check_token
 from engine.runners import Runner, Worker
 from engine.runners.local import LocalRunner
+from engine.sources import Repo, classify
 from engine.store import Store
 from engine.streams import Streams
 from engine.supervision import Watch, conclude
@@ -47,25 +50,24 @@ class Scheduler:
     """Runs the runs of one data folder; `store` holds them.
 
     limits: what one visitor may take. memory_budget: bytes that a run and its children may hold; None means a share of
-    what is free when it starts.
+    what is free when it starts. hub: where models are searched and downloaded; by default the public one, with the
+    cache of the data folder.
 
     Raises:
         StoreError: the folder cannot be used, or another scheduler uses it.
     """
 
     def __init__(
-        self,
-        home: Path,
-        *,
-        runner: Runner | None = None,
-        limits: Limits | None = None,
-        memory_budget: int | None = None,
-    ) -> None:
+        self, home: Path, *, runner: Runner | None = None, limits: Limits | None = None,
+        memory_budget: int | None = None, hub: Hub | None = None,
+    ) -> None:  # fmt: skip
         self.home = home.absolute()
+        self.hub = hub or Hub(self.home / "cache" / "hub")
+        self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
         self.store = Store(self.home / "maquette.db")
         self._runner = runner or LocalRunner()
         self.limits = limits or Limits()
-        self._quotas, self._rates = Quotas(self.home, self.store, self.limits), Rates()
+        self._quotas, self._rates = Quotas(self.home, self.store, self.limits, self.hub), Rates()
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
         self._overdrawn: set[str] = set()  # running runs whose files go with them
@@ -109,19 +111,26 @@ class Scheduler:
 
     # What the page and the command line call
 
-    def submit(self, recipe: Recipe, owner: str = "") -> Run:
-        """Check a recipe and queue a run of it.
+    def submit(self, recipe: Recipe, owner: str = "", token: str = "") -> Run:
+        """Check a recipe and queue a run of it; a model of the hub is pinned to a commit.
+
+        token: for a gated or private model; kept in memory until the run starts, and told to its worker alone.
 
         Raises:
             InputError: the recipe cannot work, or is too much for this owner; one helpful line.
+            HubError: the hub does not answer.
         """
         check_sources(recipe, self.limits)
-        preflight.check(recipe)
-        self._quotas.check(recipe, owner)
+        pinned = recipe.model_copy(update={"model": preflight.pin(recipe.model, self.hub, token)})
+        preflight.check(pinned, self.hub, token)
+        self._quotas.check(pinned, owner, token)
         with self._guard:
             self._check_queue(owner)
             self._rates.require("start", owner, self.limits.starts)
-            run = self.store.add_run(recipe, owner)
+            if isinstance(classify(pinned.model), Repo):
+                self.hub.remember(recipe.model, pinned.model)
+            run = self.store.add_run(pinned, owner)
+            self._keep_token(run, token)
         self._wake.set()
         return run
 
@@ -138,24 +147,29 @@ class Scheduler:
                 watch.cancel()
             elif run.status is Status.QUEUED:
                 self.store.say(run, "finished", {"status": str(Status.CANCELLED), "reason": "Cancelled."})
+                self._tokens.pop(run_id, None)
                 self._discard(self.home / "runs" / run_id)
         self._wake.set()
 
-    def resume(self, run_id: str, owner: str | None = "") -> Run:
+    def resume(self, run_id: str, owner: str | None = "", token: str = "") -> Run:
         """Queue an interrupted or failed run again; blocks that were finished are not computed again.
 
         Raises:
             UnknownName: there is no such run of that owner.
-            InputError: it did not end that way, or the owner has too many runs waiting.
+            InputError: it did not end that way, its model needs a token, or the owner has too many runs waiting.
         """
+        run = self._own(run_id, owner)
+        if run.status in (Status.INTERRUPTED, Status.FAILED):
+            preflight.open_model(run.recipe.model, self.hub, token)  # before the guard: the hub may be asked
         with self._guard:
             run = self._own(run_id, owner)
             if run.status not in (Status.INTERRUPTED, Status.FAILED) or self._watch_of(run_id) is not None:
                 raise InputError(f"Run {run_id} is {run.status}; only an interrupted or failed run can be resumed.")
             self._check_queue(run.owner)
-            self._quotas.check(run.recipe, run.owner, resumed=run.id)
+            self._quotas.check(run.recipe, run.owner, token, resumed=run.id)
             self._rates.require("start", run.owner, self.limits.starts)
             run = self.store.requeue(run_id)
+            self._keep_token(run, token)
         self._wake.set()
         return run
 
@@ -201,7 +215,9 @@ class Scheduler:
         self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
         same_text: bool = False, stop: threading.Event | None = None,
     ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
-        """What the models of up to four sources (`demo`, a folder, a run id) write after a prompt; see `Streams.write`.
+        """What the models of up to four sources write after a prompt; see `Streams.write`.
+
+        A source is `demo`, a folder, the name of a downloaded model of the hub, or a run's id.
 
         Raises:
             InputError: a source is no model.
@@ -260,9 +276,13 @@ class Scheduler:
         try:
             request = prepare(
                 self.home, run.id, run.attempt,
-                {"kind": "run", "run": run.id, "attempt": run.attempt, "recipe": run.recipe.model_dump(mode="json")},
+                {
+                    "kind": "run", "run": run.id, "attempt": run.attempt, "recipe": run.recipe.model_dump(mode="json"),
+                    "hub": {"endpoint": self.hub.endpoint, "offline": self.hub.offline},
+                    "secret": run.id in self._tokens,
+                },
             )  # fmt: skip
-            worker = self._runner.start(request, device)
+            worker = self._runner.start(request, device, self._tokens.pop(run.id, ""))
         except OSError as error:
             reason = f"The worker could not be started: {error.strerror or error}."
             self.store.say(run, "finished", {"status": str(Status.FAILED), "reason": reason})
@@ -297,6 +317,7 @@ class Scheduler:
         self._overdrawn.discard(run.id)
         if run.status is Status.CANCELLED or overdrawn:
             self._discard(self.home / "runs" / run.id)
+            self._discard_download(run)
         elif run.status is Status.SUCCEEDED:
             self._discard(attempt_folder(self.home, run.id, run.attempt) / "blocks")
 
@@ -306,6 +327,18 @@ class Scheduler:
         trash.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             folder.rename(trash / uuid.uuid4().hex)
+
+    def _discard_download(self, run: Run) -> None:
+        """Give back what a cancelled run had begun to download, unless another run wants it."""
+        others = [each for each in self.store.unfinished() if each.recipe.model.source == run.recipe.model.source]
+        with suppress(InputError):
+            found = classify(run.recipe.model, folders=False)
+            if isinstance(found, Repo) and not others:
+                self.hub.here.discard(found)
+
+    def _keep_token(self, run: Run, token: str) -> None:
+        if token and isinstance(found := classify(run.recipe.model), Repo) and self.hub.here.find(found) is None:
+            self._tokens[run.id] = check_token(token)
 
     def _empty_trash(self) -> None:
         trash = self.home / "trash"
@@ -336,7 +369,7 @@ class Scheduler:
                 if artifact is None:
                     raise BadModel(f"Run {source} has no model yet.")
                 return Path(artifact)
-        return preflight.resolve(source)
+        return preflight.locate(Model.model_validate(source), self.hub)
 
 
 def _device(recipe: Recipe) -> str:

@@ -31,6 +31,7 @@ class Progress:
     total: float = 0
     unit: str = ""
     began: float = 0.0
+    eta: float | None = None  # seconds, where the worker knows better than the pace so far
 
     def follow(self, event: Event, now: float) -> None:
         """Take in a phase or progress event."""
@@ -38,16 +39,19 @@ class Progress:
         if event.kind == "phase":
             self.phase, self.began = str(data.get("name", "")), now
             self.done = self.total = 0
-            self.unit = ""
+            self.unit, self.eta = "", None
         elif event.kind == "progress":
             done, total = data.get("done"), data.get("total")
             if isinstance(done, int | float) and isinstance(total, int | float):
                 self.done, self.total, self.unit = done, total, str(data.get("unit", ""))
+                self.eta = eta if isinstance(eta := data.get("eta"), int | float) else None
 
     def as_json(self, now: float) -> dict[str, JsonValue]:
         """With `eta`, the seconds that are left of the phase at the pace so far, or None."""
         pace = (now - self.began) / self.done if self.done > 0 else None
-        eta = None if pace is None else max(0.0, (self.total - self.done) * pace)
+        eta = self.eta
+        if eta is None and pace is not None:
+            eta = max(0.0, (self.total - self.done) * pace)
         return {"phase": self.phase, "done": self.done, "total": self.total, "unit": self.unit, "eta": eta}
 
 

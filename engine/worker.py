@@ -1,7 +1,8 @@
 """`python -m engine.worker REQUEST.json`: one request, one process.
 
-    {"kind": "run", "run": id, "attempt": n, "folder": attempt folder, "recipe": {...}}
-        Runs the pipeline. Events go to events.jsonl in the folder, the last one is `finished`.
+    {"kind": "run", "run": id, "attempt": n, "folder": attempt folder, "recipe": {...}, "hub": {...}, "secret": bool}
+        Downloads the model where it is not here, then runs the pipeline. Events go to events.jsonl in the folder, the
+        last one is `finished`. Where a `secret` is announced it is the first line of stdin: the token for the hub.
     {"kind": "probe" | "verify" | "measure", ...}
         A child of a run, or of the command line: the work is in a process of its own so that it starts fresh.
         Events go to stdout, a line `{"kind", "data"}` each; the last one is `finished`.
@@ -32,8 +33,8 @@ from typing import TextIO
 
 from pydantic import JsonValue
 
-from engine.attempts import EventWriter, is_cancelled, take_lock, write_pid
-from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, short
+from engine.attempts import EventWriter, cache_folder, is_cancelled, take_lock, write_pid
+from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, NeedsToken, RunError, short
 from engine.methods import Emit
 from engine.records import EventKind, Recipe, Status
 
@@ -84,16 +85,40 @@ def run_pipeline(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Call
     return pipeline.run(recipe, folder, emit, check_cancelled)
 
 
-def execute(request: Request, stop: Stop, pipeline: Pipeline = run_pipeline) -> Status:
+def bring_model(recipe: Recipe, request: Request, token: str, emit: Emit, check_cancelled: Callable[[], None]) -> None:
+    """Download the recipe's model where it is one of the hub and not here.
+
+    Raises:
+        RunError: it cannot be had now; the run can be resumed.
+        InputError: it cannot be had at all.
+    """
+    from engine.fetch import fetch
+    from engine.hub import Hub
+    from engine.sources import Repo, classify
+
+    asked = request.get("hub")
+    if not isinstance(asked, dict) or not isinstance(classify(recipe.model), Repo):
+        return
+    folder = cache_folder(Path(str(request["folder"]))) / "hub"
+    hub = Hub(folder, endpoint=str(asked["endpoint"]), offline=asked["offline"] is True)
+    try:
+        fetch(recipe.model, hub, token, emit, check_cancelled)
+    except NeedsToken as error:  # it may have been forgotten: with one the run can go on
+        raise RunError(f"{error} Resume the run with it.") from None
+
+
+def execute(request: Request, stop: Stop, pipeline: Pipeline = run_pipeline, token: str = "") -> Status:
     """Run one attempt to its `finished` event."""
     folder = Path(str(request["folder"]))
     writer = EventWriter(folder, str(request["run"]), int(str(request["attempt"])))
+
+    def work() -> None:
+        recipe = Recipe.model_validate(request["recipe"])
+        bring_model(recipe, request, token, writer.emit, stop.check)
+        pipeline(recipe, folder, writer.emit, stop.check)
+
     try:
-        return _finish(
-            writer.emit,
-            lambda: pipeline(Recipe.model_validate(request["recipe"]), folder, writer.emit, stop.check),
-            stop,
-        )
+        return _finish(writer.emit, work, stop)
     finally:
         writer.close()
 
@@ -150,7 +175,8 @@ def _child(request: Request, replies: TextIO) -> Status:
         if request["kind"] == "train":
             ranks.work(request, emit)
         elif request["kind"] == "probe":
-            probe.probe(Recipe.model_validate(request["recipe"]), str(request["device"]), emit)
+            source = Path(str(request["source"]))
+            probe.probe(Recipe.model_validate(request["recipe"]), source, str(request["device"]), emit)
         elif request["kind"] == "verify":
             emit("log", {"text": verify.verify(request)})
         else:
@@ -213,9 +239,10 @@ def main(arguments: list[str] | None = None, pipeline: Pipeline = run_pipeline) 
         log.error("another worker lives in %s", folder)
         return 1
     os.set_inheritable(lock.fileno(), False)  # a child must not keep a dead worker's lock
+    token = sys.stdin.readline().strip() if request.get("secret") is True else ""
     with lock:
         write_pid(lock, os.getpid())
-        return int(execute(request, stop, pipeline) is not Status.SUCCEEDED)
+        return int(execute(request, stop, pipeline, token) is not Status.SUCCEEDED)
 
 
 if __name__ == "__main__":

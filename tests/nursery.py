@@ -108,7 +108,7 @@ class ForkRunner:
     def __init__(self, nursery: str, mutant: str | None) -> None:
         self._nursery, self._mutant = nursery, mutant
 
-    def start(self, request: Path, device: str) -> object:
+    def start(self, request: Path, device: str, secret: str = "") -> object:
         from engine.attempts import take_lock, write_pid
         from engine.runners.local import AdoptedWorker
 

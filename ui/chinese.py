@@ -195,7 +195,6 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "error.title": "操作未成功",
         "error.unforeseen": "我们这边出了问题。服务器日志中的编号为 {number}。",
         "error.no_visitor": "本页需要 cookie 或会话才能识别您的运行。请重新加载页面。",
-        "error.not_local": "共享服务器上只能使用内置的模型和文本：请将模型、校准文本和训练文本都设为 demo。",
         "error.stored_only": "{title} 只存有数字。它的实时运行会生成模型；也可以在“压缩”页启动。",
         "error.no_artifact": "运行 {run} 的模型已不在本机。请重新启动它的配方。",
         "error.empty_prompt": "提示词为空。请写几个词供模型续写。",

@@ -16,7 +16,7 @@ from ui import hosting, translated, views
 from ui.desk import Desk, read_stored
 from ui.edge import edge, tell, visitor
 from ui.journal import Journal
-from ui.pages import compare, compress, methods, runs
+from ui.pages import compare, compress, methods, models, runs
 from ui.theme import ASSETS
 from ui.translated import Page
 from ui.wiring import on
@@ -55,7 +55,7 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
             with gr.Tab(say("tab.compress"), id="compress") as compress_tab:
                 making = compress.build(desk, page)
             with gr.Tab(say("tab.runs"), id="runs") as runs_tab:
-                running = runs.build(desk, journal)
+                running = runs.build(desk, journal, making.token)
             with gr.Tab(say("tab.methods"), id="methods"):
                 methods.build()
         ticker = gr.Timer(2.0)
@@ -114,7 +114,7 @@ def _wire_load(
                 a, b = (desk.entry(key, owner).key for key in _two(query["compare"]))
             if "recipe" in query:
                 recipe = compress.recipe_from_link(desk, query["recipe"])
-                draft_update, shape_update, source = compress.as_draft(recipe), 1, recipe.model.source
+                draft_update, shape_update, source = compress.as_draft(recipe), 1, models.written(recipe.model)
                 tab = gr.Tabs(selected="compress")
         except Exception as error:
             tell(error)
@@ -143,8 +143,8 @@ def _wire_between(
     """What begins on one tab and shows on another: Start opens the run, Compare opens the comparison."""
 
     @edge
-    def start(draft: compress.Draft, original: bool, request: gr.Request) -> object:
-        run_id = compress.submit(desk, draft, original is True, request)
+    def start(draft: compress.Draft, original: bool, token: str, request: gr.Request) -> object:
+        run_id = compress.submit(desk, draft, original is True, request, token)
         return [gr.Tabs(selected="runs"), run_id, gr.update(active=True)]
 
     @edge
@@ -158,13 +158,13 @@ def _wire_between(
         return [gr.Tabs(selected="compare"), *pair, *compare.render(desk, owner, a, run.id, "", "same", cost, quality)]
 
     @edge
-    def look(draft: compress.Draft, request: gr.Request) -> object:
-        return [gr.Tabs(selected="runs"), compress.submit_look(desk, draft, request), gr.update(active=True)]
+    def look(draft: compress.Draft, token: str, request: gr.Request) -> object:
+        return [gr.Tabs(selected="runs"), compress.submit_look(desk, draft, request, token), gr.update(active=True)]
 
     opened: list[Block] = [tabs, running.picked, running.timer]
     for begun in (
-        on([making.start.click], start, [making.draft, making.original], opened),
-        on([making.look.click], look, [making.draft], opened),
+        on([making.start.click], start, [making.draft, making.original, making.token], opened),
+        on([making.look.click], look, [making.draft, making.token], opened),
     ):
         begun.then(running.tick, running.inputs, running.outputs, show_progress="hidden", api_visibility="private")
     chosen = [running.picked, comparing.cost, comparing.quality]

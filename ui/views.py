@@ -84,8 +84,11 @@ def progress_line(progress: Mapping[str, JsonValue]) -> Markup:
     phase = phase_name(str(progress.get("phase") or ""))
     text = phase
     if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
-        unit = str(progress.get("unit") or "")
-        text += f" · {done:.0f} / {total:.0f} {wording.known(f'progress.{unit}', unit)}".rstrip()
+        if progress.get("unit") == "B":
+            text += f" · {wording.size(done)} / {wording.size(total)}"
+        else:
+            unit = str(progress.get("unit") or "")
+            text += f" · {done:.0f} / {total:.0f} {wording.known(f'progress.{unit}', unit)}".rstrip()
     if isinstance(eta, int | float) and math.isfinite(eta):
         text += f" · {say('eta', span=wording.duration(max(1.0, eta)))}"
     bar = markup.progress(_number(done), _number(total), phase)

@@ -130,6 +130,8 @@ def quantity(value: float, unit: str, label: str = "") -> str:
     """A number of a record with its unit: bytes, seconds, fractions and plain numbers each in their way."""
     if unit in ("B", "byte", "bytes"):
         return size(value)
+    if unit == "B/s":
+        return f"{size(value)}/s"
     if unit in ("s", "second", "seconds"):
         return duration(value)
     if unit in ("fraction", "%") or label.split(".")[0] in FRACTIONS or label in FRACTIONS:

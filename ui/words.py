@@ -95,7 +95,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "series.latency.tpot": "Time per token",
         # compress
         "compress.title": "Make a smaller one", "compress.about": "Model, recipe, check, start.",
-        "compress.model": "Model", "compress.model.info": "demo, or the path of a model folder on this machine.",
+        "compress.model": "Model", "compress.model.info": "demo, a model of the hub as owner/name (with @revision: "
+        "a branch, tag or commit), or a folder of this machine: /… ./… ~/…",
         "compress.preset": "Recipe", "compress.steps": "Steps and their settings", "compress.add_what": "Another step",
         "compress.add": "Add step", "compress.yaml": "Paste a recipe", "compress.paste": "Recipe as YAML",
         "compress.read": "Use this recipe", "compress.original": "Measure the original too",
@@ -246,6 +247,19 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.no_team": "Runs can be shared on a team server only.",
         "error.no_cookie": "Your browser keeps no cookie of this page, so nothing can be started in your name. Allow "
         "its cookies, or open the page in a tab of its own.",
+        # models of the hub
+        "models.info.shared": "demo, or a model of the hub as owner/name (with @revision: a branch, tag or commit).",
+        "models.find": "Find a model on the hub", "models.search": "Search the hub",
+        "models.search.hint": "Part of a name, such as qwen 0.5b", "models.searching": "Searching …",
+        "models.hits": "Found", "models.none": "No text model with safetensors has {text} in its name.",
+        "models.recents": "Used before", "models.downloads": "{count} downloads", "models.gated": "gated",
+        "models.token": "Token for a gated or private model",
+        "models.token.info": "Stays in this page and in the memory of the run that needs it; it is never written to "
+        "disk. A read-only token of your account is enough.",
+        "models.asking": "Asking the hub …", "models.architecture": "Architecture",
+        "models.parameters": "Parameters", "models.size": "Weights", "models.download": "To download",
+        "models.revision": "Commit", "models.licence": "Licence", "models.licence.unknown": "not stated",
+        "phase.downloading": "Downloading the model", "series.download.speed": "Download speed",
     }
 )
 # fmt: on

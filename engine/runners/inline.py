@@ -17,8 +17,8 @@ class InlineRunner:
     def __init__(self, pipeline: Pipeline = run_pipeline) -> None:
         self._pipeline = pipeline
 
-    def start(self, request: Path, device: str) -> InlineWorker:
-        return InlineWorker(request, self._pipeline)
+    def start(self, request: Path, device: str, secret: str = "") -> InlineWorker:
+        return InlineWorker(request, self._pipeline, secret)
 
     def adopt(self, folder: Path) -> None:
         """A thread does not outlive its process."""
@@ -27,10 +27,10 @@ class InlineRunner:
 class InlineWorker:
     """One request on a thread of its own. `device` is the recipe's: an environment is not changed in this process."""
 
-    def __init__(self, request: Path, pipeline: Pipeline) -> None:
+    def __init__(self, request: Path, pipeline: Pipeline, secret: str = "") -> None:
         self._stop = Stop(request.parent)
         body = json.loads(request.read_text())
-        self._thread = threading.Thread(target=execute, args=(body, self._stop, pipeline), daemon=True)
+        self._thread = threading.Thread(target=execute, args=(body, self._stop, pipeline, secret), daemon=True)
         self._thread.start()
 
     def alive(self) -> bool:

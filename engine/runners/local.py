@@ -53,7 +53,7 @@ class LocalRunner:
         self._command = command
         self._threads = threads or hardware.worker_threads()
 
-    def start(self, request: Path, device: str) -> LocalWorker:
+    def start(self, request: Path, device: str, secret: str = "") -> LocalWorker:
         folder = request.parent
         lock = take_lock(folder)
         assert lock is not None, f"a worker lives in the new folder {folder}"
@@ -61,10 +61,13 @@ class LocalRunner:
         with lock, open(folder / "worker.log", "ab") as output:
             process = subprocess.Popen(
                 [*self._command, str(request), "--lock", str(lock.fileno())],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder, start_new_session=True,
-                env=environment(device, self._threads), pass_fds=[lock.fileno()],
+                stdin=subprocess.PIPE if secret else subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder,
+                start_new_session=True, env=environment(device, self._threads), pass_fds=[lock.fileno()],
             )  # fmt: skip
             write_pid(lock, process.pid)
+        if process.stdin is not None:
+            with suppress(BrokenPipeError), process.stdin as stdin:  # a dead worker is noticed anyhow
+                stdin.write(f"{secret}\n".encode())
         return LocalWorker(process)
 
     def adopt(self, folder: Path) -> AdoptedWorker | None:

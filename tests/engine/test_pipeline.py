@@ -145,7 +145,8 @@ def test_a_probe_works_on_the_first_block_alone(
     monkeypatch.setattr(probe.time, "monotonic", lambda: float(next(ticks)))
     placed: list[str] = []
     monkeypatch.setattr(rtn, "place", lambda model, linear, *rest: placed.append(linear.name))
-    probe.probe(recipe(tiny_folder(), {"quantize/rtn": {"group_size": 32}}), "cpu", recorder)
+    folder = tiny_folder()
+    probe.probe(recipe(folder, {"quantize/rtn": {"group_size": 32}}), folder, "cpu", recorder)
     assert {name.split(".")[2] for name in placed} == {"0"}
     assert len(placed) == 7
     ((kind, data),) = recorder.said  # made at 0, started at 5, blocks from 10, one until 15, the end at 20

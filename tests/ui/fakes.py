@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from engine import methods
 from engine.errors import InputError, UnknownName
+from engine.hub import Hub
 from engine.modes import Limits
 from engine.records import Event, EventKind, Measurement, Output, Recipe, Run, Status, Step, Token
 from engine.store import Store
@@ -86,11 +87,12 @@ class FakeScheduler:
         self.home = home
         self.store = Store(home / "maquette.db")
         self.limits = Limits(folders=False)
+        self.hub = Hub(home / "cache" / "hub", offline=True)
         self.closed_streams = 0
         self.asked: list[tuple[list[str], str, bool]] = []
         self.pause = 0.0
 
-    def submit(self, recipe: Recipe, owner: str = "") -> Run:
+    def submit(self, recipe: Recipe, owner: str = "", token: str = "") -> Run:
         methods.check(recipe)
         if sum(run.status is Status.QUEUED for run in self.store.runs(owner)) >= 3:
             raise InputError("3 of your runs are waiting already.")
@@ -100,7 +102,7 @@ class FakeScheduler:
         run = self._own(run_id, owner)
         self.store.say(run, "finished", {"status": "cancelled", "reason": "Cancelled."})
 
-    def resume(self, run_id: str, owner: str | None = "") -> Run:
+    def resume(self, run_id: str, owner: str | None = "", token: str = "") -> Run:
         self._own(run_id, owner)
         return self.store.requeue(run_id)
 

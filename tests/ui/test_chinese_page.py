@@ -13,6 +13,7 @@ import pytest
 from pydantic import JsonValue
 
 from engine.errors import UnknownName
+from engine.modes import Mode
 from engine.scheduler import Scheduler
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, stored

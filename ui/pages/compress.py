@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import gradio as gr
@@ -25,6 +25,7 @@ from ui import form, hosting, markup, sensitivity
 from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
 from ui.messages import translate
+from ui.pages import models
 from ui.wiring import on
 from ui.wording import say
 
@@ -54,6 +55,7 @@ class CompressPage:
     draft: gr.State
     shape: gr.State
     source: gr.Textbox
+    token: gr.Textbox
     preset: gr.Radio
     start: gr.Button
     original: gr.Checkbox
@@ -68,10 +70,8 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
     gr.HTML(markup.heading(say("compress.title"), say("compress.about")))
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            source = gr.Textbox(
-                "demo", label=say("compress.model"), info=say("compress.model.info"), max_lines=1, max_length=4096,
-                interactive=desk.local, elem_id="mq-model",
-            )  # fmt: skip
+            picker = models.build(desk, page)
+            source, token = picker.source, picker.token
             names = [(say(f"preset.{name}"), name) for name in PRESETS]
             preset = gr.Radio(names, value="gptq4", label=say("compress.preset"), elem_id="mq-preset")
             with gr.Accordion(say("sensitivity.title"), open=False, elem_id="mq-sensitivity"):
@@ -113,22 +113,32 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
     def paste(text: str, shape: int) -> object:
         recipe = load_recipe(text)
         desk.check_sources(recipe)
-        return [as_draft(recipe), shape + 1, recipe.model.source]
+        return [as_draft(recipe), shape + 1, models.written(recipe.model)]
 
     @edge
     def model(source: str, draft: Draft) -> object:
-        return {**draft, "model": {**_object(draft.get("model")), "source": str(source).strip() or "demo"}}
+        text = str(source).strip() or "demo"
+        return {**draft, "model": {**_object(draft.get("model")), "source": text, "revision": ""}}
 
     @edge
-    def follow(draft: Draft, request: gr.Request) -> object:
-        return [judge(desk, draft), describe(draft), bearing(desk, draft, request)]
+    def follow(draft: Draft, token: str, request: gr.Request) -> Iterator[object]:
+        beside = [describe(draft), bearing(desk, draft, request)]
+        if asks_hub(desk, draft):
+            yield [markup.notice(say("models.asking")), *beside]
+        yield [judge(desk, draft, token), *beside]
 
     on([preset.input], choose, [preset, draft, shape], [draft, shape])
     on([add.click], append, [method, draft, shape], [draft, shape])
     on([read.click], paste, [text, shape], [draft, shape, source])
     on([source.change], model, [source, draft], [draft])
-    on([draft.change, page.load], follow, [draft], [meter, written, blocks])
-    return CompressPage(draft, shape, source, preset, start, original, look, blocks)
+    on(
+        [draft.change, page.load, token.blur],
+        follow,
+        [draft, token],
+        [meter, written, blocks],
+        trigger_mode="always_last",
+    )
+    return CompressPage(draft, shape, source, token, preset, start, original, look, blocks)
 
 
 def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
@@ -207,16 +217,25 @@ def as_recipe(draft: Draft) -> Recipe:
     return Recipe.model_validate_json(json.dumps(draft))
 
 
-def judge(desk: Desk, draft: Draft) -> Markup:
-    """The fit meter, or in one line why the recipe cannot work. Reads headers only."""
+def asks_hub(desk: Desk, draft: Draft) -> bool:
+    """Whether the hub has to be asked about a draft's model."""
     try:
-        recipe = as_recipe(draft)
+        return models.is_remote(desk, as_recipe(draft).model)
+    except (MaquetteError, ValidationError):  # `judge` says what is wrong with it
+        return False
+
+
+def judge(desk: Desk, draft: Draft, token: str = "") -> Markup:
+    """What is known of the model and the fit meter, or in one line why the recipe cannot work. Reads headers only."""
+    try:
+        recipe, hub = as_recipe(draft), desk.scheduler.hub
         check(recipe)
         desk.check_sources(recipe)
-        estimate = preflight.estimate(recipe)
-        meter = markup.fit_meter(estimate)
+        token = models.clean(token)
+        estimate = preflight.estimate(recipe, hub, token)
+        meter = markup.join((models.facts(desk, recipe.model, token), markup.fit_meter(estimate)))
         if estimate.fits:
-            preflight.check(recipe)
+            preflight.check(recipe, hub, token)
         return meter
     except Exception as error:
         return markup.notice(line(error), "bad")
@@ -239,7 +258,7 @@ def describe(draft: Draft) -> Markup:
     )
 
 
-def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request) -> str:
+def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request, token: str = "") -> str:
     """Queue the recipe, before it its original where that was never measured here; returns the run's id.
 
     Raises:
@@ -248,21 +267,25 @@ def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request) -> str
     owner = desk.enter(request, "start")
     recipe = as_recipe(draft)
     desk.check_sources(recipe)
+    token = models.clean(token)
+    recipe = recipe.model_copy(update={"model": preflight.pin(recipe.model, desk.scheduler.hub, token)})
     if original and recipe.steps and not _has_original(desk, recipe, owner):
         bare = recipe.model_copy(update={"steps": ()})
-        desk.scheduler.submit(bare, owner)
-    return desk.scheduler.submit(recipe, owner).id
+        desk.scheduler.submit(bare, owner, token)
+    return desk.scheduler.submit(recipe, owner, token).id
 
 
 def bearing(desk: Desk, draft: Draft, request: gr.Request) -> Markup:
     """What each block of the draft's model can bear, where that was measured."""
     try:
-        return sensitivity.table(sensitivity.newest(desk.entries(visitor(request)), as_recipe(draft).model))
+        return sensitivity.table(
+            sensitivity.newest(desk.entries(visitor(request)), models.known(desk, as_recipe(draft).model))
+        )
     except Exception as error:
         return markup.notice(line(error), "bad")
 
 
-def submit_look(desk: Desk, draft: Draft, request: gr.Request) -> str:
+def submit_look(desk: Desk, draft: Draft, request: gr.Request, token: str = "") -> str:
     """Queue the measuring of each block of the draft's model; returns the run's id.
 
     Raises:
@@ -271,7 +294,7 @@ def submit_look(desk: Desk, draft: Draft, request: gr.Request) -> str:
     recipe = as_recipe(draft)
     asked = sensitivity.recipe(recipe.model, recipe.calibration)
     desk.check_sources(asked)
-    return desk.scheduler.submit(asked, desk.enter(request, "start")).id
+    return desk.scheduler.submit(asked, desk.enter(request, "start"), models.clean(token)).id
 
 
 def recipe_from_link(desk: Desk, text: str) -> Recipe:

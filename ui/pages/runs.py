@@ -20,7 +20,7 @@ from ui import hosting, markup, views
 from ui.desk import Desk
 from ui.edge import edge, visitor
 from ui.journal import Journal
-from ui.pages import scaling
+from ui.pages import models, scaling
 from ui.wiring import on
 from ui.wording import say
 
@@ -48,8 +48,8 @@ class RunsPage:
     journal: Journal
 
 
-def build(desk: Desk, journal: Journal) -> RunsPage:
-    """Lay the tab out and wire it."""
+def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
+    """Lay the tab out and wire it. `token`: where the visitor may have left the hub's, for a run that is resumed."""
     picked, last = gr.State(""), gr.State(("", "", ""))
     with gr.Row(equal_height=True):
         with gr.Column(min_width=280):
@@ -93,10 +93,13 @@ def build(desk: Desk, journal: Journal) -> RunsPage:
 
     def act(name: str) -> Callable[..., object]:
         @edge
-        def handler(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
+        def handler(run_id: str, needle: str, last: Shown, token: str, request: gr.Request) -> object:
             owner = desk.enter(request, "start") if name == "resume" else visitor(request)
             run = desk.own(run_id, owner)
-            getattr(desk.scheduler, name)(run.id, owner=run.owner)
+            if name == "resume":
+                desk.scheduler.resume(run.id, owner=run.owner, token=models.clean(token))
+            else:
+                getattr(desk.scheduler, name)(run.id, owner=run.owner)
             return [run.id if name != "delete" else "", *look(owner, run.id if name != "delete" else "", needle, last)]
 
         return handler
@@ -119,7 +122,7 @@ def build(desk: Desk, journal: Journal) -> RunsPage:
     on([timer.tick, needle.input], tick, inputs, outputs, queue=False)
     on([table.select], select, [needle, last], [picked, *outputs])
     for button, name in ((cancel, "cancel"), (resume, "resume"), (delete, "delete")):
-        on([button.click], act(name), inputs, [picked, *outputs])
+        on([button.click], act(name), [*inputs, token], [picked, *outputs])
     on([share.click], toggle, inputs, [picked, *outputs])
     on([picks.input], differ, [picks], [difference])
     return RunsPage(picked, timer, tick, inputs, outputs, compare, picks, journal)

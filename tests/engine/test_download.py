@@ -1,0 +1,259 @@
+"""The true download path against a hub on loopback: resumed, retried, watched, refused; what a token never touches."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.download import Patience
+from engine.errors import BadModel, Cancelled, HubError, MaquetteError, NeedsToken
+from engine.fetch import fetch
+from engine.hub import Hub
+from engine.preflight import DEMO
+from engine.records import Model, Recipe, Run, Status
+from engine.scheduler import Scheduler
+from tests import hub as loopback
+from tests.conftest import Recorder
+
+WEIGHTS = "model.safetensors"
+NAME = "org/tiny"
+SIZE = (DEMO / "model" / WEIGHTS).stat().st_size
+QUICK = Patience(window=0.6, floor=5000.0, tries=2, pause=0.05, longest=2.0)
+TOKEN = "hf_canary0123456789"
+
+
+@pytest.fixture
+def server() -> Iterator[loopback.Hub]:
+    with loopback.Hub() as hub:
+        hub.add(NAME, DEMO / "model")
+        yield hub
+
+
+@pytest.fixture
+def hub(server: loopback.Hub, tmp_path: Path) -> Hub:
+    return Hub(tmp_path / "cache", endpoint=server.url, offline=False)
+
+
+def get(hub: Hub, said: Recorder | None = None, token: str = "") -> Path:
+    return fetch(hub.pin(Model(source=NAME), token), hub, token, said or Recorder(), lambda: None, QUICK)
+
+
+def same(folder: Path) -> bool:
+    return (folder / WEIGHTS).read_bytes() == (DEMO / "model" / WEIGHTS).read_bytes()
+
+
+def ranges(server: loopback.Hub) -> list[str]:
+    return [each.headers.get("range", "") for each in server.asked("GET", WEIGHTS)]
+
+
+def partials(hub: Hub) -> list[Path]:
+    return list(hub.here.folder.rglob("*.incomplete"))
+
+
+def test_a_download_tells_its_progress_and_other_tools_read_it(hub: Hub, server: loopback.Hub) -> None:
+    said = Recorder()
+    folder = get(hub, said)
+    assert same(folder)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in (DEMO / "model").iterdir()}
+    assert said.said[0] == ("phase", {"name": "downloading"})
+    progress = [data for kind, data in said.said if kind == "progress"]
+    total = sum(file.stat().st_size for file in (DEMO / "model").iterdir())
+    assert (progress[-1]["done"], progress[-1]["total"], progress[-1]["unit"]) == (total, total, "B")
+    assert {"series", "value", "unit"} == set(next(data for kind, data in said.said if kind == "sample"))
+    from huggingface_hub import snapshot_download
+
+    found = snapshot_download(NAME, revision=folder.name, cache_dir=hub.here.folder, local_files_only=True)
+    assert Path(found).resolve() == folder.resolve()
+    assert hub.here.recents() == [NAME]
+
+
+def test_offline_with_a_warm_cache(hub: Hub, server: loopback.Hub) -> None:
+    asked = Model(source=NAME)
+    folder = get(hub)
+    hub.remember(asked, hub.pin(asked))
+    before = len(server.requests)
+    offline = Hub(hub.here.folder, endpoint=server.url, offline=True)
+    assert get(offline) == folder
+    assert offline.origin(asked).folder == folder
+    with pytest.raises(HubError, match=r"org/other is not on this machine.*offline"):
+        offline.origin(Model(source="org/other"))
+    assert len(server.requests) == before
+
+
+def test_a_connection_that_breaks_off_is_gone_on_with(hub: Hub, server: loopback.Hub) -> None:
+    server.fail(NAME, file=WEIGHTS, method="GET", truncate=3_000_000, times=1)
+    said = Recorder()
+    assert same(get(hub, said))
+    assert ranges(server) == ["", "bytes=3000000-"]
+    assert any("broke off at 3,000,000" in text for text in said.logs())
+
+
+def test_a_killed_download_leaves_what_it_has_for_the_next(hub: Hub, server: loopback.Hub) -> None:
+    server.fail(NAME, file=WEIGHTS, method="GET", rate=4_000_000)
+    killed: list[int] = []
+
+    def kill_when_under_way() -> None:
+        files = partials(hub)
+        if not killed and files and files[0].stat().st_size > 500_000:
+            killed.extend(each.pid for each in psutil.Process().children() if "engine.download" in each.cmdline())
+            psutil.Process(killed[0]).kill()
+
+    with pytest.raises(HubError, match="ended without a word"):
+        fetch(hub.pin(Model(source=NAME)), hub, "", Recorder(), kill_when_under_way, QUICK)
+    have = partials(hub)[0].stat().st_size
+    assert 500_000 < have < SIZE
+    server.mend()
+    assert same(get(hub))
+    assert ranges(server)[-1] == f"bytes={have}-"
+    assert partials(hub) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "failure"),
+    [(WEIGHTS, {"status": 503}), (WEIGHTS, {"status": 429, "retry_after": 0.1}), ("api", {"status": 500})],
+)
+def test_a_busy_hub_is_asked_again(hub: Hub, server: loopback.Hub, file: str, failure: dict[str, float]) -> None:
+    pinned, said = hub.pin(Model(source=NAME)), Recorder()
+    server.fail(NAME, file=file, times=1, **failure)  # type: ignore[arg-type]
+    assert same(fetch(pinned, hub, "", said, lambda: None, QUICK))
+    assert any(f"answers {failure['status']}" in text and "Going on in" in text for text in said.logs())
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "words"),
+    [
+        ({"status": 500}, HubError, "answers 500 for org/tiny"),
+        ({"status": 429, "retry_after": 3600}, HubError, "too many requests"),
+        ({"status": 403}, NeedsToken, "org/tiny is gated: accept its conditions"),
+        ({"status": 404}, BadModel, "has no file model.safetensors"),
+        ({"stall": 200_000}, HubError, r"The hub sent [\d,]+ bytes in 1 s"),
+        ({"rate": 10}, HubError, r"The hub sent [\d,]+ bytes in 1 s"),
+    ],
+)
+def test_a_hub_that_does_not_deliver(
+    hub: Hub, server: loopback.Hub, failure: dict[str, int], error: type[MaquetteError], words: str
+) -> None:
+    server.fail(NAME, file=WEIGHTS, method="GET", **failure)  # type: ignore[arg-type]
+    with pytest.raises(error, match=words):
+        get(hub)
+    assert hub.here.recents() == []
+    assert not [each for each in psutil.Process().children() if "engine.download" in each.cmdline()]
+
+
+def test_content_that_is_not_what_its_name_says_is_thrown_away(hub: Hub, server: loopback.Hub) -> None:
+    path = DEMO / "model" / WEIGHTS
+    server.repos[NAME].hashes[str(path), path.stat().st_mtime_ns] = "0" * 64
+    with pytest.raises(HubError, match=r"model\.safetensors arrived damaged"):
+        get(hub)
+    assert partials(hub) == []
+
+
+def test_cancelling_ends_the_process_and_gives_the_disk_back(hub: Hub, server: loopback.Hub) -> None:
+    server.fail(NAME, file=WEIGHTS, method="GET", rate=2_000_000)
+
+    def cancel() -> None:
+        if partials(hub):
+            raise Cancelled("Cancelled.")
+
+    pinned = hub.pin(Model(source=NAME))
+    with pytest.raises(Cancelled):
+        fetch(pinned, hub, "", Recorder(), cancel, QUICK)
+    assert not [each for each in psutil.Process().children() if "engine.download" in each.cmdline()]
+    from engine.sources import Repo
+
+    hub.here.discard(Repo(pinned.source, pinned.revision))
+    assert not list(hub.here.folder.glob("models--*"))
+
+
+# Through the scheduler, with real workers
+
+
+def wait(scheduler: Scheduler, run: Run, seconds: float = 90) -> Run:
+    until = time.monotonic() + seconds
+    while not (now := scheduler.store.run(run.id)).status.final:
+        assert time.monotonic() < until, scheduler.store.events(run.id)[-3:]
+        time.sleep(0.1)
+    return now
+
+
+def below(folder: Path, needle: str) -> list[str]:
+    """The files that hold a text."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and needle.encode() in path.read_bytes():
+            found.append(str(path))
+    return found
+
+
+def test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere(
+    server: loopback.Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.add(NAME, DEMO / "model", gated=True, tokens=(TOKEN,), tags=("v1",))
+    server.fail(NAME, file=WEIGHTS, redirect=True)
+    home = tmp_path / "home"
+    hub = Hub(home / "cache" / "hub", endpoint=server.url, offline=False)
+    (found,) = hub.search("tiny")
+    assert found.gated
+    recipe = Recipe.model_validate(
+        {"model": f"{found.name}@v1", "steps": [{"quantize/rtn": {"bits": 8}}], "measure": ["size"]}
+    )
+    with Scheduler(home, hub=hub) as scheduler:
+        with pytest.raises(NeedsToken, match="is gated"):
+            scheduler.submit(recipe)
+        run = scheduler.submit(recipe, token=TOKEN)
+        assert run.recipe.model.revision == server.repos[NAME].commit  # pinned
+        ended = wait(scheduler, run)
+        assert (ended.status, ended.reason) == (Status.SUCCEEDED, "")
+        assert ended.artifact is not None
+        manifest = json.loads((Path(ended.artifact) / "MANIFEST.json").read_text())
+        assert manifest["recipe"]["model"]["revision"] == run.recipe.model.revision
+        phases = [event.data["name"] for event in scheduler.store.events(run.id, kinds=("phase",))]
+        assert phases[:3] == ["downloading", "checking", "loading"]
+        assert scheduler._tokens == {}
+        assert list(scheduler.stream([f"{NAME}@v1"], "Once", max_tokens=1))[-1][1] == "done"  # the snapshot serves too
+    assert below(home, TOKEN) == []
+    assert below(home, TOKEN[3:]) == []
+    assert TOKEN not in caplog.text
+    assert server.elsewhere
+    assert {each.token for each in server.elsewhere} == {""}
+    assert TOKEN in {each.token for each in server.asked("HEAD", WEIGHTS)}
+
+
+def test_a_run_whose_token_is_forgotten_fails_so_that_it_can_be_resumed(server: loopback.Hub, tmp_path: Path) -> None:
+    server.add(NAME, DEMO / "model", private=True, tokens=(TOKEN,))
+    home = tmp_path / "home"
+    hub = Hub(home / "cache" / "hub", endpoint=server.url, offline=False)
+    recipe = Recipe.model_validate({"model": NAME, "measure": []})
+    waiting = Scheduler(home, hub=hub)  # never started: the server stops before the run's turn
+    run = waiting.submit(recipe, token=TOKEN)
+    waiting.store.close()
+    with Scheduler(home, hub=hub) as scheduler:
+        ended = wait(scheduler, run)
+        assert ended.status is Status.FAILED
+        assert "Resume the run with it." in ended.reason
+        with pytest.raises(NeedsToken, match="or it is private"):
+            scheduler.resume(run.id)
+        scheduler.resume(run.id, token=TOKEN)
+        assert wait(scheduler, run).status is Status.SUCCEEDED
+    assert below(home, TOKEN) == []
+
+
+def test_a_cancelled_run_gives_back_what_it_had_downloaded(server: loopback.Hub, tmp_path: Path) -> None:
+    server.fail(NAME, file=WEIGHTS, method="GET", rate=400_000)
+    home = tmp_path / "home"
+    hub = Hub(home / "cache" / "hub", endpoint=server.url, offline=False)
+    with Scheduler(home, hub=hub) as scheduler:
+        run = scheduler.submit(Recipe.model_validate({"model": NAME, "measure": []}))
+        until = time.monotonic() + 60
+        while not partials(hub):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        began = time.monotonic()
+        scheduler.cancel(run.id)
+        assert wait(scheduler, run).status is Status.CANCELLED
+        assert time.monotonic() - began < 5
+    assert not list(hub.here.folder.glob("models--*"))
+    assert not (home / "runs" / run.id).exists()
