@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import gradio as gr
 from markupsafe import Markup
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from engine import preflight
-from engine.errors import BadParams, BadRecipe
+from engine.errors import BadParams, BadRecipe, MaquetteError
 from engine.methods import check, get, methods
 from engine.recipes import dump_recipe, load_recipe
 from engine.records import Recipe, Step
