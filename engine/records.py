@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-AT_REVISION = re.compile(r"([\w.-]+(?:/[\w.-]+)?)@([\w.+/-]+)", re.ASCII)  # a repo with its revision
+AT_REVISION = re.compile(r"(\w[\w.-]*(?:/[\w.-]+)?)@([\w.+/-]+)", re.ASCII)  # a repo with its revision
 Device = Literal["auto", "cpu", "cuda"]
 
 USUAL_MEASURES = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")

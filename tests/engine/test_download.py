@@ -171,7 +171,7 @@ def test_cancelling_ends_the_process_and_gives_the_disk_back(hub: Hub, server: l
 # Through the scheduler, with real workers
 
 
-def wait(scheduler: Scheduler, run: Run, seconds: float = 90) -> Run:
+def wait(scheduler: Scheduler, run: Run, seconds: float = 240) -> Run:
     until = time.monotonic() + seconds
     while not (now := scheduler.store.run(run.id)).status.final:
         assert time.monotonic() < until, scheduler.store.events(run.id)[-3:]
