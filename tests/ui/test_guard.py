@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import gradio as gr
@@ -119,10 +120,8 @@ def test_uploads_are_closed_unless_the_page_takes_files(signed: Signed) -> None:
     for uploads, status in ((False, 404), (True, 200)):
         made = house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}, uploads=uploads)
         assert calls(made, routes)("POST", "/gradio_api/upload", cookies=visitor(signed)).status_code == status
-    with gr.Blocks() as page:
-        assert not takes_files(page)
-        gr.File()
-    assert takes_files(page)
+    for block, takes in ((gr.Textbox(), False), (gr.File(), True), (gr.UploadButton(), True)):
+        assert takes_files(cast(gr.Blocks, SimpleNamespace(blocks={0: block}))) == takes
 
 
 def test_the_space_s_own_name_is_ours(signed: Signed) -> None:
