@@ -41,6 +41,7 @@ OPEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (READ, r"/healthz|/runs/[\w-]+/[\w.-]+"),
     )
 )
+UPLOADS = ((WRITE, re.compile(r"/gradio_api/upload")), (READ, re.compile(r"/gradio_api/upload_progress")))
 DOOR = (((*READ, *WRITE), re.compile(r"/login")), (WRITE, re.compile(r"/logout")))  # of a team server
 WITHOUT_LOGIN = re.compile(r"/login|/healthz|/favicon\.ico|/robots\.txt|/gradio_api/startup-events")
 BODY = 2 << 20  # bytes of a request
@@ -61,7 +62,7 @@ ADDRESS = "x-maquette-address"
 class House:
     """What the door knows. proxies: how many of our own stand before us, each adding to X-Forwarded-For.
 
-    hosts: names of ours beside the one that a request was sent to.
+    hosts: names of ours beside the one that a request was sent to. uploads: whether the page takes files.
     """
 
     mode: Mode
@@ -70,13 +71,21 @@ class House:
     rates: Rates
     proxies: int = 0
     hosts: frozenset[str] = frozenset()
+    uploads: bool = False
 
 
-def house(mode: Mode, limits: Limits, visitors: Visitors, environment: Mapping[str, str] = os.environ) -> House:
+def house(
+    mode: Mode,
+    limits: Limits,
+    visitors: Visitors,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    uploads: bool = False,
+) -> House:
     """As the environment describes it; a Space stands behind one proxy and has a name of its own."""
     count = environment.get("MAQUETTE_PROXIES", "1" if environment.get("SPACE_ID") else "0")
     hosts = frozenset(filter(None, [environment.get("SPACE_HOST", "").lower()]))
-    return House(mode, limits, visitors, Rates(), int(count) if count.isdigit() else 0, hosts)
+    return House(mode, limits, visitors, Rates(), int(count) if count.isdigit() else 0, hosts, uploads)
 
 
 class Guard:
@@ -85,7 +94,7 @@ class Guard:
     def __init__(self, app: ASGIApp, house: House) -> None:
         self._app, self._house = app, house
         self._pages, self._open = Pages(), Counter[str]()
-        self._ways = (*OPEN, *(DOOR if house.mode is Mode.TEAM else ()))
+        self._ways = (*OPEN, *(DOOR if house.mode is Mode.TEAM else ()), *(UPLOADS if house.uploads else ()))
         frames = FRAMES.get(house.mode, "'self'")
         self._headers = {
             "content-security-policy": POLICY + frames,
@@ -164,6 +173,8 @@ class Guard:
         if method == "POST" or path == "/gradio_api/queue/data":
             per = limits.requests
             wait = self._wait("request", owner, address, per, per and max(1, per // AT_ONCE))
+            if path.startswith("/gradio_api/upload"):
+                wait = wait or self._wait("upload", owner, address, limits.starts, None)
             if wait:
                 return _too_often(wait)
         crowded = self._open[address] >= MOST_OPEN * limits.crowd or self._open[owner] >= MOST_OPEN

@@ -63,7 +63,7 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
             allowed_paths=[], favicon_path=str(ASSETS / "logo.svg"), theme=theme(),
             head=head(), show_error=False, mcp_server=False, run_history=False, enable_monitoring=False,
             app_kwargs={
-                "docs_url": None, "redoc_url": None, "openapi_url": None, "lifespan": furnish(desk),
+                "docs_url": None, "redoc_url": None, "openapi_url": None, "lifespan": furnish(page, desk),
                 "middleware": [Middleware(InLanguage)],
             },
         )  # fmt: skip
@@ -71,7 +71,7 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
             page.block_thread()
 
 
-def furnish(desk: Desk) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+def furnish(page: gr.Blocks, desk: Desk) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     """Our routes and the door, in their place before the first request is heard."""
 
     @asynccontextmanager
@@ -84,10 +84,17 @@ def furnish(desk: Desk) -> Callable[[Starlette], AbstractAsyncContextManager[Non
         ]
         # Around everything, what answers after errors too: as `middleware` it would stand behind Gradio's own.
         assert app.middleware_stack is not None
-        app.middleware_stack = Guard(app.middleware_stack, house(desk.mode, desk.limits, known))
+        app.middleware_stack = Guard(
+            app.middleware_stack, house(desk.mode, desk.limits, known, uploads=takes_files(page))
+        )
         yield
 
     return lifespan
+
+
+def takes_files(page: gr.Blocks) -> bool:
+    """Whether a visitor can upload something anywhere on the page."""
+    return any(isinstance(block, gr.File | gr.UploadButton) for block in page.blocks.values())
 
 
 async def health(request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import gradio as gr
@@ -28,6 +29,7 @@ from ui.desk import Desk
 from ui.guard import ADDRESS, Guard, House, house, set_cookie
 from ui.login import Door
 from ui.pages import compare, runs
+from ui.server import takes_files
 from ui.turns import Turns
 from ui.visitors import COOKIE, MEMBER, Members, Signed
 
@@ -111,6 +113,15 @@ def test_on_ones_own_machine_nothing_is_counted() -> None:
     call = calls(house(Mode.LOCAL, Limits(), visitors.Anyone(), {}))
     local = {"Host": "127.0.0.1:7860"}
     assert {call("POST", JOIN, headers=local).status_code for _ in range(50)} == {200}
+
+
+def test_uploads_are_closed_unless_the_page_takes_files(signed: Signed) -> None:
+    routes = [Route("/gradio_api/upload", seen, methods=["POST"])]
+    for uploads, status in ((False, 404), (True, 200)):
+        made = house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}, uploads=uploads)
+        assert calls(made, routes)("POST", "/gradio_api/upload", cookies=visitor(signed)).status_code == status
+    for block, takes in ((gr.Textbox(), False), (gr.File(), True), (gr.UploadButton(), True)):
+        assert takes_files(cast(gr.Blocks, SimpleNamespace(blocks={0: block}))) == takes
 
 
 def test_the_space_s_own_name_is_ours(signed: Signed) -> None:
