@@ -20,7 +20,7 @@ from tests.ui.conftest import ANNA, stored
 from tests.ui.fakes import FakeScheduler
 from tests.ui.test_audit import BUDGET, linear
 from tests.ui.test_sensitivity import LOOK, record
-from ui import language, page, panes, views
+from ui import language, page, panes, report, views
 from ui.desk import Desk
 from ui.edge import line
 from ui.journal import Journal
@@ -32,7 +32,7 @@ NAMES = set(
     "Maquette GPTQ AWQ HQQ RTN FP8 ZeroQuant SmoothQuant SparseGPT Wanda bitsandbytes LLM NF4 FP4 NormalFloat LoRA "
     "MiniLLM GKD GGUF L1 Adam Hessian Logit logits CPU RAM GPU CUDA KV KL JS MiB GiB KiB nat ms µs pi p50 p95 p99 "
     "CSV YAML JSON JSONL Markdown demo cookie recipe yaml W8A8 int8 e4m3 lora js mse llama max min Beta Top "
-    "token tokens".split()
+    "token tokens MAQUETTE HOME".split()
 )
 RUN = re.compile(r"· [0-9a-z]{6}\b")  # a piece of a run's id
 WORD = re.compile(r"[A-Za-zµ][A-Za-zµ0-9]*")
@@ -117,14 +117,22 @@ def test_runs_and_their_pictures_are_chinese(desk: Desk, scheduler: FakeSchedule
     done = fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.2, 0.1)
     other = fakes.finished(scheduler, fakes.WANDA, ANNA, 1.5, 0.3)
     look = fakes.finished(scheduler, LOOK, ANNA, measurements=[record(0.01, 0.1)])
+    failed = fakes.running(scheduler, fakes.HALF, ANNA)
+    reason = "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume."
+    fakes.say(scheduler, failed, ("finished", {"status": "failed", "reason": reason}), start=300)
+    failed = scheduler.store.run(failed.id)
     journal = Journal(desk.store)
-    views_ = [runs.describe(desk, journal, ANNA, run) for run in (works, done, look)]
+    views_ = [runs.describe(desk, journal, ANNA, run) for run in (works, done, look, failed)]
     views_.append(views.runs_table(desk.runs(ANNA), done.id, "", 1e10))
     views_.append(views.differences([desk.entry(run.id, ANNA) for run in (done, other)]))
     views_.append(views.strip(scheduler.status(), scheduler.history(), works))
     for markup in views_:
         assert left(str(markup)) <= {"sequences"}, str(markup)[:200]
     assert "改为就近舍入，其 Hessian 矩阵不正定（第 3 阶）" in str(views_[0])
+    assert "用 64 条、每条 128 个词元的序列校准" in str(views_[0])
+    assert "磁盘已满。" in str(views_[3])
+    file = report.markdown(desk.entry(done.id, ANNA), desk.entry(other.id, ANNA))
+    assert left(re.sub("```.*?```", "", file, flags=re.DOTALL).replace(done.id, "")) == set()
     parts = scaling.draw(desk, ANNA, None, "perplexity")
     assert left(drawn(parts[3])) | left(str(parts[2])) | left(str(parts[4])) == set()
 
