@@ -15,20 +15,18 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from engine.bitmask import MASK, SHAPE, SPARSE_KEY, VALUES
+from engine.configs import check_numbers, read_object
 from engine.errors import BadModel, short
 from engine.low_rank import RANKS_KEY
 from engine.packing import CACHE_KEY, CacheGrid
 
-LIMITS = {  # the largest config numbers that are believed; real models are far below
-    "num_hidden_layers": 1024,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "vocab_size": 1 << 22,
-    "num_attention_heads": 4096,
-    "max_position_embeddings": 1 << 26,
-}
 OWN_KEYS = (SPARSE_KEY, RANKS_KEY)  # of config.json: formats that only Maquette reads
 Tensors = dict[str, tuple[int, ...]]  # shapes by name
+BITS = {  # of the dtypes of safetensors
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16), **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}  # fmt: skip
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -121,7 +119,7 @@ def read_header(file: Path) -> dict[str, Header]:
             raise broken
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise broken from None
     result = {}
     try:
@@ -130,7 +128,8 @@ def read_header(file: Path) -> dict[str, Header]:
                 begin, end = map(int, entry["data_offsets"])
                 shape = tuple(int(n) for n in entry["shape"])
                 result[name] = Header(str(entry["dtype"]), shape, 8 + length + begin, end - begin)
-                if end > size - 8 - length:
+                filled = -(-math.prod(shape) * BITS[entry["dtype"]] // 8)
+                if not 0 <= begin <= end <= size - 8 - length or min(shape, default=0) < 0 or end - begin != filled:
                     raise broken
     except (KeyError, TypeError, ValueError, AttributeError):
         raise broken from None
@@ -145,25 +144,15 @@ def _config(folder: Path) -> dict[str, JsonValue]:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise BadModel(f"{name} holds only an adapter. Merge it into its base model first.")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_object(folder / "config.json")
     except OSError:
         raise BadModel(f"{name} has no config.json: it is not a model folder.") from None
-    except ValueError:
-        raise BadModel(f"{name}: config.json is not JSON.") from None
-    if not isinstance(config, dict):
-        raise BadModel(f"{name}: config.json is not a JSON object.")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
     if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadModel(f"{name}: a {kind} model is not a causal language model.")
-    for key, limit in LIMITS.items():
-        value = config.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-            raise BadModel(f"{name}: config.json says {key} = {short(value)}; that cannot be right.")
-    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
-    if "head_dim" not in config and hidden % heads:
-        raise BadModel(f"{name}: {heads} attention heads do not divide a hidden size of {hidden}.")
+    check_numbers(config, name)
     return config
 
 
@@ -215,9 +204,11 @@ def weight_files(folder: Path) -> list[Path]:
             raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
         raise BadModel(f"{name} has no model.safetensors.")
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadModel(f"{name}: model.safetensors.index.json is damaged.") from None
+        names = set(read_object(index)["weight_map"].values())  # type: ignore[union-attr]
+    except (OSError, KeyError, TypeError, AttributeError):
+        raise BadModel(f"{name}: model.safetensors.index.json is damaged. Download it again.") from None
+    if not names:
+        raise BadModel(f"{name}: model.safetensors.index.json names no file. Download it again.")
     for part in names:
         if not isinstance(part, str) or Path(part).name != part or not (folder / part).is_file():
             raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from engine import hardware, headers, methods
+from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
 from engine.headers import Shape, integer
@@ -63,11 +64,11 @@ def resolve(source: str) -> Path:
         return DEMO / "model"
     if "\0" in source or not source.strip():
         raise BadModel("The model is empty or holds a NUL character. Give `demo` or the path of a folder.")
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             return path.resolve()
-    except OSError:
+    except (OSError, RuntimeError):  # a name that is too long; a home of nobody
         pass
     raise BadModel(f"There is no model folder {short(source)!r}. Give `demo` or the path of a folder.")
 
@@ -78,10 +79,13 @@ def calibration_file(source: str) -> Path:
     Raises:
         BadText: there is no such file.
     """
-    path = DEMO / "text.txt" if source == "demo" else Path(source).expanduser()
-    if "\0" in source or not path.is_file():
-        raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
-    return path.resolve()
+    try:
+        path = DEMO / "text.txt" if source == "demo" else Path(source).expanduser()
+        if "\0" not in source and path.is_file():
+            return path.resolve()
+    except (OSError, RuntimeError):  # a name that is too long; a home of nobody
+        pass
+    raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
 
 
 def check(recipe: Recipe) -> Estimate:
@@ -92,6 +96,7 @@ def check(recipe: Recipe) -> Estimate:
     """
     steps = methods.check(recipe)
     shape = headers.inspect(resolve(recipe.model.source))
+    check_tokenizer(shape.folder)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     if steps:
@@ -183,6 +188,7 @@ def check_text(text: Path, folder: Path, length: int) -> None:
     documents = read_documents(text)
     if not file.is_file():
         return  # only the worker can count
+    read_object(file)  # a damaged one is an exception of no kind in the library
     from tokenizers import Tokenizer
 
     counted = sum(len(each.ids) for each in Tokenizer.from_file(str(file)).encode_batch(documents))
