@@ -59,7 +59,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     artifacts.write(model, recipe, artifact)
     expected = folder / "expected.safetensors"
     save_file(verify.probe(model), expected)
-    emit("artifact", {"path": str(artifact)})
+    emit("artifact", {"path": artifact.name})  # the data folder may be moved
     streamed, size = model.parts is not None, model.network.num_parameters() * model.network.dtype.itemsize
     del model
     hardware.give_back_memory()  # to the processes that follow

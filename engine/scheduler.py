@@ -25,7 +25,7 @@ from pydantic import JsonValue
 
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
-from engine.errors import BadModel, InputError, StoreError, UnknownName
+from engine.errors import BadModel, InputError, StoreError, UnknownName, os_reason
 from engine.records import Recipe, Run, Status
 from engine.runners import Runner, Worker
 from engine.runners.local import LocalRunner
@@ -227,7 +227,7 @@ class Scheduler:
             )  # fmt: skip
             worker = self._runner.start(request, device)
         except OSError as error:
-            reason = f"The worker could not be started: {error.strerror or error}."
+            reason = f"The worker could not be started. {os_reason(error)}"
             self.store.say(run, "finished", {"status": str(Status.FAILED), "reason": reason})
             return
         self._watch(run, worker, device)

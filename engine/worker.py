@@ -17,7 +17,6 @@ exception: whatever happens to a request becomes a status and one line that a us
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from typing import TextIO
 from pydantic import JsonValue
 
 from engine.attempts import EventWriter, is_cancelled, take_lock, write_pid
-from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, short
+from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, os_reason, short
 from engine.methods import Emit
 from engine.records import EventKind, Recipe, Status
 
@@ -134,8 +133,8 @@ def _explain(error: Exception) -> str:
     # By name: torch need not be loaded to know its error; the CPU allocator raises a bare RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
         return "Out of memory. Use fewer calibration samples, a smaller batch or a smaller model, or free some memory."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume."
+    if isinstance(error, OSError) and error.errno is not None:
+        return os_reason(error)
     message = short(" ".join(str(error).split()), 300)
     return f"Internal error, please report it: {type(error).__name__}: {message} (the log has the details)"
 
