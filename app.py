@@ -12,7 +12,7 @@ from engine.errors import MaquetteError
 from engine.scheduler import Scheduler
 from engine.store import home
 from ui.page import build
-from ui.server import address, is_local, serve
+from ui.server import address, check_free, is_local, serve
 
 
 def main() -> int:
@@ -21,6 +21,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     host, port = address()
     try:
+        check_free(host, port)
         with Scheduler(home()) as scheduler:
             page, desk = build(scheduler.store, scheduler, local=is_local(host))
             serve(page, desk, host, port)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from engine.errors import os_reason
+from engine.errors import DiskFull, StoreError, os_reason
 
 log = logging.getLogger(__name__)
 
+RESERVE = 1 << 20  # bytes
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -64,13 +67,36 @@ def _set_aside(path: Path) -> Path:
     return kept
 
 
-def reason(error: sqlite3.DatabaseError) -> str:
+def refusal(error: sqlite3.DatabaseError) -> StoreError:
     """What to say of a write that the database refused."""
     code = error.sqlite_errorcode & 0xFF
     if code == sqlite3.SQLITE_FULL:
-        return os_reason(OSError(errno.ENOSPC, ""))
+        return DiskFull(os_reason(OSError(errno.ENOSPC, "")))
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return "Another program holds the run store: nothing was stored. Close it, then try again."
+        return StoreError("Another program holds the run store: nothing was stored. Close it, then try again.")
     if code == sqlite3.SQLITE_READONLY:
-        return os_reason(OSError(errno.EROFS, ""))
-    return f"The run store cannot be written: {error}. Nothing was stored; the server's log has the details."
+        return StoreError(os_reason(OSError(errno.EROFS, "")))
+    return StoreError(f"The run store cannot be written: {error}. The server's log has the details.")
+
+
+class Reserve:
+    """A file that only takes room, given up when the disk is full, so that how a run ended can still be stored."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "reserve"
+
+    def keep(self) -> None:
+        """Take the room, where there is some."""
+        try:
+            with open(self._path, "ab") as file:
+                if file.tell() < RESERVE:
+                    os.posix_fallocate(file.fileno(), 0, RESERVE)
+        except OSError:
+            self.give_up()
+
+    def give_up(self) -> bool:
+        """Make room; whether there was any to make."""
+        with suppress(OSError):
+            self._path.unlink()
+            return True
+        return False

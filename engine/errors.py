@@ -16,6 +16,7 @@ MaquetteError
 │   └── OutOfMemory       the device or the memory budget was exhausted
 └── StoreError            the run store cannot be opened or used
     ├── StoreBusy         another server uses this folder
+    ├── DiskFull          there is no room for what was to be stored
     └── StoreTooNew       written by a later version of Maquette
 """
 
@@ -95,6 +96,10 @@ class StoreError(MaquetteError):
 
 class StoreBusy(StoreError):
     """Another server holds the store."""
+
+
+class DiskFull(StoreError):
+    """There is no room for what was to be stored."""
 
 
 class StoreTooNew(StoreError):

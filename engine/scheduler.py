@@ -255,11 +255,14 @@ class Scheduler:
     # Files
 
     def _clean_up(self, run: Run) -> None:
-        """Give the disk back: all of a cancelled run, the finished blocks of one that needs them no more."""
+        """Give the disk back: all of a cancelled run, blocks that are needed no more, a model nobody has checked."""
         if run.status is Status.CANCELLED:
             self._discard(self.home / "runs" / run.id)
         elif run.status is Status.SUCCEEDED:
             self._discard(attempt_folder(self.home, run.id, run.attempt) / "blocks")
+        elif run.artifact is None:
+            for half in ("artifact", "artifact.tmp"):
+                self._discard(attempt_folder(self.home, run.id, run.attempt) / half)
 
     def _discard(self, folder: Path) -> None:
         """Move a folder out of the way at once; the thread deletes it, which can take long."""

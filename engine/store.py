@@ -11,6 +11,7 @@ again from the files of the runs (`engine.rebuild`); a damaged one is kept besid
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -29,7 +30,7 @@ from pydantic import JsonValue
 
 from engine import database, rebuild
 from engine.attempts import attempt_folder
-from engine.errors import StoreBusy, StoreError, StoreTooNew, UnknownName, os_reason
+from engine.errors import DiskFull, StoreBusy, StoreError, StoreTooNew, UnknownName, os_reason
 from engine.records import Event, EventKind, Measurement, Output, Recipe, Record, Run, Status
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Store:
         self._guard = threading.Lock()
         self._writer: sqlite3.Connection | None = None
         self._lock: int | None = None
+        self._reserve = database.Reserve(path.parent)
         if read_only:
             if not path.exists():
                 raise StoreError(f"There are no runs in {path.parent} yet.")
@@ -111,6 +113,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path.parent)
             self._writer, fresh = database.begin(path, _migrate)
+            self._reserve.keep()
             if fresh:
                 self._restore()
         except (OSError, sqlite3.Error) as error:
@@ -151,7 +154,8 @@ class Store:
         try:
             rebuild.note(self.home, run)
         except OSError as error:
-            raise StoreError(os_reason(error)) from error
+            full = error.errno == errno.ENOSPC
+            raise (DiskFull if full else StoreError)(os_reason(error)) from error
         with self._write() as db:
             db.execute(
                 "INSERT INTO runs (id, owner, recipe, status, created) VALUES (?, ?, ?, ?, ?)",
@@ -210,6 +214,7 @@ class Store:
         """Forget a run and its events."""
         with self._write() as db:
             db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
+        self._reserve.keep()
 
     # Events
 
@@ -219,6 +224,15 @@ class Store:
         Left out: events seen before, of a stale attempt, or of a run that has ended. While a run is queued only
         the scheduler speaks for it; its events have negative numbers, a worker's count from 1.
         """
+        events = list(events)
+        try:
+            self._keep(events)
+        except DiskFull:
+            if not self._reserve.give_up():
+                raise
+            self._keep(events)
+
+    def _keep(self, events: Sequence[Event]) -> None:
         with self._write() as db:
             for event in events:
                 row = db.execute("SELECT attempt, status FROM runs WHERE id = ?", (event.run,)).fetchone()
@@ -307,7 +321,7 @@ class Store:
                 yield self._writer
                 self._writer.execute("COMMIT")
             except sqlite3.DatabaseError as error:
-                raise StoreError(database.reason(error)) from error
+                raise database.refusal(error) from error
             finally:
                 if self._writer.in_transaction:  # a full disk ends it by itself, and not always
                     self._writer.execute("ROLLBACK")

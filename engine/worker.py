@@ -17,6 +17,7 @@ exception: whatever happens to a request becomes a status and one line that a us
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -135,6 +136,8 @@ def _explain(error: Exception) -> str:
         return "Out of memory. Use fewer calibration samples, a smaller batch or a smaller model, or free some memory."
     if isinstance(error, OSError) and error.errno is not None:
         return os_reason(error)
+    if "os error 28" in str(error) or "No space left" in str(error):  # as safetensors says it
+        return os_reason(OSError(errno.ENOSPC, ""))
     message = short(" ".join(str(error).split()), 300)
     return f"Internal error, please report it: {type(error).__name__}: {message} (the log has the details)"
 

@@ -6,8 +6,10 @@ folder: so the page runs in an empty one, and the data folder is blocked.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
+import socket
 import tempfile
 
 import gradio as gr
@@ -22,6 +24,7 @@ from ui import report
 from ui.desk import Desk
 from ui.edge import COOKIE, NAME, new_visitor
 from ui.theme import ASSETS, head, theme
+from ui.wording import say
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -38,6 +41,22 @@ def address() -> tuple[str, int]:
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise SystemExit(f"PORT must be a number from 1 to 65535, got {port!r}.")
     return host, int(port)
+
+
+def check_free(host: str, port: int) -> None:
+    """Refuse an address on which nobody can listen, before anything is started.
+
+    Raises:
+        MaquetteError: another program has it, or this machine does not.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+            probe.bind(place)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise MaquetteError(say("error.port_taken" if taken else "error.no_address", host=host, port=port)) from None
 
 
 def is_local(host: str) -> bool:

@@ -12,10 +12,10 @@ from engine import artifacts
 from engine.attempts import attempt_folder
 from engine.recipes import parse_recipe
 from engine.records import Status
-from tests.faults import repository_cases, setting_cases
+from tests.faults import machine_cases, repository_cases, setting_cases
 from tests.faults.scene import ANNA, Body, Case, Scene
 
-TABLE: list[Case] = [*repository_cases.CASES, *setting_cases.CASES]
+TABLE: list[Case] = [*repository_cases.CASES, *setting_cases.CASES, *machine_cases.CASES]
 LONGEST = 600  # characters of a line
 
 
