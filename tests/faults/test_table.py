@@ -12,17 +12,17 @@ from engine import artifacts
 from engine.attempts import attempt_folder
 from engine.recipes import parse_recipe
 from engine.records import Status
-from tests.faults import machine_cases, repository_cases, setting_cases
+from tests.faults import machine_cases, repository_cases, setting_cases, web_cases
 from tests.faults.scene import ANNA, Body, Case, Scene
 
-TABLE: list[Case] = [*repository_cases.CASES, *setting_cases.CASES, *machine_cases.CASES]
+TABLE: list[Case] = [*repository_cases.CASES, *setting_cases.CASES, *machine_cases.CASES, *web_cases.CASES]
 LONGEST = 600  # characters of a line
 
 
 def check_line(line: str, case: Case) -> None:
     """One line, no traceback, the essential part."""
     said = html.unescape(line)
-    assert case.says in said
+    assert html.unescape(case.says) in said
     assert "\n" not in said
     assert len(said) <= LONGEST
     for word in ("Traceback", "Internal error", "went wrong on our side", 'File "'):

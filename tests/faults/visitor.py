@@ -38,10 +38,12 @@ class Visitor:
         wanted = self.component(name)
         return next(d["id"] for d in self.config["dependencies"] if wanted in d["inputs"])
 
-    def call(self, handler: int, data: Sequence[object], **more: object) -> tuple[Answer, list[str]]:
+    def call(
+        self, handler: int, data: Sequence[object], address: str = "/gradio_api/queue/join", **more: object
+    ) -> tuple[Answer, list[str]]:
         """Send an event as the page does, through the queue; the last message, and the lines shown in the corner."""
         body = {"fn_index": handler, "data": list(data), "session_hash": self.session, **more}
-        joined = self.http.post("/gradio_api/queue/join", content=json.dumps(body), headers=JSON)
+        joined = self.http.post(address, content=json.dumps(body), headers=JSON)
         if joined.status_code != 200:
             return {"success": False, "output": joined.json()}, [str(joined.json().get("detail"))]
         event = joined.json()["event_id"]
