@@ -1,7 +1,7 @@
 """How the page answers 50 visitors who do what visitors do, while a run works. `python -m benchmarks.load`.
 
-Starts `python app.py` with a fresh data folder. A first visitor's run keeps the engine busy. Then 50 visitors, each with
-a cookie and a session of its own, load the page, and for half a minute refresh the strip every two seconds and the
+Starts `python app.py` with a fresh data folder. A first visitor's run keeps the engine busy. Then 50 visitors, each
+with a cookie and a session of its own, load the page, and for half a minute refresh the strip every two seconds and the
 Runs tab every one and a half, as their browsers do; each submits four runs, which is one more than may wait while none
 of its own works. Then one of them floods: 200 submissions as fast as it can, while the others go on. Writes the section
 between `<!-- load -->` marks in benchmarks/README.md.
@@ -200,7 +200,8 @@ def report(calm: Tally, flooded: Tally, working: bool) -> str:
         f"{'' if working else ' (the run had ended before)'}. Of {calm.taken + calm.refused} submissions {calm.taken} were "  # noqa: E501
         "taken, the fourth of each visitor was refused. "
         f"Errors: {len(calm.errors)}, and {len(flooded.errors)} during the flood.",
-        "", "| request | count | p50, ms | p95, ms | p99, ms | p95 during the flood, ms |", "|---|---:|---:|---:|---:|---:|",
+        "", "| request | count | p50, ms | p95, ms | p99, ms | p95 during the flood, ms |",
+        "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, times in calm.times.items():
         others = flooded.times.get(name, [])

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +26,9 @@ from pydantic import JsonValue
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, UnknownName, os_reason
+from engine.preflight import Estimate
 from engine.records import Recipe, Run, Status
-from engine.runners import Runner, Worker
+from engine.runners import Runner, Worker, zero
 from engine.runners.local import LocalRunner
 from engine.store import Store
 from engine.streams import Streams
@@ -43,6 +44,8 @@ BUDGET_SHARE = 0.8  # of the memory that is free when a run starts
 class Scheduler:
     """Runs the runs of one data folder; `store` holds them.
 
+    runner: by default processes of this machine, or ZeroGPU's calls where this is such a Space.
+    limit: refuses recipes that this installation does not take, beyond what preflight refuses.
     memory_budget: bytes that a run and its children may hold; None means a share of what is free when it starts.
 
     Raises:
@@ -51,11 +54,14 @@ class Scheduler:
 
     def __init__(
         self, home: Path, *, runner: Runner | None = None, per_owner_running: int = 1, per_owner_queued: int = 3,
-        memory_budget: int | None = None,
+        memory_budget: int | None = None, limit: Callable[[Recipe, Estimate], None] | None = None,
     ) -> None:  # fmt: skip
         self.home = home.absolute()
         self.store = Store(self.home / "maquette.db")
-        self._runner = runner or LocalRunner()
+        zero_gpu = runner is None and zero.is_zero()
+        self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
+        self._limit = limit or (zero.check if zero_gpu else None)
+        self.call_limits = (zero.SECONDS, zero.LARGEST) if zero_gpu else None  # seconds and bytes, to be shown
         self._per_owner_running, self._per_owner_queued = per_owner_running, per_owner_queued
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
@@ -105,7 +111,9 @@ class Scheduler:
         Raises:
             InputError: the recipe cannot work, or the owner has too many runs waiting; one helpful line.
         """
-        preflight.check(recipe)
+        estimate = preflight.check(recipe)
+        if self._limit is not None:
+            self._limit(recipe, estimate)
         with self._guard:
             self._check_queue(owner)
             run = self.store.add_run(recipe, owner)

@@ -11,7 +11,7 @@ from gradio.blocks import Block
 
 from engine.scheduler import Scheduler
 from engine.store import Store
-from ui import views
+from ui import markup, views, wording
 from ui.desk import Desk, read_stored
 from ui.edge import edge, tell, visitor
 from ui.journal import Journal
@@ -27,6 +27,9 @@ def build(store: Store, scheduler: Scheduler, *, local: bool = True) -> tuple[gr
     journal = Journal(store)
     with gr.Blocks(title="Maquette", analytics_enabled=False) as page:
         gr.HTML(views.masthead())
+        if limits := getattr(scheduler, "call_limits", None):
+            text = say("zero.about", span=wording.duration(limits[0]), size=wording.size(limits[1]))
+            gr.HTML(markup.notice(text))
         with gr.Row(elem_id="mq-top"):
             with gr.Column(min_width=300):
                 strip = gr.HTML(elem_id="mq-status")

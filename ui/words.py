@@ -201,6 +201,9 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.steps": "A recipe holds at most {limit} steps here. Remove one first.",
         "error.picks": "Pick at most {limit} results.",
         "error.long_link": "The recipe in the address is too long. Paste it on the Compress tab.",
+        # ZeroGPU
+        "zero.about": "This page works on ZeroGPU: a run has a GPU for {span} at most, and {size} for everything it "
+        "holds. Larger ones are refused before they begin.",
         # where the server cannot listen
         "error.port_taken": "Port {port} is taken by another program. Stop it, or choose another with PORT.",
         "error.no_address": "{host} cannot be listened on: it is no address of this machine. Set HOST to 127.0.0.1, or "
