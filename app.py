@@ -13,7 +13,7 @@ from engine.modes import check_address, limits_of, mode_of
 from engine.scheduler import Scheduler
 from engine.store import home
 from ui.page import build
-from ui.server import address, serve
+from ui.server import address, check_free, serve
 
 
 def main() -> int:
@@ -24,6 +24,7 @@ def main() -> int:
     try:
         mode = mode_of(os.environ)
         check_address(mode, host)
+        check_free(host, port)
         with Scheduler(home(), limits=limits_of(mode, os.environ)) as scheduler:
             page, desk = build(scheduler.store, scheduler, mode=mode)
             serve(page, desk, host, port)

@@ -42,7 +42,16 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
     for stale in (temporary, folder):
         if stale.exists():
             shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+        _fill(model, recipe, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its room is needed to say so
+        raise
+    publish(temporary, folder)
+
+
+def _fill(model: LoadedModel, recipe: Recipe, temporary: Path) -> None:
     stored = write_weights(model, temporary)
     model.network.config.save_pretrained(temporary)
     if model.network.generation_config is not None:
@@ -63,7 +72,6 @@ def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
         config[RANKS_KEY] = dict(sorted(products.items()))
     (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_manifest(temporary, recipe)
-    publish(temporary, folder)
 
 
 def write_weights(model: LoadedModel, folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
     HOME/runs/<run>/attempt-<n>/
         request.json   what the worker was asked
+        room           kept free for the worker's last word; gone when it has ended
         events.jsonl   what it said, one Event a line; only its worker writes it
         lock           locked by the worker for its whole life, so the kernel tells when it has died; holds its pid
         cancel         exists once the user cancelled: a signal then means "cancelled", else "interrupted"
@@ -34,6 +35,7 @@ from engine.records import Event, EventKind
 
 log = logging.getLogger(__name__)
 
+ROOM = 8192  # bytes
 DURABLE = frozenset({"artifact", "finished"})
 
 
@@ -116,11 +118,19 @@ def is_live(folder: Path) -> bool:
 
 
 class EventWriter:
-    """Appends a worker's events to its file, numbered from 1; what decides a run's fate is fsynced."""
+    """Appends a worker's events to its file, numbered from 1; what decides a run's fate is fsynced.
+
+    A second writer of the same attempt goes on where the first has closed.
+    """
 
     def __init__(self, folder: Path, run: str, attempt: int) -> None:
-        self._run, self._attempt, self._number = run, attempt, 0
-        self._file = open(folder / "events.jsonl", "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._run, self._attempt = run, attempt
+        path = folder / "events.jsonl"
+        self._number = path.read_bytes().count(b"\n") if path.exists() else 0
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._torn = False
+        self._room = folder / "room"  # for the last word on a full disk
+        self._room.write_bytes(bytes(ROOM))
         sync(folder)
 
     def emit(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
@@ -131,12 +141,28 @@ class EventWriter:
         """
         self._number += 1
         event = Event(run=self._run, attempt=self._attempt, number=self._number, time=time.time(), kind=kind, data=data)
-        self._file.write(event.model_dump_json().encode() + b"\n")  # one write: a reader never sees lines mixed
+        line = event.model_dump_json().encode() + b"\n"
+        try:
+            self._write(line)
+        except OSError:
+            if kind not in DURABLE or not self._room.exists():
+                raise
+            self._room.unlink()
+            self._write(line)
         if kind in DURABLE:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+        with suppress(OSError):
+            self._room.unlink()
+
+    def _write(self, line: bytes) -> None:
+        """One write: a reader never sees lines mixed. What a full disk cut off is a line of its own, and no event."""
+        whole = b"\n" * self._torn + line
+        self._torn = self._file.write(whole) != len(whole)
+        if self._torn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class EventReader:

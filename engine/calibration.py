@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from engine import hardware, shards
+from engine.errors import BadModel, short
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
-from engine.models import Linear, LoadedModel, blocks, head, linears
+from engine.models import Linear, LoadedModel, blocks, embeddings, head, linears
 from engine.rows import packed_rows
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,21 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, coun
     return packed_rows(tokenizer, path, length, count).ids.long()
 
 
+def check_ids(model: LoadedModel, rows: Tensor) -> None:
+    """Refuse a tokenizer that gives tokens for which the model has no embeddings.
+
+    Raises:
+        BadModel: one line with both numbers.
+    """
+    _, module = embeddings(model.network)
+    count, highest = module.get_parameter("weight").shape[0], int(rows.max())
+    if highest >= count:
+        raise BadModel(
+            f"{short(model.source.name)} has {count:,} embeddings, and its tokenizer gives the token {highest:,}: the "
+            "two are not of one model. Copy the tokenizer from the model it was made of."
+        )
+
+
 def walk_blocks(
     model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing", *, keep_blocks: bool = True
 ) -> Iterator[Block]:
@@ -161,6 +177,7 @@ def walk_blocks(
     flow: Flow | None = None
     if isinstance(params, Calibrated):
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
+        check_ids(model, rows)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
         flow = capture(model, torch.split(rows.to(model.device), batch_size(rows.shape[1])), context.folder)
     stations = [Block(number, f"{name}.{number}", module, []) for number, module in enumerate(modules)]

@@ -19,12 +19,14 @@ MaquetteError
 │   └── HubError          the hub cannot be reached, is busy, or sends nothing; can be tried again
 └── StoreError            the run store cannot be opened or used
     ├── StoreBusy         another server uses this folder
+    ├── DiskFull          there is no room for what was to be stored
     └── StoreTooNew       written by a later version of Maquette
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -111,6 +113,10 @@ class StoreBusy(StoreError):
     """Another server holds the store."""
 
 
+class DiskFull(StoreError):
+    """There is no room for what was to be stored."""
+
+
 class StoreTooNew(StoreError):
     """The store was written by a later version."""
 
@@ -119,3 +125,15 @@ def short(text: object, limit: int = 60) -> str:
     """`text` cut to `limit` characters, for quoting a user's input in an error."""
     line = str(text)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def os_reason(error: OSError) -> str:
+    """One line about a file that could not be written, or read."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then try again."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "The data folder cannot be written. Choose another with MAQUETTE_HOME, or let this user write to it."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Too many files are open. Raise the limit (ulimit -n) or end other programs, then try again."
+    named = f" {short(str(error.filename).rpartition('/')[2])}" if error.filename else ""
+    return f"The file{named} could not be used: {error.strerror or error}. The log has the details."

@@ -16,22 +16,20 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from engine.bitmask import MASK, SHAPE, SPARSE_KEY, VALUES
+from engine.configs import check_numbers, read_object, weight_names
 from engine.errors import BadModel, short
 from engine.low_rank import RANKS_KEY
-from engine.origin import FolderOrigin, Origin, has_weights, text, weight_names
+from engine.origin import FolderOrigin, Origin, has_weights
 from engine.packing import CACHE_KEY, CacheGrid
 
-LIMITS = {  # the largest config numbers that are believed; real models are far below
-    "num_hidden_layers": 1024,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "vocab_size": 1 << 22,
-    "num_attention_heads": 4096,
-    "max_position_embeddings": 1 << 26,
-}
 LARGEST = 100 << 20  # bytes of a safetensors header
 OWN_KEYS = (SPARSE_KEY, RANKS_KEY)  # of config.json: formats that only Maquette reads
 Tensors = dict[str, tuple[int, ...]]  # shapes by name
+BITS = {  # of the dtypes of safetensors
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16), **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}  # fmt: skip
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -131,7 +129,7 @@ def header_of(origin: Origin, file: str) -> dict[str, Header]:
         raise broken
     try:
         header = json.loads(origin.read(file, 8, length))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise broken from None
     result = {}
     try:
@@ -140,7 +138,8 @@ def header_of(origin: Origin, file: str) -> dict[str, Header]:
                 begin, end = map(int, entry["data_offsets"])
                 shape = tuple(int(n) for n in entry["shape"])
                 result[name] = Header(str(entry["dtype"]), shape, 8 + length + begin, end - begin)
-                if end > size - 8 - length:
+                filled = -(-math.prod(shape) * BITS[entry["dtype"]] // 8)
+                if not 0 <= begin <= end <= size - 8 - length or min(shape, default=0) < 0 or end - begin != filled:
                     raise broken
     except (KeyError, TypeError, ValueError, AttributeError):
         raise broken from None
@@ -155,13 +154,9 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
     if "adapter_config.json" in files and not ("config.json" in files and has_weights(files)):
         raise BadModel(f"{name} holds only an adapter. Merge it into its base model first.")
     try:
-        config = json.loads(text(origin, "config.json"))
+        config = read_object(origin, "config.json")
     except OSError:
         raise BadModel(f"{name} has no config.json: it is not a model folder.") from None
-    except (ValueError, RecursionError):
-        raise BadModel(f"{name}: config.json is not JSON.") from None
-    if not isinstance(config, dict):
-        raise BadModel(f"{name}: config.json is not a JSON object.")
     if config.get("auto_map"):
         raise BadModel(
             f"{name} brings code of its own (auto_map in config.json), which Maquette never runs. Choose a model that "
@@ -172,13 +167,7 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
         raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
     if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadModel(f"{name}: a {kind} model is not a causal language model.")
-    for key, limit in LIMITS.items():
-        value = config.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-            raise BadModel(f"{name}: config.json says {key} = {short(value)}; that cannot be right.")
-    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
-    if "head_dim" not in config and hidden % heads:
-        raise BadModel(f"{name}: {heads} attention heads do not divide a hidden size of {hidden}.")
+    check_numbers(config, name)
     return config
 
 

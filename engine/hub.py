@@ -20,8 +20,9 @@ from typing import TypeVar
 from pydantic import JsonValue
 
 from engine import wire
+from engine.configs import weight_names
 from engine.errors import BadModel, HubError, MaquetteError, short
-from engine.origin import INDEX, FolderOrigin, Origin, has_weights, weight_names
+from engine.origin import INDEX, FolderOrigin, Origin, has_weights
 from engine.records import Model
 from engine.repos import Found, Listing, as_found, as_listing, check_token, refuse
 from engine.snapshots import Snapshots

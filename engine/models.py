@@ -29,8 +29,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from engine.checkpoint import Checkpoint, attention, empty, part_names, part_of, read_config, shell
+from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, short
 from engine.headers import is_own
+from engine.origin import FolderOrigin
 from engine.packing import CACHE_KEY, CacheGrid, InputGrid, QuantizedWeight
 
 Linear = nn.Linear | Conv1D
@@ -211,7 +213,8 @@ def _closed(
     names = part_names(network, blocks(network)[0])
     source = source_of(folder, network, names)
     if (folder / "generation_config.json").exists():
-        network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        with contextlib.suppress(OSError):  # damaged: the family's own settings, as transformers does
+            network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model = LoadedModel(network, load_tokenizer(folder), folder)
     model.parts = Parts(torch.device(device), dict.fromkeys(names, source), source.tied)
     if isinstance(source, Original):
@@ -287,7 +290,15 @@ def cache_grid(config: PretrainedConfig, folder: Path) -> CacheGrid | None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of `folder`."""
+    """The tokenizer of `folder`.
+
+    Raises:
+        BadModel: there is none, or it is damaged.
+    """
+    origin = FolderOrigin(folder)
+    check_tokenizer(origin)
+    if "tokenizer.json" in origin.sizes:
+        read_object(origin, "tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

@@ -5,16 +5,12 @@ What judges a model (`engine.headers`) asks for names, sizes and a few bytes, an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from engine.errors import BadModel, short
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-LONGEST = 64 << 20  # bytes of a JSON file that is read whole; the index of the largest models has a few million
 
 
 class Origin(Protocol):
@@ -62,45 +58,6 @@ class FolderOrigin:
         with (self._folder / name).open("rb") as stream:
             stream.seek(start)
             return stream.read(length)
-
-
-def text(origin: Origin, name: str) -> str:
-    """A small file as text.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it is not UTF-8.
-        BadModel: it is far larger than such a file ever is.
-    """
-    size = origin.sizes.get(name)
-    if size is None:
-        raise FileNotFoundError(name)
-    if size > LONGEST:
-        raise BadModel(f"{short(origin.name)}: {short(name)} has {size:,} bytes; that cannot be right.")
-    return origin.read(name, 0, size).decode()
-
-
-def weight_names(origin: Origin) -> list[str]:
-    """The names of a model's safetensors files.
-
-    Raises:
-        BadModel: there are none, or the index names others.
-    """
-    name, files = short(origin.name), origin.sizes
-    if SINGLE in files:
-        return [SINGLE]
-    if INDEX not in files:
-        if any(file.endswith(PICKLED) for file in files):
-            raise BadModel(f"{name} has pickled weights only; they can run code. Convert them to safetensors.")
-        raise BadModel(f"{name} has no {SINGLE}.")
-    try:
-        names = set(json.loads(text(origin, INDEX))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadModel(f"{name}: {INDEX} is damaged.") from None
-    for part in names:
-        if not isinstance(part, str) or Path(part).name != part or part not in files:
-            raise BadModel(f"{name}: the index names {short(part)!r}, which is not a file of this folder.")
-    return sorted(names)
 
 
 def has_weights(files: Collection[str]) -> bool:

@@ -34,8 +34,10 @@ Check = Callable[[], None]
 Request = dict[str, JsonValue]
 
 
-def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Path:
+def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alone: bool = False) -> Path:
     """Execute one attempt below `folder`; returns the artifact's folder.
+
+    alone: in this process only, where it may have no children; the measured memory then is that of everything.
 
     Raises:
         MaquetteError: refused, cancelled, interrupted or failed, each with its reason.
@@ -43,18 +45,19 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     emit("phase", {"name": "checking"})
     hub = downloaded(folder)
     estimate = preflight.check(recipe, hub)
+    do = within if alone else child
     emit("estimate", {"memory": estimate.total, "seconds": estimate.seconds})
     device = choose_device(recipe.device)
     source = preflight.locate(recipe.model, hub)
     check_cancelled()
-    if estimate.seconds > probe.FROM and worth_a_probe(recipe) and not (folder / "blocks").exists():
+    if not alone and estimate.seconds > probe.FROM and worth_a_probe(recipe) and not (folder / "blocks").exists():
         emit("phase", {"name": "probing one block"})
         asked: Request = {
             "recipe": recipe.model_dump(mode="json"), "source": str(source), "device": device, "kind": "probe",
         }  # fmt: skip
         measuring = set(recipe.measure) - {"size"}
         after = estimate.weights + estimate.kv_cache + estimate.runtime if measuring else 0
-        child(asked, folder, _refined(estimate, after, emit), check_cancelled)
+        do(asked, folder, _refined(estimate, after, emit), check_cancelled)
     emit("phase", {"name": "loading"})
     model = apply_steps(recipe, folder, device, emit, check_cancelled)
     check_cancelled()
@@ -63,19 +66,19 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     artifacts.write(model, recipe, artifact)
     expected = folder / "expected.safetensors"
     save_file(verify.probe(model), expected)
-    emit("artifact", {"path": str(artifact)})
+    emit("artifact", {"path": artifact.name})  # the data folder may be moved
     streamed, size = model.parts is not None, model.network.num_parameters() * model.network.dtype.itemsize
     del model
     hardware.give_back_memory()  # to the processes that follow
     emit("phase", {"name": "verifying"})
     request: Request = {"folder": str(artifact), "device": device}
     saved: Request = {"expected": str(expected), "streamed": streamed, "bytes": size}
-    child({**request, **saved, "kind": "verify"}, folder, emit, check_cancelled)
+    do({**request, **saved, "kind": "verify"}, folder, emit, check_cancelled)
     if recipe.measure:
         baseline: JsonValue = str(source) if recipe.steps else None
         wanted: Request = {**request, "kind": "measure", "measures": list(recipe.measure), "baseline": baseline,
                            "calibration": recipe.calibration}  # fmt: skip
-        child(wanted, folder, emit, check_cancelled)
+        do(wanted, folder, emit, check_cancelled)
     return artifact
 
 
@@ -182,6 +185,19 @@ def measure_folder(
     headers.inspect(folder)
     check_cancelled()
     suite.measure(folder, measures, baseline, choose_device(device), emit)
+
+
+def within(request: Request, folder: Path, emit: Emit, check_cancelled: Check) -> None:
+    """Do a child's request in this process.
+
+    Raises:
+        BadArtifact: the saved model is not the one that was in memory.
+    """
+    check_cancelled()
+    if request["kind"] == "verify":
+        emit("log", {"text": verify.verify(request)})
+    else:
+        measure(request, emit)
 
 
 def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from engine import hardware, headers, methods
+from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
 from engine.headers import Shape, integer
@@ -67,11 +68,11 @@ def resolve(source: str) -> Path:
         return DEMO / "model"
     if "\0" in source or not source.strip():
         raise BadModel("The model is empty or holds a NUL character. Give `demo` or the path of a folder.")
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             return path.resolve()
-    except OSError:
+    except (OSError, RuntimeError):  # a name that is too long; a home of nobody
         pass
     raise BadModel(f"There is no model folder {short(source)!r}. {WAYS}")
 
@@ -121,10 +122,13 @@ def calibration_file(source: str) -> Path:
     Raises:
         BadText: there is no such file.
     """
-    path = DEMO / "text.txt" if source == "demo" else Path(source).expanduser()
-    if "\0" in source or not path.is_file():
-        raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
-    return path.resolve()
+    try:
+        path = DEMO / "text.txt" if source == "demo" else Path(source).expanduser()
+        if "\0" not in source and path.is_file():
+            return path.resolve()
+    except (OSError, RuntimeError):  # a name that is too long; a home of nobody
+        pass
+    raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
 
 
 def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
@@ -137,6 +141,7 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
     steps = methods.check(recipe)
     origin = open_model(recipe.model, hub, token)
     shape = headers.inspect(origin)
+    check_tokenizer(origin)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     if steps:
@@ -240,12 +245,13 @@ def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
 
 def check_text(text: Path, folder: Path, length: int) -> None:
     """Refuse a text that is no text, empty, or certainly shorter than one sequence of `length` tokens."""
-    file = folder / "tokenizer.json"
     if len(read_bytes(text, SHORT_TEXT)) == SHORT_TEXT:
         return
     documents = read_documents(text)
+    file = folder / "tokenizer.json"
     if not file.is_file():
         return  # only the worker can count
+    read_object(FolderOrigin(folder), file.name)  # a damaged one is an exception of no kind in the library
     from tokenizers import Tokenizer
 
     counted = sum(len(each.ids) for each in Tokenizer.from_file(str(file)).encode_batch(documents))

@@ -12,6 +12,10 @@ from engine.methods import check
 from engine.records import MEASURES, Model, Recipe, Step
 
 MAX_BYTES = 100_000
+DEEPEST = 32  # brackets and indents in one another
+OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken,
+           yaml.BlockMappingStartToken)  # fmt: skip
+CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def load_recipe(text: str) -> Recipe:
@@ -25,8 +29,7 @@ def load_recipe(text: str) -> Recipe:
     if len(text) > MAX_BYTES:
         raise BadRecipe(f"The recipe has {len(text):,} characters; the limit is {MAX_BYTES:,}.")
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # ten lines can mean gigabytes
-            raise BadRecipe("A recipe may not use YAML aliases (`*name`): write the value out.")
+        _check_tokens(text)
         body = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise BadRecipe(f"The recipe is not valid YAML: {_where(error)}.") from None
@@ -37,6 +40,17 @@ def load_recipe(text: str) -> Recipe:
     recipe = parse_recipe(body)
     check(recipe)
     return recipe
+
+
+def _check_tokens(text: str) -> None:
+    """Refuse what costs more to read than it says: ten lines of aliases can mean gigabytes, brackets minutes."""
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise BadRecipe("A recipe may not use YAML aliases (`*name`): write the value out.")
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if depth > DEEPEST:
+            raise BadRecipe(f"The recipe is not valid YAML: it is nested more than {DEEPEST} deep.")
 
 
 def parse_recipe(body: dict[object, object]) -> Recipe:

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.text import read_documents, too_short
 
-TOGETHER = 512  # documents that are tokenized at a time
+TOGETHER = 512  # documents that are tokenized at a time, and characters, so that no more is read than is wanted
+TOGETHER_LONG = 1 << 18
 HELD_EACH, MOST_HELD = 20, 32  # one row in so many is held out, so many at most
 
 
@@ -86,7 +87,19 @@ def first_of_row(positions: Tensor) -> Tensor:
 def tokenized(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[list[int]]:
     """The token ids of each document, with one that ends it where the tokenizer knows one and puts none before it."""
     end = tokenizer.eos_token_id
-    documents = read_documents(path)
-    for start in range(0, len(documents), TOGETHER):
-        for row in tokenizer(documents[start : start + TOGETHER], truncation=False, verbose=False).input_ids:
+    for group in _groups(read_documents(path)):
+        for row in tokenizer(group, truncation=False, verbose=False).input_ids:
             yield [*row, end] if end is not None and (not row or row[0] != end) else row
+
+
+def _groups(documents: list[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document)
+        if len(group) == TOGETHER or size >= TOGETHER_LONG:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,14 +25,15 @@ from pydantic import JsonValue
 
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
-from engine.errors import BadModel, InputError, StoreError, TooMany, UnknownName
+from engine.errors import BadModel, InputError, StoreError, TooMany, UnknownName, os_reason
 from engine.hub import Hub
 from engine.modes import Limits
+from engine.preflight import Estimate
 from engine.quotas import Quotas, check_sources
 from engine.rates import Rates
 from engine.records import Model, Recipe, Run, Status
 from engine.repos import check_token
-from engine.runners import Runner, Worker
+from engine.runners import Runner, Worker, zero
 from engine.runners.local import LocalRunner
 from engine.sources import Repo, classify
 from engine.store import Store
@@ -49,9 +50,10 @@ BUDGET_SHARE = 0.8  # of the memory that is free when a run starts
 class Scheduler:
     """Runs the runs of one data folder; `store` holds them.
 
-    limits: what one visitor may take. memory_budget: bytes that a run and its children may hold; None means a share of
-    what is free when it starts. hub: where models are searched and downloaded; by default the public one, with the
-    cache of the data folder.
+    runner: by default processes of this machine, or ZeroGPU's calls where this is such a Space. limits: what one
+    visitor may take. refuses: says no to recipes that this installation does not take, beyond what preflight refuses.
+    memory_budget: bytes that a run and its children may hold; None means a share of what is free when it starts. hub:
+    where models are searched and downloaded; by default the public one, with the cache of the data folder.
 
     Raises:
         StoreError: the folder cannot be used, or another scheduler uses it.
@@ -60,12 +62,16 @@ class Scheduler:
     def __init__(
         self, home: Path, *, runner: Runner | None = None, limits: Limits | None = None,
         memory_budget: int | None = None, hub: Hub | None = None,
+        refuses: Callable[[Recipe, Estimate], None] | None = None,
     ) -> None:  # fmt: skip
         self.home = home.absolute()
         self.hub = hub or Hub(self.home / "cache" / "hub")
         self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
         self.store = Store(self.home / "maquette.db")
-        self._runner = runner or LocalRunner()
+        zero_gpu = runner is None and zero.is_zero()
+        self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
+        self._refuses = refuses or (zero.check if zero_gpu else None)
+        self.call_limits = (zero.SECONDS, zero.LARGEST) if zero_gpu else None  # seconds and bytes, to be shown
         self.limits = limits or Limits()
         self._quotas, self._rates = Quotas(self.home, self.store, self.limits, self.hub), Rates()
         self._memory_budget = memory_budget
@@ -122,7 +128,9 @@ class Scheduler:
         """
         check_sources(recipe, self.limits)
         pinned = recipe.model_copy(update={"model": preflight.pin(recipe.model, self.hub, token)})
-        preflight.check(pinned, self.hub, token)
+        estimate = preflight.check(pinned, self.hub, token)
+        if self._refuses is not None:
+            self._refuses(pinned, estimate)
         self._quotas.check(pinned, owner, token)
         with self._guard:
             self._check_queue(owner)
@@ -284,7 +292,7 @@ class Scheduler:
             )  # fmt: skip
             worker = self._runner.start(request, device, self._tokens.pop(run.id, ""))
         except OSError as error:
-            reason = f"The worker could not be started: {error.strerror or error}."
+            reason = f"The worker could not be started. {os_reason(error)}"
             self.store.say(run, "finished", {"status": str(Status.FAILED), "reason": reason})
             return
         self._watch(run, worker, device)
@@ -312,7 +320,7 @@ class Scheduler:
     # Files
 
     def _clean_up(self, run: Run) -> None:
-        """Give the disk back: all of a cancelled run, the finished blocks of one that needs them no more."""
+        """Give the disk back: all of a cancelled run, blocks that are needed no more, a model nobody has checked."""
         overdrawn = run.id in self._overdrawn and run.status is not Status.SUCCEEDED
         self._overdrawn.discard(run.id)
         if run.status is Status.CANCELLED or overdrawn:
@@ -320,6 +328,9 @@ class Scheduler:
             self._discard_download(run)
         elif run.status is Status.SUCCEEDED:
             self._discard(attempt_folder(self.home, run.id, run.attempt) / "blocks")
+        elif run.artifact is None:
+            for half in ("artifact", "artifact.tmp"):
+                self._discard(attempt_folder(self.home, run.id, run.attempt) / half)
 
     def _discard(self, folder: Path) -> None:
         """Move a folder out of the way at once; the thread deletes it, which can take long."""

@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from engine.configs import weight_names
 from engine.errors import BadModel
 from engine.files import publish
-from engine.origin import FolderOrigin, weight_names
+from engine.origin import FolderOrigin
 from engine.sources import COMMIT, Repo
 
 RESERVE = 64 << 20  # bytes of the disk that stay free

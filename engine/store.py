@@ -5,13 +5,16 @@
 
 A run's status is decided by its `finished` event and by nothing else: `append` applies it in the same
 transaction in which the event is kept. Write-ahead log with synchronous=FULL; every write begins
-IMMEDIATE; readers open the file read-only. Not for network file systems.
+IMMEDIATE; readers open the file read-only. Not for network file systems. A file that is lost or damaged is made
+again from the files of the runs (`engine.rebuild`); a damaged one is kept beside it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import sqlite3
@@ -25,9 +28,12 @@ from typing import Self
 
 from pydantic import JsonValue
 
+from engine import database, rebuild
 from engine.attempts import attempt_folder
-from engine.errors import StoreBusy, StoreError, StoreTooNew, UnknownName
+from engine.errors import DiskFull, StoreBusy, StoreError, StoreTooNew, UnknownName, os_reason
 from engine.records import Event, EventKind, Measurement, Output, Recipe, Record, Run, Status
+
+log = logging.getLogger(__name__)
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -103,6 +109,7 @@ class Store:
         self._guard = threading.Lock()
         self._writer: sqlite3.Connection | None = None
         self._lock: int | None = None
+        self._reserve = database.Reserve(path.parent)
         if read_only:
             if not path.exists():
                 raise StoreError(f"There are no runs in {path.parent} yet.")
@@ -110,8 +117,10 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path.parent)
-            self._writer = _open(path)
-            _migrate(self._writer, path)
+            self._writer, fresh = database.begin(path, _migrate)
+            self._reserve.keep()
+            if fresh:
+                self._restore()
         except (OSError, sqlite3.Error) as error:
             self.close()
             raise StoreError(f"The run store {path} cannot be used: {error}.") from error
@@ -147,6 +156,11 @@ class Store:
     def add_run(self, recipe: Recipe, owner: str = "") -> Run:
         """A new queued run."""
         run = Run(id=secrets.token_hex(4), recipe=recipe, owner=owner, created=time.time())
+        try:
+            rebuild.note(self.home, run)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            raise (DiskFull if full else StoreError)(os_reason(error)) from error
         with self._write() as db:
             db.execute(
                 "INSERT INTO runs (id, owner, recipe, status, created) VALUES (?, ?, ?, ?, ?)",
@@ -226,6 +240,7 @@ class Store:
         """Forget a run and its events."""
         with self._write() as db:
             db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
+        self._reserve.keep()
 
     # Events
 
@@ -235,6 +250,15 @@ class Store:
         Left out: events seen before, of a stale attempt, or of a run that has ended. While a run is queued only
         the scheduler speaks for it; its events have negative numbers, a worker's count from 1.
         """
+        events = list(events)
+        try:
+            self._keep(events)
+        except DiskFull:
+            if not self._reserve.give_up():
+                raise
+            self._keep(events)
+
+    def _keep(self, events: Sequence[Event]) -> None:
         with self._write() as db:
             for event in events:
                 row = db.execute("SELECT attempt, status FROM runs WHERE id = ?", (event.run,)).fetchone()
@@ -318,13 +342,34 @@ class Store:
     def _write(self) -> Iterator[sqlite3.Connection]:
         with self._guard:
             assert self._writer is not None, "the store is closed or read-only"
-            self._writer.execute("BEGIN IMMEDIATE")
             try:
+                self._writer.execute("BEGIN IMMEDIATE")
                 yield self._writer
-            except BaseException:
-                self._writer.execute("ROLLBACK")
-                raise
-            self._writer.execute("COMMIT")
+                self._writer.execute("COMMIT")
+            except sqlite3.DatabaseError as error:
+                raise database.refusal(error) from error
+            finally:
+                if self._writer.in_transaction:  # a full disk ends it by itself, and not always
+                    self._writer.execute("ROLLBACK")
+
+    def _restore(self) -> None:
+        """Take in the runs of which files are left."""
+        for found in rebuild.find(self.home):
+            run = found.run
+            with self._write() as db:
+                db.execute(
+                    "INSERT INTO runs (id, owner, recipe, status, created) VALUES (?, ?, ?, ?, ?)",
+                    (run.id, run.owner, run.recipe.model_dump_json(), Status.QUEUED, run.created),
+                )
+            for number, begun, events in found.attempts:
+                with self._write() as db:
+                    db.execute(
+                        "UPDATE runs SET attempt = ?, status = 'running', started = ?, finished = NULL, reason = '',"
+                        " artifact = NULL WHERE id = ?",
+                        (number, begun, run.id),
+                    )
+                self.append(events)
+            log.warning("run %s was found among the files: %s", run.id, self.run(run.id).status)
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
@@ -357,15 +402,6 @@ def _lock(folder: Path) -> int:
             f"Another Maquette uses the folder {folder}. Stop it, or choose another with --home or MAQUETTE_HOME."
         ) from None
     return handle
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    # Transactions are begun by hand; the one connection is shared between threads under a lock.
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
-    db.row_factory = sqlite3.Row
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-        db.execute(f"PRAGMA {pragma}")
-    return db
 
 
 def _migrate(db: sqlite3.Connection, path: Path) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from engine.errors import BadText, short
 
 LONGEST_TEXT = 64 << 20  # bytes that are read of a text file
+LONGEST_LINE = 1 << 18  # characters of a document: tokenizers take a line whole, and gigabytes for a long one
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file (one a line) or a JSONL file (its `text` fields).
+    """The documents of a text file (one a line) or a JSONL file (its `text` fields); a very long one is several.
 
     Raises:
         BadText: not there, not UTF-8 text, empty, or a JSONL line without `text`.
@@ -25,7 +26,7 @@ def read_documents(path: Path) -> list[str]:
         lines = [_json_text(line, number, path) for number, line in enumerate(lines, 1)]
     if not lines:
         raise BadText(f"The text {short(path.name)} is empty.")
-    return lines
+    return [line[start : start + LONGEST_LINE] for line in lines for start in range(0, len(line), LONGEST_LINE)]
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -47,7 +48,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def _json_text(line: str, number: int, path: Path) -> str:
     try:
         return str(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise BadText(f'{short(path.name)}, line {number}: a JSON object with a "text" is needed.') from None
 
 

@@ -34,7 +34,7 @@ from typing import TextIO
 from pydantic import JsonValue
 
 from engine.attempts import EventWriter, cache_folder, is_cancelled, take_lock, write_pid
-from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, NeedsToken, RunError, short
+from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, NeedsToken, RunError, os_reason, short
 from engine.methods import Emit
 from engine.records import EventKind, Recipe, Status
 
@@ -123,6 +123,23 @@ def execute(request: Request, stop: Stop, pipeline: Pipeline = run_pipeline, tok
         writer.close()
 
 
+def bring(request: Request, stop: Stop, token: str) -> bool:
+    """Download an attempt's model before its work; whether that can begin. Where not, the attempt has finished."""
+    writer = EventWriter(Path(str(request["folder"])), str(request["run"]), int(str(request["attempt"])))
+
+    def emit(kind: EventKind, data: dict[str, JsonValue]) -> None:
+        if kind != "finished" or data["status"] != Status.SUCCEEDED:
+            writer.emit(kind, data)
+
+    def work() -> None:
+        bring_model(Recipe.model_validate(request["recipe"]), request, token, emit, stop.check)
+
+    try:
+        return _finish(emit, work, stop) is Status.SUCCEEDED
+    finally:
+        writer.close()
+
+
 def _finish(emit: Emit, work: Callable[[], object], stop: Stop | None = None) -> Status:
     """Do the work and emit how it ended."""
     status, reason = Status.SUCCEEDED, ""
@@ -159,8 +176,10 @@ def _explain(error: Exception) -> str:
     # By name: torch need not be loaded to know its error; the CPU allocator raises a bare RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
         return "Out of memory. Use fewer calibration samples, a smaller batch or a smaller model, or free some memory."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume."
+    if isinstance(error, OSError) and error.errno is not None:
+        return os_reason(error)
+    if "os error 28" in str(error) or "No space left" in str(error):  # as safetensors says it
+        return os_reason(OSError(errno.ENOSPC, ""))
     message = short(" ".join(str(error).split()), 300)
     return f"Internal error, please report it: {type(error).__name__}: {message} (the log has the details)"
 

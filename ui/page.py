@@ -12,7 +12,7 @@ from gradio.blocks import Block
 from engine.modes import Mode
 from engine.scheduler import Scheduler
 from engine.store import Store
-from ui import hosting, translated, views
+from ui import hosting, markup, translated, views, wording
 from ui.desk import Desk, read_stored
 from ui.edge import edge, tell, visitor
 from ui.journal import Journal
@@ -36,6 +36,9 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
     page = Page(title="Maquette", analytics_enabled=False)
     with page:
         gr.HTML(views.masthead())
+        if limits := getattr(desk.scheduler, "call_limits", None):
+            text = say("zero.about", span=wording.duration(limits[0]), size=wording.size(limits[1]))
+            gr.HTML(markup.notice(text))
         who = gr.HTML(elem_id="mq-who", visible=desk.mode is Mode.TEAM)
         with gr.Row(elem_id="mq-top"):
             with gr.Column(min_width=300):

@@ -6,7 +6,9 @@ else it serves and the page does not need is closed by `ui.guard`.
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -29,6 +31,7 @@ from ui.login import Door
 from ui.theme import ASSETS, head, theme
 from ui.translated import InLanguage
 from ui.visitors import Anyone, Members, Signed, Visitors, secret
+from ui.wording import say
 
 
 def address() -> tuple[str, int]:
@@ -49,6 +52,22 @@ def visitors(desk: Desk) -> Visitors:
     if desk.mode is Mode.TEAM:
         return Members(UserFile(desk.store.home))
     return Signed(secret(desk.store.home)) if desk.mode is Mode.PUBLIC else Anyone()
+
+
+def check_free(host: str, port: int) -> None:
+    """Refuse an address on which nobody can listen, before anything is started.
+
+    Raises:
+        MaquetteError: another program has it, or this machine does not.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+            probe.bind(place)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise MaquetteError(say("error.port_taken" if taken else "error.no_address", host=host, port=port)) from None
 
 
 def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = True) -> None:

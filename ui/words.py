@@ -260,6 +260,13 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "models.parameters": "Parameters", "models.size": "Weights", "models.download": "To download",
         "models.revision": "Commit", "models.licence": "Licence", "models.licence.unknown": "not stated",
         "phase.downloading": "Downloading the model", "series.download.speed": "Download speed",
+        # ZeroGPU
+        "zero.about": "This page works on ZeroGPU: a run has a GPU for {span} at most, and {size} for everything it "
+        "holds. Larger ones are refused before they begin.",
+        # where the server cannot listen
+        "error.port_taken": "Port {port} is taken by another program. Stop it, or choose another with PORT.",
+        "error.no_address": "{host} cannot be listened on: it is no address of this machine. Set HOST to 127.0.0.1, or "
+        "to 0.0.0.0 for all.",
     }
 )
 # fmt: on

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -23,13 +26,18 @@ def pipeline(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Callable
     (folder / "blocks").mkdir(exist_ok=True)
     if recipe.calibration == "quick":
         return quick(folder, emit)
+    if recipe.calibration == "careful":
+        return careful(folder, emit)
+    if recipe.calibration == "downloads":
+        return downloads(folder, emit)
     if recipe.calibration in ("deaf", "family"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if recipe.calibration == "family":
-        subprocess.Popen(
-            [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
-        )
+        deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+        child = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {deaf!r}]); {deaf}"
+        subprocess.Popen([sys.executable, "-c", child])
+        until_family(3)
         emit("log", {"text": "has a child"})
     if recipe.calibration == "native":
         emit("log", {"text": "in native code"})
@@ -61,11 +69,58 @@ def quick(folder: Path, emit: Emit) -> None:
     emit("measurement", {"name": "size.bytes", "value": 1.0, "unit": "B"})
 
 
+def until_family(count: int) -> None:
+    """Wait until so many processes are in this group."""
+    while sum(_group(each) == os.getpgid(0) for each in psutil.pids()) < count:
+        time.sleep(0.02)
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def careful(folder: Path, emit: Emit) -> None:
+    """The same 64 KiB each time, piece by piece; the last ones when told to, where somebody is there to tell."""
+    emit("log", {"text": "works"})
+    (folder / "artifact").mkdir()
+    first = folder.parent.parent / "first"
+    with open(folder / "artifact" / "weights", "wb") as file:
+        for number in range(2048):
+            if number == 1024 and first.exists():
+                while not (folder / "go").exists():
+                    time.sleep(0.01)
+            file.write(hashlib.sha256(str(number).encode()).digest())
+            file.flush()
+    first.touch()
+    emit("artifact", {"path": "artifact"})
+
+
+def downloads(folder: Path, emit: Emit) -> None:
+    """A child receives a byte a second from a server that never ends, deaf to SIGTERM as native code is."""
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    receive = (
+        "import signal, socket; signal.signal(15, signal.SIG_IGN)\n"
+        f"s = socket.create_connection(('127.0.0.1', {port}))\n"
+        f"with open('part', 'wb', buffering=0) as file:\n    while got := s.recv(1): file.write(got)"
+    )
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen([sys.executable, "-c", receive], cwd=folder)
+    connection, _ = server.accept()
+    emit("log", {"text": "downloading"})
+    while True:
+        connection.send(b"x")
+        time.sleep(1)
+
+
 def hungry() -> None:
     held = []
-    for _ in range(600_000):
-        held.append(bytearray(os.urandom(1 << 20)))
-        time.sleep(0.002)
+    for number in range(60_000):
+        held.append(bytes([1 + number % 255]) * (1 << 24))  # quick also where the machine is busy
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

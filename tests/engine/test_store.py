@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+from engine import database
 from engine import store as store_module
 from engine.errors import StoreBusy, StoreError, StoreTooNew, UnknownName
 from engine.records import Event, EventKind, Measurement, Recipe, Run, Status
@@ -167,7 +168,7 @@ def test_it_can_be_read_when_the_writer_has_gone(tmp_path: Path) -> None:
 
 
 def test_the_writer_uses_a_durable_log(tmp_path: Path) -> None:
-    db = store_module._open(tmp_path / "x.db")
+    db = database.open_(tmp_path / "x.db")
     assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     assert db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
 
@@ -210,10 +211,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
         assert db.execute("SELECT name FROM sqlite_master WHERE name = 'fresh'").fetchall() == []
 
 
-def test_what_is_no_database_is_an_error_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "maquette.db").write_text("hello " * 1000)
-    with pytest.raises(StoreError, match=r"maquette\.db"):
-        Store(tmp_path / "maquette.db")
+def test_a_store_that_is_not_there_is_an_error_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no runs"):
         Store(tmp_path / "other.db", read_only=True)
 
