@@ -57,7 +57,9 @@ def render(template: str | None, system: str, prompt: str, special: Mapping[str,
         raise BadText(f"The chat template refuses this: {short(answer['error'], 200)}")
     text = str(answer["text"])
     if len(text) > LONGEST:
-        raise BadModel(f"The chat template writes {len(text):,} characters; {LONGEST:,} are read. Choose plain text.")
+        raise BadModel(
+            f"The chat template writes more than the {LONGEST:,} characters that are read. Choose plain text."
+        )
     return text
 
 

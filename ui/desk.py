@@ -22,6 +22,7 @@ from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, 
 from engine.scheduler import Scheduler
 from engine.store import Store
 from ui import wording
+from ui.shelf import Shelf
 from ui.wording import say
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Desk:
     scheduler: Scheduler
     stored: StoredComparison | None = None
     local: bool = True
+    shelf: Shelf = field(default_factory=Shelf)
     _finished: dict[tuple[str, int], Entry] = field(default_factory=dict)
     _pulse: Pulse = field(default_factory=Pulse)
 

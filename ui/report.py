@@ -40,7 +40,7 @@ def markdown(entry: Entry, baseline: Entry | None = None) -> str:
     for name in wording.sort(entry.measured):
         b, a = entry.measured[name], known.get(name)
         before = f"{wording.value(a)} {wording.error(a)}".strip() if a else ""
-        change = wording.difference(a, b) if a else ""
+        change = wording.change(a, b) if a else ""
         now = f"{wording.value(b)} {wording.error(b)}".strip()
         lines.append(f"| {_plain(wording.name(name))} | {_plain(before)} | {_plain(now)} | {_plain(change)} |")
     lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]

@@ -29,7 +29,7 @@ def test_a_template_may_refuse() -> None:
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not end|too much"),
         ("{{ 'a' * 10 ** 10 }}", "too much memory"),
-        ("{{ 'a' * 10 ** 6 }}", "60,000 are read"),
+        ("{{ 'a' * 10 ** 6 }}", "more than the 60,000"),
     ],
 )
 def test_a_hostile_template_ends(hostile: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
