@@ -6,6 +6,8 @@ whoever wrote it: a visitor, a model, a recipe, an error.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +22,11 @@ from ui.wording import say
 Child = str | Markup | None
 Attribute = str | int | float | bool | None
 
-EMPTY = {"input", "br", "hr", "line", "path", "rect", "circle", "polyline", "img"}
+EMPTY = {"meta", "input", "br", "hr", "line", "path", "rect", "circle", "polyline", "img"}
 NAME = re.compile(r"[a-z][a-zA-Z0-9-]*")
 
 
-def tag(name: str, *children: Child, **attributes: Attribute) -> Markup:
+def tag(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
     """`<name attributes>children</name>`, escaped. `class_` becomes class, `data_run` data-run.
 
     None leaves a child or an attribute out; True gives a bare attribute.
@@ -42,6 +44,19 @@ def tag(name: str, *children: Child, **attributes: Attribute) -> Markup:
     if name in EMPTY:
         return Markup(f"<{opening}/>")
     return Markup(f"<{opening}>{inside}</{name}>")
+
+
+def document(title: str, style: str, *body: Child) -> Markup:
+    """A whole page that stands alone: it runs no script, and loads nothing but the style that it holds."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    head = (
+        tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width"), tag("title", title),
+        tag("style", Markup(style)),  # ours, not a visitor's; escaped it would have another hash
+    )  # fmt: skip
+    whole = tag("html", tag("head", *head), tag("body", tag("main", *body)), lang="en")
+    return Markup("<!doctype html>\n") + whole + "\n"
 
 
 def join(parts: Iterable[Child]) -> Markup:

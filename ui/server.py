@@ -13,13 +13,12 @@ import tempfile
 import gradio as gr
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import MaquetteError
-from ui import report
 from ui.desk import Desk
+from ui.downloads import Downloads
 from ui.edge import COOKIE, NAME, new_visitor
 from ui.theme import ASSETS, head, theme
 
@@ -63,7 +62,7 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
             head=head(), show_error=False, mcp_server=False,
             app_kwargs={"docs_url": None, "redoc_url": None, "middleware": [Middleware(Guard)]},
         )  # fmt: skip
-        app.router.routes[0:0] = [Route("/healthz", health), Route("/runs/{run}/{name}", Downloads(desk).get)]
+        app.router.routes[0:0] = [Route("/healthz", health), *Downloads(desk).routes()]
         if block:
             page.block_thread()
 
@@ -71,28 +70,6 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
 async def health(request: Request) -> Response:
     """Alive."""
     return JSONResponse({"status": "ok"})
-
-
-class Downloads:
-    """A run as files: recipe.yaml, measurements.csv, report.md. Only the visitor's own."""
-
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-
-    def get(self, request: Request) -> Response:
-        """One file, made when asked for."""
-        owner = request.cookies.get(COOKIE, "")
-        writer = report.WRITERS.get(request.path_params["name"])
-        if writer is None or not NAME.fullmatch(owner):
-            return PlainTextResponse("not found", status_code=404)
-        try:
-            entry = self._desk.entry(request.path_params["run"], owner)
-        except MaquetteError:
-            return PlainTextResponse("not found", status_code=404)
-        make, kind = writer
-        text = make(entry, self._desk.baseline(entry.run.recipe, owner))
-        name = f"maquette-{entry.run.id}-{request.path_params['name']}"
-        return Response(text, media_type=kind, headers={"Content-Disposition": f'attachment; filename="{name}"'})
 
 
 class Guard:

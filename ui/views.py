@@ -152,7 +152,7 @@ def run_detail(
     whole = entry.measured.get("size.bits_per_weight") if entry is not None else None
     parts.append(audit.report([*story.linears.values()], story.budget, whole.value if whole else None))
     if run.status is Status.SUCCEEDED:
-        names = ("recipe.yaml", "measurements.csv", "report.md")
+        names = ("recipe.yaml", "measurements.csv", "report.md", *(("README.md", "model.zip") if run.artifact else ()))
         files = [
             tag("li", markup.link(say(f"file.{name}"), f"./runs/{run.id}/{name}", download=True)) for name in names
         ]
