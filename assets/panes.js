@@ -1,5 +1,5 @@
 // Token panes: appends what is new, shades by KL, and shows both models' five likeliest on a click.
-// The value is {key, shade, split, panes: [{title, note, state, stats, tokens: [[text, probability, top, kl]]}]}.
+// The value is {key, shade, split, panes: [{title, note, state, stats, split, tokens: [[text, probability, top, kl]]}]}.
 // Texts only ever enter through textContent.
 const root = element.querySelector(".mq-panes");
 const detail = element.querySelector(".mq-token");
@@ -23,11 +23,18 @@ function span(value, pane, index) {
   node.tabIndex = index === 0 ? 0 : -1;
   const marks = level(value.shade ? kl : null);
   if (marks) node.classList.add("kl" + marks);
-  if (value.split === index) {
-    node.classList.add("split");
-    node.title = value.words.split;
-  }
   return node;
+}
+
+function part(text, place, words) {
+  const node = text.children[place];
+  if (!node || node.classList.contains("split")) return;
+  text.querySelectorAll(".tok.split").forEach((other) => {
+    other.classList.remove("split");
+    other.removeAttribute("title");
+  });
+  node.classList.add("split");
+  node.title = words.split;
 }
 
 function build(value) {
@@ -43,7 +50,8 @@ function build(value) {
     card.append(head, make("p", "note"), text);
     root.append(card);
   });
-  shown = { key: value.key, counts: value.panes.map(() => 0), split: value.split };
+  root.style.setProperty("--panes", String(Math.min(2, value.panes.length)));
+  shown = { key: value.key, counts: value.panes.map(() => 0) };
 }
 
 function update() {
@@ -63,12 +71,8 @@ function update() {
     text.append(fresh);
     if (bottom && pane.state === "running") text.scrollTop = text.scrollHeight;
     shown.counts[place] = pane.tokens.length;
-    if (value.split !== null && value.split !== shown.split && text.children[value.split]) {
-      text.children[value.split].classList.add("split");
-      text.children[value.split].title = value.words.split;
-    }
+    if (pane.split !== null) part(text, pane.split, value.words);
   });
-  if (value.panes.every((pane) => value.split === null || pane.tokens.length > value.split)) shown.split = value.split;
 }
 
 function five(value, place, index) {
@@ -77,6 +81,9 @@ function five(value, place, index) {
   if (!token) return null;
   const column = make("div", "column");
   column.append(make("h4", "", pane.title));
+  const kl = token[3];
+  if (value.shade && kl !== null && kl !== undefined)
+    column.append(make("p", "mq-sub", value.words.kl.replace("{kl}", kl.toFixed(3))));
   const list = make("ol");
   for (const [text, probability] of token[2]) {
     const row = make("li");
@@ -98,17 +105,18 @@ function explain(node) {
   detail.replaceChildren();
   element.querySelectorAll(".tok.on").forEach((other) => other.classList.remove("on"));
   node.classList.add("on");
-  let line = value.words.token.replace("{token}", JSON.stringify(token[0])).replace("{probability}", percent(token[1]));
-  const moved = value.panes.map((pane) => pane.tokens[index]?.[3]).find((kl) => kl !== null && kl !== undefined);
-  if (value.shade && moved !== undefined) line += " " + value.words.kl.replace("{kl}", moved.toFixed(3));
+  const line = value.words.token.replace("{token}", JSON.stringify(token[0])).replace("{probability}", percent(token[1]));
   detail.append(make("p", "", line));
   const columns = make("div", "columns");
-  const together = value.shade || value.split === null || index <= value.split;
+  // What another model had in mind is comparable only where it has read the same words before.
+  const before = (other) => JSON.stringify(value.panes[other].tokens.slice(0, index).map((each) => each[0]));
+  let apart = 0;
   value.panes.forEach((_, other) => {
-    if (together || other === place) columns.append(five(value, other, index) || "");
+    if (value.shade || other === place || before(other) === before(place)) columns.append(five(value, other, index) || "");
+    else apart++;
   });
   detail.append(columns);
-  if (!together) detail.append(make("p", "mq-sub", value.words.apart));
+  if (apart) detail.append(make("p", "mq-sub", value.words.apart));
   detail.hidden = false;
 }
 

@@ -19,10 +19,11 @@ from pydantic import JsonValue
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
-from engine import bitmask, low_rank, shards
+from engine import bitmask, card, low_rank, shards
 from engine.bitmask import MASK, SPARSE_KEY
 from engine.checkpoint import part_names
 from engine.errors import BadArtifact
+from engine.files import MANIFEST as MANIFEST
 from engine.files import publish, sync
 from engine.headers import OWN_KEYS, read_header
 from engine.low_rank import RANKS_KEY
@@ -31,7 +32,6 @@ from engine.packing import CACHE_KEY, QuantizedWeight
 from engine.records import Recipe
 from engine.shards import Scheme, Shard, format_of, packed_modules, strategy
 
-MANIFEST = "MANIFEST.json"
 FORMAT = 1
 LARGEST = 1 << 28  # bytes of a file that holds several parts
 
@@ -71,6 +71,7 @@ def _fill(model: LoadedModel, recipe: Recipe, temporary: Path) -> None:
     if products := low_rank.ranks(model.network):
         config[RANKS_KEY] = dict(sorted(products.items()))
     (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    card.write(temporary, recipe)
     write_manifest(temporary, recipe)
 
 

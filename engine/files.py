@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+MANIFEST = "MANIFEST.json"  # of an artifact: the size and SHA-256 of each file
+
 
 def sync(path: Path) -> None:
     """Make a file's content, or the names in a folder, durable."""

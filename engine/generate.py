@@ -44,21 +44,36 @@ class Generated:
     logprobs: Tensor
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How a token is taken from its distribution: at temperature 0 the likeliest, else drawn.
+
+    Only the `top_k` likeliest are drawn from (0: all), of these the fewest whose odds reach `top_p` together (1: all).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    dice: torch.Generator | None = None
+
+
+GREEDY = Draw()
+
+
 def generate(
-    model: LoadedModel, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-) -> Iterator[Generated]:
+    model: LoadedModel, prompt_ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+    top_p: float = 1.0, top_k: int = 0,
+) -> Iterator[Generated]:  # fmt: skip
     """New tokens after a prompt, the end-of-text token included, which ends them.
 
-    Temperature 0 takes the likeliest token; else tokens are drawn with `seed`. Closing the iterator stops.
+    Temperature 0 takes the likeliest token; else tokens are drawn with `seed`, as `Draw` says. Closing stops it.
 
     Raises:
         ValueError: the prompt is empty.
     """
     stops = end_tokens(model.network)
-    dice = torch.Generator().manual_seed(seed)
-    for step in decode(
-        model.network, prompt_ids, max_new_tokens, kv_cache=model.kv_cache, temperature=temperature, dice=dice
-    ):
+    draw = Draw(temperature, top_p, top_k, torch.Generator().manual_seed(seed))
+    for step in decode(model.network, prompt_ids, max_new_tokens, kv_cache=model.kv_cache, draw=draw):
         yield Generated(int(step.tokens[0]), step.logprobs[0])
         if int(step.tokens[0]) in stops:
             return
@@ -79,8 +94,7 @@ def decode(
     *,
     batch: int = 1,
     kv_cache: CacheGrid | None = None,
-    temperature: float = 0.0,
-    dice: torch.Generator | None = None,
+    draw: Draw = GREEDY,
 ) -> Iterator[Step]:
     """`max_new_tokens` steps of `batch` sequences that begin with the same prompt; no token ends them.
 
@@ -95,12 +109,12 @@ def decode(
         return
     ids = torch.tensor([prompt_ids] * batch, device=network.device)
     logits, cache = _read_prompt(network, ids, kv_cache)
-    step = _choose(logits, temperature, dice)
+    step = _choose(logits, draw)
     yield step
     decoder: _Decoder | None = None
     for _ in range(max_new_tokens - 1):
         decoder = decoder or _decoder(network, cache, ids, logits, len(prompt_ids) + max_new_tokens)
-        step = _choose(decoder.step(step.tokens[:, None]), temperature, dice)
+        step = _choose(decoder.step(step.tokens[:, None]), draw)
         yield step
 
 
@@ -174,12 +188,27 @@ def _read_prompt(network: PreTrainedModel, ids: Tensor, grid: CacheGrid | None) 
 
 
 @torch.inference_mode()
-def _choose(logits: Tensor, temperature: float, dice: torch.Generator | None) -> Step:
+def _choose(logits: Tensor, draw: Draw) -> Step:
     logprobs = logits.float().log_softmax(-1)
-    if temperature <= 0:
+    if draw.temperature <= 0:
         return Step(logprobs.argmax(-1), logprobs)
-    odds = (logprobs / temperature).softmax(-1).cpu()
-    return Step(torch.multinomial(odds, 1, generator=dice)[:, 0].to(logits.device), logprobs)
+    odds = allowed((logprobs / draw.temperature).softmax(-1).cpu(), draw.top_p, draw.top_k)
+    return Step(torch.multinomial(odds, 1, generator=draw.dice)[:, 0].to(logits.device), logprobs)
+
+
+def allowed(odds: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Odds (..., V) with zero where a token may not be drawn; the likeliest always may."""
+    if top_k <= 0 and top_p >= 1:
+        return odds
+    ordered, order = odds.sort(stable=True, dim=-1, descending=True)
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_k > 0:
+        drop[..., top_k:] = True
+    kept = ordered.masked_fill(drop, 0.0)
+    before = kept.cumsum(-1) - kept  # the odds of all that are likelier
+    drop |= before >= top_p * kept.sum(-1, keepdim=True)
+    drop[..., 0] = False
+    return torch.zeros_like(odds).scatter(-1, order, ordered.masked_fill(drop, 0.0))
 
 
 def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor, room: int) -> _Decoder:

@@ -65,14 +65,14 @@ class Scheduler:
         refuses: Callable[[Recipe, Estimate], None] | None = None,
     ) -> None:  # fmt: skip
         self.home = home.absolute()
-        self.hub = hub or Hub(self.home / "cache" / "hub")
-        self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
+                self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
         self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
         self._refuses = refuses or (zero.check if zero_gpu else None)
         self.call_limits = (zero.SECONDS, zero.LARGEST) if zero_gpu else None  # seconds and bytes, to be shown
         self.limits = limits or Limits()
+        self.hub = hub or Hub(self.home / "cache" / "hub", trusting=self.limits.folders)
         self._quotas, self._rates = Quotas(self.home, self.store, self.limits, self.hub), Rates()
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
@@ -221,7 +221,8 @@ class Scheduler:
 
     def stream(
         self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
-        same_text: bool = False, stop: threading.Event | None = None,
+        same_text: bool = False, top_p: float = 1.0, top_k: int = 0, chat: bool = False, system: str = "",
+        stop: threading.Event | None = None,
     ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
         """What the models of up to four sources write after a prompt; see `Streams.write`.
 
@@ -233,7 +234,7 @@ class Scheduler:
         folders = [self._model_of(source) for source in sources]
         return self._streams.write(
             folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text,
-            stop=stop,
+            top_p=top_p, top_k=top_k, chat=chat, system=system, stop=stop,
         )  # fmt: skip
 
     # The thread

@@ -1,8 +1,10 @@
 """A model kept warm that writes text on demand: one JSON object a line, commands in, replies out.
 
-    {"do": "generate", "prompt", "max_tokens", "temperature", "seed", "write": file or null}
+    {"do": "generate", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "write": file or null}
     {"do": "score", "prompt", "token_ids": [...], "read": file}
     {"do": "stop"}                               the command at work ends at its next token
+
+The first two may hold "chat": true and "system": then the prompt is what a user says in the model's chat template.
 
     {"event": "ready", "kernels": [...]}         once, when the model is loaded
     {"event": "token", "id", "text", "probability", "top", "kl"}
@@ -30,7 +32,7 @@ from pydantic import JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine import preflight, runtime
+from engine import chat, preflight, runtime
 from engine.errors import BadText, InputError, MaquetteError, RunError
 from engine.generate import generate
 from engine.measure._text import encode
@@ -88,7 +90,7 @@ def _listen(commands: TextIO, inbox: queue.Queue[Command | None]) -> None:
 
 def _answer(model: LoadedModel, command: Command) -> Iterator[tuple[str, Body]]:
     body = command.body
-    prompt = encode(model.tokenizer, str(body["prompt"]))
+    prompt = _prompt(model, body)
     if not prompt:
         raise BadText("The prompt is empty, and this model has no start token. Write a few words.")
     if body["do"] == "generate":
@@ -96,6 +98,25 @@ def _answer(model: LoadedModel, command: Command) -> Iterator[tuple[str, Body]]:
     else:
         ids = [int(str(i)) for i in _list(body["token_ids"])]
         yield from _score(model, prompt, ids, _reference(str(body["read"])))
+
+
+def _prompt(model: LoadedModel, body: Body) -> list[int]:
+    """The token ids of a command's prompt, plain or in the model's chat template.
+
+    Raises:
+        BadModel: the template is missing or does not end.
+        BadText: the template refuses the messages.
+    """
+    tokenizer, text = model.tokenizer, str(body["prompt"])
+    if not body.get("chat"):
+        return encode(tokenizer, text)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    special = {k: v for k, v in tokenizer.special_tokens_map.items() if k.endswith("_token") and isinstance(v, str)}
+    rendered = chat.render(template, str(body.get("system") or ""), text, special)
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids  # it writes its own
+    return ids
 
 
 def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterator[tuple[str, Body]]:
@@ -110,6 +131,7 @@ def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterat
     steps = generate(
         model, prompt, max_new_tokens=min(int(str(body["max_tokens"])), room),
         temperature=float(str(body["temperature"])), seed=int(str(body["seed"])),
+        top_p=float(str(body.get("top_p", 1.0))), top_k=int(str(body.get("top_k", 0))),
     )  # fmt: skip
     for step in steps:
         last = time.perf_counter()

@@ -36,6 +36,7 @@ POLL = 0.05  # seconds between looks at whether the reader has gone
 PATIENCE = 5.0  # seconds that a worker has to heed a stop
 LONGEST_PROMPT = 20_000  # characters
 LONGEST_TEXT = 2048  # tokens
+MOST_LIKELY = 1000  # the largest top-k
 
 
 class Warm:
@@ -148,14 +149,15 @@ class Streams:
 
     def write(
         self, models: list[Path], prompt: str, *, max_tokens: int, temperature: float, seed: int, same_text: bool,
-        stop: threading.Event | None = None,
+        top_p: float = 1.0, top_k: int = 0, chat: bool = False, system: str = "", stop: threading.Event | None = None,
     ) -> Iterator[Reply]:  # fmt: skip
         """Yield (pane, event, data) as it happens; closing the iterator, or setting `stop`, stops the models.
 
         Events: `loading` while a model is not ready, `token` with a Token and its `id`, then `done` with `ttft`,
         `tpot` and `tokens` (and `stopped` where it was ended early), or `error` with `text`. With
         `same_text` the first model writes and the others say how they see its text, with the KL of each token from
-        the first model's prediction.
+        the first model's prediction. With `chat` the prompt is what a user says in each model's own chat template,
+        after `system` where that is not empty.
 
         Raises:
             InputError: no model or too many, no prompt, or a number out of its bounds.
@@ -171,9 +173,15 @@ class Streams:
             raise InputError(f"max_tokens is {max_tokens}; it must lie in 1 to {LONGEST_TEXT}.")
         if not (math.isfinite(temperature) and 0 <= temperature <= 5) or not 0 <= seed < 2**31:
             raise InputError("The sampling temperature must lie in 0 to 5, the seed in 0 to 2147483647.")
+        if not (math.isfinite(top_p) and 0 < top_p <= 1) or not 0 <= top_k <= MOST_LIKELY:
+            raise InputError(f"top-p must lie above 0 and up to 1, top-k in 0 (all) to {MOST_LIKELY}.")
+        if "\0" in system or len(system) > LONGEST_PROMPT:
+            raise BadText(
+                f"The system prompt has {len(system):,} characters; write up to {LONGEST_PROMPT:,}, and no NUL."
+            )
         generate: Body = {
             "do": "generate", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
-            "write": None,
+            "top_p": top_p, "top_k": top_k, "chat": chat, "system": system, "write": None,
         }  # fmt: skip
         return self._write(models, generate, same_text and len(models) > 1, stop)
 
@@ -206,7 +214,8 @@ class Streams:
             file = str(Path(folder, "logprobs.safetensors")) if same_text else None
             for pane, model in enumerate(models):
                 if same_text and pane:
-                    command: Body = {"do": "score", "prompt": generate["prompt"], "read": file}
+                    command: Body = {key: generate[key] for key in ("prompt", "chat", "system")}
+                    command |= {"do": "score", "read": file}
                 else:
                     command = {**generate, "write": file}
                 threading.Thread(target=self._pane, args=(pane, model, command, stream), daemon=True).start()

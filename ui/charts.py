@@ -6,6 +6,8 @@ for screen readers, so that nothing is said by colour or position alone.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +79,7 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
             error_y={"type": "data", "array": [1.96 * (y.error or 0) * share], "thickness": 1.5, "width": 5},
             hovertemplate=f"%{{text}}<br>{wording.value(x)}<br>{wording.value(y)} {wording.error(y)}<extra></extra>",
         )  # fmt: skip
+    _noise(figure, points, share)
     rows = tuple(
         (
             label,
@@ -88,6 +91,20 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
     )
     headers = (say("run"), wording.name(cost), wording.name(quality), say("chart.on_front"))
     return Chart(figure, caption, headers, rows)
+
+
+def _noise(figure: go.Figure, points: Sequence[tuple[str, Measurement, Measurement]], share: float) -> None:
+    """A band around the original's quality: what lies in it is as good as the original as far as one can measure."""
+    base = next((y for label, _, y in points if label == say("original.title")), None)
+    others = [y for label, _, y in points if label != say("original.title")]
+    if base is None or not others or not base.error:
+        return
+    half = 2 * math.hypot(base.error, max(y.error or 0 for y in others))
+    figure.add_hrect(
+        y0=(base.value - half) * share, y1=(base.value + half) * share, line_width=0, layer="below",
+        fillcolor="rgba(128,128,140,0.14)", annotation={"text": say("chart.noise"), "font": {"size": 11}},
+        annotation_position="bottom right",
+    )  # fmt: skip
 
 
 def front(points: Sequence[tuple[float, float]], *, higher: bool) -> list[int]:
@@ -166,6 +183,42 @@ def memory(runs: Sequence[Named]) -> Chart:
         figure.add_bar(x=names, y=values, name=label, marker_color=colour(index), hovertemplate="%{y:.3g} " + unit)
     figure.update_layout(barmode="group", bargap=0.25)
     return Chart(figure, caption, (say("run"), *names), _rows(runs, present))
+
+
+def batches(runs: Sequence[Named]) -> Chart:
+    """Tokens a second of all texts together by batch size, with 95 % intervals; a step's time where it was kept."""
+    sizes = sorted({int(key[12:]) for _, m in runs for key in m if re.fullmatch(r"throughput\.b\d{1,4}", key)})
+    caption = say("chart.batches")
+    if not sizes:
+        return Chart(None, caption)
+    figure = empty_figure(say("axis.batch"), say("unit.tokens_per_second"))
+    rows = []
+    for index, (label, measured) in enumerate(runs):
+        found = [(size, measured[f"throughput.b{size}"]) for size in sizes if f"throughput.b{size}" in measured]
+        figure.add_scatter(
+            x=[str(size) for size, _ in found], y=[m.value for _, m in found], name=label, mode="lines+markers",
+            line={"color": colour(index), "width": 2}, marker={"size": 9, "symbol": symbol(index)},
+            error_y={"type": "data", "array": [1.96 * (m.error or 0) for _, m in found], "thickness": 1.5, "width": 5},
+            hovertemplate="%{y:.4g} " + say("unit.tokens_per_second"),
+        )  # fmt: skip
+        rows += [(label, str(size), wording.shown(m), _step(m), _kernel(m)) for size, m in found]
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(rangemode="tozero")
+    headers = (say("run"), say("axis.batch"), say("chart.throughput"), say("chart.step"), say("chart.kernel"))
+    return Chart(figure, caption, headers, tuple(rows))
+
+
+def _step(measurement: Measurement) -> str:
+    """How long one step of the batch took."""
+    seconds, error = (measurement.details.get(key) for key in ("tpot", "tpot_error"))
+    if not isinstance(seconds, int | float):
+        return "–"
+    whiskers = f" ± {wording.duration(1.96 * error)}" if isinstance(error, int | float) and error > 0 else ""
+    return wording.duration(seconds) + whiskers
+
+
+def _kernel(measurement: Measurement) -> str:
+    return str(measurement.details.get("kernels", "–"))[:120]
 
 
 def _rows(runs: Iterable[Named], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -28,6 +28,7 @@ from engine.store import Store
 from ui import language, wording
 from ui.edge import has_cookie, visitor
 from ui.guard import ADDRESS
+from ui.shelf import Shelf
 from ui.wording import say
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Desk:
     scheduler: Scheduler
     stored: StoredComparison | None = None
     mode: Mode = Mode.LOCAL
+    shelf: Shelf = field(default_factory=Shelf)
     _finished: dict[tuple[str, int, bool, bool, str], Entry] = field(default_factory=dict)
     _pulse: Pulse = field(default_factory=Pulse)
     _rates: Rates = field(default_factory=Rates)

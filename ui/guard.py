@@ -38,7 +38,7 @@ OPEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (READ, r"(/gradio_api)?/theme\.css|/favicon\.ico|/robots\.txt"),
         (READ, r"/gradio_api/heartbeat/\w+|/gradio_api/queue/data"),
         (WRITE, r"/gradio_api/queue/join|/gradio_api/run/\w+/?"),
-        (READ, r"/healthz|/runs/[\w-]+/[\w.-]+"),
+        (READ, r"/healthz|/runs/[\w-]+/[\w.-]+|/compare/[\w.-]+"),
     )
 )
 UPLOADS = ((WRITE, re.compile(r"/gradio_api/upload")), (READ, re.compile(r"/gradio_api/upload_progress")))

@@ -93,4 +93,4 @@ def _form(request: Request, problem: str = "", status: int = 200) -> Response:
     )
     body = tag("main", tag("h1", "Maquette"), tag("p", say("login.about")), markup.notice(problem, "bad"), form)
     style = (ASSETS / "login.css").read_text()
-    return HTMLResponse(markup.document(say("login.title"), body, style), status, {"Cache-Control": "no-store"})
+    return HTMLResponse(markup.document(say("login.title"), style, body), status, {"Cache-Control": "no-store"})

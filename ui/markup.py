@@ -6,6 +6,8 @@ whoever wrote it: a visitor, a model, a recipe, an error.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,14 +16,14 @@ from markupsafe import Markup, escape
 
 from engine.preflight import Estimate
 from engine.records import Status
-from ui import wording
+from ui import language, wording
 from ui.messages import translate
 from ui.wording import say
 
 Child = str | Markup | None
 Attribute = str | int | float | bool | None
 
-EMPTY = {"input", "br", "hr", "line", "path", "rect", "circle", "polyline", "img"}
+EMPTY = {"meta", "input", "br", "hr", "line", "path", "rect", "circle", "polyline", "img"}
 NAME = re.compile(r"[a-z][a-zA-Z0-9-]*")
 
 
@@ -45,19 +47,27 @@ def tag(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
     return Markup(f"<{opening}>{inside}</{name}>")
 
 
+def document(title: str, style: str, *body: Child, alone: bool = False) -> Markup:
+    """A whole page of ours, beside Gradio's. `style` is CSS of our own files, never a visitor's text.
+
+    alone: a file to take away, which runs no script and loads nothing but the style that it holds.
+    """
+    assert "</" not in style
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    head = (
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy) if alone else None,
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"), tag("title", title),
+        tag("style", Markup(style)),  # as it is: escaped it would have another hash
+    )  # fmt: skip
+    whole = tag("html", tag("head", *head), tag("body", *body), lang=language.current())
+    return Markup("<!doctype html>\n") + whole + "\n"
+
+
 def join(parts: Iterable[Child]) -> Markup:
     """The parts one after the other, escaped."""
     return Markup("").join(escape(part) for part in parts if part is not None)
-
-
-def document(title: str, body: Markup, style: str) -> Markup:
-    """A whole page of ours, beside Gradio's. `style` is CSS of our own files, never a visitor's text."""
-    assert "</" not in style
-    head = join((
-        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        tag("title", title), tag("style", Markup(style)),
-    ))  # fmt: skip
-    return join((Markup("<!doctype html>"), tag("html", tag("head", head), tag("body", body), lang="en")))
 
 
 def table(

@@ -12,7 +12,8 @@ from gradio.blocks import Block
 from engine.modes import Mode
 from engine.scheduler import Scheduler
 from engine.store import Store
-from ui import hosting, markup, translated, views, wording
+from ui import comparing, hosting, markup, translated, views, wording
+from ui.asked import read_link
 from ui.desk import Desk, read_stored
 from ui.edge import edge, tell, visitor
 from ui.journal import Journal
@@ -54,7 +55,7 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
             )
         with gr.Tabs(elem_id="mq-tabs") as tabs:
             with gr.Tab(say("tab.compare"), id="compare") as compare_tab:
-                comparing = compare.build(desk)
+                compared = compare.build(desk)
             with gr.Tab(say("tab.compress"), id="compress") as compress_tab:
                 making = compress.build(desk, page)
             with gr.Tab(say("tab.runs"), id="runs") as runs_tab:
@@ -63,9 +64,9 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
                 methods.build()
         ticker = gr.Timer(2.0)
         _wire_strip(desk, page, strip, cancel, ticker)
-        _wire_load(desk, page, tabs, comparing, making, running)
-        _wire_between(desk, tabs, comparing, making, running)
-        _wire_tabs(desk, compare_tab, runs_tab, comparing, running)
+        _wire_load(desk, page, tabs, compared, making, running)
+        _wire_between(desk, tabs, compared, making, running)
+        _wire_tabs(desk, compare_tab, runs_tab, compared, running)
 
         @edge
         def open_compress(draft: compress.Draft, request: gr.Request) -> object:
@@ -103,45 +104,40 @@ def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, 
 
 
 def _wire_load(
-    desk: Desk, page: gr.Blocks, tabs: gr.Tabs, comparing: compare.ComparePage, making: compress.CompressPage,
+    desk: Desk, page: gr.Blocks, tabs: gr.Tabs, compared: compare.ComparePage, making: compress.CompressPage,
     running: runs.RunsPage,
 ) -> None:  # fmt: skip
     @edge
     def arrive(draft: compress.Draft, request: gr.Request) -> object:
         owner, query = visitor(request), dict(request.query_params)
-        a, b = compare.default_pair(desk, owner)
-        first = compare.first_runs(desk, owner) or compare.start_first(desk, request)
+        first = comparing.first_runs(desk, owner) or comparing.start_first(desk, request)
+        asked = compare.usual(desk, owner)
         tab = draft_update = shape_update = source = gr.skip()
         try:
             if "compare" in query:
-                a, b = (desk.entry(key, owner).key for key in _two(query["compare"]))
+                wanted = read_link(query)
+                tuple(desk.entry(key, owner) for key in wanted.compare)  # refuses what the visitor may not see
+                asked = wanted
             if "recipe" in query:
                 recipe = compress.recipe_from_link(desk, query["recipe"])
                 draft_update, shape_update, source = compress.as_draft(recipe), 1, models.written(recipe.model)
                 tab = gr.Tabs(selected="compress")
         except Exception as error:
             tell(error)
-        names = compare.choices(desk, owner)
-        pair = [gr.update(choices=names, value=a), gr.update(choices=names, value=b)]
-        drawn = compare.render(desk, owner, a or "", b or "", "", "same", compare.COSTS[0], compare.QUALITIES[0])
-        outputs = desk.entry(a, owner).outputs if a else ()
-        prompt = outputs[0].prompt if outputs else say("prompt.default")
+        drawn = comparing.render(desk, owner, asked, comparing.COSTS[0], comparing.QUALITIES[0])
+        filled = [gr.skip()] * len(both) if asked is None else compare.fill(desk, owner, asked)
         working = any(not run.status.final for run in first)
-        banner = compare.banner_for(first)
-        return [tab, draft_update, shape_update, source, *pair, banner, gr.update(active=working), prompt, *drawn]
+        banner = comparing.banner_for(first)
+        return [tab, draft_update, shape_update, source, *filled, banner, gr.update(active=working), *drawn]
 
-    outputs: list[Block] = [tabs, making.draft, making.shape, making.source, comparing.a, comparing.b, comparing.banner]
-    outputs += [comparing.timer, comparing.prompt, *comparing.pair]
+    both = [*compared.fields, *compared.size]
+    outputs: list[Block] = [tabs, making.draft, making.shape, making.source, *both, compared.banner]
+    outputs += [compared.timer, *compared.shown]
     on([page.load], arrive, [making.draft], outputs)
 
 
-def _two(text: str) -> list[str]:
-    keys = text.split(",")
-    return keys if len(keys) == 2 else [text, text]
-
-
 def _wire_between(
-    desk: Desk, tabs: gr.Tabs, comparing: compare.ComparePage, making: compress.CompressPage, running: runs.RunsPage
+    desk: Desk, tabs: gr.Tabs, compared: compare.ComparePage, making: compress.CompressPage, running: runs.RunsPage
 ) -> None:
     """What begins on one tab and shows on another: Start opens the run, Compare opens the comparison."""
 
@@ -155,10 +151,9 @@ def _wire_between(
         owner = visitor(request)
         run = desk.run(run_id or (desk.runs(owner)[0].id if desk.runs(owner) else ""), owner)
         baseline = desk.baseline(run.recipe, owner)
-        a = baseline.key if baseline else run.id
-        names = compare.choices(desk, owner)
-        pair = [gr.update(choices=names, value=a), gr.update(choices=names, value=run.id)]
-        return [gr.Tabs(selected="compare"), *pair, *compare.render(desk, owner, a, run.id, "", "same", cost, quality)]
+        asked = compare.pair(desk, owner, baseline.key if baseline else run.id, run.id)
+        drawn = comparing.render(desk, owner, asked, cost, quality)
+        return [gr.Tabs(selected="compare"), *compare.fill(desk, owner, asked), *drawn]
 
     @edge
     def look(draft: compress.Draft, token: str, request: gr.Request) -> object:
@@ -170,23 +165,24 @@ def _wire_between(
         on([making.look.click], look, [making.draft, making.token], opened),
     ):
         begun.then(running.tick, running.inputs, running.outputs, show_progress="hidden", api_visibility="private")
-    chosen = [running.picked, comparing.cost, comparing.quality]
-    on([running.compare.click], compare_it, chosen, [tabs, comparing.a, comparing.b, *comparing.pair])
+    chosen = [running.picked, compared.cost, compared.quality]
+    shown = [tabs, *compared.fields, *compared.size, *compared.shown]
+    on([running.compare.click], compare_it, chosen, shown)
 
 
 def _wire_tabs(
-    desk: Desk, compare_tab: gr.Tab, runs_tab: gr.Tab, comparing: compare.ComparePage, running: runs.RunsPage
+    desk: Desk, compare_tab: gr.Tab, runs_tab: gr.Tab, compared: compare.ComparePage, running: runs.RunsPage
 ) -> None:
     @edge
     def open_runs(run_id: str, needle: str, request: gr.Request) -> object:
         owner = visitor(request)
         shown = runs.refresh(desk, running.journal, owner, run_id, needle, ("", "", ""))
-        return [gr.update(active=True), gr.update(choices=compare.choices(desk, owner)), *shown]
+        return [gr.update(active=True), gr.update(choices=comparing.choices(desk, owner)), *shown]
 
     @edge
     def open_compare(request: gr.Request) -> object:
-        names = compare.choices(desk, visitor(request))
-        return [gr.update(active=False), gr.update(choices=names), gr.update(choices=names)]
+        names = comparing.choices(desk, visitor(request))
+        return [gr.update(active=False), *[gr.update(choices=names) for _ in compared.pickers]]
 
     on([runs_tab.select], open_runs, running.inputs[:2], [running.timer, running.picks, *running.outputs])
-    on([compare_tab.select], open_compare, [], [running.timer, comparing.a, comparing.b])
+    on([compare_tab.select], open_compare, [], [running.timer, *compared.pickers])

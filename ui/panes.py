@@ -1,4 +1,4 @@
-"""Panes in which two models write side by side, token by token; the page's part is in assets/panes.js.
+"""Panes in which two to four models write side by side, token by token; the page's part is in assets/panes.js.
 
 The value always holds every token so far: an update that the browser skips loses nothing, and the script
 appends only what is new.
@@ -21,6 +21,7 @@ from ui.wording import say
 
 INTERVAL = 1 / 18  # seconds between two updates: more freeze the page, fewer look jerky
 Value = dict[str, JsonValue]
+Event = tuple[int, str, dict[str, JsonValue]]
 
 
 def token_panes() -> gr.HTML:
@@ -41,16 +42,24 @@ class Pane:
     state: str = "done"
     note: str = ""
     stats: str = ""
+    speed: float | None = None  # tokens a second after the first
 
-    def as_json(self, blind: bool) -> dict[str, JsonValue]:
-        """For the script; a blind pane tells neither probabilities' drift nor speed."""
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    def as_json(self, blind: bool, split: int | None) -> dict[str, JsonValue]:
+        """For the script; a blind pane tells neither drift nor speed. `split`: where it left the first."""
         tokens: list[JsonValue] = [
             [t.text, t.probability, [[text, p] for text, p in t.top], None if blind else t.kl] for t in self.tokens
         ]
         drift = [t.kl for t in self.tokens if t.kl is not None]
         mean = say("panes.drift", kl=wording.digits(sum(drift) / len(drift), 2)) if drift else ""
         stats = "" if blind else " · ".join(part for part in (self.stats, mean) if part)
-        return {"title": self.title, "note": self.note, "state": self.state, "stats": stats, "tokens": tokens}
+        return {
+            "title": self.title, "note": self.note, "state": self.state, "stats": stats, "split": split,
+            "tokens": tokens,
+        }  # fmt: skip
 
 
 @dataclass
@@ -67,15 +76,19 @@ class Panes:
         words: dict[str, JsonValue] = {name: say(f"panes.{name}") for name in ("token", "kl", "split", "apart")}
         return {
             "key": self.key, "shade": self.same_text and not self.blind, "split": self.split(), "words": words,
-            "panes": [pane.as_json(self.blind) for pane in self.panes],
+            "panes": [pane.as_json(self.blind, at) for pane, at in zip(self.panes, self.splits(), strict=True)],
         }  # fmt: skip
 
     def split(self) -> int | None:
         """Where freely written texts first part; None for a common text, a blind vote, or no parting yet."""
+        return min((place for place in self.splits() if place is not None), default=None)
+
+    def splits(self) -> list[int | None]:
+        """Where each text leaves the first one; for the first, where the earliest of the others leaves it."""
         if self.same_text or self.blind or len(self.panes) < 2:
-            return None
-        texts = [[token.text for token in pane.tokens] for pane in self.panes]
-        return next((i for i, here in enumerate(zip(*texts, strict=False)) if len(set(here)) > 1), None)
+            return [None] * len(self.panes)
+        found = [parting(self.panes[0], pane) for pane in self.panes[1:]]
+        return [min((place for place in found if place is not None), default=None), *found]
 
     def take(self, place: int, kind: str, data: dict[str, JsonValue]) -> None:
         """One event of `Scheduler.stream`."""
@@ -88,17 +101,34 @@ class Panes:
         elif kind == "done":
             pane.state, pane.note = "done", say("panes.stopped") if data.get("stopped") else ""
             pane.stats = _stats(data, len(pane.tokens))
+            tpot = data.get("tpot")
+            pane.speed = 1 / tpot if isinstance(tpot, int | float) and tpot > 0 else None
         elif kind == "error":
             pane.state, pane.note = "failed", translate(str(data.get("text", "")))
 
 
-def stored(title_a: str, title_b: str, a: Output | None, b: Output | None, same_text: bool, key: str) -> Panes:
-    """What two runs wrote after the same fixed prompt. Same text: B's view of A's words, with its KL."""
-    left = Pane(title_a, list(a.tokens) if a else [])
-    right = Pane(title_b, list(b.forced if same_text and b.forced else b.tokens) if b else [])
-    for pane in (left, right):
+def parting(a: Pane, b: Pane) -> int | None:
+    """The first token that differs; None where none does so far."""
+    pairs = enumerate(zip(a.tokens, b.tokens, strict=False))
+    return next((i for i, (left, right) in pairs if left.text != right.text), None)
+
+
+def stored(titles: Sequence[str], outputs: Sequence[Output | None], same_text: bool, key: str) -> Panes:
+    """What runs wrote after the same fixed prompt. Same text: the others' view of the first's words, with their KL.
+
+    A run keeps its view of its own original's words; where the first wrote others, there is nothing to show.
+    """
+    first, *others = outputs
+    shown = [Pane(titles[0], list(first.tokens) if first else [])]
+    shared = same_text and any(output and output.forced for output in others)
+    for title, output in zip(titles[1:], others, strict=True):
+        tokens = [] if output is None else list(output.forced if shared else output.tokens)
+        if shared and "".join(token.text for token in tokens) != shown[0].text:
+            tokens = []
+        shown.append(Pane(title, tokens))
+    for pane in shown:
         pane.note = "" if pane.tokens else say("panes.empty")
-    return Panes(key, [left, right], same_text and bool(b and b.forced))
+    return Panes(key, shown, shared)
 
 
 def follow(panes: Panes, events: Iterator[tuple[int, str, dict[str, JsonValue]]]) -> Iterator[Value]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
+from engine import card as cards
+from engine.errors import BadModel
 from engine.recipes import dump_recipe
-from ui import sheet, wording
+from ui import flips, sheet, wording
 from ui.desk import Entry
-from ui.wording import say
+from ui.wording import Measured, say
 
 Writer = Callable[[Entry, Entry | None], str]
 
@@ -28,6 +31,46 @@ def measurements(entry: Entry, baseline: Entry | None = None) -> str:
     return sheet.write(rows)
 
 
+def folder(entry: Entry) -> Path:
+    """The artifact of a run.
+
+    Raises:
+        BadModel: it has none on this machine.
+    """
+    if entry.stored or not entry.run.artifact or not Path(entry.run.artifact).is_dir():
+        raise BadModel(say("error.no_artifact", run=entry.run.id))
+    return Path(entry.run.artifact)
+
+
+def card(entry: Entry, baseline: Entry | None = None) -> str:
+    """The model card with what was measured here.
+
+    Raises:
+        BadModel: there is no model to describe.
+    """
+    try:
+        config = json.loads((folder(entry) / "config.json").read_text())
+    except (OSError, ValueError):
+        raise BadModel(say("error.no_artifact", run=entry.run.id)) from None
+    return cards.text(entry.run.recipe, config, results(entry, baseline))
+
+
+def results(entry: Entry, baseline: Entry | None) -> str:
+    """What was measured, as a section of the card; empty where nothing was."""
+    if not entry.measured:
+        return ""
+    known = baseline.measured if baseline is not None and baseline.key != entry.key else {}
+    lines = [f"## {say('card.title')}", ""]
+    if known:
+        lines += [wording.verdict(known, entry.measured), ""]
+        found = flips.between(known, entry.measured)
+        lines += [wording.flipped(found), ""] if found else []
+    lines += [*numbers(entry, known), "", say("card.about"), say("noise.about")]
+    where = dict.fromkeys(str(m.details["machine"]) for m in entry.measured.values() if m.details.get("machine"))
+    lines += ["", say("card.machine", machine=_plain(", ".join(where)))] if where else []
+    return "\n".join(lines)
+
+
 def markdown(entry: Entry, baseline: Entry | None = None) -> str:
     """What was done, what came out beside the original, and how to do it again."""
     run = entry.run
@@ -36,15 +79,21 @@ def markdown(entry: Entry, baseline: Entry | None = None) -> str:
         lines += [wording.verdict(baseline.measured, entry.measured), ""]
     lines += [f"{say('model')}: `{_plain(run.recipe.model.source)}` · {say('run')}: `{run.id}`", ""]
     known = baseline.measured if baseline is not None and baseline.key != entry.key else {}
-    lines += [f"| | {say('original')} | {say('result')} | {say('difference')} |", "|---|---|---|---|"]
+    lines += numbers(entry, known)
+    lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]
+    return "\n".join(lines)
+
+
+def numbers(entry: Entry, known: Measured) -> list[str]:
+    """Every measurement as a row of a Markdown table, beside the original's where that is known."""
+    lines = [f"| | {say('original')} | {say('result')} | {say('difference')} |", "|---|---|---|---|"]
     for name in wording.sort(entry.measured):
         b, a = entry.measured[name], known.get(name)
         before = f"{wording.value(a)} {wording.error(a)}".strip() if a else ""
-        change = wording.difference(a, b) if a else ""
+        change = wording.change(a, b) if a else ""
         now = f"{wording.value(b)} {wording.error(b)}".strip()
         lines.append(f"| {_plain(wording.name(name))} | {_plain(before)} | {_plain(now)} | {_plain(change)} |")
-    lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]
-    return "\n".join(lines)
+    return lines
 
 
 WRITERS: dict[str, tuple[Writer, str]] = {

@@ -17,15 +17,14 @@ import gradio as gr
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from engine.errors import MaquetteError
 from engine.modes import Mode
 from engine.users import UserFile
-from ui import report
 from ui.desk import Desk
-from ui.edge import COOKIE, NAME
+from ui.downloads import Downloads
 from ui.guard import Guard, house
 from ui.login import Door
 from ui.theme import ASSETS, head, theme
@@ -98,7 +97,7 @@ def furnish(page: gr.Blocks, desk: Desk) -> Callable[[Starlette], AbstractAsyncC
         known = visitors(desk)
         app.router.routes[0:0] = [
             Route("/healthz", health),
-            Route("/runs/{run}/{name}", Downloads(desk).get),
+            *Downloads(desk).routes(),
             *(Door(known).routes() if isinstance(known, Members) else ()),
         ]
         # Around everything, what answers after errors too: as `middleware` it would stand behind Gradio's own.
@@ -119,25 +118,3 @@ def takes_files(page: gr.Blocks) -> bool:
 async def health(request: Request) -> Response:
     """Alive."""
     return JSONResponse({"status": "ok"})
-
-
-class Downloads:
-    """A run as files: recipe.yaml, measurements.csv, report.md. Only the visitor's own."""
-
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-
-    def get(self, request: Request) -> Response:
-        """One file, made when asked for."""
-        owner = request.cookies.get(COOKIE, "")
-        writer = report.WRITERS.get(request.path_params["name"])
-        if writer is None or not NAME.fullmatch(owner):
-            return PlainTextResponse("not found", status_code=404)
-        try:
-            entry = self._desk.entry(request.path_params["run"], owner)
-        except MaquetteError:
-            return PlainTextResponse("not found", status_code=404)
-        make, kind = writer
-        text = make(entry, self._desk.baseline(entry.run.recipe, owner))
-        name = f"maquette-{entry.run.id}-{request.path_params['name']}"
-        return Response(text, media_type=kind, headers={"Content-Disposition": f'attachment; filename="{name}"'})

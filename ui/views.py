@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from engine.recipes import dump_recipe
 from engine.records import Measurement, Run, Status
 from ui import audit, language, live, markup, sensitivity, wording
+from ui.cards import compare_table, shown
 from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
@@ -100,75 +101,6 @@ def phase_name(name: str) -> str:
     return wording.known(f"phase.{name}", translate(name[:1].upper() + name[1:]) or say("phase.start"))
 
 
-CARDS = ("size.bytes", "latency.tpot", "memory.loaded", "perplexity", "accuracy")
-
-
-def comparison(a: Entry, b: Entry, machine: str) -> Markup:
-    """The verdict, a card for each number that matters with A, B and the difference, and all others below."""
-    stored = a.stored and b.stored
-    source = say("stored.where", machine=machine) if stored else say("live.where")
-    mixed = a.stored != b.stored
-    head = tag(
-        "div",
-        markup.chip(say("stored.chip" if stored else "mixed.chip" if mixed else "live.chip"), "" if stored else "good"),
-        tag("span", say("mixed.where") if mixed else source, class_="mq-sub"),
-        class_="mq-origin",
-    )
-    cards = [_card(a.measured[key], b.measured[key]) for key in CARDS if key in a.measured and key in b.measured]
-    rest = compare_table(a, b)
-    return tag(
-        "section", head, tag("p", wording.verdict(a.measured, b.measured), class_="mq-verdict", role="status"),
-        tag("div", *cards, class_="mq-cards"), markup.details(say("compare.all"), rest),
-    )  # fmt: skip
-
-
-def _card(a: Measurement, b: Measurement) -> Markup:
-    sense = wording.better(a, b)
-    kind = {1: "good", 0: "same", -1: "bad"}[sense]
-    mark = {1: "▲", 0: "●", -1: "▼"}[sense]
-    change = tag(
-        "p", tag("span", mark, aria_hidden="true"), " ", wording.difference(a, b),
-        tag("span", " ", say("aside", text=say(f"sense.{kind}")), class_="unseen"), class_=f"change {kind}",
-    )  # fmt: skip
-    simulated = say("simulated") if is_simulated(b) else ""
-    sides = tag(
-        "dl", tag("dt", "A"), tag("dd", wording.value(a), _small(wording.error(a))), tag("dt", "B"),
-        tag("dd", wording.value(b), _small(wording.error(b))),
-    )  # fmt: skip
-    return tag("div", tag("h3", wording.name(a.name)), sides, change, _small(simulated), class_="mq-card")
-
-
-def is_simulated(measurement: Measurement) -> bool:
-    """Whether the kernel named in the protocol says that it only simulates."""
-    return "simulated" in str(measurement.details.get("kernel", measurement.details.get("kernels", "")))
-
-
-def _small(text: str) -> Markup | None:
-    return tag("small", " ", text) if text else None
-
-
-def compare_table(a: Entry, b: Entry) -> Markup:
-    """Every measurement of either side."""
-    rows = []
-    for name in wording.sort({*a.measured, *b.measured}):
-        left, right = a.measured.get(name), b.measured.get(name)
-        change = wording.difference(left, right) if left and right else ""
-        rows.append((wording.name(name), _shown(left), _shown(right), change))
-    headers = (
-        say("measurement"),
-        f"A · {wording.title(a.run.recipe)}",
-        f"B · {wording.title(b.run.recipe)}",
-        say("difference"),
-    )
-    return markup.table(headers, rows, caption=say("compare.all"))
-
-
-def _shown(measurement: Measurement | None) -> Markup | str:
-    if measurement is None:
-        return "–"
-    return join((wording.value(measurement), _small(wording.error(measurement))))
-
-
 def runs_table(
     runs: Sequence[Run], picked: str, needle: str, now: float, marks: Mapping[str, str] | None = None
 ) -> Markup:
@@ -244,7 +176,7 @@ def run_detail(
     whole = entry.measured.get("size.bits_per_weight") if entry is not None else None
     parts.append(audit.report([*story.linears.values()], story.budget, whole.value if whole else None))
     if run.status is Status.SUCCEEDED:
-        names = ("recipe.yaml", "measurements.csv", "report.md")
+        names = ("recipe.yaml", "measurements.csv", "report.md", *(("README.md", "model.zip") if run.artifact else ()))
         files = [
             tag("li", markup.link(say(f"file.{name}"), f"./runs/{run.id}/{name}", download=True)) for name in names
         ]
@@ -272,10 +204,10 @@ def run_detail(
 
 def _results(entry: Entry, baseline: Entry | None) -> Markup:
     if baseline is None or baseline.key == entry.key:
-        rows = [(wording.name(key), _shown(entry.measured[key])) for key in wording.sort(entry.measured)]
+        rows = [(wording.name(key), shown(entry.measured[key])) for key in wording.sort(entry.measured)]
         return markup.table((say("measurement"), say("result")), rows, caption=say("result"))
     words = wording.verdict(baseline.measured, entry.measured)
-    return join((tag("p", words, class_="mq-verdict"), compare_table(baseline, entry)))
+    return join((tag("p", words, class_="mq-verdict"), compare_table([baseline, entry])))
 
 
 def _live(series: Series, run: Run, story: Story) -> Markup:
@@ -341,15 +273,15 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _marked(found: Sequence[Measurement | None]) -> list[Markup | str]:
+    """The values; marked are the best and those that noise may keep from being it, unless these are all."""
     known = [m for m in found if m is not None]
     sense = known[0].higher_is_better
-    best = None if sense is None else (max if sense else min)(m.value for m in known)
-    shown: list[Markup | str] = []
+    best = (max if sense else min)(known, key=lambda m: m.value)
+    top = [m for m in known if sense is not None and (m.value == best.value or wording.is_noise(best, m))]
+    cells: list[Markup | str] = []
     for m in found:
-        if m is None:
-            shown.append("–")
-        elif m.value == best:
-            shown.append(join((tag("strong", wording.value(m)), tag("span", f" {say('best')}", class_="mq-sub"))))
+        if m is None or not any(m is each for each in top) or len(top) == len(known):
+            cells.append(shown(m))
         else:
-            shown.append(_shown(m))
-    return shown
+            cells.append(join((tag("strong", wording.value(m)), tag("span", f" {say('best')}", class_="mq-sub"))))
+    return cells

@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping
 
 from engine.records import Measurement, Recipe, Run, Status
-from ui import chinese_methods, language
+from ui import chinese_methods, flips, language
 from ui.chinese import CHINESE
+from ui.flips import Flips
 from ui.words import ENGLISH
 
 Measured = Mapping[str, Measurement]
@@ -21,8 +22,8 @@ Measured = Mapping[str, Measurement]
 # The order in which measurements are shown; names not listed follow in alphabetical order.
 ORDER = (
     "size.bytes", "size.bits_per_weight", "size.sparsity", "memory.loaded", "memory.peak", "memory.kv_cache",
-    "latency.ttft", "latency.tpot", "throughput.b1", "throughput.b8", "perplexity", "bits_per_byte", "accuracy", "kl",
-    "top1_agreement", "flips",
+    "latency.ttft", "latency.tpot", "throughput.b1", "throughput.b4", "throughput.b8", "throughput.b16", "perplexity",
+    "bits_per_byte", "accuracy", "kl", "top1_agreement", "flips",
 )  # fmt: skip
 FRACTIONS = ("accuracy", "top1_agreement", "flips", "size.sparsity")
 DICTIONARIES: Mapping[str, Mapping[str, str]] = {language.ENGLISH: ENGLISH, language.CHINESE: CHINESE}
@@ -176,6 +177,24 @@ def difference(a: Measurement, b: Measurement) -> str:
     return say(words[0] if b.value < a.value else words[1], ratio=ratio(a.value, b.value))
 
 
+def change(a: Measurement, b: Measurement) -> str:
+    """`difference`, called noise where it is not beyond the error of measuring."""
+    text = difference(a, b)
+    return say("noise.inside", change=text) if is_noise(a, b) else text
+
+
+def is_noise(a: Measurement, b: Measurement) -> bool:
+    """Whether a known error explains the difference between two values."""
+    return bool(a.error or b.error) and a.value != b.value and better(a, b) == 0
+
+
+def floor(a: Measurement, b: Measurement) -> str:
+    """The smallest difference that counts: two joint standard errors; nothing where no error is known."""
+    if not (a.error or b.error):
+        return ""
+    return quantity(2 * math.hypot(a.error or 0, b.error or 0), a.unit, a.name)
+
+
 def ratio(a: float, b: float) -> str:
     """How many times the larger holds the smaller: `3.6×`."""
     return f"{digits(max(a, b) / min(a, b), 2)}×"
@@ -197,7 +216,7 @@ def better(a: Measurement, b: Measurement) -> int:
 def verdict(a: Measured, b: Measured) -> str:
     """One sentence: what became smaller and faster from A to B, and what it cost."""
     gains = [part for part in (_smaller(a, b), _faster(a, b), _memory(a, b)) if part]
-    costs = [part for part in (_perplexity(a, b), _accuracy(a, b), _flips(b)) if part]
+    costs = [part for part in (_perplexity(a, b), _accuracy(a, b), _flips(a, b)) if part]
     if not gains + costs:
         return say("verdict.unknown")
     text = say("list.comma").join(gains + costs)
@@ -239,24 +258,33 @@ def _perplexity(a: Measured, b: Measured) -> str:
     pair = _pair("perplexity", a, b)
     if pair is None:
         return ""
-    return say("verdict.perplexity", change=percent(pair[1].value / pair[0].value - 1, signed=True))
+    return say("verdict.perplexity", change=change(*pair))
 
 
 def _accuracy(a: Measured, b: Measured) -> str:
     if "accuracy" not in a or "accuracy" not in b:
         return ""
-    points = 100 * (b["accuracy"].value - a["accuracy"].value)
-    return say("verdict.accuracy", points=minus(f"{points:+.1f}"))
+    return say("verdict.accuracy", change=change(a["accuracy"], b["accuracy"]))
 
 
-def _flips(b: Measured) -> str:
-    if "flips" not in b:
+def _flips(a: Measured, b: Measured) -> str:
+    found = flips.between(a, b)
+    if found is not None:
+        return say("verdict.flips", count=found.changed, total=found.total)
+    if "flips" not in b or "flips" in a:
         return ""
     details = b["flips"].details
     total = next((details[key] for key in ("total", "items", "count", "n") if key in details), None)
     if isinstance(total, int | float) and total > 0:
         return say("verdict.flips", count=round(b["flips"].value * total), total=round(total))
     return say("verdict.flips_share", share=percent(b["flips"].value))
+
+
+def flipped(found: Flips) -> str:
+    """One line: how many answers changed, which way, and whether that could be chance."""
+    key = "flips.none" if not found.changed else "flips.chance" if found.p > 0.05 else "flips.real"
+    odds = "< 0.001" if found.p < 0.001 else f"= {digits(found.p, 2)}"
+    return say(key, changed=found.changed, total=found.total, lost=found.lost, won=found.won, p=odds)
 
 
 def sort(names: Mapping[str, object] | set[str]) -> list[str]:

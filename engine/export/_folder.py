@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine import artifacts, headers
+from engine import artifacts, card, headers
 from engine.bitmask import SPARSE_KEY
 from engine.errors import BadModel, InputError, TooBig, short
 from engine.files import publish
@@ -222,6 +222,7 @@ def publish_folder(
         for name, body in files.items():
             (temporary / name).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
         _write_weights(names, temporary, tensors)
+        card.write(temporary, recipe)  # of the new format: the old one's tells how to load the old one
         artifacts.write_manifest(temporary, recipe)
         publish(temporary, folder)
     except BaseException:

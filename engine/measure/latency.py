@@ -25,6 +25,7 @@ from engine.records import Measurement
 NEW_TOKENS = 32
 REPETITIONS = 5
 BATCHES = (1, 8)
+MORE = (4, 16)  # besides: their keys and values are shorter than the texts that the estimate of memory counts
 PATIENCE = 30.0  # seconds for one batch size, after which two repetitions are enough
 
 
@@ -56,6 +57,7 @@ def measure(
             found.append(_duration("latency.tpot", [row[1:] for row in times], details))
         rates = [batch * new_tokens / sum(row) for row in times]
         details |= {"values": list[JsonValue](rates), "protocol": "new tokens over the whole time, prompt included"}
+        details |= _steps(times)
         found.append(
             Measurement(
                 name=f"throughput.b{batch}", value=statistics.median(rates), error=_standard_error(rates),
@@ -133,6 +135,12 @@ def _duration(name: str, rows: list[list[float]], details: dict[str, JsonValue])
         unit="s", higher_is_better=False,
         details=details | percentiles | {"values": [statistics.median(row) for row in rows], "protocol": "median"},
     )  # fmt: skip
+
+
+def _steps(rows: list[list[float]]) -> dict[str, JsonValue]:
+    """Seconds of one step, in which every text of the batch gets a token: the median and its standard error."""
+    medians = [statistics.median(row[1:]) for row in rows]
+    return {"tpot": statistics.median(medians), "tpot_error": _standard_error(medians)}
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

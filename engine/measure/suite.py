@@ -70,6 +70,7 @@ def _speed(model: LoadedModel, prompt: list[int], loaded: Measurement, wanted: s
         say([loaded, peak, memory.of_cache(model, prompt)])
     if "latency" in wanted:
         say(found)
+        say(latency.measure(model, prompt, emit=emit, batches=latency.MORE))
 
 
 def _fidelity(model: LoadedModel, baseline: LoadedModel | None, wanted: set[str], emit: Emit, say: Say) -> None:

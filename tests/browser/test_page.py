@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Page, StorageState, expect
+from playwright.sync_api import Browser, Page, StorageState, expect
 
 from tests.browser.conftest import PATIENCE, Open
 
@@ -98,6 +98,42 @@ def test_a_blind_vote_reveals_the_models_afterwards(open_page: Open, returning: 
     expect(page.get_by_text(re.compile("Left was .*GPTQ|right was .*GPTQ"))).to_be_visible(timeout=30_000)
 
 
+def test_three_models_part_and_are_sent_around(
+    open_page: Open, returning: StorageState, browser: Browser, tmp_path: Path
+) -> None:
+    page = open_page("?compare=stored:0,stored:1,stored:0&mode=free&prompt=One+morning&max_tokens=24", state=returning)
+    expect(page.locator("#mq-prompt textarea")).to_have_value("One morning", timeout=30_000)
+    expect(page.locator("#mq-pick-c")).to_be_visible()
+    page.locator("#mq-run-both").click()
+    expect(page.locator(".mq-pane")).to_have_count(3, timeout=30_000)
+    for place in range(3):
+        expect(page.locator(".mq-pane").nth(place).locator(".stats")).to_contain_text("tokens", timeout=PATIENCE)
+    texts = [page.locator(".mq-pane .text").nth(place).inner_text() for place in range(3)]
+    assert texts[0] == texts[2]
+    page.locator("#mq-differing summary").click()
+    expect(page.locator("#mq-differing")).to_contain_text("wrote the same words")
+    token = page.locator(".mq-pane").first.locator(".tok").first
+    token.focus()  # by keyboard alone: to the next token, and what else the models had in mind there
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator(".mq-token .column")).to_have_count(3 if texts[0][:3] == texts[1][:3] else 2)
+    with page.expect_download() as found:
+        page.get_by_role("link", name="Report (HTML, one file)").click()
+    report = tmp_path / "report.html"
+    found.value.save_as(report)
+    alone = browser.new_context(offline=True).new_page()
+    said: list[str] = []
+    alone.on("console", lambda message: said.append(message.text))
+    alone.goto(report.as_uri())
+    expect(alone.locator(".panes section")).to_have_count(3)
+    assert alone.locator(".panes .text").first.inner_text() == texts[0]
+    assert (
+        alone.locator("main").evaluate("e => getComputedStyle(e).maxWidth") == "1000px"
+    )  # its policy lets its style in
+    assert said == []
+    alone.context.close()
+
+
 def test_start_then_reload_finds_the_run_and_cancel_ends_it(open_page: Open, returning: StorageState) -> None:
     page = open_page(state=returning)
     tab(page, "Compress")
@@ -158,13 +194,13 @@ def test_differences_and_files_of_finished_runs(open_page: Open, returning: Stor
     row = page.locator("#mq-runs tr", has_text="succeeded").filter(has_text="GPTQ").locator("[data-run]").first
     run = row.get_attribute("data-run")
     row.click()
-    expect(page.locator("#mq-detail .mq-files a")).to_have_count(3, timeout=30_000)
+    expect(page.locator("#mq-detail .mq-files a")).to_have_count(5, timeout=30_000)
     with page.expect_download() as found:
         page.get_by_role("link", name="Recipe (YAML)").click()
     assert "quantize/gptq" in Path(found.value.path()).read_text()
     stranger = open_page()
-    answer = stranger.request.get(f"/runs/{run}/recipe.yaml", fail_on_status_code=False)
-    assert answer.status == 404
+    for name in ("recipe.yaml", "model.zip"):
+        assert stranger.request.get(f"/runs/{run}/{name}", fail_on_status_code=False).status == 404
     expect(page.locator("#mq-detail .mq-live").first).to_be_visible()
     expect(page.locator("#mq-detail .mq-heat td.sum").last).to_contain_text("bits")
     expect(page.locator("#mq-scaling .main-svg").first).to_be_visible(timeout=30_000)

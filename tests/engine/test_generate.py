@@ -197,3 +197,20 @@ def test_one_row_products_leave_the_flag_as_it_was() -> None:
         fail()
     assert inside == [False]
     assert torch._C._get_mkldnn_enabled() == before
+
+
+def test_top_k_and_top_p_leave_the_likeliest() -> None:
+    odds = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    assert subject.allowed(odds, 1.0, 0) is odds
+    torch.testing.assert_close(subject.allowed(odds, 1.0, 2)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))
+    torch.testing.assert_close(subject.allowed(odds, 0.65, 0)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))
+    torch.testing.assert_close(subject.allowed(odds, 0.75, 0)[0], torch.tensor([0.0, 0.4, 0.2, 0.3]))
+    torch.testing.assert_close(subject.allowed(odds, 1e-9, 0)[0], torch.tensor([0.0, 0.4, 0.0, 0.0]))
+    torch.testing.assert_close(subject.allowed(odds, 0.5, 3)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))  # of the three
+    assert subject.allowed(odds, 1.0, 1)[1].tolist() == [0.25, 0.0, 0.0, 0.0]  # equals: the first
+
+
+def test_top_k_of_one_is_greedy_whatever_the_temperature(tiny: LoadedModel) -> None:
+    likeliest = [step.token_id for step in generate(tiny, [1, 2, 3], max_new_tokens=6)]
+    drawn = [step.token_id for step in generate(tiny, [1, 2, 3], max_new_tokens=6, temperature=2.0, top_k=1, seed=5)]
+    assert drawn == likeliest

@@ -35,8 +35,9 @@ def test_a_chain_from_recipe_to_measurements(tiny_folder: Maker, tmp_path: Path,
     found = {str(data["name"]): data for kind, data in recorder.said if kind == "measurement"}
     expected = {
         "size.bytes", "size.bits_per_weight", "memory.loaded", "memory.peak", "latency.ttft", "latency.tpot",
-        "throughput.b1", "throughput.b8", "perplexity", "bits_per_byte", "accuracy", "accuracy.facts",
-        "accuracy.reading", "accuracy.sums", "accuracy.grammar", "kl", "top1_agreement", "flips",
+        "throughput.b1", "throughput.b4", "throughput.b8", "throughput.b16", "perplexity", "bits_per_byte",
+        "accuracy", "accuracy.facts", "accuracy.reading", "accuracy.sums", "accuracy.grammar", "kl", "top1_agreement",
+        "flips",
     }  # fmt: skip
     assert expected <= set(found)
     assert sum(kind == "output" for kind, _ in recorder.said) >= 3

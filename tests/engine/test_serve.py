@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,3 +128,17 @@ def test_a_reader_who_left_takes_no_model_along(model: str, tmp_path: Path) -> N
     replies = answers(model, score("Ada", [1, 2], tmp_path / "gone.safetensors"), generate(max_tokens=2))
     assert replies[1] == {"event": "error", "text": "The first model's predictions are gone. Try again."}
     assert replies[-1]["event"] == "done"
+
+
+def test_a_chat_is_written_in_the_models_own_template(model: str, tmp_path: Path) -> None:
+    spoken = generate(chat=True, system="Be brief.", max_tokens=2)
+    assert "no chat template" in answers(model, spoken)[-1]["text"]
+    folder = tmp_path / "chat"
+    shutil.copytree(model, folder)
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    plain = generate(prompt="Be brief. Ada ", max_tokens=5)
+    _, *said = answers(str(folder), plain, generate(chat=True, system="Be brief.", max_tokens=5))
+    ids = [reply["id"] for reply in said if reply["event"] == "token"]
+    assert ids[:5] == ids[5:]
+    assert len(ids) == 10

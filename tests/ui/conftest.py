@@ -15,6 +15,7 @@ from engine.scheduler import Scheduler
 from tests.ui import fakes
 from tests.ui.fakes import FakeScheduler
 from ui import edge
+from ui.asked import Asked, read_writing
 from ui.desk import BASELINE, FIRST, Desk, StoredComparison, StoredRun
 
 ANNA, BEN = "anna-0123456789abcdef", "ben-0123456789abcdefg"
@@ -32,6 +33,11 @@ class FakeRequest:
 
 def request(owner: str = "", session: str = "s1") -> gr.Request:
     return cast(gr.Request, FakeRequest(owner, session))
+
+
+def asked(a: str, b: str, prompt: str = "", mode: str = "same", *more: str, **writing: object) -> Asked:
+    """What the form says."""
+    return Asked(compare=(a, b, *more), writing=read_writing({"prompt": prompt, "mode": mode, **writing}))
 
 
 def stored() -> StoredComparison:

@@ -90,6 +90,7 @@ class FakeScheduler:
         self.hub = Hub(home / "cache" / "hub", offline=True)
         self.closed_streams = 0
         self.asked: list[tuple[list[str], str, bool]] = []
+        self.writing: list[dict[str, object]] = []
         self.pause = 0.0
 
     def submit(self, recipe: Recipe, owner: str = "", token: str = "") -> Run:
@@ -130,13 +131,17 @@ class FakeScheduler:
 
     def stream(
         self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
-        same_text: bool = False, stop: threading.Event | None = None,
+        same_text: bool = False, top_p: float = 1.0, top_k: int = 0, chat: bool = False, system: str = "",
+        stop: threading.Event | None = None,
     ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
         self.asked.append((sources, prompt, same_text))
+        self.writing.append({"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "top_p": top_p,
+                             "top_k": top_k, "chat": chat, "system": system})  # fmt: skip
         try:
             for pane in range(len(sources)):
                 yield pane, "loading", {}
-            texts = [tokens(), tokens(kl=same_text, words=WORDS if same_text else [*WORDS[:5], *WORDS[9:]])]
+            apart = [[*WORDS[:cut], *WORDS[cut + 4 :]] for cut in (5, 8, 2)]
+            texts = [tokens(), *(tokens(kl=same_text, words=WORDS if same_text else words) for words in apart)]
             stopped = False
             for index in range(len(WORDS)):
                 stopped = stop is not None and stop.is_set()

@@ -9,7 +9,7 @@ import pytest
 from engine.preflight import Estimate
 from engine.records import Recipe, Run, Status, Step
 from tests.ui import fakes
-from ui import markup, views
+from ui import cards, markup, views
 from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
@@ -43,7 +43,7 @@ def test_a_run_shows_names_reasons_and_logs_as_text(status: Status) -> None:
     series = [Series(EVIL, EVIL, ((1.0, 1.0), (3.0, 2.0))), Series("memory.resident", "B", ((1.0, 1.0), (3.0, 2.0)))]
     html = views.run_detail(run, story, series, {"phase": EVIL, "done": 1, "total": 2, "unit": EVIL}, entry(run), None)
     html += views.runs_table([run], run.id, "", 5.0)
-    html += views.comparison(entry(run), entry(run, 0.5), EVIL)
+    html += cards.comparison([entry(run), entry(run, 0.5)], EVIL)
     html += views.differences([entry(run), entry(run, 0.5)])
     assert EVIL.split()[0] not in html
     assert "&lt;img" in html

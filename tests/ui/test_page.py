@@ -16,12 +16,12 @@ from engine.errors import InputError, MaquetteError, UnknownName
 from engine.records import Recipe
 from engine.scheduler import Scheduler
 from tests.ui import fakes
-from tests.ui.conftest import ANNA, BEN, request
+from tests.ui.conftest import ANNA, BEN, asked, request
 from tests.ui.fakes import FakeScheduler
-from ui import edge, report, server
+from ui import ballot, comparing, edge, report, server
 from ui.desk import BASELINE, FIRST, Desk
 from ui.journal import Journal
-from ui.pages import compare, compress, runs
+from ui.pages import compress, runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,41 +122,43 @@ def test_every_preset_is_a_recipe_that_its_link_brings_back(name: str, desk: Des
 
 
 def test_a_first_visit_starts_the_comparison_once_and_only_when_idle(desk: Desk, scheduler: FakeScheduler) -> None:
-    assert compare.start_first(desk, request("", "no-cookie")) == []
-    first = compare.start_first(desk, request(ANNA))
+    assert comparing.start_first(desk, request("", "no-cookie")) == []
+    first = comparing.start_first(desk, request(ANNA))
     assert [run.recipe.steps for run in first] == [(), FIRST.steps]
-    assert compare.start_first(desk, request(ANNA)) == []
-    assert compare.start_first(desk, request(BEN)) == []
-    assert "0 of 2" in compare.banner_for(compare.first_runs(desk, ANNA))
+    assert comparing.start_first(desk, request(ANNA)) == []
+    assert comparing.start_first(desk, request(BEN)) == []
+    assert "0 of 2" in comparing.banner_for(comparing.first_runs(desk, ANNA))
 
 
 def test_without_runs_the_stored_comparison_is_shown_and_marked(desk: Desk) -> None:
-    a, b = compare.default_pair(desk, ANNA)
+    a, b = comparing.default_pair(desk, ANNA)
     assert (a, b) == ("stored:0", "stored:1")
-    summary, output, *figures, tables = compare.render(
-        desk, ANNA, "stored:0", "stored:1", "", "same", "size.bytes", "perplexity"
+    summary, output, _differing, *figures, tables, links = comparing.render(
+        desk, ANNA, asked("stored:0", "stored:1"), "size.bytes", "perplexity"
     )
     assert "stored" in str(summary)
     assert "3.2× smaller" in str(summary)
     assert json.dumps(output)
     assert all(figures)
     assert "<table>" in str(tables)
+    assert "compare=stored:0,stored:1" in str(links)
 
 
 def test_live_results_replace_the_stored_ones(desk: Desk, scheduler: FakeScheduler) -> None:
     base = fakes.finished(scheduler, BASELINE, ANNA)
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    assert compare.default_pair(desk, ANNA) == (base.id, small.id)
-    summary = compare.render(desk, ANNA, base.id, small.id, "", "same", "size.bytes", "perplexity")[0]
+    assert comparing.default_pair(desk, ANNA) == (base.id, small.id)
+    summary = comparing.render(desk, ANNA, asked(base.id, small.id), "size.bytes", "perplexity")[0]
     assert "measured here, now" in str(summary)
-    assert compare.default_pair(desk, BEN) == ("stored:0", "stored:1")
+    assert comparing.default_pair(desk, BEN) == ("stored:0", "stored:1")
 
 
 def test_streaming_merges_the_panes_and_marks_where_they_part(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    values = [step[0] for step in compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "free")]  # type: ignore[index]
+    values = [step.panes for step in comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "free"))]
     assert scheduler.asked == [(["demo", small.id], "Mara", False)]
-    last = values[-1]
+    last = values[-2]
+    assert values[-1] is None
     assert [len(pane["tokens"]) for pane in last["panes"]] == [len(fakes.WORDS), len(fakes.WORDS) - 4]
     assert last["split"] == 5
     assert not last["shade"]
@@ -165,7 +167,7 @@ def test_streaming_merges_the_panes_and_marks_where_they_part(desk: Desk, schedu
 
 def test_the_same_text_is_shaded_by_its_divergence(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    last = [step[0] for step in compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same")][-1]  # type: ignore[index]
+    last = [step.panes for step in comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "same"))][-2]
     assert last["shade"]
     assert last["split"] is None
     assert last["panes"][1]["tokens"][5][3] == 0.9
@@ -173,17 +175,17 @@ def test_the_same_text_is_shaded_by_its_divergence(desk: Desk, scheduler: FakeSc
 
 def test_updates_are_fewer_than_tokens(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    assert len(list(compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same"))) < len(fakes.WORDS)
+    assert len(list(comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "same")))) < len(fakes.WORDS)
 
 
 def test_stop_ends_the_engines_stream(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
     scheduler.pause = 0.02
     stop = threading.Event()
-    stream = compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same", stop)
+    stream = comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "same"), stop)
     next(stream), next(stream), next(stream), next(stream)
     stop.set()
-    last = list(stream)[-1][0]  # type: ignore[index]
+    last = list(stream)[-2].panes
     assert {pane["note"] for pane in last["panes"]} == {"Stopped."}
     assert all(len(pane["tokens"]) < len(fakes.WORDS) for pane in last["panes"])
     assert scheduler.closed_streams == 1
@@ -191,9 +193,9 @@ def test_stop_ends_the_engines_stream(desk: Desk, scheduler: FakeScheduler) -> N
 
 def test_leaving_ends_the_engines_stream(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    stream = compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "same")
+    stream = comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "same"))
     next(stream), next(stream), next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert scheduler.closed_streams == 1
 
 
@@ -202,35 +204,35 @@ def test_prompts_that_cannot_work_are_refused_before_any_process(
     prompt: str, desk: Desk, scheduler: FakeScheduler
 ) -> None:
     with pytest.raises(InputError):
-        next(compare.stream(desk, ANNA, "stored:0", "stored:0", prompt, "same"))
+        next(comparing.stream(desk, ANNA, asked("stored:0", "stored:0", prompt, "same")))
     assert scheduler.asked == []
 
 
 def test_stored_numbers_cannot_write_until_a_run_stands_in(desk: Desk, scheduler: FakeScheduler) -> None:
     with pytest.raises(InputError, match="numbers only"):
-        next(compare.stream(desk, ANNA, "stored:0", "stored:1", "Mara", "same"))
+        next(comparing.stream(desk, ANNA, asked("stored:0", "stored:1", "Mara", "same")))
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    next(compare.stream(desk, ANNA, "stored:0", "stored:1", "Mara", "same"))
+    next(comparing.stream(desk, ANNA, asked("stored:0", "stored:1", "Mara", "same")))
     assert desk.source(desk.stored_entries()[1], ANNA) == small.id
 
 
 def test_a_blind_vote_hides_names_and_drift_until_it_is_cast(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    steps = list(compare.stream(desk, ANNA, "stored:0", small.id, "Mara", "blind"))
-    shown = json.dumps([step[0] for step in steps[:-1]])  # type: ignore[index]
+    steps = list(comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "blind")))
+    shown = json.dumps([step.panes for step in steps[:-1]])
     assert "GPTQ" not in shown
     assert "tokens/s" not in shown
-    ballot = steps[-1][2]  # type: ignore[index]
-    html = compare.reveal_vote(desk, ANNA, ballot, "left")
+    held = steps[-1].ballot
+    html = ballot.cast(desk, ANNA, held, "left")
     assert "GPTQ" in html
     vote = scheduler.store.votes()[0]
-    assert (vote.owner, vote.winner) == (ANNA, ballot["left"])
+    assert (vote.owner, vote.winner) == (ANNA, held["left"])
     with pytest.raises(InputError):
-        compare.reveal_vote(desk, ANNA, None, "left")
+        ballot.cast(desk, ANNA, None, "left")
     with pytest.raises(InputError):
-        compare.reveal_vote(desk, ANNA, ballot, "whatever")
+        ballot.cast(desk, ANNA, held, "whatever")
     with pytest.raises(UnknownName):
-        compare.reveal_vote(desk, BEN, ballot, "left")
+        ballot.cast(desk, BEN, held, "left")
 
 
 def test_a_refresh_sends_only_what_changed(desk: Desk, scheduler: FakeScheduler) -> None:

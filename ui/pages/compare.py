@@ -1,67 +1,115 @@
-"""Compare: what a small model gained and lost, beside the original. The landing page.
+"""Compare: what small models gained and lost, beside the original. The landing page.
 
 A first visitor sees the stored comparison at once; then the same two recipes run on this machine and the
-numbers change. Texts stream from two worker processes through one generator that merges them.
+numbers change. Texts stream from one worker process for each model through one generator that merges them.
 """
 
 from __future__ import annotations
 
-import secrets
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import gradio as gr
 from gradio.blocks import Block
 from markupsafe import Markup
 
-from engine.errors import BadParams, InputError, TooMany
-from engine.records import Run, Status
-from ui import charts, markup, panes, views, wording
-from ui.desk import BASELINE, FIRST, STORED, Desk, Entry
-from ui.edge import edge, has_cookie, visitor
-from ui.messages import translate
-from ui.panes import Pane, Panes
+from engine.records import Status
+from ui import ballot, comparing, links, markup, panes, wording
+from ui.asked import LONGEST, Asked, Writing, read_keys, read_writing
+from ui.comparing import COSTS, QUALITIES
+from ui.desk import STORED, Desk
+from ui.edge import edge, visitor
+from ui.pages import sets
 from ui.turns import Turns
 from ui.wiring import on
 from ui.wording import say
 
-PROMPT_LIMIT = 2000
-COSTS = ("size.bytes", "latency.tpot", "memory.peak")
 CLICKED = "(...values) => [...values.slice(0, -1), Date.now()]"  # the last input becomes the time of the click
-QUALITIES = ("perplexity", "accuracy", "kl")
+PICKERS = 4
+FIELDS = PICKERS + len(Writing.model_fields)  # inputs that say what is compared and how it is written
 
 
 @dataclass(frozen=True)
 class ComparePage:
     """The components that others on the page reach for."""
 
-    a: gr.Dropdown
-    b: gr.Dropdown
+    pickers: list[gr.Dropdown]
+    writing: list[Block]  # in the order of `Writing`
+    size: list[Block]  # how many pickers are shown, and the buttons that change it
     banner: gr.HTML
     timer: gr.Timer
-    prompt: gr.Textbox
     cost: gr.Radio
     quality: gr.Radio
-    pair: list[Block]
+    shown: list[Block]
+
+    @property
+    def fields(self) -> list[Block]:
+        return [*self.pickers, *self.writing]
 
 
 def build(desk: Desk) -> ComparePage:
     """Lay the tab out and wire it."""
     banner = gr.HTML(elem_id="mq-banner")
+    count = gr.State(2)  # pickers that are shown
     with gr.Row(equal_height=True):
-        a = gr.Dropdown([], label=say("compare.a"), min_width=240)
-        b = gr.Dropdown([], label=say("compare.b"), min_width=240)
+        pickers = [
+            gr.Dropdown([], label=say(f"compare.{side}"), min_width=240, visible=number < 2, elem_id=f"mq-pick-{side}")
+            for number, side in enumerate("abcd")
+        ]
+    with gr.Row():
+        more = gr.Button(say("compare.more"), size="sm", scale=0, min_width=170, elem_id="mq-more")
+        fewer = gr.Button(say("compare.fewer"), size="sm", scale=0, min_width=170, visible=False)
     summary = gr.HTML(elem_id="mq-summary")
-    with gr.Column(elem_classes="mq-block"):
+    link = gr.HTML(elem_id="mq-link")
+    text = _texts()
+    cost, quality, figures, numbers = _drawings()
+    timer = gr.Timer(1.5, active=True)
+    shown: list[Block] = [summary, text.output, text.differing, *figures, numbers, link]
+    page = ComparePage(pickers, text.writing, [count, more, fewer], banner, timer, cost, quality, shown)
+    _wire_choice(desk, page, text, more, fewer)
+    turns, clicked = Turns(), gr.Number(0, visible=False)
+    _wire_texts(desk, page, text, link, turns, clicked)
+    with text.place:
+        sets.build(desk, page.fields, text.output, text.prompt, turns, collect, (clicked, CLICKED))
+    return page
+
+
+@dataclass(frozen=True)
+class _Texts:
+    writing: list[Block]
+    prompt: gr.Textbox
+    mode: gr.Radio
+    start: gr.Button
+    stop: gr.Button
+    output: gr.HTML
+    differing: gr.HTML
+    voting: gr.Row
+    votes: list[gr.Button]
+    ballot: gr.State
+    reveal: gr.HTML
+    place: gr.Column
+
+
+def _texts() -> _Texts:
+    """The prompt, how it is written on, the panes, and the vote."""
+    with gr.Column(elem_classes="mq-block") as place:
         gr.HTML(markup.heading(say("panes.title"), say("panes.about")))
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(
-                label=say("prompt"), lines=1, max_lines=4, max_length=PROMPT_LIMIT, scale=4, min_width=260,
+                label=say("prompt"), lines=1, max_lines=4, max_length=LONGEST, scale=4, min_width=260,
                 elem_id="mq-prompt",
             )  # fmt: skip
-            modes = [(say("mode.same"), "same"), (say("mode.free"), "free"), (say("mode.blind"), "blind")]
+            modes = [(say(f"mode.{name}"), name) for name in ("same", "free", "blind")]
             mode = gr.Radio(modes, value="same", label=say("mode"), scale=3, min_width=260)
+        with gr.Accordion(say("writing.title"), open=False, elem_id="mq-writing"):
+            with gr.Row():
+                chat = gr.Checkbox(False, label=say("writing.chat"), info=say("writing.chat.about"), min_width=240)
+                system = gr.Textbox(
+                    label=say("writing.system"), max_lines=4, max_length=LONGEST, min_width=260, scale=2
+                )
+            with gr.Row():
+                names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+                numbers = [_number(name) for name in names]
         with gr.Row():
             start = gr.Button(say("panes.run"), variant="primary", elem_id="mq-run-both", scale=2, min_width=140)
             stop = gr.Button(say("panes.stop"), elem_id="mq-stop", scale=1, min_width=100)
@@ -70,16 +118,30 @@ def build(desk: Desk) -> ComparePage:
         output = panes.token_panes()
         ballot = gr.State(None)
         with gr.Row(visible=False) as voting:
-            left, tie, right = (gr.Button(say(f"vote.{name}"), size="sm") for name in ("left", "tie", "right"))
-        reveal = gr.HTML()
+            votes = [gr.Button(say(f"vote.{name}"), size="sm") for name in ("left", "tie", "right")]
+        reveal = gr.HTML(elem_id="mq-vote")
+        differing = gr.HTML(elem_id="mq-differing")
+    writing: list[Block] = [prompt, mode, chat, system, *numbers]
+    return _Texts(writing, prompt, mode, start, stop, output, differing, voting, votes, ballot, reveal, place)
+
+
+def _number(name: str) -> gr.Number:
+    field = Writing.model_fields[name]
+    whole = field.annotation is int
+    return gr.Number(
+        field.default, label=say(f"writing.{name}"), precision=0 if whole else None, step=1 if whole else 0.1,
+        min_width=120,
+    )  # fmt: skip
+
+
+def _drawings() -> tuple[gr.Radio, gr.Radio, list[gr.Plot], gr.HTML]:
+    """The two axes of the front, five figures, and their numbers."""
     with gr.Column(elem_classes="mq-block"):
         gr.HTML(markup.heading(say("charts.title"), say("charts.about")))
         with gr.Row():
-            cost = gr.Radio(
-                [(wording.name(k), k) for k in COSTS], value=COSTS[0], label=say("axis.cost"), min_width=240
-            )
-            quality = gr.Radio(
-                [(wording.name(k), k) for k in QUALITIES], value=QUALITIES[0], label=say("axis.quality"), min_width=240
+            cost, quality = (
+                gr.Radio([(wording.name(k), k) for k in keys], value=keys[0], label=say(label), min_width=240)
+                for keys, label in ((COSTS, "axis.cost"), (QUALITIES, "axis.quality"))
             )
         front = gr.Plot(show_label=False, elem_id="mq-front")
         with gr.Row():
@@ -88,215 +150,155 @@ def build(desk: Desk) -> ComparePage:
                 memory = gr.Plot(show_label=False)
             with gr.Column(min_width=320):
                 latency = gr.Plot(show_label=False)
-                numbers = gr.HTML(elem_id="mq-numbers")
-    timer = gr.Timer(1.5, active=True)
-    clicked = gr.Number(0, visible=False)
-    turns = Turns()
+                batches = gr.Plot(show_label=False, elem_id="mq-batches")
+        numbers = gr.HTML(elem_id="mq-numbers")
+    return cost, quality, [front, accuracy, latency, memory, batches], numbers
 
-    pair: list[Block] = [summary, output, front, accuracy, latency, memory, numbers]
-    shown: list[Block] = [*pair, reveal, voting, ballot]
-    chosen = [a, b, prompt, mode, cost, quality]
+
+def collect(values: Sequence[object]) -> Asked | None:
+    """What the fields say; None where nothing is there to be picked.
+
+    Raises:
+        BadParams: too few results or too many, or a setting out of its bounds.
+    """
+    picked = values[:PICKERS]
+    if not any(picked):
+        return None
+    written = dict(zip(Writing.model_fields, values[PICKERS:FIELDS], strict=True))
+    return Asked(compare=read_keys(picked), writing=read_writing(written))
+
+
+def usual(desk: Desk, owner: str) -> Asked | None:
+    """What a visitor sees first; None where there is nothing yet."""
+    a, b = comparing.default_pair(desk, owner)
+    return None if a is None or b is None else pair(desk, owner, a, b)
+
+
+def pair(desk: Desk, owner: str, a: str, b: str) -> Asked:
+    """Two entries on the first fixed prompt that the first of them has answered."""
+    known = panes.prompts(desk.entry(a, owner).outputs)
+    return Asked(compare=(a, b), writing=Writing(prompt=known[0] if known else say("prompt.default")))
+
+
+def fill(desk: Desk, owner: str, asked: Asked) -> list[object]:
+    """Updates of `fields` and `size`, so that they say `asked`."""
+    names = comparing.choices(desk, owner)
+    keys = [*asked.compare, *[None] * (PICKERS - len(asked.compare))]
+    pickers = [
+        gr.update(choices=names, value=key, visible=place < len(asked.compare)) for place, key in enumerate(keys)
+    ]
+    written = [getattr(asked.writing, name) for name in Writing.model_fields]
+    return [*pickers, *written, *_size(len(asked.compare))]
+
+
+def _size(count: int) -> list[object]:
+    """The number of pickers that are shown, and the two buttons that change it."""
+    label = say("compare.more" if count == 2 else "compare.fourth")
+    return [count, gr.update(visible=count < PICKERS, value=label), gr.update(visible=count > 2)]
+
+
+def _wire_choice(desk: Desk, page: ComparePage, text: _Texts, more: gr.Button, fewer: gr.Button) -> None:
+    """Pickers, axes, and the first comparison that paints itself."""
 
     @edge
-    def show(a: str, b: str, prompt: str, mode: str, cost: str, quality: str, request: gr.Request) -> object:
-        return [*render(desk, visitor(request), a, b, prompt, mode, cost, quality), "", gr.update(visible=False), None]
+    def show(request: gr.Request, *values: object) -> object:
+        drawn = comparing.render(desk, visitor(request), collect(values), *map(str, values[FIELDS:]))
+        return [*drawn, "", gr.update(visible=False), None]
 
     @edge
     def redraw(cost: str, quality: str, request: gr.Request) -> object:
-        return _front(desk, visitor(request), cost, quality).figure
+        return comparing.front(desk, visitor(request), cost, quality).figure
 
     @edge
-    def tick(a: str, b: str, prompt: str, mode: str, cost: str, quality: str, request: gr.Request) -> object:
+    def tick(request: gr.Request, *values: object) -> object:
         owner = visitor(request)
-        first = first_runs(desk, owner)
+        first = comparing.first_runs(desk, owner)
         live = [run for run in first if run.status is Status.SUCCEEDED]
-        if len(live) == 2 and all(not key or str(key).startswith(STORED) for key in (a, b)):
-            left, right = live
-            views_ = render(desk, owner, left.id, right.id, prompt, mode, cost, quality)
-            names = choices(desk, owner)
-            picked = (gr.update(choices=names, value=left.id), gr.update(choices=names, value=right.id))
-            return [gr.update(active=False), banner_for(first), *picked, *views_]
+        picked = [key for key in values[:PICKERS] if key]
+        if len(live) == 2 and len(picked) < 3 and all(str(key).startswith(STORED) for key in picked):
+            keys = [run.id for run in live]
+            asked = collect([*keys, None, None, *values[PICKERS:]])
+            names = comparing.choices(desk, owner)
+            pickers = [gr.update(choices=names, value=key) for key in keys]
+            drawn = comparing.render(desk, owner, asked, *map(str, values[FIELDS:]))
+            return [gr.update(active=False), comparing.banner_for(first), *pickers, *drawn]
         working = any(not run.status.final for run in first)
-        return [gr.skip() if working else gr.update(active=False), banner_for(first), *[gr.skip()] * (2 + len(pair))]
+        still = [gr.skip()] * (2 + len(page.shown))
+        return [gr.skip() if working else gr.update(active=False), comparing.banner_for(first), *still]
+
+    def step(change: int) -> Callable[..., object]:
+        @edge
+        def resize(count: int, request: gr.Request) -> object:
+            wanted = min(PICKERS, max(2, (count if isinstance(count, int) else 2) + change))
+            names = comparing.choices(desk, visitor(request))
+            gone = [gr.update(visible=True, choices=names) if n < wanted else gr.update(visible=False, value=None)
+                    for n in range(2, PICKERS)]  # fmt: skip
+            return [*_size(wanted), *gone]
+
+        return resize
+
+    chosen = [*page.fields, page.cost, page.quality]
+    outputs = [*page.shown, text.reveal, text.voting, text.ballot]
+    on([*(picker.input for picker in page.pickers), text.mode.input], show, chosen, outputs)
+    on([page.cost.input, page.quality.input], redraw, [page.cost, page.quality], [page.shown[3]])
+    on([page.timer.tick], tick, chosen, [page.timer, page.banner, *page.pickers[:2], *page.shown], queue=False)
+    resized = [*page.size, *page.pickers[2:]]
+    on([more.click], step(1), page.size[:1], resized)
+    smaller = on([fewer.click], step(-1), page.size[:1], resized)
+    smaller.then(show, chosen, outputs, show_progress="hidden", api_visibility="private")
+
+
+def _wire_texts(
+    desk: Desk, page: ComparePage, text: _Texts, link: gr.HTML, turns: Turns, clicked: gr.Number
+) -> None:  # fmt: skip
+    """Run, Stop, the vote, and the link that follows what is written in the fields."""
 
     @edge
-    def run_both(
-        a: str, b: str, prompt: str, mode: str, clicked: float, request: gr.Request
-    ) -> Iterator[object]:  # fmt: skip
-        owner = desk.enter(request, "stream")
-        page = request.session_hash or owner
-        turn = turns.begin(page, clicked, owner)
+    def run_all(request: gr.Request, *values: object) -> Iterator[object]:
+        owner, moment = desk.enter(request, "stream"), values[-1]
+        place = request.session_hash or owner
+        turn = turns.begin(place, float(moment) if isinstance(moment, int | float) else 0.0, owner)
         try:
-            for values in stream(desk, owner, a, b, prompt, mode, turn.stop):
+            asked = collect(values)
+            if asked is None:
+                return
+            yield [gr.skip(), gr.update(visible=False), None, "", "", links.bar(asked)]
+            for each in comparing.stream(desk, owner, asked, turn.stop):
                 if turn.replaced:
                     return
-                yield values
+                yield _changes(each)
         finally:
-            turns.end(page, turn)
+            turns.end(place, turn)
 
     @edge
-    def stop_both(clicked: float, request: gr.Request) -> None:
+    def stop_all(clicked: float, request: gr.Request) -> None:
         turns.stop(request.session_hash or visitor(request), clicked)
 
     @edge
-    def vote(ballot: dict[str, str] | None, choice: str, request: gr.Request) -> object:
-        return [reveal_vote(desk, visitor(request), ballot, choice), gr.update(visible=False), None]
+    def vote(held: dict[str, str] | None, choice: str, request: gr.Request) -> object:
+        return [ballot.cast(desk, visitor(request), held, choice), gr.update(visible=False), None]
 
-    on([a.input, b.input, mode.input], show, chosen, shown)
-    on([cost.input, quality.input], redraw, [cost, quality], [front])
-    on([timer.tick], tick, chosen, [timer, banner, a, b, *pair], queue=False)
-    writing = [output, voting, ballot, reveal]
-    on([start.click, prompt.submit], run_both, [a, b, prompt, mode, clicked], writing, concurrency_limit=4, js=CLICKED,
-       trigger_mode="multiple")  # fmt: skip
-    on([stop.click], stop_both, [clicked], queue=False, js=CLICKED)
-    for button, choice in ((left, "left"), (tie, "tie"), (right, "right")):
-        on([button.click], vote, [ballot, gr.State(choice)], [reveal, voting, ballot])
-    return ComparePage(a, b, banner, timer, prompt, cost, quality, pair)
+    @edge
+    def address(request: gr.Request, *values: object) -> object:
+        asked = collect(values)
+        return "" if asked is None else links.bar(asked)
 
-
-def render(desk: Desk, owner: str, a: str, b: str, prompt: str, mode: str, cost: str, quality: str) -> list[object]:
-    """What the two picked entries show: summary, panes, four figures and their numbers, in this order."""
-    if not a or not b:
-        return [Markup(say("compare.nothing")), None, None, None, None, None, ""]
-    left, right = desk.entry(a, owner), desk.entry(b, owner)
-    machine = desk.stored.machine if desk.stored else ""
-    named = [
-        (f"A · {wording.title(left.run.recipe)}", left.measured),
-        (f"B · {wording.title(right.run.recipe)}", right.measured),
-    ]
-    drawn = [_front(desk, owner, cost, quality), charts.accuracy(named), charts.latency(named), charts.memory(named)]
-    output = fixed(left, right, prompt, mode)
-    tables = markup.join(chart.table() for chart in drawn)
-    return [
-        views.comparison(left, right, machine), gr.skip() if output is None else output.value(),
-        *(chart.figure for chart in drawn), tables,
-    ]  # fmt: skip
+    written = [text.output, text.voting, text.ballot, text.reveal, text.differing, link]
+    on([text.start.click, text.prompt.submit], run_all, [*page.fields, clicked], written, concurrency_limit=4,
+       js=CLICKED, trigger_mode="multiple")  # fmt: skip
+    on([text.stop.click], stop_all, [clicked], queue=False, js=CLICKED)
+    on([text.prompt.blur], address, page.fields, [link], queue=False)
+    for button, choice in zip(text.votes, ("left", "tie", "right"), strict=True):
+        on([button.click], vote, [text.ballot, gr.State(choice)], [text.reveal, text.voting, text.ballot])
 
 
-def fixed(left: Entry, right: Entry, prompt: str, mode: str) -> Panes | None:
-    """The texts that both wrote after a fixed prompt: the visitor's where it is one of them, else the first."""
-    known = panes.prompts(left.outputs or right.outputs)
-    if not known or mode == "blind":
-        return None
-    wanted = prompt if prompt in known else known[0]
-    a, b = (next((o for o in entry.outputs if o.prompt == wanted), None) for entry in (left, right))
-    return panes.stored(
-        f"A · {wording.title(left.run.recipe)}", f"B · {wording.title(right.run.recipe)}", a, b, mode == "same",
-        secrets.token_hex(4),
-    )  # fmt: skip
-
-
-def stream(
-    desk: Desk, owner: str, a: str, b: str, prompt: str, mode: str, stop: threading.Event | None = None
-) -> Iterator[object]:
-    """Both models' texts as they write, until `stop` is set; at the end of a blind round the ballot."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise BadParams(say("error.empty_prompt"))
-    if len(prompt) > PROMPT_LIMIT:
-        raise BadParams(say("error.long_prompt", count=len(prompt), limit=PROMPT_LIMIT))
-    entries = [desk.entry(a, owner), desk.entry(b, owner)]
-    blind = mode == "blind"
-    if blind and secrets.randbelow(2):
-        entries.reverse()
-    titles = [say("blind.left"), say("blind.right")]
-    if not blind:
-        titles = [f"{side} · {wording.title(entry.run.recipe)}" for side, entry in zip("AB", entries, strict=True)]
-    sources = [desk.source(entry, owner) for entry in entries]
-    shown = Panes(secrets.token_hex(4), [Pane(title, state="loading") for title in titles], mode == "same", blind)
-    events = desk.scheduler.stream(sources, prompt, same_text=mode == "same", stop=stop)
-    try:
-        for value in panes.follow(shown, events):
-            yield [value, gr.skip(), gr.skip(), ""]
-    finally:
-        close = getattr(events, "close", None)
-        if close is not None:
-            close()
-    if blind and all(pane.tokens for pane in shown.panes):
-        ballot = {"left": entries[0].key, "right": entries[1].key, "prompt": prompt}
-        yield [gr.skip(), gr.update(visible=True), ballot, say("vote.ask")]
-
-
-def reveal_vote(desk: Desk, owner: str, ballot: dict[str, str] | None, choice: str) -> Markup:
-    """Keep a vote and tell which was which."""
-    if not ballot or choice not in ("left", "right", "tie"):
-        raise InputError(say("error.no_ballot"))
-    left, right = desk.entry(ballot["left"], owner), desk.entry(ballot["right"], owner)
-    winner = "tie" if choice == "tie" else ballot[choice]
-    desk.store.add_vote(owner, left.key, right.key, ballot["prompt"], winner)
-    first, second = wording.title(left.run.recipe), wording.title(right.run.recipe)
-    text = say("vote.reveal", left=first, right=second)
-    mine = [v for v in desk.store.votes() if v.owner == owner and {v.run_a, v.run_b} == {left.key, right.key}]
-    counts = {key: sum(vote.winner == key for vote in mine) for key in (left.key, right.key, "tie")}
-    tally = say(
-        "vote.tally", left=first, left_count=counts[left.key], right=second, right_count=counts[right.key],
-        ties=counts["tie"],
-    )  # fmt: skip
-    return markup.join((markup.notice(text, "good"), markup.tag("p", tally, class_="mq-sub")))
-
-
-def first_runs(desk: Desk, owner: str) -> list[Run]:
-    """The visitor's newest runs of the two recipes of the first comparison: original, then 4-bit GPTQ."""
-    mine = desk.runs(owner)
-    found = []
-    for recipe in (BASELINE, FIRST):
-        same = [r for r in mine if r.recipe.model == recipe.model and r.recipe.steps == recipe.steps]
-        found += [r for r in same if r.status is Status.SUCCEEDED][:1] or same[:1]
-    return found
-
-
-def start_first(desk: Desk, request: gr.Request) -> list[Run]:
-    """On a first visit to an idle engine, start the first comparison; nothing for one who keeps no cookie."""
-    owner = visitor(request)
-    status = desk.scheduler.status()
-    if not has_cookie(request) or desk.runs(owner) or status.get("running") or status.get("queued"):
-        return []
-    try:
-        desk.enter(request, "start")
-    except TooMany:
-        return []
-    return [desk.scheduler.submit(BASELINE, owner), desk.scheduler.submit(FIRST, owner)]
-
-
-def choices(desk: Desk, owner: str) -> list[tuple[str, str]]:
-    """The pickers' choices."""
-    return [(entry.label, entry.key) for entry in desk.entries(owner)]
-
-
-def default_pair(desk: Desk, owner: str) -> tuple[str | None, str | None]:
-    """What a visitor sees first: the newest finished run beside its original, else the stored comparison."""
-    entries = desk.entries(owner)
-    for entry in entries:
-        if entry.run.recipe.steps and not entry.stored:
-            baseline = desk.baseline(entry.run.recipe, owner)
-            if baseline is not None:
-                return baseline.key, entry.key
-    stored = desk.stored_entries()
-    if len(stored) > 1:
-        return stored[0].key, stored[1].key
-    first = entries[0].key if entries else None
-    return first, first
-
-
-def banner_for(first: list[Run]) -> Markup:
-    """How far the live comparison is."""
-    if not first or all(run.status is Status.SUCCEEDED for run in first):
-        return Markup("")
-    bad = [run for run in first if run.status.final and run.status is not Status.SUCCEEDED]
-    if bad:
-        return markup.notice(
-            say("first.failed", title=wording.title(bad[0].recipe), reason=translate(bad[0].reason)), "warn"
-        )
-    done = sum(run.status is Status.SUCCEEDED for run in first)
-    return markup.notice(say("first.working", done=done, total=len(first)))
-
-
-def _front(desk: Desk, owner: str, cost: str, quality: str) -> charts.Chart:
-    if cost not in COSTS or quality not in QUALITIES:
-        raise BadParams(say("error.axis"))
-    entries = desk.entries(owner)
-    own = [entry for entry in entries if not entry.stored]
-    shown = own if len(own) > 1 else entries
-    return charts.pareto([(wording.run_name(entry.run), entry.measured) for entry in shown[:40]], cost, quality)
+def _changes(each: comparing.Round) -> list[object]:
+    """Panes, voting, ballot, reveal, differing words, link."""
+    if each.ballot is not None:
+        return [gr.skip(), gr.update(visible=True), each.ballot, say("vote.ask"), gr.skip(), gr.skip()]
+    if each.done is not None:
+        return [*[gr.skip()] * 4, comparing.differing(each.done), gr.skip()]
+    return [each.panes, *[gr.skip()] * 5]
 
 
 def _legend() -> Markup:

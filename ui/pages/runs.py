@@ -20,7 +20,7 @@ from ui import hosting, markup, views
 from ui.desk import Desk
 from ui.edge import edge, visitor
 from ui.journal import Journal
-from ui.pages import models, scaling
+from ui.pages import models, push, scaling
 from ui.wiring import on
 from ui.wording import say
 
@@ -73,6 +73,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         gr.HTML(markup.heading(say("diff.title"), say("diff.about")))
         picks = gr.Dropdown([], multiselect=True, max_choices=PICKS, label=say("diff.runs"), elem_id="mq-picks")
         difference = gr.HTML()
+    push.build(desk, picked)
     scaling.build(desk, last)
     timer = gr.Timer(1.5, active=False)
     buttons = [compare, cancel, resume, delete, share]

@@ -39,6 +39,8 @@ def test_values_errors_and_the_warm_up(tiny: LoadedModel, scripted: list[int], r
     assert found["throughput.b1"].value == pytest.approx(11 / (1 + 10 * 0.3))
     assert found["throughput.b8"].value == pytest.approx(8 * 11 / (1 + 10 * 0.3))
     assert found["throughput.b8"].higher_is_better
+    assert found["throughput.b8"].details["tpot"] == pytest.approx(0.3)  # a step of eight, as a step of one
+    assert found["throughput.b8"].details["tpot_error"] == tpot.error
     assert not tpot.higher_is_better
     series = [data["series"] for kind, data in recorder.said if kind == "sample"]
     assert series == ["latency.tpot.b1"] * 3 + ["latency.tpot.b8"] * 3

@@ -1,0 +1,77 @@
+"""Push to the hub, on the Runs tab: the model of the run at hand, with the visitor's own token.
+
+The token goes from its field into the upload's process and nowhere else; the field is emptied when the upload begins.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import gradio as gr
+from markupsafe import Markup
+from pydantic import JsonValue
+
+from engine import bundle
+from engine.push import push
+from ui import markup, report, wording
+from ui.desk import Desk
+from ui.edge import edge
+from ui.wiring import on
+from ui.wording import say
+
+
+def build(desk: Desk, picked: gr.State) -> None:
+    """Lay the section out and wire it."""
+    with gr.Accordion(say("push.title"), open=False, elem_id="mq-push"):
+        gr.HTML(markup.tag("p", say("push.about"), class_="mq-sub"))
+        with gr.Row():
+            repo = gr.Textbox(label=say("push.repo"), placeholder="name/model", max_lines=1, max_length=200,
+                              min_width=220, elem_id="mq-push-repo")  # fmt: skip
+            token = gr.Textbox(label=say("push.token"), type="password", max_lines=1, max_length=400, min_width=220,
+                               elem_id="mq-push-token")  # fmt: skip
+            private = gr.Checkbox(True, label=say("push.private"), min_width=140)
+        with gr.Row():
+            start = gr.Button(say("push.start"), size="sm", elem_id="mq-push-start")
+            stop = gr.Button(say("panes.stop"), size="sm")
+        told = gr.HTML(elem_id="mq-push-told")
+
+    @edge
+    def upload(run_id: str, repo: str, token: str, private: bool, request: gr.Request) -> Iterator[object]:
+        yield ["", markup.notice(say("push.begins"))]  # the first thing: the token leaves the page
+        for line in go(desk, desk.enter(request, "start"), run_id, repo, token, private is not False):
+            yield [gr.skip(), line]
+
+    begun = on([start.click], upload, [picked, repo, token, private], [token, told], concurrency_limit=2)
+    on([stop.click], edge(lambda: markup.notice(say("push.stopped"))), [], [told], queue=False, cancels=[begun])
+
+
+def go(desk: Desk, owner: str, run_id: str, repo: str, token: str, private: bool) -> Iterator[Markup]:
+    """The line to show, as the upload goes on; closing the iterator ends the upload.
+
+    Raises:
+        UnknownName: no run that the visitor may see.
+        MaquetteError: it has no model, a field is wrong, or the hub refused.
+    """
+    chosen = run_id or next((run.id for run in desk.runs(owner) if run.artifact), "")
+    entry = desk.entry(desk.run(chosen, owner).id, owner)
+    files = bundle.contents(report.folder(entry), report.card(entry, desk.baseline(entry.run.recipe, owner)))
+    stop = threading.Event()
+    try:
+        for kind, data in push(files, str(repo).strip(), str(token).strip(), private=private, stop=stop):
+            yield _line(kind, data)
+    finally:
+        stop.set()
+
+
+def _line(kind: str, data: dict[str, JsonValue]) -> Markup:
+    if kind == "done":
+        url = str(data["url"])
+        shown = markup.link(url, url) if url.startswith(("https://", "http://")) else url
+        return markup.tag("p", say("push.done"), " ", shown, class_="mq-notice good", role="status")
+    if kind == "creating":
+        return markup.notice(say("push.creating"))
+    size, seconds = float(str(data["bytes"])), float(str(data["seconds"]))
+    return markup.notice(
+        say("push.uploading", size=wording.size(size), files=data["files"], span=wording.duration(max(1.0, seconds)))
+    )
