@@ -65,7 +65,7 @@ class Scheduler:
         refuses: Callable[[Recipe, Estimate], None] | None = None,
     ) -> None:  # fmt: skip
         self.home = home.absolute()
-                self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
+        self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
         self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
