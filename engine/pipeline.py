@@ -22,9 +22,9 @@ from engine import artifacts, hardware, headers, intermediate, methods, models, 
 from engine.attempts import cache_folder
 from engine.children import event_kind, lines
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
+from engine.fit import Estimate
 from engine.methods import Context, Emit
 from engine.models import LoadedModel
-from engine.preflight import Estimate
 from engine.records import EventKind, Recipe
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check) -> Pat
     if estimate.seconds > probe.FROM and worth_a_probe(recipe) and not (folder / "blocks").exists():
         emit("phase", {"name": "probing one block"})
         asked: Request = {"recipe": recipe.model_dump(mode="json"), "device": device, "kind": "probe"}
-        measuring = set(recipe.measure) - {"size"}
-        after = estimate.weights + estimate.kv_cache + estimate.runtime if measuring else 0
-        child(asked, folder, _refined(estimate, after, emit), check_cancelled)
+        child(asked, folder, _refined(estimate, emit), check_cancelled)
     emit("phase", {"name": "loading"})
     model = apply_steps(recipe, folder, device, emit, check_cancelled)
     check_cancelled()
@@ -107,8 +105,8 @@ def worth_a_probe(recipe: Recipe) -> bool:
     return bool(recipe.steps) and not any(method.whole for method, _ in methods.check(recipe))
 
 
-def _refined(estimate: Estimate, after: int, emit: Emit) -> Emit:
-    """Passes the probe's estimate on, with the time and memory of what comes `after` from the first estimate.
+def _refined(estimate: Estimate, emit: Emit) -> Emit:
+    """Passes the probe's estimate on, with the time and memory of what comes after from the first estimate.
 
     Raises:
         TooBig: one block alone took more memory than there is.
@@ -122,7 +120,11 @@ def _refined(estimate: Estimate, after: int, emit: Emit) -> Emit:
                     f"One block took {memory / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} were free. "
                     "Use fewer or shorter calibration sequences."
                 )
-            data = {**data, "memory": max(memory, after), "seconds": seconds + estimate.seconds - estimate.working}
+            data = {
+                **data,
+                "memory": max(memory, estimate.after),
+                "seconds": seconds + estimate.seconds - estimate.working,
+            }
         emit(kind, data)
 
     return tell

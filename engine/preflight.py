@@ -5,52 +5,23 @@ Knows a model by its config and headers alone (`engine.headers`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import JsonValue
-
-from engine import hardware, headers, methods
+from engine import fit, hardware, headers, methods, ways
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
-from engine.headers import Shape, integer
+from engine.fit import Estimate, Machine
+from engine.headers import Shape
 from engine.methods import Calibrated, Method, Params, Selection
-from engine.packing import CACHE_KEY, CacheGrid
+from engine.packing import CACHE_KEY
 from engine.records import Recipe
+from engine.sizes import HEADS
 from engine.text import read_bytes, read_documents, too_short
+from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
-RUNTIME = 700 << 20  # resident bytes of Python, torch and transformers before a model is loaded
-HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
-HEADS = ("lm_head.weight", "embed_out.weight")  # names of an output head that is not its embeddings
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a recipe will take: bytes by part, bytes that are free, seconds; notes for the reader.
-
-    working: the seconds of the steps, among all seconds.
-    """
-
-    weights: int
-    kv_cache: int
-    activations: int
-    runtime: int
-    available: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-    working: float = 0.0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations + self.runtime
-
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.available
 
 
 def resolve(source: str) -> Path:
@@ -106,13 +77,10 @@ def check(recipe: Recipe) -> Estimate:
     for _, params in steps:
         if isinstance(params, Calibrated):
             check_text(text, shape.folder, params.sequence_length)
-    estimate = _estimate(recipe, shape, steps)
-    if not estimate.fits:
-        raise TooBig(
-            f"The run needs {estimate.total / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} are free. "
-            "Use fewer calibration samples or measurements (`size` alone needs least), or close other programs."
-        )
-    return estimate
+    found = _estimate(recipe, shape, steps)
+    if not found.fits:
+        raise TooBig(_too_big(recipe, shape, found))
+    return found
 
 
 def estimate(recipe: Recipe) -> Estimate:
@@ -121,7 +89,43 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises:
         InputError: the recipe or its model cannot be read.
     """
-    return _estimate(recipe, headers.inspect(resolve(recipe.model.source)), methods.check(recipe))
+    shape = headers.inspect(resolve(recipe.model.source))
+    return _estimate(recipe, shape, methods.check(recipe))
+
+
+def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:
+    """With what each method has to say of itself."""
+    where = machine(recipe)
+    found = fit.estimate(recipe, shape, steps, where)
+    said = [f"{method.title}: {note}" for method, params in steps for note in params.notes(shape.folder, where.device)]
+    return replace(found, notes=(*said, *found.notes))
+
+
+def way_out(recipe: Recipe, found: Estimate) -> Way | None:
+    """What to change in a recipe that needs more than there is, and what it needs then; None where nothing helps.
+
+    Raises:
+        InputError: the recipe or its model cannot be read.
+    """
+    return ways.out(recipe, headers.inspect(resolve(recipe.model.source)), machine(recipe), found)
+
+
+def machine(recipe: Recipe) -> Machine:
+    """Where the recipe would run, and what is free there."""
+    gpu = hardware.gpu() if recipe.device != "cpu" else None
+    if gpu is not None:
+        return Machine(gpu.total - gpu.used, "cuda")
+    return Machine(hardware.free_memory())
+
+
+def _too_big(recipe: Recipe, shape: Shape, found: Estimate) -> str:
+    """`needs 9.1 GiB, 7.8 free: 4 bit needs 5.2`"""
+    way = ways.out(recipe, shape, machine(recipe), found)
+    said = f"The run needs {found.total / 2**30:.1f} GiB, {found.available / 2**30:.1f} are free"
+    close = "Close other programs, or choose a smaller model."
+    if way is None:
+        return f"{said}. {close}"
+    return f"{said}: {way.phrase}.{'' if way.fits else f' That is too much, too. {close}'}"
 
 
 def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
@@ -188,76 +192,3 @@ def check_text(text: Path, folder: Path, length: int) -> None:
     counted = sum(len(each.ids) for each in Tokenizer.from_file(str(file)).encode_batch(documents))
     if counted + len(documents) < length:  # each document may get a token that ends it
         raise too_short(text, counted, length)
-
-
-def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:
-    """Compressing and measuring follow each other: the larger of the two counts."""
-    width = WIDTHS[recipe.model.dtype]
-    config = shape.config.get
-    hidden = integer(config("hidden_size", 768))
-    dense = shape.parameters * width
-    streamed = bool(steps) and not any(method.whole for method, _ in steps)
-    weights = width * max(shape.parts.values()) if streamed else dense
-    activations = 0
-    notes = []
-    device = "cuda" if recipe.device != "cpu" and hardware.gpu() is not None else "cpu"
-    work = 0.0  # floating-point operations
-    for method, params in steps:
-        if isinstance(params, Calibrated):
-            tokens = params.samples * params.sequence_length
-            states = min(2 * tokens * hidden * width, HELD)
-            activations = max(activations, states + _solving(shape, getattr(params, "collect", "norm")))
-            work += 6.0 * tokens * shape.parameters
-        if steps_to_train := integer(getattr(params, "steps", 0)):
-            tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
-            activations = max(activations, 16 * shape.parameters)
-            work += 8.0 * steps_to_train * tokens * shape.parameters
-        notes += [f"{method.title}: {note}" for note in params.notes(shape.folder, device)]
-    kv_cache = 0
-    if set(recipe.measure) - {"size"}:
-        grid = next((found for _, params in steps if (found := params.cache_grid())), shape.cache_grid)
-        # The lean decoder holds float32 on a CPU; a packed cache holds its newest tokens in the model's dtype.
-        kv_cache = cache_bytes(shape.config, grid, width if grid or recipe.device == "cuda" else 4)
-        weights = max(weights, dense + (dense if "divergence" in recipe.measure and recipe.steps else 0))
-    elif streamed and dense > hardware.free_memory():
-        notes.append("Larger than memory: one block at a time.")
-    fidelity = 2e5 * min(shape.parameters, 5e7) * bool(set(recipe.measure) - {"size"})  # large models read less text
-    working = (work / 5e10 + 4 * dense / 1e9) * bool(steps)  # solving; reading, rounding and writing each weight
-    seconds = 8 + fidelity / 5e10 + working  # starting three processes; the demo model on two cores gives the rates
-    runtime = 2 * RUNTIME  # the worker, and the process that verifies and measures
-    return Estimate(weights, kv_cache, activations, runtime, hardware.free_memory(), seconds, tuple(notes), working)
-
-
-def _solving(shape: Shape, collect: str) -> int:
-    """Bytes of a block's statistics and of the factorization of the largest, in float32."""
-    inputs = sorted({inputs for _, inputs in shape.linears.values()}, reverse=True) or [0]
-    if collect not in ("hessian", "directions"):
-        return 8 * sum(inputs)
-    # One Hessian for each input that is read: of attention, of its output, of the feed-forward, of its output.
-    return 4 * (sum(size * size for size in inputs) + 2 * inputs[-1] ** 2) + 8 * inputs[0] ** 2
-
-
-def cache_bytes(config: Mapping[str, JsonValue], grid: CacheGrid | None, width: int) -> int:
-    """Bytes of the keys and values of eight sequences of 256 tokens, as latency is measured.
-
-    Where they are packed: codes, scales, newest tokens, and what one block unpacks for attention.
-    """
-    blocks, heads, size = attention_sizes(config)
-    whole = 2 * 8 * heads * 256 * size * width  # of one block, in numbers of `width` bytes
-    if grid is None:
-        return blocks * whole
-    return blocks * 8 * heads * grid.bytes(256, size, width) + whole
-
-
-def attention_sizes(config: Mapping[str, JsonValue]) -> tuple[int, int, int]:
-    """Blocks, heads of keys and values, and numbers of a head, under the names that the families have for them."""
-
-    def first(*keys: str) -> int:
-        return next((number for key in keys if (number := integer(config.get(key)))), 0)
-
-    hidden = first("hidden_size", "n_embd") or 768
-    heads = first("num_attention_heads", "n_head") or 12
-    shared = first("num_key_value_heads", "num_kv_heads") or heads
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):  # Falcon
-        shared = 1
-    return first("num_hidden_layers", "n_layer") or 12, shared, first("v_head_dim", "head_dim") or hidden // heads

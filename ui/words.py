@@ -118,8 +118,6 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "estimate.expected": "Expected", "estimate.probed": "Expected, one block measured",
         "estimate.took": "It took", "estimate.ratio": "Took / expected",
         "fit.title": "Will it fit?", "fit.yes": "Fits", "fit.no": "Does not fit", "fit.of": "{total} of {free} free",
-        "fit.weights": "weights", "fit.kv_cache": "KV cache", "fit.activations": "activations",
-        "fit.runtime": "runtime", "fit.seconds": "Takes about {span}.",
         # runs
         "runs.title": "Your runs", "runs.about": "They go on without this page, and a reload finds them again.",
         "runs.filter": "Filter", "runs.none": "No runs yet. Start one on the Compress tab.",
@@ -201,6 +199,27 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.steps": "A recipe holds at most {limit} steps here. Remove one first.",
         "error.picks": "Pick at most {limit} results.",
         "error.long_link": "The recipe in the address is too long. Paste it on the Compress tab.",
+        # will it fit: parts, situations, seconds, ways out
+        "fit.weights": "weights", "fit.codes": "integer codes", "fit.kv_cache": "KV cache",
+        "fit.activations": "activations", "fit.calibration": "calibration", "fit.solver": "solver",
+        "fit.gradients": "gradients", "fit.optimizer": "optimizer states", "fit.teacher": "teacher",
+        "fit.original": "original beside it", "fit.runtime": "runtime", "fit.seconds": "Takes about {span}.",
+        "fit.compressing": "The run, at its largest: {situation}", "fit.serving": "Serving what it makes",
+        "fit.part": "part", "fit.parts": "The parts of the sum, in each situation", "fit.sum": "Sum",
+        "fit.free": "Free", "fit.situation.compress": "loading", "fit.situation.save": "saving",
+        "fit.situation.verify": "reading back", "fit.situation.measure": "measuring",
+        "fit.situation.serve": "serving", "fit.time.download": "download {span}", "fit.time.load": "load {span}",
+        "fit.time.steps": "steps {span}", "fit.time.save": "save {span}", "fit.time.verify": "check {span}",
+        "fit.time.measure": "measure {span}",
+        "fit.way": "Needs {total}, {free} are free. {way}", "fit.no_fit": "Needs {total}, {free} are free. {way}: "
+        "too much, too. Close other programs, or choose a smaller model.",
+        "fit.no_way": "Needs {total}, {free} are free. Close other programs, or choose a smaller model.",
+        "way.four_bits": "4 bit needs {size}", "way.no_original": "Without the original beside it: {size}",
+        "way.size_alone": "Measuring the size alone needs {size}",
+        "way.fewer_samples": "32 shorter calibration sequences need {size}",
+        "way.smaller_batch": "A batch of 2 needs {size}", "way.lora": "Training additions of low rank needs {size}",
+        "way.cached": "Asking the teacher once, before, needs {size}",
+        "way.streamed": "GPTQ block by block needs {size}",
     }
 )
 # fmt: on

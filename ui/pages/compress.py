@@ -16,14 +16,14 @@ import gradio as gr
 from markupsafe import Markup
 from pydantic import JsonValue
 
-from engine import preflight
-from engine.errors import BadParams, BadRecipe, MaquetteError
-from engine.methods import check, get, methods
+from engine.errors import BadParams, BadRecipe
+from engine.methods import get, methods
 from engine.recipes import dump_recipe, load_recipe
 from engine.records import Recipe, Step
 from ui import form, markup, sensitivity
 from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
+from ui.pages import fitting
 from ui.wiring import on
 from ui.wording import say
 
@@ -89,6 +89,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
                 read = gr.Button(say("compress.read"), size="sm")
         with gr.Column(scale=2, min_width=320):
             meter = gr.HTML(elem_id="mq-fit")
+            mend = gr.Button(visible=False, size="sm", elem_id="mq-mend")
             original = gr.Checkbox(True, label=say("compress.original"), info=say("compress.original.info"))
             start = gr.Button(say("compress.start"), variant="primary", elem_id="mq-start")
             written = gr.HTML(elem_id="mq-recipe")
@@ -117,13 +118,18 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
         return {**draft, "model": {**_object(draft.get("model")), "source": str(source).strip() or "demo"}}
 
     def follow(draft: Draft, request: gr.Request) -> object:
-        return [judge(desk, draft), describe(draft), bearing(desk, draft, request)]
+        return [*_assess(desk, draft), describe(draft), bearing(desk, draft, request)]
+
+    @edge
+    def take_way(draft: Draft, shape: int) -> object:
+        return [as_draft(fitting.changed(desk, as_recipe(draft))), shape + 1]
 
     on([preset.input], choose, [preset, draft, shape], [draft, shape])
     on([add.click], append, [method, draft, shape], [draft, shape])
     on([read.click], paste, [text, shape], [draft, shape, source])
     on([source.change], model, [source, draft], [draft])
-    on([draft.change, page.load], follow, [draft], [meter, written, blocks])
+    on([draft.change, page.load], follow, [draft], [meter, mend, written, blocks])
+    on([mend.click], take_way, [draft, shape], [draft, shape])
     return CompressPage(draft, shape, source, preset, start, original, look, blocks)
 
 
@@ -204,19 +210,16 @@ def as_recipe(draft: Draft) -> Recipe:
 
 def judge(desk: Desk, draft: Draft) -> Markup:
     """The fit meter, or in one line why the recipe cannot work. Reads headers only."""
+    return _assess(desk, draft)[0]
+
+
+def _assess(desk: Desk, draft: Draft) -> tuple[Markup, object]:
+    """The meter, and the button that changes a recipe that does not fit."""
     try:
-        recipe = as_recipe(draft)
-        check(recipe)
-        desk.check_sources(recipe)
-        estimate = preflight.estimate(recipe)
-        meter = markup.fit_meter(estimate)
-        if estimate.fits:
-            preflight.check(recipe)
-        return meter
-    except MaquetteError as error:
-        return markup.notice(str(error), "bad")
+        shown, way = fitting.look(desk, as_recipe(draft))
     except Exception as error:
-        return markup.notice(line(error), "bad")
+        return markup.notice(line(error), "bad"), fitting.button(None)
+    return shown, fitting.button(way)
 
 
 def describe(draft: Draft) -> Markup:
