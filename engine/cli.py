@@ -3,6 +3,7 @@
     python -m engine run RECIPE.yaml [--home DIR] [--measure a,b] [--json]     also: run --resume RUN
     python -m engine measure FOLDER [--measure a,b] [--baseline FOLDER] [--json]
     python -m engine export ARTIFACT --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
+    python -m engine advise MODEL --goal memory=8GB|latency=0.5|cost [--assume NAME=NUMBER] [--json]
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
 
 Results go to stdout, progress and errors to stderr. With --json the last line of stdout is one JSON object.
@@ -23,7 +24,7 @@ from typing import NoReturn, Protocol, Self
 
 from pydantic import JsonValue
 
-from engine import doctor, export, headers, methods, preflight
+from engine import advising, doctor, export, headers, methods, preflight
 from engine.errors import BadRecipe, InputError, MaquetteError, short
 from engine.recipes import choose_measures, load_recipe
 from engine.records import MEASURES, USUAL_MEASURES, Event, EventKind, Measurement, Recipe, Run, Status
@@ -135,6 +136,16 @@ def export_artifact(options: argparse.Namespace, supervisor: Callable[[Path], Su
         _json({"status": "succeeded", "format": options.format, "folder": str(target), "bytes": size})
     else:
         _line(f"{target}  {options.format}  {size:,} bytes")
+    return 0
+
+
+def advise(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`advise`: what to do with a model for a goal, the mildest first."""
+    found = advising.answer(options.model, options.goal, options.assume, _home(options) / "maquette.db")
+    if options.json:
+        _json(advising.as_json(found))
+    else:
+        _table(advising.rows(found))
     return 0
 
 
@@ -256,6 +267,10 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument("artifact", metavar="ARTIFACT", help="the folder that a run saved")
     exporter.add_argument("--format", required=True, help=", ".join(export.formats()))
     exporter.add_argument("--to", required=True, metavar="FOLDER", help="a folder that is not there yet")
+    counsel = add("advise", advise)
+    counsel.add_argument("model", metavar="MODEL", help="demo, or a model folder")
+    counsel.add_argument("--goal", required=True, help="memory=8GB, latency=0.5 (half), cost, or cost=0.3 (USD)")
+    counsel.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help="e.g. teacher_price=3")
     add("methods", list_methods, with_home=False)
     add("runs", list_runs)
     comparer = add("compare", compare)

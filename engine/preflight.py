@@ -65,14 +65,9 @@ def check(recipe: Recipe) -> Estimate:
     shape = headers.inspect(resolve(recipe.model.source))
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
-    if steps:
-        _check_experts(steps, shape)
-    becoming = shape
-    for method, params in steps:
-        _check_shapes(method, params, becoming)
+    check_steps(steps, shape)
+    for _, params in steps:
         params.check_sources(shape.folder)
-        config, tensors = params.reshaped(becoming.config, becoming.tensors)
-        becoming = replace(becoming, config=config, tensors=tensors)
     text = calibration_file(recipe.calibration)
     for _, params in steps:
         if isinstance(params, Calibrated):
@@ -126,6 +121,21 @@ def _too_big(recipe: Recipe, shape: Shape, found: Estimate) -> str:
     if way is None:
         return f"{said}. {close}"
     return f"{said}: {way.phrase}.{'' if way.fits else f' That is too much, too. {close}'}"
+
+
+def check_steps(steps: list[tuple[Method, Params]], shape: Shape) -> None:
+    """Refuse settings that cannot work on a model of this shape, each on what the steps before it leave.
+
+    Raises:
+        InputError: one line that names the method and what would work.
+    """
+    if steps:
+        _check_experts(steps, shape)
+    becoming = shape
+    for method, params in steps:
+        _check_shapes(method, params, becoming)
+        config, tensors = params.reshaped(becoming.config, becoming.tensors)
+        becoming = replace(becoming, config=config, tensors=tensors)
 
 
 def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:

@@ -23,7 +23,7 @@ from engine.records import Recipe, Step
 from ui import form, markup, sensitivity
 from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
-from ui.pages import fitting
+from ui.pages import advice, fitting
 from ui.wiring import on
 from ui.wording import say
 
@@ -73,6 +73,8 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
             )  # fmt: skip
             names = [(say(f"preset.{name}"), name) for name in PRESETS]
             preset = gr.Radio(names, value="gptq4", label=say("compress.preset"), elem_id="mq-preset")
+            with gr.Accordion(say("advice.title"), open=False, elem_id="mq-advice"):
+                advice.build(desk, draft, shape, as_recipe)
             with gr.Accordion(say("sensitivity.title"), open=False, elem_id="mq-sensitivity"):
                 blocks = gr.HTML()
                 look = gr.Button(say("sensitivity.measure"), size="sm")
