@@ -10,6 +10,7 @@ on this machine have measured of the same steps on the same model; where there a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -251,32 +252,29 @@ def _of_recipes(
         try:
             checked = methods.check(recipe)
             preflight.check_steps(checked, base.shape)
-            held = base
-            for _, params in checked:
-                held = held.after(params)
+            held = [*itertools.accumulate((params for _, params in checked), Holding.after, initial=base)]
         except InputError:
             continue
-        hours, teacher = _work(base, checked, assumptions)
+        hours, teacher = _work(held, checked, assumptions)
         price = hours * assumptions.gpu_rate + teacher
-        figures = _figures(held, assumptions.batch, assumptions.context, assumptions, price)
+        figures = _figures(held[-1], assumptions.batch, assumptions.context, assumptions, price)
         yield Advice(
             name, stage, recipe, assumptions.batch, assumptions.context, figures, _needs(checked), hours, teacher, price
         )
         return
 
 
-def _work(base: Holding, steps: Sequence[tuple[Method, Params]], assumptions: Assumptions) -> tuple[float, float]:
-    """GPU hours and the price of the teacher's tokens."""
+def _work(
+    held: Sequence[Holding], steps: Sequence[tuple[Method, Params]], assumptions: Assumptions
+) -> tuple[float, float]:
+    """GPU hours and the price of the teacher's tokens; `held` is the model before and after each step."""
     hours = teacher = 0.0
-    held = base
-    for method, params in steps:
-        later = held.after(params)
+    for (method, params), (before, after) in zip(steps, itertools.pairwise(held), strict=True):
         if method.family == "distill":
-            hours += assumptions.training_hours(later.shape.parameters)
+            hours += assumptions.training_hours(after.shape.parameters)
             teacher += assumptions.teacher_usd()
         elif isinstance(params, methods.Calibrated):
-            hours += assumptions.quantize_hours(held.shape.parameters)
-        held = later
+            hours += assumptions.quantize_hours(before.shape.parameters)
     return hours, teacher
 
 

@@ -27,7 +27,7 @@ PARTS = (
 )  # fmt: skip
 MiB = 1 << 20
 # Resident bytes of one of our processes before it holds a model: Python, torch, transformers, what it computed first.
-RUNTIME = 380 * MiB
+RUNTIME = 350 * MiB
 CONTEXT = 550 * MiB  # of a GPU that a process takes before it holds anything: CUDA's context and libraries
 LATER = 60 * MiB  # that a process does not give back between two situations
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
@@ -43,6 +43,8 @@ LOGITS, PAIR = (
 )  # bytes of a logit: 16 bit, float32 and its logarithm; with those of the original, and both at work
 WRITTEN = 64  # tokens of each of eight sequences, prompt included, when latency is measured
 LARGE = "Larger than memory: one block at a time."
+LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
+MOVED = 9  # and while it is moved into large pages, too
 STATISTICS = ("hessian", "directions")
 
 
@@ -122,7 +124,9 @@ def estimate(
         needs += compressing(held, method, params, first, streamed)
         held = held.after(params)
     if not steps:
-        needs.append(Need("compress", _parts(weights=first.dense, runtime=RUNTIME)))
+        needs.append(
+            Need("compress", _parts(weights=first.dense, activations=LOOKED_AT * first.largest, runtime=RUNTIME))
+        )
     needs.append(saving(held, streamed))
     needs.append(verifying(held, streamed, machine.free))
     if wanted := set(recipe.measure) - {"size"}:
@@ -246,7 +250,7 @@ def saving(held: Holding, streamed: bool) -> Need:
     """Parts beside the blocks are written together; then every part computes once more."""
     _, beside = held.parts()
     if not streamed:
-        return Need("save", _parts(weights=held.dense, runtime=RUNTIME))
+        return Need("save", _parts(weights=held.dense, runtime=RUNTIME + LATER))
     small = min(held.width * held.embeddings, max(SAVED_TOGETHER, held.width * beside))
     return Need("save", _parts(weights=small, runtime=RUNTIME + LATER))
 
@@ -257,7 +261,9 @@ def verifying(held: Holding, streamed: bool, free: int) -> Need:
     if streamed and ROOM * held.dense > free:
         return Need("verify", _parts(weights=2 * held.width * max(block, beside), runtime=2 * RUNTIME + LATER))
     packed = held.file_bytes() if held.bits else 0
-    return Need("verify", _parts(weights=held.dense, codes=packed, runtime=2 * RUNTIME + LATER))
+    return Need("verify", _parts(
+        weights=held.dense, codes=packed, activations=LOOKED_AT * held.largest, runtime=2 * RUNTIME + LATER,
+    ))  # fmt: skip
 
 
 def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need:
@@ -268,9 +274,14 @@ def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need
     both = original is not None and bool(wanted & {"accuracy", "divergence", "outputs"})
     tokens = LOGIT_TOKENS if "accuracy" in wanted else min(LOGIT_TOKENS, share(parameters, DOCUMENTS) * DOCUMENT_TOKENS)
     reads = bool(wanted & {"perplexity", "accuracy", "divergence"})
-    logits = (PAIR if both and "divergence" in wanted else LOGITS) * vocabulary * tokens if reads else 0
+    wide = max(
+        (inputs for _, inputs in sizes.first_block(held.shape)), default=4 * sizes.hidden_size(held.shape.config)
+    )
+    forward = width * (3 * wide + 4 * sizes.hidden_size(held.shape.config))
+    logits = (PAIR if both and "divergence" in wanted else LOGITS) * vocabulary
+    active = max(tokens * (logits + forward) if reads else 0, MOVED * held.largest)
     return Need("measure", _parts(
-        weights=held.packed(), kv_cache=cache * sizes.cache_copies(held.shape.config, held.grid), activations=logits,
+        weights=held.packed(), kv_cache=cache * sizes.cache_copies(held.shape.config, held.grid), activations=active,
         original=original.dense if both and original is not None else 0, runtime=2 * RUNTIME + LATER,
     ))  # fmt: skip
 

@@ -14,6 +14,7 @@ from engine.experts import NAMES
 from engine.fit import Estimate, Machine
 from engine.headers import Shape
 from engine.methods import Calibrated, Method, Params, Selection
+from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Recipe
 from engine.sizes import HEADS
@@ -78,19 +79,20 @@ def check(recipe: Recipe) -> Estimate:
     return found
 
 
-def estimate(recipe: Recipe) -> Estimate:
-    """The estimate alone, also for what does not fit.
+def estimate(recipe: Recipe, rates: Rates | None = None) -> Estimate:
+    """The estimate alone, also for what does not fit; `rates`: the speeds that earlier runs have found.
 
     Raises:
         InputError: the recipe or its model cannot be read.
     """
     shape = headers.inspect(resolve(recipe.model.source))
-    return _estimate(recipe, shape, methods.check(recipe))
+    return _estimate(recipe, shape, methods.check(recipe), rates)
 
 
-def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:
+def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]], rates: Rates | None = None) -> Estimate:
     """With what each method has to say of itself."""
     where = machine(recipe)
+    where = where if rates is None else replace(where, rates=rates)
     found = fit.estimate(recipe, shape, steps, where)
     said = [f"{method.title}: {note}" for method, params in steps for note in params.notes(shape.folder, where.device)]
     return replace(found, notes=(*said, *found.notes))
@@ -164,15 +166,16 @@ def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
 
 
 def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
-    names = [name for name in shape.linears if not isinstance(params, Selection) or params.selects(name)]
-    if not names and shape.linears and isinstance(params, Selection):
+    linears = shape.linears  # made anew each time it is asked for
+    names = [name for name in linears if not isinstance(params, Selection) or params.selects(name)]
+    if not names and linears and isinstance(params, Selection):
         raise BadParams(
             f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
-            f"{short(params.ignore)!r}. Names are as in {next(iter(shape.linears))}."
+            f"{short(params.ignore)!r}. Names are as in {next(iter(linears))}."
         )
     _check_beyond_blocks(method, params, shape)
     try:
-        params.check_model({name: shape.linears[name] for name in names}, shape.parameters)
+        params.check_model({name: linears[name] for name in names}, shape.parameters)
         params.check_config(shape.config)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None

@@ -145,6 +145,11 @@ class Holding:
         """The embeddings' part of `packed`."""
         return self._bytes({name: bits.held for name, bits in self.bits.items()}, only=EMBEDDINGS + HEADS)
 
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest tensor."""
+        return max(map(math.prod, self.shape.tensors.values()), default=0)
+
     def parts(self) -> tuple[int, int]:
         """Parameters of the largest block, and of the largest part beside the blocks."""
         found = self.shape.parts

@@ -120,7 +120,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
         return {**draft, "model": {**_object(draft.get("model")), "source": str(source).strip() or "demo"}}
 
     def follow(draft: Draft, request: gr.Request) -> object:
-        return [*_assess(desk, draft), describe(draft), bearing(desk, draft, request)]
+        return [*_assess(desk, draft, visitor(request)), describe(draft), bearing(desk, draft, request)]
 
     @edge
     def take_way(draft: Draft, shape: int) -> object:
@@ -212,13 +212,13 @@ def as_recipe(draft: Draft) -> Recipe:
 
 def judge(desk: Desk, draft: Draft) -> Markup:
     """The fit meter, or in one line why the recipe cannot work. Reads headers only."""
-    return _assess(desk, draft)[0]
+    return _assess(desk, draft, "")[0]
 
 
-def _assess(desk: Desk, draft: Draft) -> tuple[Markup, object]:
+def _assess(desk: Desk, draft: Draft, owner: str) -> tuple[Markup, object]:
     """The meter, and the button that changes a recipe that does not fit."""
     try:
-        shown, way = fitting.look(desk, as_recipe(draft))
+        shown, way = fitting.look(desk, as_recipe(draft), owner)
     except Exception as error:
         return markup.notice(line(error), "bad"), fitting.button(None)
     return shown, fitting.button(way)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 from markupsafe import Markup
 
-from engine import preflight
+from engine import preflight, rates
 from engine.errors import MaquetteError
 from engine.methods import check
 from engine.records import Recipe
@@ -15,12 +15,12 @@ from ui.desk import Desk
 from ui.edge import line
 
 
-def look(desk: Desk, recipe: Recipe) -> tuple[Markup, Way | None]:
-    """The meter, and what to change in a recipe that does not fit."""
+def look(desk: Desk, recipe: Recipe, owner: str = "") -> tuple[Markup, Way | None]:
+    """The meter, with the speeds that the visitor's runs found, and what to change where it does not fit."""
     try:
         check(recipe)
         desk.check_sources(recipe)
-        estimate = preflight.estimate(recipe)
+        estimate = preflight.estimate(recipe, rates.probed(desk.store, desk.runs(owner)))
         if estimate.fits:
             preflight.check(recipe)
             return meter.fit_meter(estimate), None
