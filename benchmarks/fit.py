@@ -36,7 +36,6 @@ log = logging.getLogger("fit")
 CACHE = ROOT / "benchmarks" / ".cache" / "fit"
 NICE = 5
 EVERY = 0.02  # seconds between two looks
-FIDELITY = ["size", "memory", "latency", "perplexity", "divergence"]
 GPTQ = {"bits": 4, "group_size": 64, "samples": 32}
 TEACH = {"steps": 3, "batch": 4}
 BATCH, TOKENS = 1, 200  # that a warm model writes
@@ -45,8 +44,8 @@ SHAPES = {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16,
         "num_key_value_heads": 16,
     },
-    "1.1 B": {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "0.4 B": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
 }  # fmt: skip
@@ -67,14 +66,14 @@ def model(name: str) -> str:
 
 
 def recipes(name: str) -> dict[str, Recipe]:
-    """What is run of each subject; the student of the large one is small, so that 24 GiB are enough."""
-    keep = 4 if name == "1.1 B" else 2
-    measure = ["size", "memory"] if name == "1.1 B" else FIDELITY  # its predictions take many minutes on two cores
+    """What is run of each subject."""
+    once = ["size", "memory", *(["perplexity"] if name != "0.4 B" else [])]  # reading the text takes minutes
+    both = [*once, "divergence"] if name == "demo" else ["size", "memory", "outputs"]
     steps: dict[str, tuple[list[object], list[str]]] = {
-        "original": ([], measure if name == "1.1 B" else FIDELITY[:-1]),
-        "rtn": ([{"quantize/rtn": {"bits": 4, "group_size": 64}}], measure),
+        "original": ([], once),
+        "rtn": ([{"quantize/rtn": {"bits": 4, "group_size": 64}}], both),
         "gptq": ([{"quantize/gptq": GPTQ}], ["size"]),
-        "teach": ([{"distill/logits": {**TEACH, "keep_every": keep}}], ["size"]),
+        "teach": ([{"distill/logits": {**TEACH, "keep_every": 2}}], ["size"]),
     }
     return {
         key: Recipe.model_validate({"model": model(name), "steps": each, "measure": wanted, "device": "cpu"})

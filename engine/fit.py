@@ -26,8 +26,9 @@ PARTS = (
     "original", "runtime",
 )  # fmt: skip
 MiB = 1 << 20
-# Resident bytes of one of our processes before it holds a model: Python, torch, transformers, what it computed first.
-RUNTIME = 350 * MiB
+RUNTIME = 350 * MiB  # resident bytes of one of our processes before it holds a model: Python, torch, transformers
+COMPUTING = 25 * MiB  # more of one that computes: buffers of libraries, stacks of threads
+LEARNING = 90 * MiB  # and of one that trains
 CONTEXT = 550 * MiB  # of a GPU that a process takes before it holds anything: CUDA's context and libraries
 LATER = 60 * MiB  # that a process does not give back between two situations
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
@@ -157,7 +158,7 @@ def compressing(held: Holding, method: Method, params: Params, first: Holding, s
     dense = held.width * most if streamed else held.dense
     if chosen is not None and not streamed:
         codes = sum(weights for weights in _linear_sizes(held.shape))  # of all blocks
-    parts = {"weights": dense, "codes": codes, "runtime": RUNTIME}
+    parts = {"weights": dense, "codes": codes, "runtime": RUNTIME + COMPUTING}
     if isinstance(params, Calibrated):
         parts |= _calibrating(held, params)
     elif chosen is not None:
@@ -210,14 +211,14 @@ def _training(held: Holding, method: Method, params: Params, first: Holding) -> 
         found.append(
             Need("compress", _parts(
                 weights=student.width * parameters, teacher=folders * first.dense,
-                activations=4 * PAIR * min(asked, 1 << 18), runtime=RUNTIME,
+                activations=4 * PAIR * min(asked, 1 << 18), runtime=RUNTIME + COMPUTING,
             ), method.title)
         )  # fmt: skip
     frozen = student.width * (parameters - trained)
     training = _parts(
         weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
         activations=_remembered(student, batch, length, trained, vocabulary),
-        teacher=folders * first.dense if live else 0, runtime=RUNTIME,
+        teacher=folders * first.dense if live else 0, runtime=RUNTIME + LEARNING,
     )  # fmt: skip
     return [*found, Need("compress", training, method.title)]
 
@@ -282,7 +283,7 @@ def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need
     active = max(tokens * (logits + forward) if reads else 0, MOVED * held.largest)
     return Need("measure", _parts(
         weights=held.packed(), kv_cache=cache * sizes.cache_copies(held.shape.config, held.grid), activations=active,
-        original=original.dense if both and original is not None else 0, runtime=2 * RUNTIME + LATER,
+        original=original.dense if both and original is not None else 0, runtime=2 * RUNTIME + COMPUTING + LATER,
     ))  # fmt: skip
 
 
@@ -299,7 +300,7 @@ def serving(held: Holding, batch: int, tokens: int) -> Need:
     active = batch * (min(tokens, 512) * 4 * wide * held.width + 12 * sizes.vocabulary_size(held.shape))
     return Need("serve", _parts(
         weights=held.packed(), kv_cache=copies * sizes.cache_bytes(config, held.grid, held.width, batch, tokens),
-        activations=active, runtime=RUNTIME,
+        activations=active, runtime=RUNTIME + COMPUTING,
     ))  # fmt: skip
 
 
