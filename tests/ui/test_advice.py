@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -79,3 +82,31 @@ def test_folders_of_a_shared_server_get_no_advice(desk: Desk, scheduler: FakeSch
     local = Desk(scheduler.store, cast(Scheduler, scheduler), None, local=True)
     with pytest.raises(InputError, match="no model folder"):
         advice.advise(local, Recipe.model_validate({"model": "/no/such"}), "cost", None, VALUES, ANNA)
+
+
+WIRED = """
+import pathlib, sys
+from gradio.helpers import special_args
+from engine.assumptions import Assumptions
+from engine.scheduler import Scheduler
+from tests.ui.conftest import ANNA, request
+from ui.desk import FIRST
+from ui.page import build
+from ui.pages import compress
+scheduler = Scheduler(pathlib.Path(sys.argv[1]))
+page, _ = build(scheduler.store, scheduler)
+(answer,) = [function for function in page.fns.values() if function.name == "answer"]
+asked = ["latency", 0.7, compress.as_draft(FIRST), 4, *Assumptions().model_dump().values()]
+assert len(answer.inputs) == len(asked)
+found, count = answer.fn(*special_args(answer.fn, [*asked], request(ANNA))[0])  # as Gradio fills the request in
+(way,) = [function for function in page.fns.values() if function.name == "take_way"]
+assert way.fn(compress.as_draft(FIRST), 1) == [compress.as_draft(FIRST), 2]  # it fits as it is
+print(count, next(each.name for each in found.advices if each.first))
+"""
+
+
+def test_the_panel_is_wired_to_its_inputs(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", WIRED, str(tmp_path / "home")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+    assert done.stdout.strip() == "5 gptq4", done.stderr
