@@ -163,16 +163,20 @@ def serve(source: str, folder: Path) -> Peaks:
     return {"loading": max(resident for _, resident in samples), "writing": last}
 
 
-def measured(name: str, again: bool) -> dict[str, Peaks]:
-    """What each recipe of a subject took, kept in `.cache`."""
+def measured(name: str, again: bool, kept: bool) -> dict[str, Peaks]:
+    """What each recipe of a subject took, kept in `.cache`; what is `kept` there alone, where that is wanted."""
     found: dict[str, Peaks] = {}
     for key, recipe in recipes(name).items():
         home = CACHE / "home" / f"{name}-{key}".replace(" ", "")
+        if kept and not (CACHE / f"{home.name}.json").exists():
+            continue
         found[key] = _kept(CACHE / f"{home.name}.json", lambda r=recipe, h=home: run(r, h), again)  # type: ignore[misc]
         log.info("%s, %s: %s", name, key, found[key])
     artifact = CACHE / "home" / f"{name}-rtn".replace(" ", "") / "runs" / "fit" / "attempt-1" / "artifact"
     for key, source in {"original": model(name), "rtn": str(artifact)}.items():
         home = CACHE / "home" / f"{name}-serve-{key}".replace(" ", "")
+        if kept and not (CACHE / f"{home.name}.json").exists():
+            continue
         found[f"serve {key}"] = _kept(CACHE / f"{home.name}.json", lambda s=source, h=home: serve(s, h), again)  # type: ignore[misc]
         log.info("%s, serve %s: %s", name, key, found[f"serve {key}"])
     return found
@@ -187,7 +191,10 @@ def _kept(file: Path, look: Callable[[], Peaks], again: bool) -> Peaks:
 
 
 # Phases of a run by the beginning of their names; what is none of these, is a step or loading.
-AFTER = {"saving": "save", "verifying": "verify", "measuring": "measure", "loading packed": "measure"}
+AFTER = {
+    "probing": "probe", "saving": "save", "verifying": "verify", "measuring": "measure", "loading packed": "measure",
+    "writing": "measure",
+}  # fmt: skip
 BEFORE = ("seconds", "starting", "checking")
 
 
@@ -209,6 +216,8 @@ def expected(recipe: Recipe) -> Estimate:
 def lines(name: str, found: dict[str, Peaks]) -> Iterator[tuple[str, str, int, int]]:
     """(recipe, situation, expected bytes, measured bytes) for everything of a subject."""
     for key, recipe in recipes(name).items():
+        if key not in found:
+            continue
         estimate = expected(recipe)
         for situation, took in peaks_by_situation(found[key]).items():
             needs = [need.total for need in estimate.needs if need.situation == situation]
@@ -217,6 +226,8 @@ def lines(name: str, found: dict[str, Peaks]) -> Iterator[tuple[str, str, int, i
         took = max(value for phase, value in found[key].items() if phase != "seconds")
         yield key, "the whole run", estimate.total, took
     for key in ("original", "rtn"):
+        if f"serve {key}" not in found:
+            continue
         shape = headers.inspect(preflight.resolve(model(name)))
         held = Holding(shape, 2)
         for _, params in check(recipes(name)[key]):
@@ -224,12 +235,12 @@ def lines(name: str, found: dict[str, Peaks]) -> Iterator[tuple[str, str, int, i
         yield key, "serve", serving(held, BATCH, TOKENS).total, max(found[f"serve {key}"].values())
 
 
-def report(names: list[str], again: bool) -> str:
+def report(names: list[str], again: bool, kept: bool) -> str:
     """The table in Markdown."""
     rows = []
     errors = []
     for name in names:
-        for key, situation, thought, took in lines(name, measured(name, again)):
+        for key, situation, thought, took in lines(name, measured(name, again, kept)):
             error = thought / took - 1
             errors.append(abs(error))
             rows.append(
@@ -251,9 +262,10 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(["demo", *SHAPES]))
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--again", action="store_true", help="measure anew what is kept in .cache")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: show what is kept in .cache")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    text = report(arguments.models.split(","), arguments.again)
+    text = report(arguments.models.split(","), arguments.again, arguments.kept)
     log.info("%s", text)
     if arguments.write:
         write_section(README, "fit", text)

@@ -20,7 +20,7 @@ from engine.pace import Rates
 from engine.records import Recipe
 from engine.sizes import WIDTHS, Holding
 
-Situation = Literal["compress", "save", "verify", "measure", "serve"]
+Situation = Literal["probe", "compress", "save", "verify", "measure", "serve"]
 PARTS = (
     "weights", "codes", "kv_cache", "activations", "calibration", "solver", "gradients", "optimizer", "teacher",
     "original", "runtime",
@@ -31,6 +31,7 @@ COMPUTING = 25 * MiB  # more of one that computes: buffers of libraries, stacks 
 LEARNING = 90 * MiB  # and of one that trains
 CONTEXT = 550 * MiB  # of a GPU that a process takes before it holds anything: CUDA's context and libraries
 LATER = 60 * MiB  # that a process does not give back between two situations
+PROBED_FROM = 60.0  # seconds: what is expected to take less is not probed
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
 SAVED_TOGETHER = 1 << 28  # bytes of small parts that are written together
 ROOM = 4  # times the dense weights' bytes must be free before an artifact is read back whole
@@ -97,7 +98,7 @@ class Estimate:
     @property
     def after(self) -> int:
         """The most that is needed once the steps are done."""
-        return max((need.total for need in self.needs if need.situation != "compress"), default=0)
+        return max((need.total for need in self.needs if need.situation not in ("probe", "compress")), default=0)
 
     @property
     def fits(self) -> bool:
@@ -128,6 +129,9 @@ def estimate(
         needs.append(
             Need("compress", _parts(weights=first.dense, activations=LOOKED_AT * first.largest, runtime=RUNTIME))
         )
+    times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
+    if streamed and sum(times.values()) > PROBED_FROM:
+        needs.insert(0, probing(needs))
     needs.append(saving(held, streamed))
     needs.append(verifying(held, streamed, machine.free))
     if wanted := set(recipe.measure) - {"size"}:
@@ -137,7 +141,6 @@ def estimate(
     large = streamed and not wanted and first.dense > machine.free
     length = min(4096, sizes.context_length(held.shape.config))
     serve = serving(held, batch=1, tokens=length)
-    times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
     return Estimate(
         tuple(needs), _on_gpu(serve) if machine.device == "cuda" else serve, machine.free, times,
         (LARGE,) * large, machine.device,
@@ -247,6 +250,12 @@ def _new_blocks(params: Params) -> int:
     return 12 * integer(getattr(params, "hidden_size", 0)) ** 2 * integer(getattr(params, "num_blocks", 0))
 
 
+def probing(steps: Sequence[Need]) -> Need:
+    """One block is worked on in a process of its own, while the run's waits."""
+    largest = max(steps, key=lambda need: need.total)
+    return Need("probe", {**largest.parts, "runtime": largest.parts["runtime"] + RUNTIME})
+
+
 def saving(held: Holding, streamed: bool) -> Need:
     """Parts beside the blocks are written together; then every part computes once more."""
     _, beside = held.parts()
@@ -306,7 +315,7 @@ def serving(held: Holding, batch: int, tokens: int) -> Need:
 
 def _on_gpu(need: Need) -> Need:
     """On the GPU the runtime is CUDA's, of each process that has one."""
-    processes = 2 if need.situation in ("verify", "measure") else 1
+    processes = 2 if need.situation in ("probe", "verify", "measure") else 1
     return Need(need.situation, {**need.parts, "runtime": processes * CONTEXT}, need.title)
 
 

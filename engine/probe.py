@@ -17,13 +17,14 @@ import torch
 from pydantic import JsonValue
 
 from engine import headers, methods, models, pace, preflight
+from engine.fit import PROBED_FROM
 from engine.methods import Context, Emit
 from engine.models import LoadedModel, blocks
 from engine.pace import Rates
 from engine.records import EventKind, Recipe
 from engine.sizes import Holding
 
-FROM = 60.0  # seconds: what is expected to take less is not probed
+FROM = PROBED_FROM
 
 
 class Clock:

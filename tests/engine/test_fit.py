@@ -178,13 +178,24 @@ def test_training_holds_weights_gradients_and_two_moments_in_float32() -> None:
 
 
 def test_measuring_counts_logits_and_the_original_beside_it() -> None:
-    rtn = {"quantize/rtn": {"group_size": 128}}
-    alone = situation(estimate(LARGE, rtn, measure=["perplexity"]), "measure").parts
-    both = situation(estimate(LARGE, rtn, measure=["perplexity", "divergence"]), "measure").parts
+    shape, rtn = llama(8, 256, 512, words=50_000), {"quantize/rtn": {"group_size": 64}}
+    alone = situation(estimate(shape, rtn, measure=["perplexity"]), "measure").parts
+    both = situation(estimate(shape, rtn, measure=["perplexity", "divergence"]), "measure").parts
     assert "original" not in alone
-    assert both["original"] == 2 * LARGE.parameters
-    assert both["activations"] == 2 * alone["activations"]
-    assert "activations" not in situation(estimate(LARGE, rtn, measure=["memory"]), "measure").parts
+    assert both["original"] == 2 * shape.parameters
+    assert alone["activations"] == 4096 * (10 * 50_000 + 2 * (3 * 512 + 4 * 256))
+    assert both["activations"] - alone["activations"] == 4096 * 10 * 50_000
+    looked_at = situation(estimate(shape, rtn, measure=["memory"]), "measure").parts["activations"]
+    assert looked_at == fit.MOVED * 50_000 * 256
+
+
+def test_long_work_is_probed_beside_the_waiting_run() -> None:
+    found = estimate(LARGE, {"quantize/gptq": {"group_size": 128}}, measure=["size"])
+    assert situation(found, "probe").total == step(found).total + fit.RUNTIME
+    assert found.after == situation(found, "verify").total  # what a probe measured replaces its own estimate alone
+    assert {need.situation for need in estimate(llama(), "quantize/rtn", measure=["size"]).needs} == {
+        "compress", "save", "verify",
+    }  # fmt: skip
 
 
 def test_serving_grows_with_batch_and_context() -> None:

@@ -56,7 +56,7 @@ def test_every_part_and_situation_has_words_and_a_colour() -> None:
     for part in fit.PARTS:
         assert f"fit.{part}" in ENGLISH
         assert f".part.{part} {{" in css
-    for situation in ("compress", "save", "verify", "measure", "serve"):
+    for situation in ("probe", "compress", "save", "verify", "measure", "serve"):
         assert f"fit.situation.{situation}" in ENGLISH
 
 
