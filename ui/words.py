@@ -239,7 +239,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "advice.stage.train.about": "Makes the most of few bytes, and costs training.",
         "advice.none": "Nothing here reaches the goal by itself; what helps is marked.",
         "advice.first": "Start with: {name}.", "advice.now": "As it is:", "advice.start": "start here",
-        "advice.reaches": "reaches the goal", "advice.helps": "helps", "advice.no_help": "does not help this goal",
+        "advice.reaches": "reaches the goal", "advice.helps": "helps", "advice.idle": "No help for this goal: {names}.",
         "advice.use": "Use this recipe", "advice.memory": "Memory, serving", "advice.file": "Weights in a file",
         "advice.latency": "Time per token, at best", "advice.times": "{ratio} times that of now",
         "advice.cost": "A million tokens", "advice.usd": "{amount} USD", "advice.setting": "Setting",

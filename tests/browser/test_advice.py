@@ -27,6 +27,7 @@ def test_advice_is_one_click_from_a_recipe(open_page: Open, returning: StorageSt
     expect(first).to_be_visible(timeout=30_000)
     expect(first).to_contain_text("GPTQ, 4 bit, and the KV cache in 8")
     expect(page.locator(".mq-advice").last).to_contain_text("for the teacher's tokens")
+    expect(page.get_by_text("No help for this goal: Write for more sequences at a time")).to_be_visible()
     first.get_by_role("button", name="Use this recipe").click()
     expect(page.locator("#mq-recipe")).to_contain_text("quantize/kv_cache")
     expect(meter).to_contain_text("KV cache")

@@ -82,12 +82,15 @@ def cards(advised: Advised, draft: gr.State, shape: gr.State) -> None:
         some = [advice for advice in advised.advices if advice.stage == stage]
         if some:
             gr.HTML(markup.heading(say(f"advice.stage.{stage}"), say(f"advice.stage.{stage}.about"), level=3))
-        for advice in some:
+        for advice in (each for each in some if each.helps):
             with gr.Column(elem_classes="mq-step"):
                 gr.HTML(card(advice, advised))
                 if advice.recipe is not None:
                     button = gr.Button(say("advice.use"), size="sm", elem_classes="mq-use")
                     on([button.click], using(advice.recipe), [draft, shape], [draft, shape])
+        idle = [say(f"advice.{advice.name}") for advice in some if not advice.helps]
+        if idle:
+            gr.HTML(tag("p", say("advice.idle", names=" · ".join(idle)), class_="mq-sub"))
 
 
 def using(recipe: Recipe) -> Callable[[Draft, int], object]:
@@ -111,8 +114,7 @@ def summary(advised: Advised) -> Markup:
 
 def card(advice: Advice, advised: Advised) -> Markup:
     """One measure: what it brings, what it needs, what it costs, and the quality that was measured."""
-    chips = [markup.chip(say(f"advice.{'reaches' if advice.reaches else 'helps' if advice.helps else 'no_help'}"),
-                         "good" if advice.reaches else "")]  # fmt: skip
+    chips = [markup.chip(say("advice.reaches" if advice.reaches else "advice.helps"), "good" * advice.reaches)]
     if advice.first:
         chips.insert(0, markup.chip(say("advice.start"), "good"))
     facts: dict[str, Markup | str | None] = dict(_rows(advice.figures, advised.now))
