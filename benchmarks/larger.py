@@ -46,12 +46,12 @@ def shape(number: int) -> LlamaConfig:
     )  # fmt: skip
 
 
-def make(folder: Path, number: int) -> None:
-    """Write a checkpoint at random, a file for each part; nothing where it is there already."""
+def make(folder: Path, config: LlamaConfig) -> None:
+    """Write a checkpoint of that shape at random, a file for each part; nothing where it is there already."""
     if (folder / "model.safetensors.index.json").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    network = shell(shape(number), torch.bfloat16)
+    network = shell(config, torch.bfloat16)
     folder.mkdir(parents=True)
     network.config.save_pretrained(folder)
     for file in (DEMO / "model").glob("*token*"):
@@ -119,7 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model = arguments.folder / f"model-{arguments.blocks}"
-    make(model, arguments.blocks)
+    make(model, shape(arguments.blocks))
     lines = [
         f"A checkpoint with the shape of an 8 B Llama, {arguments.blocks} blocks of random weights, "
         f"{size(model) / 1e9:.1f} GB. {hardware.machine()}. Peak: resident memory of all processes of the run "

@@ -25,6 +25,7 @@ from engine.checkpoint import part_names
 from engine.errors import BadArtifact
 from engine.files import MANIFEST as MANIFEST
 from engine.files import publish, sync
+from engine.fit import SAVED_TOGETHER
 from engine.headers import OWN_KEYS, read_header
 from engine.low_rank import RANKS_KEY
 from engine.models import LoadedModel, blocks
@@ -33,7 +34,6 @@ from engine.records import Recipe
 from engine.shards import Scheme, Shard, format_of, packed_modules, strategy
 
 FORMAT = 1
-LARGEST = 1 << 28  # bytes of a file that holds several parts
 
 
 def write(model: LoadedModel, recipe: Recipe, folder: Path) -> None:
@@ -107,13 +107,13 @@ def _shard(model: LoadedModel, part: str) -> Shard | None:
 
 
 def _together(model: LoadedModel, parts: list[str]) -> Iterator[list[str]]:
-    """Parts to be written in one file, so that no file with several is larger than `LARGEST`."""
+    """Parts to be written in one file, so that no file with several is larger than `SAVED_TOGETHER`."""
     group: list[str] = []
     size = 0
     for part in parts:
         module = model.network.get_submodule(part)
         own = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
-        if group and size + own > LARGEST:
+        if group and size + own > SAVED_TOGETHER:
             yield group
             group, size = [], 0
         group.append(part)

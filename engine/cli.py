@@ -4,6 +4,7 @@
     python -m engine run --resume RUN
     python -m engine measure MODEL [--measure a,b] [--baseline MODEL] [--json]
     python -m engine export ARTIFACT --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
+    python -m engine advise MODEL --goal memory=8GB|latency=0.5|cost [--assume NAME=NUMBER] [--json]
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
     python -m engine user add|remove NAME | user list     who may log in to a team server; the password comes from stdin
 
@@ -26,7 +27,7 @@ from typing import NoReturn, Protocol, Self
 
 from pydantic import JsonValue, ValidationError
 
-from engine import doctor, export, headers, methods, preflight
+from engine import advising, doctor, export, headers, methods, preflight
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, short
 from engine.hub import Hub
 from engine.recipes import choose_measures, load_recipe
@@ -145,6 +146,19 @@ def export_artifact(options: argparse.Namespace, supervisor: Callable[[Path], Su
         _json({"status": "succeeded", "format": options.format, "folder": str(target), "bytes": size})
     else:
         _line(f"{target}  {options.format}  {size:,} bytes")
+    return 0
+
+
+def advise(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`advise`: what to do with a model for a goal, the mildest first."""
+    found = advising.answer(
+        _model(options.model), options.goal, options.assume, _home(options) / "maquette.db",
+        Hub(_home(options) / "cache" / "hub"),
+    )  # fmt: skip
+    if options.json:
+        _json(advising.as_json(found))
+    else:
+        _table(advising.rows(found))
     return 0
 
 
@@ -296,6 +310,10 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument("artifact", metavar="ARTIFACT", help="the folder that a run saved")
     exporter.add_argument("--format", required=True, help=", ".join(export.formats()))
     exporter.add_argument("--to", required=True, metavar="FOLDER", help="a folder that is not there yet")
+    counsel = add("advise", advise)
+    counsel.add_argument("model", metavar="MODEL", help="demo, or a model folder")
+    counsel.add_argument("--goal", required=True, help="memory=8GB, latency=0.5 (half), cost, or cost=0.3 (USD)")
+    counsel.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help="e.g. teacher_price=3")
     add("methods", list_methods, with_home=False)
     add("runs", list_runs)
     comparer = add("compare", compare)

@@ -19,12 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.fit import FLOW_ROWS, FLOW_TOKENS, HELD
 from engine.models import LoadedModel, blocks
-from engine.preflight import HELD
 
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
-BATCH_TOKENS = 2048  # that flow through a block at a time
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Batches(Sequence[tuple[Tensor, Call]]):
 
 def batch_size(length: int) -> int:
     """Sequences that flow through a block at a time."""
-    return max(1, min(8, BATCH_TOKENS // length))
+    return max(1, min(FLOW_ROWS, FLOW_TOKENS // length))
 
 
 @dataclass

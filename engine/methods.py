@@ -36,6 +36,27 @@ Change = Literal["disk", "memory", "latency"]
 Emit = Callable[[EventKind, dict[str, JsonValue]], None]
 
 
+@dataclass(frozen=True)
+class StoredBits:
+    """How a weight of a linear is stored: bits of its code, and its share of scales and zero points.
+
+    Kernels hold codes of 2 to 4 bits in 4 and others in 8: memory can be more than the file.
+    """
+
+    code: float
+    share: float
+
+    @property
+    def stored(self) -> float:
+        """Bits in the file."""
+        return self.code + self.share
+
+    @property
+    def held(self) -> float:
+        """Bits in the memory of a process that computes on them."""
+        return (4 if self.code <= 4 else 8) + self.share
+
+
 class Params(BaseModel):
     """A method's typed settings: every field has a default, a bound where it is a number, a description."""
 
@@ -91,6 +112,10 @@ class Params(BaseModel):
     ) -> tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]:
         """The config.json and the tensors' shapes of what the step makes: the next step is checked on them."""
         return config, tensors
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
+        """How a chosen linear (out, in) is stored after the step; None: as before."""
+        return None
 
     def processes(self) -> int:
         """In how many processes, a GPU each, the step can train at most, the network in shards; 1: it cannot so."""

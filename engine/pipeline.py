@@ -22,10 +22,10 @@ from engine import artifacts, hardware, headers, intermediate, methods, models, 
 from engine.attempts import cache_folder
 from engine.children import event_kind, lines
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
+from engine.fit import Estimate
 from engine.hub import Hub
 from engine.methods import Context, Emit
 from engine.models import LoadedModel
-from engine.preflight import Estimate
 from engine.records import EventKind, Recipe
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
         asked: Request = {
             "recipe": recipe.model_dump(mode="json"), "source": str(source), "device": device, "kind": "probe",
         }  # fmt: skip
-        measuring = set(recipe.measure) - {"size"}
-        after = estimate.weights + estimate.kv_cache + estimate.runtime if measuring else 0
-        do(asked, folder, _refined(estimate, after, emit), check_cancelled)
+        do(asked, folder, _refined(estimate, emit), check_cancelled)
     emit("phase", {"name": "loading"})
     model = apply_steps(recipe, folder, device, emit, check_cancelled)
     check_cancelled()
@@ -119,8 +117,8 @@ def worth_a_probe(recipe: Recipe) -> bool:
     return bool(recipe.steps) and not any(method.whole for method, _ in methods.check(recipe))
 
 
-def _refined(estimate: Estimate, after: int, emit: Emit) -> Emit:
-    """Passes the probe's estimate on, with the time and memory of what comes `after` from the first estimate.
+def _refined(estimate: Estimate, emit: Emit) -> Emit:
+    """Passes the probe's estimate on, with the time and memory of what comes after from the first estimate.
 
     Raises:
         TooBig: one block alone took more memory than there is.
@@ -134,7 +132,11 @@ def _refined(estimate: Estimate, after: int, emit: Emit) -> Emit:
                     f"One block took {memory / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} were free. "
                     "Use fewer or shorter calibration sequences."
                 )
-            data = {**data, "memory": max(memory, after), "seconds": seconds + estimate.seconds - estimate.working}
+            data = {
+                **data,
+                "memory": max(memory, estimate.after),
+                "seconds": seconds + estimate.seconds - estimate.working,
+            }
         emit(kind, data)
 
     return tell

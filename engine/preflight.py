@@ -5,57 +5,28 @@ Knows a model by its config and headers alone (`engine.headers`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import JsonValue
-
-from engine import hardware, headers, methods
+from engine import fit, hardware, headers, methods, ways
 from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
-from engine.headers import Shape, integer
+from engine.fit import Estimate, Machine
+from engine.headers import Shape
 from engine.hub import Hub
 from engine.methods import Calibrated, Method, Params, Selection
 from engine.origin import FolderOrigin, Origin
-from engine.packing import CACHE_KEY, CacheGrid
+from engine.pace import Rates
+from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
+from engine.sizes import HEADS
 from engine.sources import WAYS, Folder, Repo, classify
 from engine.text import read_bytes, read_documents, too_short
+from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
-RUNTIME = 700 << 20  # resident bytes of Python, torch and transformers before a model is loaded
-HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
-HEADS = ("lm_head.weight", "embed_out.weight")  # names of an output head that is not its embeddings
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a recipe will take: bytes by part, bytes that are free, seconds; notes for the reader.
-
-    working: the seconds of the steps, among all seconds.
-    """
-
-    weights: int
-    kv_cache: int
-    activations: int
-    runtime: int
-    available: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-    working: float = 0.0
-    download: int = 0  # bytes that have to come from the hub first
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations + self.runtime
-
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.available
 
 
 def resolve(source: str) -> Path:
@@ -144,41 +115,89 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
     check_tokenizer(origin)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
+    check_steps(steps, shape)
+    for _, params in steps:
+        if shape.here:  # else the worker does, once the model is
+            params.check_sources(shape.folder)
+    text = calibration_file(recipe.calibration)
+    for _, params in steps:
+        if isinstance(params, Calibrated):
+            check_text(text, shape.folder, params.sequence_length)
+    found = _estimate(recipe, shape, steps, download=_to_download(recipe.model, origin, hub))
+    if not found.fits:
+        raise TooBig(_too_big(recipe, shape, found))
+    return found
+
+
+def estimate(recipe: Recipe, hub: Hub | None = None, token: str = "", rates: Rates | None = None) -> Estimate:
+    """The estimate alone, also for what does not fit; `rates`: the speeds that earlier runs have found.
+
+    Raises:
+        InputError: the recipe or its model cannot be read.
+        HubError: the hub does not answer.
+    """
+    origin = open_model(recipe.model, hub, token)
+    download = _to_download(recipe.model, origin, hub)
+    return _estimate(recipe, headers.inspect(origin), methods.check(recipe), rates, download)
+
+
+def _estimate(
+    recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]], rates: Rates | None = None, download: int = 0
+) -> Estimate:
+    """With what each method has to say of itself."""
+    where = machine(recipe)
+    where = where if rates is None else replace(where, rates=rates)
+    found = fit.estimate(recipe, shape, steps, where, download=download)
+    if not shape.here:
+        return found
+    said = [f"{method.title}: {note}" for method, params in steps for note in params.notes(shape.folder, where.device)]
+    return replace(found, notes=(*said, *found.notes))
+
+
+def way_out(recipe: Recipe, found: Estimate, hub: Hub | None = None, token: str = "") -> Way | None:
+    """What to change in a recipe that needs more than there is, and what it needs then; None where nothing helps.
+
+    Raises:
+        MaquetteError: the recipe or its model cannot be read.
+    """
+    return ways.out(recipe, headers.inspect(open_model(recipe.model, hub, token)), machine(recipe), found)
+
+
+def machine(recipe: Recipe) -> Machine:
+    """Where the recipe would run, and what is free there."""
+    gpu = hardware.gpu() if recipe.device != "cpu" else None
+    if gpu is not None:
+        return Machine(gpu.total - gpu.used, "cuda")
+    return Machine(hardware.free_memory())
+
+
+def _too_big(recipe: Recipe, shape: Shape, found: Estimate) -> str:
+    """`needs 9.1 GiB, 7.8 free: 4 bit needs 5.2`"""
+    way = ways.out(recipe, shape, machine(recipe), found)
+    said = f"The run needs {found.total / 2**30:.1f} GiB, {found.available / 2**30:.1f} are free"
+    close = "Close other programs, or choose a smaller model."
+    if way is None:
+        return f"{said}. {close}"
+    return f"{said}: {way.phrase}.{'' if way.fits else f' That is too much, too. {close}'}"
+
+
+def check_steps(steps: list[tuple[Method, Params]], shape: Shape) -> None:
+    """Refuse settings that cannot work on a model of this shape, each on what the steps before it leave.
+
+    Raises:
+        InputError: one line that names the method and what would work.
+    """
     if steps:
         _check_experts(steps, shape)
     becoming = shape
     for method, params in steps:
         _check_shapes(method, params, becoming)
-        if shape.here:  # else the worker does, once the model is
-            params.check_sources(shape.folder)
         config, tensors = params.reshaped(becoming.config, becoming.tensors)
         becoming = replace(becoming, config=config, tensors=tensors)
-    text = calibration_file(recipe.calibration)
-    for _, params in steps:
-        if isinstance(params, Calibrated):
-            check_text(text, shape.folder, params.sequence_length)
-    estimate = _with_download(_estimate(recipe, shape, steps), recipe.model, origin, hub)
-    if not estimate.fits:
-        raise TooBig(
-            f"The run needs {estimate.total / 2**30:.1f} GiB, {estimate.available / 2**30:.1f} are free. "
-            "Use fewer calibration samples or measurements (`size` alone needs least), or close other programs."
-        )
-    return estimate
 
 
-def estimate(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
-    """The estimate alone, also for what does not fit.
-
-    Raises:
-        InputError: the recipe or its model cannot be read.
-    """
-    origin = open_model(recipe.model, hub, token)
-    found = _estimate(recipe, headers.inspect(origin), methods.check(recipe))
-    return _with_download(found, recipe.model, origin, hub)
-
-
-def _with_download(estimate: Estimate, model: Model, origin: Origin, hub: Hub | None) -> Estimate:
-    """With what has to be downloaded first, where the disk has room for it.
+def _to_download(model: Model, origin: Origin, hub: Hub | None) -> int:
+    """Bytes that have to come from the hub first, where the disk has room for them.
 
     Raises:
         TooBig: it has not.
@@ -189,7 +208,7 @@ def _with_download(estimate: Estimate, model: Model, origin: Origin, hub: Hub | 
             f"{origin.name} needs {needed / 2**30:.2f} GiB on the disk, {max(0, free) / 2**30:.2f} are free. "
             "Delete old runs, or choose another folder with MAQUETTE_HOME."
         )
-    return replace(estimate, download=needed)
+    return needed
 
 
 def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
@@ -218,15 +237,16 @@ def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
 
 
 def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
-    names = [name for name in shape.linears if not isinstance(params, Selection) or params.selects(name)]
-    if not names and shape.linears and isinstance(params, Selection):
+    linears = shape.linears  # made anew each time it is asked for
+    names = [name for name in linears if not isinstance(params, Selection) or params.selects(name)]
+    if not names and linears and isinstance(params, Selection):
         raise BadParams(
             f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
-            f"{short(params.ignore)!r}. Names are as in {next(iter(shape.linears))}."
+            f"{short(params.ignore)!r}. Names are as in {next(iter(linears))}."
         )
     _check_beyond_blocks(method, params, shape)
     try:
-        params.check_model({name: shape.linears[name] for name in names}, shape.parameters)
+        params.check_model({name: linears[name] for name in names}, shape.parameters)
         params.check_config(shape.config)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
@@ -257,76 +277,3 @@ def check_text(text: Path, folder: Path, length: int) -> None:
     counted = sum(len(each.ids) for each in Tokenizer.from_file(str(file)).encode_batch(documents))
     if counted + len(documents) < length:  # each document may get a token that ends it
         raise too_short(text, counted, length)
-
-
-def _estimate(recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]]) -> Estimate:
-    """Compressing and measuring follow each other: the larger of the two counts."""
-    width = WIDTHS[recipe.model.dtype]
-    config = shape.config.get
-    hidden = integer(config("hidden_size", 768))
-    dense = shape.parameters * width
-    streamed = bool(steps) and not any(method.whole for method, _ in steps)
-    weights = width * max(shape.parts.values()) if streamed else dense
-    activations = 0
-    notes = []
-    device = "cuda" if recipe.device != "cpu" and hardware.gpu() is not None else "cpu"
-    work = 0.0  # floating-point operations
-    for method, params in steps:
-        if isinstance(params, Calibrated):
-            tokens = params.samples * params.sequence_length
-            states = min(2 * tokens * hidden * width, HELD)
-            activations = max(activations, states + _solving(shape, getattr(params, "collect", "norm")))
-            work += 6.0 * tokens * shape.parameters
-        if steps_to_train := integer(getattr(params, "steps", 0)):
-            tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
-            activations = max(activations, 16 * shape.parameters)
-            work += 8.0 * steps_to_train * tokens * shape.parameters
-        notes += [f"{method.title}: {note}" for note in (params.notes(shape.folder, device) if shape.here else ())]
-    kv_cache = 0
-    if set(recipe.measure) - {"size"}:
-        grid = next((found for _, params in steps if (found := params.cache_grid())), shape.cache_grid)
-        # The lean decoder holds float32 on a CPU; a packed cache holds its newest tokens in the model's dtype.
-        kv_cache = cache_bytes(shape.config, grid, width if grid or recipe.device == "cuda" else 4)
-        weights = max(weights, dense + (dense if "divergence" in recipe.measure and recipe.steps else 0))
-    elif streamed and dense > hardware.free_memory():
-        notes.append("Larger than memory: one block at a time.")
-    fidelity = 2e5 * min(shape.parameters, 5e7) * bool(set(recipe.measure) - {"size"})  # large models read less text
-    working = (work / 5e10 + 4 * dense / 1e9) * bool(steps)  # solving; reading, rounding and writing each weight
-    seconds = 8 + fidelity / 5e10 + working  # starting three processes; the demo model on two cores gives the rates
-    runtime = 2 * RUNTIME  # the worker, and the process that verifies and measures
-    return Estimate(weights, kv_cache, activations, runtime, hardware.free_memory(), seconds, tuple(notes), working)
-
-
-def _solving(shape: Shape, collect: str) -> int:
-    """Bytes of a block's statistics and of the factorization of the largest, in float32."""
-    inputs = sorted({inputs for _, inputs in shape.linears.values()}, reverse=True) or [0]
-    if collect not in ("hessian", "directions"):
-        return 8 * sum(inputs)
-    # One Hessian for each input that is read: of attention, of its output, of the feed-forward, of its output.
-    return 4 * (sum(size * size for size in inputs) + 2 * inputs[-1] ** 2) + 8 * inputs[0] ** 2
-
-
-def cache_bytes(config: Mapping[str, JsonValue], grid: CacheGrid | None, width: int) -> int:
-    """Bytes of the keys and values of eight sequences of 256 tokens, as latency is measured.
-
-    Where they are packed: codes, scales, newest tokens, and what one block unpacks for attention.
-    """
-    blocks, heads, size = attention_sizes(config)
-    whole = 2 * 8 * heads * 256 * size * width  # of one block, in numbers of `width` bytes
-    if grid is None:
-        return blocks * whole
-    return blocks * 8 * heads * grid.bytes(256, size, width) + whole
-
-
-def attention_sizes(config: Mapping[str, JsonValue]) -> tuple[int, int, int]:
-    """Blocks, heads of keys and values, and numbers of a head, under the names that the families have for them."""
-
-    def first(*keys: str) -> int:
-        return next((number for key in keys if (number := integer(config.get(key)))), 0)
-
-    hidden = first("hidden_size", "n_embd") or 768
-    heads = first("num_attention_heads", "n_head") or 12
-    shared = first("num_key_value_heads", "num_kv_heads") or heads
-    if config.get("multi_query") and not config.get("new_decoder_architecture"):  # Falcon
-        shared = 1
-    return first("num_hidden_layers", "n_layer") or 12, shared, first("v_head_dim", "head_dim") or hidden // heads

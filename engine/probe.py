@@ -16,12 +16,15 @@ from pathlib import Path
 import torch
 from pydantic import JsonValue
 
-from engine import methods, models, preflight
+from engine import headers, methods, models, pace, preflight
+from engine.fit import PROBED_FROM
 from engine.methods import Context, Emit
 from engine.models import LoadedModel, blocks
+from engine.pace import Rates
 from engine.records import EventKind, Recipe
+from engine.sizes import Holding
 
-FROM = 60.0  # seconds: what is expected to take less is not probed
+FROM = PROBED_FROM
 
 
 class Clock:
@@ -39,11 +42,15 @@ class Clock:
 
 
 def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
-    """Apply the recipe's steps to the first block of the model in `source`; emits `estimate`, seconds for all."""
+    """Apply the recipe's steps to the first block of the model in `source`; emits `estimate`, seconds for all blocks.
+
+    `rates` in it: by method, how many times as long it takes here as `engine.pace` thought.
+    """
     model = models.stream(source, recipe.model.dtype, device)
     count = len(blocks(model.network)[1])
     keep_first_block(model)
-    seconds = 0.0
+    seconds, rates = 0.0, dict[str, JsonValue]()
+    held = Holding(headers.inspect(source), model.network.dtype.itemsize)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for number, (method, params) in enumerate(methods.check(recipe)):
             clock, start = Clock(), time.monotonic()
@@ -51,8 +58,11 @@ def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
             kept = Path(folder) / str(number)
             model = method.apply(model, params, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
             once = time.monotonic() - start - clock.spent
-            seconds += once + count * clock.spent
-    emit("estimate", {"memory": peak(device), "seconds": seconds, "probed": True})
+            took = once + count * clock.spent
+            rates[method.name] = took / pace.step_seconds(held, params, Rates())
+            held = held.after(params)
+            seconds += took
+    emit("estimate", {"memory": peak(device), "seconds": seconds, "probed": True, "rates": rates})
 
 
 def keep_first_block(model: LoadedModel) -> None:

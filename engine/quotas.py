@@ -20,6 +20,7 @@ from engine.hub import Hub
 from engine.methods import Selection, field_kind, get
 from engine.modes import GIB, Limits
 from engine.records import Recipe, Run
+from engine.sizes import WIDTHS
 from engine.sources import Repo, classify, is_path
 from engine.store import Store
 
@@ -180,7 +181,7 @@ def model_size(recipe: Recipe, hub: Hub | None = None, token: str = "") -> tuple
         MaquetteError: it cannot be read.
     """
     shape = headers.inspect(preflight.open_model(recipe.model, hub, token))
-    return shape.parameters, shape.parameters * preflight.WIDTHS[recipe.model.dtype]
+    return shape.parameters, shape.parameters * WIDTHS[recipe.model.dtype]
 
 
 def folder_size(folder: Path) -> int:

@@ -141,7 +141,7 @@ EventKind = Literal[
 class Event(Record):
     """One thing a worker said. `data` by kind:
 
-    estimate {"memory" (B), "seconds"; "probed" once one block was measured} · phase {"name"} ·
+    estimate {"memory" (B), "seconds"; "probed", "rates" once one block was measured} · phase {"name"} ·
     progress {"done", "total", "unit"; "eta" (s) where the worker knows better} ·
     sample {"series", "value", "unit"} · log {"text"} ·
     linear {"name", "bits", "error", ...}, as `quantize._place` makes it ·

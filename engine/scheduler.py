@@ -26,9 +26,9 @@ from pydantic import JsonValue
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, TooMany, UnknownName, os_reason
+from engine.fit import Estimate
 from engine.hub import Hub
 from engine.modes import Limits
-from engine.preflight import Estimate
 from engine.quotas import Quotas, check_sources
 from engine.rates import Rates
 from engine.records import Model, Recipe, Run, Status

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from engine import artifacts, hardware, headers, models
 from engine.errors import BadArtifact
+from engine.fit import ROOM
 from engine.models import LoadedModel
 
 PROBE = 48  # tokens on which the logits are compared
 TOLERANCE = 0.02  # relative distance of logits; bf16 products differ in their last bits
-ROOM = 4  # times the dense weights' bytes must be free before all of them are loaded only to be looked at
 
 
 @torch.inference_mode()

@@ -14,10 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from engine.preflight import Estimate
 from engine.records import Status
 from ui import language, wording
-from ui.messages import translate
 from ui.wording import say
 
 Child = str | Markup | None
@@ -147,35 +145,6 @@ def file_link(text: str, content: str, name: str) -> Markup:
     """A link that saves `content` as the CSV file `name`; it stands in the page, the server is not asked."""
     address = f"data:text/csv;charset=utf-8,{urllib.parse.quote(content)}"
     return tag("p", tag("a", text, href=address, download=name), class_="mq-sub")
-
-
-PARTS = ("weights", "kv_cache", "activations", "runtime")
-
-
-def fit_meter(estimate: Estimate) -> Markup:
-    """What a recipe needs against what is free, part by part."""
-    scale = max(estimate.available, estimate.total, 1)
-    segments, legend = [], []
-    for part in PARTS:
-        amount = getattr(estimate, part)
-        segments.append(tag("span", class_=f"part {part}", style=f"width:{100 * amount / scale:.2f}%"))
-        key = tag("i", class_=f"part {part}", aria_hidden="true")
-        legend.append(tag("li", key, f"{say(f'fit.{part}')} {wording.size(amount)}"))
-    fits = estimate.total <= estimate.available
-    numbers = say("fit.of", total=wording.size(estimate.total), free=wording.size(estimate.available))
-    head = tag("div", tag("strong", say("fit.yes" if fits else "fit.no")), tag("span", numbers), class_="mq-line")
-    takes = say("fit.seconds", span=wording.duration(estimate.seconds)) if estimate.seconds > 0 else ""
-    notes = (
-        tag("ul", *(tag("li", translate(note)) for note in estimate.notes), class_="mq-notes")
-        if estimate.notes
-        else None
-    )
-    return tag(
-        "section", tag("h3", say("fit.title")), head,
-        tag("div", *segments, class_="mq-bar parts" + ("" if fits else " over"), role="img", aria_label=numbers),
-        tag("ul", *legend, class_="mq-legend"), tag("p", takes, class_="mq-sub") if takes else None, notes,
-        class_="mq-card fit",
-    )  # fmt: skip
 
 
 def facts(pairs: Mapping[str, Child]) -> Markup:

@@ -14,7 +14,8 @@ from engine.headers import integer
 from engine.lesson import TextParams
 from engine.losses import Divergence, Objective
 from engine.methods import Params
-from engine.preflight import attention_sizes, resolve
+from engine.preflight import resolve
+from engine.sizes import attention_sizes
 from engine.tokens import check_same_files
 
 

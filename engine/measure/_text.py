@@ -12,14 +12,13 @@ from pydantic import JsonValue
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engine.fit import LOGIT_TOKENS, share
 from engine.kv_cache import PackedCache, RoundedLayer
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
 from engine.preflight import DEMO
 
 LONGEST = 512  # tokens of a document that are read
-SMALL = 50_000_000  # parameters up to which the whole held-out text and every question is used
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, verbose=False).input_ids
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return ids if start is None or ids[:1] == [start] else [start, *ids]
-
-
-def share(parameters: int, count: int) -> int:
-    """How many of `count` documents or questions a model of this size reads; fewer for large models, 32 at least."""
-    return count if parameters <= SMALL else max(min(count, 32), round(count * SMALL / parameters))
 
 
 def documents(model: LoadedModel, folder: Path = DEMO) -> list[Document]:
@@ -90,11 +84,11 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices of rows of similar length, at most BATCH_TOKENS padded tokens together."""
+    """Indices of rows of similar length, at most LOGIT_TOKENS padded tokens together."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) + 1) * len(rows[index]) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(rows[index]) > LOGIT_TOKENS:
             yield batch
             batch = []
         batch.append(index)

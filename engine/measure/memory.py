@@ -26,7 +26,7 @@ from engine.records import Measurement
 
 T = TypeVar("T")
 EVERY = 0.005  # seconds between two looks, where the kernel does not keep the peak itself
-CACHE_TOKENS = 256  # as many as the estimate before a run counts
+CACHE_TOKENS = 256
 CUDA = "cuda allocated"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

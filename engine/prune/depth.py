@@ -25,7 +25,7 @@ from engine.calibration import token_rows
 from engine.errors import BadModel, BadParams
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel, blocks
-from engine.preflight import attention_sizes
+from engine.sizes import attention_sizes
 from engine.surgery import keep_blocks
 
 TITLE = "Depth pruning"

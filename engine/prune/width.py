@@ -102,14 +102,18 @@ class Params(Calibrated):
         body = anatomy.of_dict(config)
         sizes = self.sizes(body)
         found = {}
+        alike: dict[tuple[object, ...], tuple[int, ...]] = {}  # of tensors that differ in their block's number alone
         for name, shape in tensors.items():
-            entries = anatomy.units(body, name, shape) if name.endswith(".weight") and len(shape) <= 2 else []
-            found[name] = tuple(
-                size
-                if entry is None or entry[0] not in sizes
-                else len(surgery.places(entry[1], range(sizes[entry[0]])))
-                for size, entry in itertools.zip_longest(shape, entries)
-            )
+            key = (shape, *(word for word in name.split(".") if not word.isdigit()))
+            if key not in alike:
+                entries = anatomy.units(body, name, shape) if name.endswith(".weight") and len(shape) <= 2 else []
+                alike[key] = tuple(
+                    size
+                    if entry is None or entry[0] not in sizes
+                    else len(surgery.places(entry[1], range(sizes[entry[0]])))
+                    for size, entry in itertools.zip_longest(shape, entries)
+                )
+            found[name] = alike[key]
         return surgery.narrowed(config, sizes), found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.calibration import stretches
 from engine.errors import BadParams
-from engine.methods import Selection
+from engine.methods import Selection, StoredBits
 from engine.packing import QuantizedWeight
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -67,6 +67,12 @@ class GridParams(Range, Levels):
 
     def unfit_for_experts(self) -> str:
         return "" if self.symmetric else "experts are stored without zero points."
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
+        """Codes, and for each group a scale in 16 bit, with a zero point where the grid has one."""
+        rows = 1 if self.granularity == "tensor" else outputs
+        each = 16 + (0 if self.symmetric else self.bits)
+        return StoredBits(self.bits, each * rows * self.groups(inputs) / (outputs * inputs))
 
     def groups(self, columns: int) -> int:
         """How many groups a row of `columns` weights has."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from engine.calibration import BlockLinear, walk_blocks
 from engine.errors import BadParams
-from engine.methods import Calibrated, Context, Selection
+from engine.methods import Calibrated, Context, Selection, StoredBits
 from engine.models import LoadedModel, blocks, linears
 from engine.quantize._place import describe
 
@@ -50,6 +50,12 @@ class Params(Selection, Calibrated):
                         f"{self.scheme} needs inputs divisible by 64 and outputs by 32; {name} has {inputs} and "
                         f"{outputs}. Use int8, or leave it out with ignore."
                     )
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
+        """A byte and a scale a row, or 4 bits and a scale for each block of 64, in 8 bit where quantized again."""
+        if self.scheme == "int8":
+            return StoredBits(8, 32 / inputs)
+        return StoredBits(4, (8 if self.double_quant else 32) / 64)
 
     def unfit_for_experts(self) -> str:
         return "the library knows linears only, and fused experts are none."

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from engine.calibration import walk_blocks
-from engine.methods import Context, Selection
+from engine.methods import Context, Selection, StoredBits
 from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import LARGEST_FLOAT8, InputGrid, QuantizedWeight
 from engine.quantize._place import place
@@ -33,6 +33,10 @@ class Params(Selection):
     activations: Literal["none", "token"] = Field(
         "none", description="Inputs as they are, or FP8 with a scale a token."
     )
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
+        """A byte, and a scale a row."""
+        return StoredBits(8, 16 / inputs)
 
     def unfit_for_experts(self) -> str:
         return "" if self.activations == "none" else "files cannot say that the inputs of experts are rounded."

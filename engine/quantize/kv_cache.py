@@ -36,8 +36,8 @@ from engine.kv_cache import PackedCache
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
-from engine.preflight import attention_sizes
 from engine.quantize._grid import fitting_sizes
+from engine.sizes import attention_sizes
 
 TITLE = "KV cache"
 CHANGES = ("memory",)

@@ -31,7 +31,7 @@ from torch import Tensor
 from engine import scores
 from engine.calibration import BlockLinear, token_rows, walk_blocks
 from engine.errors import BadParams
-from engine.methods import Context
+from engine.methods import Context, StoredBits
 from engine.models import LoadedModel
 from engine.quantize import gptq
 from engine.quantize._grid import Bits, GridParams, Range, round_to_nearest
@@ -80,6 +80,10 @@ class Params(gptq.SolverParams, Range):
                 f"a budget of {self.budget:g} {UNITS[self.unit]} is below the smallest that is possible, "
                 f"{math.ceil(smallest * 1000) / 1000:g}."
             )
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
+        """On average, where the budget says so: scales included; of a budget in MiB the model's size is not known."""
+        return StoredBits(self.budget, 0) if self.unit == "bits" else None
 
     def unfit_for_experts(self) -> str:
         return "experts are stored with the same bits, all of them."

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from engine.calibration import Block, walk_blocks
-from engine.methods import Calibrated, Context, Selection
+from engine.methods import Calibrated, Context, Selection, StoredBits
 from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import InputGrid, QuantizedWeight
 from engine.quantize._fold import Fold, folds
@@ -42,6 +42,10 @@ class Params(Selection, Calibrated):
     activations: Literal["token", "tensor"] = Field(
         "token", description="One scale for each token as it comes, or one for all that calibration fixes."
     )
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
+        """A byte, and a scale a row."""
+        return StoredBits(8, 16 / inputs)
 
     def unfit_for_experts(self) -> str:
         return "files cannot say that the inputs of experts are rounded."

@@ -21,8 +21,8 @@ import psutil
 
 from engine.attempts import take_lock, write_pid
 from engine.errors import TooBig
+from engine.fit import Estimate
 from engine.methods import Emit
-from engine.preflight import Estimate
 from engine.records import Recipe
 from engine.worker import Pipeline, Stop, bring, execute
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import artifacts, models, pipeline, preflight, probe, verify
+from engine import artifacts, models, pipeline, probe, verify
 from engine.errors import BadArtifact, Cancelled, InputError, TooBig
+from engine.fit import Estimate, Need
 from engine.quantize import rtn
 from engine.records import USUAL_MEASURES, Recipe
 from tests.conftest import Recorder
@@ -155,8 +156,10 @@ def test_a_probe_works_on_the_first_block_alone(
 
 
 def test_a_block_that_takes_more_than_there_is_stops_the_run(recorder: Recorder) -> None:
-    estimate = preflight.Estimate(1, 1, 1, 1, available=1000, seconds=100.0, working=60.0)
-    tell = pipeline._refined(estimate, 500, recorder)
+    serving = Need("serve", {})
+    needs = (Need("compress", {"weights": 600}), Need("measure", {"weights": 400, "runtime": 100}))
+    estimate = Estimate(needs, serving, available=1000, times={"steps": 60.0, "measure": 40.0})
+    tell = pipeline._refined(estimate, recorder)
     tell("estimate", {"memory": 400, "seconds": 7.0, "probed": True})
     assert recorder.said == [("estimate", {"memory": 500, "seconds": 47.0, "probed": True})]
     with pytest.raises(TooBig, match="One block took"):

@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from engine.preflight import Estimate
 from engine.records import Recipe, Run, Status, Step
 from tests.ui import fakes
 from ui import cards, markup, views
@@ -57,14 +56,6 @@ def test_a_link_never_runs_a_script() -> None:
 def test_a_state_is_more_than_a_colour() -> None:
     for status in Status:
         assert re.sub(r"<[^>]+>", "", markup.badge(status)) == status.value
-
-
-def test_the_meter_shows_every_part_and_says_when_it_does_not_fit() -> None:
-    fits = Estimate(1 << 30, 1 << 20, 1 << 20, 700 << 20, 8 << 30, 90.0, ("a note",))
-    assert "Fits" in markup.fit_meter(fits)
-    for words in ("weights 1.00 GiB", "KV cache", "activations", "runtime 700 MiB", "a note", "1 min 30 s"):
-        assert words in markup.fit_meter(fits)
-    assert "Does not fit" in markup.fit_meter(Estimate(9 << 30, 0, 0, 0, 8 << 30, 0.0))
 
 
 def test_the_filter_narrows_by_method_and_state() -> None:

@@ -18,14 +18,14 @@ from pydantic import JsonValue, ValidationError
 
 from engine import preflight
 from engine.errors import BadParams, BadRecipe, MaquetteError
-from engine.methods import check, get, methods
+from engine.methods import get, methods
 from engine.recipes import dump_recipe, load_recipe
 from engine.records import Recipe, Step
 from ui import form, hosting, markup, sensitivity
 from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
 from ui.messages import translate
-from ui.pages import models
+from ui.pages import advice, fitting, models
 from ui.wiring import on
 from ui.wording import say
 
@@ -74,6 +74,8 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
             source, token = picker.source, picker.token
             names = [(say(f"preset.{name}"), name) for name in PRESETS]
             preset = gr.Radio(names, value="gptq4", label=say("compress.preset"), elem_id="mq-preset")
+            with gr.Accordion(say("advice.title"), open=False, elem_id="mq-advice"):
+                advice.build(desk, draft, shape, token, as_recipe)
             with gr.Accordion(say("sensitivity.title"), open=False, elem_id="mq-sensitivity"):
                 blocks = gr.HTML()
                 look = gr.Button(say("sensitivity.measure"), size="sm")
@@ -90,6 +92,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
                 read = gr.Button(say("compress.read"), size="sm")
         with gr.Column(scale=2, min_width=320):
             meter = gr.HTML(elem_id="mq-fit")
+            mend = gr.Button(visible=False, size="sm", elem_id="mq-mend")
             original = gr.Checkbox(True, label=say("compress.original"), info=say("compress.original.info"))
             start = gr.Button(say("compress.start"), variant="primary", elem_id="mq-start")
             gr.HTML(hosting.limits_line(desk.mode, desk.limits), elem_id="mq-limits", visible=not desk.local)
@@ -124,8 +127,12 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
     def follow(draft: Draft, token: str, request: gr.Request) -> Iterator[object]:
         beside = [describe(draft), bearing(desk, draft, request)]
         if asks_hub(desk, draft):
-            yield [markup.notice(say("models.asking")), *beside]
-        yield [judge(desk, draft, token), *beside]
+            yield [markup.notice(say("models.asking")), gr.update(visible=False), *beside]
+        yield [*_assess(desk, draft, visitor(request), token), *beside]
+
+    @edge
+    def take_way(draft: Draft, shape: int, token: str) -> object:
+        return [as_draft(fitting.changed(desk, as_recipe(draft), models.clean(token))), shape + 1]
 
     on([preset.input], choose, [preset, draft, shape], [draft, shape])
     on([add.click], append, [method, draft, shape], [draft, shape])
@@ -135,9 +142,10 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
         [draft.change, page.load, token.blur],
         follow,
         [draft, token],
-        [meter, written, blocks],
+        [meter, mend, written, blocks],
         trigger_mode="always_last",
     )
+    on([mend.click], take_way, [draft, shape, token], [draft, shape])
     return CompressPage(draft, shape, source, token, preset, start, original, look, blocks)
 
 
@@ -227,18 +235,16 @@ def asks_hub(desk: Desk, draft: Draft) -> bool:
 
 def judge(desk: Desk, draft: Draft, token: str = "") -> Markup:
     """What is known of the model and the fit meter, or in one line why the recipe cannot work. Reads headers only."""
+    return _assess(desk, draft, "", token)[0]
+
+
+def _assess(desk: Desk, draft: Draft, owner: str, token: str = "") -> tuple[Markup, object]:
+    """The meter, and the button that changes a recipe that does not fit."""
     try:
-        recipe, hub = as_recipe(draft), desk.scheduler.hub
-        check(recipe)
-        desk.check_sources(recipe)
-        token = models.clean(token)
-        estimate = preflight.estimate(recipe, hub, token)
-        meter = markup.join((models.facts(desk, recipe.model, token), markup.fit_meter(estimate)))
-        if estimate.fits:
-            preflight.check(recipe, hub, token)
-        return meter
+        shown, way = fitting.look(desk, as_recipe(draft), owner, models.clean(token))
     except Exception as error:
-        return markup.notice(line(error), "bad")
+        return markup.notice(line(error), "bad"), fitting.button(None)
+    return shown, fitting.button(way)
 
 
 def describe(draft: Draft) -> Markup:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import fit
 from engine.errors import InputError
 from engine.generate import generate
 from engine.measure import _text, accuracy, divergence, outputs, perplexity
@@ -139,10 +140,10 @@ def test_nothing_that_is_asked_stands_in_the_text_that_ships() -> None:
 
 
 def test_large_models_read_fewer_documents() -> None:
-    assert _text.share(2_000_000, 300) == 300
-    assert _text.share(500_000_000, 300) == 32
-    assert _text.share(100_000_000, 300) == 150
-    assert _text.share(8_000_000_000, 20) == 20
+    assert fit.share(2_000_000, 300) == 300
+    assert fit.share(500_000_000, 300) == 32
+    assert fit.share(100_000_000, 300) == 150
+    assert fit.share(8_000_000_000, 20) == 20
 
 
 def test_a_document_that_is_too_long_is_cut(tiny: LoadedModel, tmp_path: Path) -> None:

@@ -1,0 +1,324 @@
+"""What a recipe will need: memory as a sum of named parts, for compressing, measuring and serving apart; and seconds.
+
+A run is a row of situations, one after the other: each step, saving, reading the artifact back, measuring. In each
+some parts stand in memory together; the largest sum counts. Nothing is loaded: a model is known by its `Shape`.
+`python -m benchmarks.fit` holds these sums against what the processes took.
+
+On a CPU all processes of a run count, as resident memory; on CUDA the GPU's memory, where computing happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine import pace, sizes
+from engine.headers import Shape, integer
+from engine.methods import Calibrated, Method, Params
+from engine.pace import Rates
+from engine.records import Recipe
+from engine.sizes import WIDTHS, Holding
+
+Situation = Literal["probe", "compress", "save", "verify", "measure", "serve"]
+PARTS = (
+    "weights", "codes", "kv_cache", "activations", "calibration", "solver", "gradients", "optimizer", "teacher",
+    "original", "runtime",
+)  # fmt: skip
+MiB = 1 << 20
+RUNTIME = 350 * MiB  # resident bytes of one of our processes before it holds a model: Python, torch, transformers
+COMPUTING = 25 * MiB  # more of one that computes: buffers of libraries, stacks of threads
+LEARNING = 90 * MiB  # and of one that trains
+CONTEXT = 550 * MiB  # of a GPU that a process takes before it holds anything: CUDA's context and libraries
+LATER = 60 * MiB  # that a process does not give back between two situations
+PROBED_FROM = 60.0  # seconds: what is expected to take less is not probed
+HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
+SAVED_TOGETHER = 1 << 28  # bytes of small parts that are written together
+ROOM = 4  # times the dense weights' bytes must be free before an artifact is read back whole
+FLOW_TOKENS, FLOW_ROWS = 2048, 8  # tokens and sequences of calibration that pass a block at a time
+LOGIT_TOKENS = 4096  # tokens whose predictions are measured at a time
+SMALL = 50_000_000  # parameters up to which the whole held-out text and every question is measured on
+DOCUMENTS, DOCUMENT_TOKENS = 600, 45  # of the held-out text
+LOGITS, PAIR = (
+    10,
+    20,
+)  # bytes of a logit: 16 bit, float32 and its logarithm; with those of the original, and both at work
+WRITTEN = 64  # tokens of each of eight sequences, prompt included, when latency is measured
+LARGE = "Larger than memory: one block at a time."
+LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
+MOVED = 9  # and while it is moved into large pages, too
+STATISTICS = ("hessian", "directions")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would work: bytes that are free there."""
+
+    free: int
+    device: Literal["cpu", "cuda"] = "cpu"
+    rates: Rates = field(default_factory=Rates)
+
+
+@dataclass(frozen=True)
+class Need:
+    """The parts that stand in memory together in a situation, bytes by the names in `PARTS`; `title` of a step."""
+
+    situation: Situation
+    parts: Mapping[str, int]
+    title: str = ""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe will take: bytes by situation and part, bytes that are free, seconds by part, notes for the reader.
+
+    serving: of one warm process with what the recipe makes, one sequence of the model's length, 4,096 tokens at most.
+    """
+
+    needs: tuple[Need, ...]
+    serving: Need
+    available: int
+    times: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    device: str = "cpu"
+
+    @property
+    def largest(self) -> Need:
+        """The situation that counts."""
+        return max(self.needs, key=lambda need: need.total)
+
+    @property
+    def total(self) -> int:
+        return self.largest.total
+
+    @property
+    def after(self) -> int:
+        """The most that is needed once the steps are done."""
+        return max((need.total for need in self.needs if need.situation not in ("probe", "compress")), default=0)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.times.values())
+
+    @property
+    def working(self) -> float:
+        """The seconds of the steps, among all seconds."""
+        return self.times.get("steps", 0.0)
+
+
+def estimate(
+    recipe: Recipe, shape: Shape, steps: Sequence[tuple[Method, Params]], machine: Machine, *, download: int = 0
+) -> Estimate:
+    """What a recipe with these checked steps takes for a model of this shape, of which `download` bytes come first."""
+    first = Holding(shape, WIDTHS[recipe.model.dtype], grid=shape.cache_grid)
+    held, needs = first, list[Need]()
+    streamed = bool(steps)
+    for method, params in steps:
+        streamed = streamed and not method.whole
+        needs += compressing(held, method, params, first, streamed)
+        held = held.after(params)
+    if not steps:
+        needs.append(
+            Need("compress", _parts(weights=first.dense, activations=LOOKED_AT * first.largest, runtime=RUNTIME))
+        )
+    times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
+    if streamed and sum(times.values()) > PROBED_FROM:
+        needs.insert(0, probing(needs))
+    needs.append(saving(held, streamed))
+    needs.append(verifying(held, streamed, machine.free))
+    if wanted := set(recipe.measure) - {"size"}:
+        needs.append(measuring(held, first if steps else None, wanted))
+    if machine.device == "cuda":
+        needs = [_on_gpu(need) for need in needs]
+    large = streamed and not wanted and first.dense > machine.free
+    length = min(4096, sizes.context_length(held.shape.config))
+    serve = serving(held, batch=1, tokens=length)
+    return Estimate(
+        tuple(needs), _on_gpu(serve) if machine.device == "cuda" else serve, machine.free, times,
+        (LARGE,) * large, machine.device,
+    )  # fmt: skip
+
+
+def compressing(held: Holding, method: Method, params: Params, first: Holding, streamed: bool) -> list[Need]:
+    """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
+    if integer(getattr(params, "steps", 0)):
+        return _training(held, method, params, first)
+    block, beside = held.parts()
+    calibrated = isinstance(params, Calibrated)
+    chosen = params.stored_bits(1024, 1024)
+    codes = (
+        0 if chosen is None else round(block * (1 + chosen.stored / 8))
+    )  # as they are found, and as they are written
+    most = max(block, beside) if calibrated or any(params.beyond_blocks()) else block
+    dense = held.width * most if streamed else held.dense
+    if chosen is not None and not streamed:
+        codes = sum(weights for weights in _linear_sizes(held.shape))  # of all blocks
+    parts = {"weights": dense, "codes": codes, "runtime": RUNTIME + COMPUTING}
+    if isinstance(params, Calibrated):
+        parts |= _calibrating(held, params)
+    elif chosen is not None:
+        parts["solver"] = _rounding(held.shape)
+    if integer(getattr(params, "distill_steps", 0)):
+        parts |= {"gradients": 4 * block, "optimizer": 8 * block}
+    return [Need("compress", _parts(**parts), method.title)]
+
+
+def _calibrating(held: Holding, params: Calibrated) -> dict[str, int]:
+    """Hidden states, statistics of each input of a block, and what solves the largest linear."""
+    shape, width = held.shape, held.width
+    hidden, inputs = sizes.hidden_size(shape.config), sizes.readers(shape) or [0]
+    tokens = params.samples * params.sequence_length
+    at_once = min(tokens, FLOW_TOKENS, FLOW_ROWS * params.sequence_length)
+    states = min(tokens * hidden * width, HELD)
+    statistics = str(getattr(params, "collect", "norm"))
+    moments = 4 * sum(size * size for size in inputs) if statistics in STATISTICS else 8 * sum(inputs)
+    # Of the widest input: itself in float32, scaled to length 1, its squares; and what the block computes beside it.
+    active = at_once * (12 * inputs[0] + 4 * width * hidden)
+    solver = _rounding(shape)
+    if statistics in STATISTICS:
+        solver = 8 * inputs[0] ** 2 + 12 * max(_linear_sizes(shape), default=0)
+    return {"calibration": states + moments, "activations": active, "solver": solver}
+
+
+def _rounding(shape: Shape) -> int:
+    """Float copies of as many weights as are rounded at a time."""
+    return 16 * min(1 << 23, max(_linear_sizes(shape), default=0))
+
+
+def _linear_sizes(shape: Shape) -> list[int]:
+    return [outputs * inputs for outputs, inputs in shape.linears.values()]
+
+
+def _training(held: Holding, method: Method, params: Params, first: Holding) -> list[Need]:
+    """A student in float32 with its gradients and two moments; before, where it is asked once, its teacher."""
+    student = held.after(params) if hasattr(params, "student") else held
+    vocabulary = sizes.vocabulary_size(student.shape)
+    parameters = student.shape.parameters + _new_blocks(params)
+    scope = str(getattr(params, "scope", "all"))
+    trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
+    batch, length = integer(getattr(params, "batch", 16)), integer(getattr(params, "sequence_length", 128))
+    folders = 1 + len(str(getattr(params, "teachers", "")).split())
+    teaches = hasattr(params, "teachers")
+    live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
+    found = []
+    if teaches and not live:
+        asked = min(2048, batch * length) * vocabulary
+        found.append(
+            Need("compress", _parts(
+                weights=student.width * parameters, teacher=folders * first.dense,
+                activations=4 * PAIR * min(asked, 1 << 18), runtime=RUNTIME + COMPUTING,
+            ), method.title)
+        )  # fmt: skip
+    frozen = student.width * (parameters - trained)
+    training = _parts(
+        weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
+        activations=_remembered(student, batch, length, trained, vocabulary),
+        teacher=folders * first.dense if live else 0, runtime=RUNTIME + LEARNING,
+    )  # fmt: skip
+    return [*found, Need("compress", training, method.title)]
+
+
+def _remembered(student: Holding, batch: int, length: int, trained: int, vocabulary: int) -> int:
+    """What the backward pass needs of the forward one: of each token its states in every block, and 16-bit weights."""
+    config = student.shape.config
+    blocks, hidden = sizes.blocks_of(config), sizes.hidden_size(config)
+    wide = max((inputs for _, inputs in sizes.first_block(student.shape)), default=4 * hidden)
+    maps = sizes.query_heads(config) * length * 8 if length <= 256 else 0  # attention of short rows is written out
+    each = blocks * (24 * hidden + 12 * wide + maps)
+    return batch * length * each + 2 * trained + 12 * max(1 << 18, 128 * vocabulary)
+
+
+def _adapters(shape: Shape, rank: int, scope: str) -> int:
+    """Weights that are trained where few are."""
+    if scope == "lora":
+        return sum(rank * (outputs + inputs) for outputs, inputs in shape.linears.values())
+    return shape.parameters // 50
+
+
+def _new_blocks(params: Params) -> int:
+    """Weights of the blocks of a new network, which no header names yet: 4 h² of attention and 8 h² beside it."""
+    if getattr(params, "student", "") != "size":
+        return 0
+    return 12 * integer(getattr(params, "hidden_size", 0)) ** 2 * integer(getattr(params, "num_blocks", 0))
+
+
+def probing(steps: Sequence[Need]) -> Need:
+    """One block is worked on in a process of its own, while the run's waits."""
+    largest = max(steps, key=lambda need: need.total)
+    return Need("probe", {**largest.parts, "runtime": largest.parts["runtime"] + RUNTIME})
+
+
+def saving(held: Holding, streamed: bool) -> Need:
+    """Parts beside the blocks are written together; then every part computes once more."""
+    _, beside = held.parts()
+    if not streamed:
+        return Need("save", _parts(weights=held.dense, runtime=RUNTIME + LATER))
+    small = min(held.width * held.embeddings, max(SAVED_TOGETHER, held.width * beside))
+    return Need("save", _parts(weights=small, runtime=RUNTIME + LATER))
+
+
+def verifying(held: Holding, streamed: bool, free: int) -> Need:
+    """Stock `transformers` reads the artifact whole and unpacks it, or one part at a time where memory is short."""
+    block, beside = held.parts()
+    if streamed and ROOM * held.dense > free:
+        return Need("verify", _parts(weights=2 * held.width * max(block, beside), runtime=2 * RUNTIME + LATER))
+    packed = held.file_bytes() if held.bits else 0
+    return Need("verify", _parts(
+        weights=held.dense, codes=packed, activations=LOOKED_AT * held.largest, runtime=2 * RUNTIME + LATER,
+    ))  # fmt: skip
+
+
+def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need:
+    """The packed model in a process of its own; logits of many tokens; beside it the original, where both are read."""
+    parameters, vocabulary = held.shape.parameters, sizes.vocabulary_size(held.shape)
+    width = held.width
+    cache = sizes.cache_bytes(held.shape.config, held.grid, width, 8, WRITTEN)
+    both = original is not None and bool(wanted & {"accuracy", "divergence", "outputs"})
+    tokens = LOGIT_TOKENS if "accuracy" in wanted else min(LOGIT_TOKENS, share(parameters, DOCUMENTS) * DOCUMENT_TOKENS)
+    reads = bool(wanted & {"perplexity", "accuracy", "divergence"})
+    wide = max(
+        (inputs for _, inputs in sizes.first_block(held.shape)), default=4 * sizes.hidden_size(held.shape.config)
+    )
+    forward = width * (3 * wide + 4 * sizes.hidden_size(held.shape.config))
+    logits = (PAIR if both and "divergence" in wanted else LOGITS) * vocabulary
+    active = max(tokens * (logits + forward) if reads else 0, MOVED * held.largest)
+    return Need("measure", _parts(
+        weights=held.packed(), kv_cache=cache * sizes.cache_copies(held.shape.config, held.grid), activations=active,
+        original=original.dense if both and original is not None else 0, runtime=2 * RUNTIME + COMPUTING + LATER,
+    ))  # fmt: skip
+
+
+def share(parameters: int, count: int) -> int:
+    """How many of `count` documents or questions are measured; fewer for large models, 32 at least."""
+    return count if parameters <= SMALL else max(min(count, 32), round(count * SMALL / parameters))
+
+
+def serving(held: Holding, batch: int, tokens: int) -> Need:
+    """A warm process that writes for `batch` sequences of `tokens` tokens."""
+    config = held.shape.config
+    copies = sizes.cache_copies(config, held.grid)
+    wide = max((inputs for _, inputs in sizes.first_block(held.shape)), default=sizes.hidden_size(config))
+    active = batch * (min(tokens, 512) * 4 * wide * held.width + 12 * sizes.vocabulary_size(held.shape))
+    return Need("serve", _parts(
+        weights=held.packed(), kv_cache=copies * sizes.cache_bytes(config, held.grid, held.width, batch, tokens),
+        activations=active, runtime=RUNTIME + COMPUTING,
+    ))  # fmt: skip
+
+
+def _on_gpu(need: Need) -> Need:
+    """On the GPU the runtime is CUDA's, of each process that has one."""
+    processes = 2 if need.situation in ("probe", "verify", "measure") else 1
+    return Need(need.situation, {**need.parts, "runtime": processes * CONTEXT}, need.title)
+
+
+def _parts(**bytes_: int) -> dict[str, int]:
+    """Those that are not zero, in the order in which they are shown."""
+    return {name: round(bytes_[name]) for name in PARTS if bytes_.get(name)}

@@ -1,0 +1,215 @@
+"""How many bytes the parts of a model take, by its config and headers alone: weights, keys and values, statistics.
+
+Plain arithmetic, so that anybody can check it by hand:
+
+    weights     parameters x bytes of each         GPT-3: 175e9 x 4 = 700 GB in float32
+    KV cache    2 x blocks x heads of keys and values x numbers of a head x batch x tokens x bytes of each
+                118 x 48 x 128, 512 sequences of 2,048 tokens in 16 bit: 3.04 TB
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from pydantic import JsonValue
+
+from engine.headers import Shape, integer
+from engine.methods import Params, Selection, StoredBits
+from engine.packing import CacheGrid
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+HEADS = ("lm_head.weight", "embed_out.weight")  # names of an output head that is not its embeddings
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+# What a linear of a block is called that reads what another linear (or its gate) has made; the others of a module
+# with as many inputs read the same tensor, and share its statistics.
+OWN_INPUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "w2", "fc2", "dense_4h_to_h")
+NOT_PACKED = ("gpt2", "falcon")  # families whose linears no packed file can hold
+# Families whose decoder keeps a copy of the prompt's keys and values with room for the new ones.
+DECODED_BY_US = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def weight_bytes(parameters: int, bits: float) -> int:
+    """Bytes of so many weights of so many bits."""
+    return math.ceil(parameters * bits / 8)
+
+
+def kv_bytes(blocks: int, heads: int, size: int, batch: int, tokens: int, width: float = 2) -> int:
+    """Bytes of the keys and values of `batch` sequences of `tokens` tokens; `heads` are those of keys and values."""
+    return math.ceil(2 * blocks * heads * size * batch * tokens * width)
+
+
+def attention_sizes(config: Mapping[str, JsonValue]) -> tuple[int, int, int]:
+    """Blocks, heads of keys and values, and numbers of a head, under the names that the families have for them."""
+    hidden = _first(config, "hidden_size", "n_embd") or 768
+    heads = query_heads(config)
+    shared = _first(config, "num_key_value_heads", "num_kv_heads") or heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):  # Falcon
+        shared = 1
+    return blocks_of(config), shared, _first(config, "v_head_dim", "head_dim") or hidden // heads
+
+
+def blocks_of(config: Mapping[str, JsonValue]) -> int:
+    """How many blocks a model has."""
+    return _first(config, "num_hidden_layers", "n_layer") or 12
+
+
+def query_heads(config: Mapping[str, JsonValue]) -> int:
+    """How many heads ask."""
+    return _first(config, "num_attention_heads", "n_head") or 12
+
+
+def hidden_size(config: Mapping[str, JsonValue]) -> int:
+    """Numbers of a token's hidden state."""
+    return _first(config, "hidden_size", "n_embd") or 768
+
+
+def vocabulary_size(shape: Shape) -> int:
+    """How many tokens a model tells apart: by its config, else by its embeddings."""
+    return integer(shape.config.get("vocab_size")) or max(
+        (s[0] for s in shape.tensors.values() if len(s) == 2), default=0
+    )
+
+
+def context_length(config: Mapping[str, JsonValue]) -> int:
+    """Tokens that a model reads at most."""
+    return _first(config, "max_position_embeddings", "n_positions", "seq_length") or 2048
+
+
+def cache_bytes(
+    config: Mapping[str, JsonValue], grid: CacheGrid | None, width: int, batch: int = 8, tokens: int = 256
+) -> int:
+    """Bytes of the keys and values of some sequences; by default as many as latency is measured with, at most.
+
+    Blocks with a sliding window keep its tokens alone. Where they are packed: codes, scales, newest tokens, and what
+    one block unpacks for attention.
+    """
+    blocks, heads, size = attention_sizes(config)
+    if grid is not None:
+        return blocks * batch * heads * grid.bytes(tokens, size, width) + kv_bytes(1, heads, size, batch, tokens, width)
+    window = integer(config.get("sliding_window"))
+    kinds = config.get("layer_types")
+    sliding = 0
+    if window and isinstance(kinds, list):
+        sliding = sum(kind == "sliding_attention" for kind in kinds)
+    elif window and config.get("model_type") == "mistral":
+        sliding = blocks
+    near = min(tokens, window)
+    return kv_bytes(blocks - sliding, heads, size, batch, tokens, width) + kv_bytes(
+        sliding, heads, size, batch, near, width
+    )
+
+
+def cache_copies(config: Mapping[str, JsonValue], grid: CacheGrid | None) -> int:
+    """How often keys and values stand in memory while a model writes: what read the prompt, and what decodes."""
+    return 2 if grid is None and config.get("model_type") in DECODED_BY_US else 1
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A model between two steps: its shape, and how the modules that no longer are dense are stored.
+
+    width: bytes of a dense weight. bits: by module name. grid: of the KV cache.
+    """
+
+    shape: Shape
+    width: int
+    bits: Mapping[str, StoredBits] = field(default_factory=dict)
+    grid: CacheGrid | None = None
+
+    @property
+    def dense(self) -> int:
+        """Bytes of all weights where all are dense."""
+        return self.shape.parameters * self.width
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of the embeddings, and of the head where it has its own."""
+        return sum(math.prod(shape) for name, shape in self.shape.tensors.items() if name.endswith(EMBEDDINGS + HEADS))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embeddings."""
+        return not any(name.endswith(HEADS) for name in self.shape.tensors)
+
+    def file_bytes(self) -> int:
+        """Bytes of the weights in a file."""
+        return self._bytes({name: bits.stored for name, bits in self.bits.items()})
+
+    def packed(self) -> int:
+        """Bytes of the weights in the memory of a process that computes on packed ones."""
+        return self._bytes({name: bits.held for name, bits in self.bits.items()})
+
+    def packed_embeddings(self) -> int:
+        """The embeddings' part of `packed`."""
+        return self._bytes({name: bits.held for name, bits in self.bits.items()}, only=EMBEDDINGS + HEADS)
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest tensor."""
+        return max(map(math.prod, self.shape.tensors.values()), default=0)
+
+    def parts(self) -> tuple[int, int]:
+        """Parameters of the largest block, and of the largest part beside the blocks."""
+        found = self.shape.parts
+        inside = [size for name, size in found.items() if name.rpartition(".")[2].isdigit()]
+        beside = [size for name, size in found.items() if not name.rpartition(".")[2].isdigit()]
+        return max(inside, default=0), max(beside, default=0)
+
+    def after(self, params: Params) -> Holding:
+        """What a step with these settings makes of it."""
+        shape = self.shape
+        bits = dict(self.bits)
+        names = shape.linears if shape.config.get("model_type") not in NOT_PACKED else {}
+        for name, (outputs, inputs) in names.items():
+            chosen = not isinstance(params, Selection) or params.selects(name)
+            if chosen and (stored := params.stored_bits(outputs, inputs)) is not None:
+                bits[name] = stored
+        bits |= self._beyond(params)
+        config, tensors = params.reshaped(shape.config, shape.tensors)
+        return replace(
+            self, shape=replace(shape, config=config, tensors=tensors), bits=bits,
+            grid=params.cache_grid() or self.grid,
+        )  # fmt: skip
+
+    def _beyond(self, params: Params) -> dict[str, StoredBits]:
+        """The head and the embeddings, where they are chosen too; tied ones are parted then."""
+        head, embeddings = params.beyond_blocks()
+        found = {}
+        for name, shape in self.shape.tensors.items():
+            module = name.removesuffix(".weight")
+            if embeddings and name.endswith(EMBEDDINGS):
+                found[module] = StoredBits(8, 16 / shape[1])
+            if head and name.endswith(HEADS) and (stored := params.stored_bits(shape[0], shape[1])) is not None:
+                found[module] = stored
+        return found
+
+    def _bytes(self, bits: Mapping[str, float], only: tuple[str, ...] = ()) -> int:
+        total = 0.0
+        for name, shape in self.shape.tensors.items():
+            if not only or name.endswith(only):
+                total += math.prod(shape) * bits.get(name.removesuffix(".weight"), 8 * self.width) / 8
+        return round(total)
+
+
+def readers(shape: Shape) -> list[int]:
+    """The inputs of each tensor that linears of the first block read, one entry for those who read the same."""
+    found: dict[tuple[str, int], int] = {}
+    for name, inputs in first_block(shape):
+        module, _, leaf = name.rpartition(".")
+        own = name if leaf in OWN_INPUT else module
+        found[own, inputs] = inputs
+    return sorted(found.values(), reverse=True)
+
+
+def first_block(shape: Shape) -> Iterable[tuple[str, int]]:
+    """Names and inputs of the linears of the first block."""
+    for name, (_, inputs) in shape.linears.items():
+        numbers = [word for word in name.split(".") if word.isdigit()]
+        if numbers[:1] == ["0"]:
+            yield name, inputs
+
+
+def _first(config: Mapping[str, JsonValue], *keys: str) -> int:
+    return next((number for key in keys if (number := integer(config.get(key)))), 0)

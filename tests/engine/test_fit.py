@@ -1,0 +1,270 @@
+"""Memory as a sum of named parts: sums that anyone can check by hand, and what must change when a setting does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from engine import fit, methods, sizes, ways
+from engine.fit import Estimate, Machine, Need
+from engine.headers import Shape
+from engine.pace import Rates
+from engine.packing import CacheGrid
+from engine.records import Recipe
+from engine.sizes import Holding
+
+GB, TB, GiB = 10**9, 10**12, 1 << 30
+
+
+def llama(
+    blocks: int = 4, hidden: int = 64, wide: int = 128, heads: int = 4, shared: int = 2, words: int = 1000,
+    tied: bool = True, **more: JsonValue,
+) -> Shape:  # fmt: skip
+    """The shape of a Llama, from nothing but numbers."""
+    size = hidden // heads
+    config: dict[str, JsonValue] = {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": blocks,
+        "num_attention_heads": heads, "num_key_value_heads": shared, "vocab_size": words,
+        "max_position_embeddings": 2048, **more,
+    }  # fmt: skip
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, hidden), "model.norm.weight": (hidden,)}
+    if not tied:
+        tensors["lm_head.weight"] = (words, hidden)
+    for block in range(blocks):
+        for name, shape in {
+            "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (shared * size, hidden),
+            "self_attn.v_proj": (shared * size, hidden), "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide),
+            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        }.items():  # fmt: skip
+            tensors[f"model.layers.{block}.{name}.weight"] = shape
+    return Shape(Path("llama"), config, tensors, 0)
+
+
+LARGE = llama(32, 4096, 14336, 32, 8, 128256, tied=False)  # 8 B
+
+
+def estimate(shape: Shape, *steps: object, machine: Machine | None = None, **more: object) -> Estimate:
+    recipe = Recipe.model_validate({"model": "demo", "steps": list(steps), **more})
+    return fit.estimate(recipe, shape, methods.check(recipe), machine or Machine(24 * GiB))
+
+
+def step(found: Estimate) -> Need:
+    return max((need for need in found.needs if need.situation == "compress"), key=lambda need: need.total)
+
+
+def situation(found: Estimate, name: str) -> Need:
+    return next(need for need in found.needs if need.situation == name)
+
+
+def test_gpt_3_in_float32_is_700_gb() -> None:
+    assert sizes.weight_bytes(175 * GB, 32) == 700 * GB
+
+
+def test_the_kv_cache_of_a_540_b_model_is_three_times_its_weights() -> None:
+    cache = sizes.kv_bytes(blocks=118, heads=48, size=128, batch=512, tokens=2048, width=2)
+    assert cache == 2 * 118 * 48 * 128 * 512 * 2048 * 2
+    assert round(cache / TB, 2) == 3.04
+    assert 2.8 < cache / sizes.weight_bytes(540 * GB, 16) < 3.0  # "three times"
+    config: dict[str, JsonValue] = {"num_hidden_layers": 118, "num_attention_heads": 48, "head_dim": 128}
+    assert sizes.cache_bytes(config, None, 2, batch=512, tokens=2048) == cache
+
+
+def test_a_sliding_window_keeps_its_own_tokens() -> None:
+    config: dict[str, JsonValue] = {
+        "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 8, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    }  # fmt: skip
+    one = 2 * 2 * 8 * 2  # of a token in a block, in 16 bit
+    assert sizes.cache_bytes(config, None, 2, batch=1, tokens=100) == one * (3 * 16 + 100)
+    assert sizes.cache_bytes(config, None, 2, batch=1, tokens=10) == one * 4 * 10
+
+
+def test_a_packed_cache_holds_codes_scales_and_one_block_unpacked() -> None:
+    numbers = 8 * 64 * 2 * 4 * 2 * 16  # sequences, tokens, keys and values, blocks, heads, channels
+    held = sizes.cache_bytes(llama().config, CacheGrid(4, 16, 0), 2, 8, 64)
+    assert held == numbers // 2 + 4 * numbers // 16 + 2 * numbers // 4
+    exact = estimate(llama(), measure=["latency"])
+    packed = estimate(llama(), {"quantize/kv_cache": {"bits": 4, "group_size": 16}}, measure=["latency"])
+    # What read the prompt and what decodes both have exact keys and values; a packed cache stands once.
+    assert situation(exact, "measure").parts["kv_cache"] == 2 * 2 * numbers
+    assert situation(packed, "measure").parts["kv_cache"] == held
+    assert packed.serving.parts["kv_cache"] < exact.serving.parts["kv_cache"] / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "stored", "held"),
+    [
+        ("quantize/rtn", {"bits": 4, "group_size": 64}, 4 + 16 / 64, 4 + 16 / 64),
+        ("quantize/gptq", {"bits": 3, "group_size": 32}, 3 + 16 / 32, 4 + 16 / 32),
+        ("quantize/rtn", {"bits": 4, "group_size": 64, "symmetric": False}, 4 + 20 / 64, 4 + 20 / 64),
+        ("quantize/awq", {"bits": 8, "granularity": "channel"}, 8 + 16 / 256, 8 + 16 / 256),
+        ("quantize/hqq", {"bits": 6, "granularity": "tensor"}, 6 + 16 / (512 * 256), 8 + 16 / (512 * 256)),
+        ("quantize/smoothquant", {}, 8 + 16 / 256, 8 + 16 / 256),
+        ("quantize/fp8", {}, 8 + 16 / 256, 8 + 16 / 256),
+        ("quantize/bitsandbytes", {}, 4 + 8 / 64, 4 + 8 / 64),
+        ("quantize/mixed", {"budget": 3.25}, 3.25, 4),
+    ],
+)
+def test_bits_of_a_weight_scales_included(name: str, params: dict[str, JsonValue], stored: float, held: float) -> None:
+    found = methods.get(name).check(params).stored_bits(512, 256)
+    assert found is not None
+    assert (found.stored, found.held) == (pytest.approx(stored), pytest.approx(held))
+
+
+def test_methods_that_store_no_codes_say_so() -> None:
+    kept = [m.name for m in methods.methods().values() if m.params().stored_bits(512, 256) is None]
+    assert {name for name in kept if name.startswith("quantize/")} == {"quantize/kv_cache"}
+
+
+def test_embeddings_and_head_are_counted_apart_from_the_blocks() -> None:
+    held = Holding(LARGE, 2).after(methods.get("quantize/gptq").check({"bits": 4, "group_size": 128}))
+    inside = sum(a * b for a, b in LARGE.linears.values())
+    beside = LARGE.parameters - inside
+    assert held.file_bytes() == pytest.approx(inside * 4.125 / 8 + beside * 2, rel=1e-6)
+    both = methods.get("quantize/gptq").check({"bits": 4, "group_size": 128, "head": True, "embeddings": True})
+    table = 128256 * 4096
+    whole = Holding(LARGE, 2).after(both)
+    saved = held.file_bytes() - whole.file_bytes()
+    assert saved == pytest.approx(table * (2 - 4.125 / 8) + table * (2 - 1 - 2 / 4096), rel=1e-6)
+
+
+def test_later_steps_are_counted_on_what_earlier_ones_leave() -> None:
+    depth, gptq = {"prune/depth": {"share": 0.5}}, {"quantize/gptq": {"group_size": 32}}
+    whole, half = (estimate(llama(8, 256, 512), *steps) for steps in ((gptq,), (depth, gptq)))
+    assert half.serving.parts["weights"] < 0.6 * whole.serving.parts["weights"]
+    assert half.serving.parts["kv_cache"] == whole.serving.parts["kv_cache"] / 2
+
+
+def test_one_block_at_a_time_and_the_whole() -> None:
+    rtn = {"quantize/rtn": {"group_size": 128}}
+    block = max(size for name, size in LARGE.parts.items() if name.endswith(".0"))
+    found = step(estimate(LARGE, rtn, measure=["size"]))
+    assert found.parts["weights"] == 2 * block
+    assert step(estimate(LARGE, {"prune/depth": {}}, measure=["size"])).parts["weights"] == 2 * LARGE.parameters
+    tight = estimate(LARGE, rtn, measure=["size"], machine=Machine(4 * GiB))
+    assert situation(tight, "verify").total < 4 * GiB  # read back part by part
+    assert "Larger than memory: one block at a time." in tight.notes
+    assert situation(estimate(LARGE, rtn, machine=Machine(80 * GiB)), "verify").parts["weights"] == 2 * LARGE.parameters
+
+
+def test_a_hessian_for_each_input_that_is_read() -> None:
+    found = step(estimate(LARGE, {"quantize/gptq": {"group_size": 128, "samples": 32, "sequence_length": 512}}))
+    states = 32 * 512 * 4096 * 2
+    assert found.parts["calibration"] == states + 4 * (14336**2 + 3 * 4096**2)
+    norms = step(estimate(LARGE, {"prune/wanda": {"samples": 32, "sequence_length": 512}}))
+    assert norms.parts["calibration"] == states + 8 * (14336 + 3 * 4096)
+    many = step(estimate(LARGE, {"prune/wanda": {"samples": 4096, "sequence_length": 512}}))
+    assert many.parts["calibration"] == (1 << 30) + 8 * (14336 + 3 * 4096)  # more stand in a file
+
+
+def test_training_holds_weights_gradients_and_two_moments_in_float32() -> None:
+    shape = llama(8, 256, 512)
+    body = {"student": "current", "steps": 5, "batch": 2}
+    found = step(estimate(shape, {"distill/logits": body}))
+    assert found.parts["weights"] == found.parts["gradients"] == 4 * shape.parameters
+    assert found.parts["optimizer"] == 8 * shape.parameters
+    assert "teacher" not in found.parts
+    live = step(estimate(shape, {"distill/logits": {**body, "teacher_logits": "live"}}))
+    assert live.parts["teacher"] == 2 * shape.parameters
+    lora = step(estimate(shape, {"distill/repair": {"scope": "lora", "rank": 4}}))
+    assert lora.parts["optimizer"] < found.parts["optimizer"] / 20
+    larger = step(estimate(shape, {"distill/logits": {**body, "batch": 8}}))
+    assert larger.parts["activations"] > 2 * found.parts["activations"]
+    small = step(estimate(shape, {"distill/logits": {**body, "student": "blocks", "keep_every": 4}}))
+    assert small.total < found.total
+
+
+def test_measuring_counts_logits_and_the_original_beside_it() -> None:
+    shape, rtn = llama(8, 256, 512, words=50_000), {"quantize/rtn": {"group_size": 64}}
+    alone = situation(estimate(shape, rtn, measure=["perplexity"]), "measure").parts
+    both = situation(estimate(shape, rtn, measure=["perplexity", "divergence"]), "measure").parts
+    assert "original" not in alone
+    assert both["original"] == 2 * shape.parameters
+    assert alone["activations"] == 4096 * (10 * 50_000 + 2 * (3 * 512 + 4 * 256))
+    assert both["activations"] - alone["activations"] == 4096 * 10 * 50_000
+    looked_at = situation(estimate(shape, rtn, measure=["memory"]), "measure").parts["activations"]
+    assert looked_at == fit.MOVED * 50_000 * 256
+
+
+def test_long_work_is_probed_beside_the_waiting_run() -> None:
+    found = estimate(LARGE, {"quantize/gptq": {"group_size": 128}}, measure=["size"])
+    assert situation(found, "probe").total == step(found).total + fit.RUNTIME
+    assert found.after == situation(found, "verify").total  # what a probe measured replaces its own estimate alone
+    assert {need.situation for need in estimate(llama(), "quantize/rtn", measure=["size"]).needs} == {
+        "compress", "save", "verify",
+    }  # fmt: skip
+
+
+def test_serving_grows_with_batch_and_context() -> None:
+    held = Holding(LARGE, 2)
+    one, more = fit.serving(held, 1, 1024).parts, fit.serving(held, 8, 2048).parts
+    assert more["kv_cache"] == 16 * one["kv_cache"]
+    assert more["weights"] == one["weights"] == 2 * LARGE.parameters
+
+
+def test_a_gpu_has_a_context_where_a_cpu_has_processes() -> None:
+    found = estimate(llama(), measure=["memory"], machine=Machine(8 * GiB, "cuda"))
+    assert situation(found, "measure").parts["runtime"] == 2 * fit.CONTEXT
+    assert found.device == "cuda"
+
+
+def test_the_largest_situation_counts_and_every_sum_is_that_of_its_parts() -> None:
+    found = estimate(LARGE, {"quantize/gptq": {"group_size": 128}}, machine=Machine(16 * GiB))
+    assert found.total == max(sum(need.parts.values()) for need in found.needs)
+    assert not found.fits
+    for need in (*found.needs, found.serving):
+        assert set(need.parts) <= set(fit.PARTS)
+        assert all(type(amount) is int and amount > 0 for amount in need.parts.values())
+
+
+@pytest.mark.parametrize("name", sorted(methods.methods()))
+def test_every_method_has_an_estimate(name: str) -> None:
+    found = estimate(llama(8, 256, 512, heads=4, shared=2), name)
+    assert step(found).total > fit.RUNTIME
+    assert found.seconds > found.working > 0
+
+
+def test_seconds_are_a_sum_too_and_heed_what_a_probe_has_found() -> None:
+    gptq = {"quantize/gptq": {"group_size": 128}}
+    usual = estimate(LARGE, gptq)
+    assert set(usual.times) == {"load", "steps", "save", "verify", "measure"}
+    assert usual.seconds == sum(usual.times.values())
+    slow = estimate(LARGE, gptq, machine=Machine(24 * GiB, rates=Rates(steps={"quantize/gptq": 3.0})))
+    assert slow.working == pytest.approx(3 * usual.working)
+    recipe = Recipe.model_validate({"model": "demo"})
+    fetched = fit.estimate(recipe, LARGE, [], Machine(24 * GiB), download=16 * GB)
+    assert fetched.times["download"] == pytest.approx(16 * GB / Rates().download)
+
+
+@pytest.mark.parametrize(
+    ("steps", "measure", "free", "name", "fits"),
+    [
+        ([], ["perplexity"], 16, "four_bits", True),
+        ([{"quantize/rtn": {"group_size": 128}}], ["perplexity", "divergence"], 18, "no_original", True),
+        ([{"quantize/rtn": {"group_size": 128}}], ["perplexity"], 4, "size_alone", True),
+        ([{"distill/logits": {"student": "current", "batch": 64}}], ["size"], 20, "streamed", True),
+        ([{"quantize/rtn": {"group_size": 128}}], ["perplexity"], 1, "size_alone", False),
+    ],
+)
+def test_a_way_out_is_named_with_what_it_needs(
+    steps: list[object], measure: list[str], free: int, name: str, fits: bool
+) -> None:
+    machine = Machine(free * GiB)
+    recipe = Recipe.model_validate({"model": "demo", "steps": steps, "measure": measure})
+    now = fit.estimate(recipe, LARGE, methods.check(recipe), machine)
+    assert not now.fits
+    way = ways.out(recipe, LARGE, machine, now)
+    assert way is not None
+    assert (way.name, way.fits) == (name, fits)
+    again = fit.estimate(way.recipe, LARGE, methods.check(way.recipe), machine)
+    assert way.total == again.total < now.total
+    assert way.phrase.endswith(f" {again.total / GiB:.1f}")
+
+
+def test_every_way_has_words() -> None:
+    from ui.words import ENGLISH
+
+    assert {f"way.{name}" for name in ways.PHRASES} <= set(ENGLISH)
