@@ -37,6 +37,7 @@ from engine.attempts import EventWriter, cache_folder, is_cancelled, take_lock, 
 from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, NeedsToken, RunError, os_reason, short
 from engine.methods import Emit
 from engine.records import EventKind, Recipe, Status
+from engine.sources import Repo, classify
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +93,12 @@ def bring_model(recipe: Recipe, request: Request, token: str, emit: Emit, check_
         RunError: it cannot be had now; the run can be resumed.
         InputError: it cannot be had at all.
     """
-    from engine.fetch import fetch
-    from engine.hub import Hub
-    from engine.sources import Repo, classify
-
     asked = request.get("hub")
     if not isinstance(asked, dict) or not isinstance(classify(recipe.model), Repo):
         return
+    from engine.fetch import fetch
+    from engine.hub import Hub
+
     folder = cache_folder(Path(str(request["folder"]))) / "hub"
     hub = Hub(folder, endpoint=str(asked["endpoint"]), offline=asked["offline"] is True)
     try:

@@ -38,7 +38,7 @@ def fake_pipeline(recipe: Recipe, folder: Path, emit: Emit, check: Callable[[], 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs one command on a data folder of its own; returns exit code, stdout lines and stderr lines."""
-    monkeypatch.setattr(preflight, "check", lambda recipe: None)
+    monkeypatch.setattr(preflight, "check", lambda *asked: None)
     monkeypatch.setattr(signal, "signal", lambda *a: None)
     monkeypatch.setenv("MAQUETTE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

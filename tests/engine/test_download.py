@@ -234,6 +234,8 @@ def test_a_run_whose_token_is_forgotten_fails_so_that_it_can_be_resumed(server: 
         ended = wait(scheduler, run)
         assert ended.status is Status.FAILED
         assert "Resume the run with it." in ended.reason
+        while scheduler.status()["running"]:  # its process has yet to exit
+            time.sleep(0.05)
         with pytest.raises(NeedsToken, match="or it is private"):
             scheduler.resume(run.id)
         scheduler.resume(run.id, token=TOKEN)

@@ -27,7 +27,7 @@ LONG = 60.0  # seconds; nothing here is expected to take them
 
 @pytest.fixture(autouse=True)
 def _no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "check", lambda recipe: None)
+    monkeypatch.setattr(preflight, "check", lambda *asked: None)
     monkeypatch.setattr(hardware, "gpu", lambda: None)
 
 
@@ -108,7 +108,7 @@ def test_a_run_from_submit_to_result(make: Callable[..., Scheduler]) -> None:
 def test_a_bad_recipe_is_refused_before_it_is_a_run(
     make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(recipe: Recipe) -> None:
+    def refuse(recipe: Recipe, *asked: object) -> None:
         raise BadModel("no")
 
     monkeypatch.setattr(preflight, "check", refuse)

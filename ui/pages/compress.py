@@ -274,8 +274,8 @@ def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request, token:
     recipe = as_recipe(draft)
     desk.check_sources(recipe)
     token = models.clean(token)
-    recipe = recipe.model_copy(update={"model": preflight.pin(recipe.model, desk.scheduler.hub, token)})
-    if original and recipe.steps and not _has_original(desk, recipe, owner):
+    pinned = recipe.model_copy(update={"model": preflight.pin(recipe.model, desk.scheduler.hub, token)})
+    if original and recipe.steps and not _has_original(desk, pinned, owner):
         bare = recipe.model_copy(update={"steps": ()})
         desk.scheduler.submit(bare, owner, token)
     return desk.scheduler.submit(recipe, owner, token).id

@@ -57,19 +57,7 @@ def build(desk: Desk, page: gr.Blocks) -> Picker:
 
     @edge
     def look(text: str, token: str) -> Iterator[object]:
-        text = str(text or "").strip()
-        if len(text) < SHORTEST:
-            yield [Markup(""), gr.update(choices=[], value=None, visible=False)]
-            return
-        yield [markup.notice(say("models.searching")), gr.skip()]
-        try:
-            found = desk.scheduler.hub.search(text[:LONGEST], clean(token))
-        except MaquetteError as error:
-            yield [markup.notice(str(error), "warn"), gr.update(choices=[], value=None, visible=False)]
-            return
-        none = "" if found else say("models.none", text=text)
-        choices = [(label(each), each.name) for each in found]
-        yield [markup.notice(none), gr.update(choices=choices, value=None, visible=bool(found))]
+        yield from search(desk, text, token)
 
     @edge
     def choose(name: str) -> object:
@@ -87,6 +75,23 @@ def build(desk: Desk, page: gr.Blocks) -> Picker:
     on([recents.input], choose, [recents], [source])
     on([page.load], remember, [], [recents])
     return Picker(source, token)
+
+
+def search(desk: Desk, text: object, token: object) -> Iterator[list[object]]:
+    """What is said of a search and the hits to choose from: at once that it goes on, then what came."""
+    wanted = str(text or "").strip()[:LONGEST]
+    if len(wanted) < SHORTEST:
+        yield [Markup(""), gr.update(choices=[], value=None, visible=False)]
+        return
+    yield [markup.notice(say("models.searching")), gr.skip()]
+    try:
+        found = desk.scheduler.hub.search(wanted, clean(token))
+    except MaquetteError as error:
+        yield [markup.notice(str(error), "warn"), gr.update(choices=[], value=None, visible=False)]
+        return
+    none = "" if found else say("models.none", text=wanted)
+    choices = [(label(each), each.name) for each in found]
+    yield [markup.notice(none), gr.update(choices=choices, value=None, visible=bool(found))]
 
 
 def clean(token: object) -> str:
