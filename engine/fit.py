@@ -45,6 +45,7 @@ LOGITS, PAIR = (
 )  # bytes of a logit: 16 bit, float32 and its logarithm; with those of the original, and both at work
 WRITTEN = 64  # tokens of each of eight sequences, prompt included, when latency is measured
 LARGE = "Larger than memory: one block at a time."
+ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
 STATISTICS = ("hessian", "directions")
@@ -132,7 +133,7 @@ def estimate(
     times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
     if streamed and sum(times.values()) > PROBED_FROM:
         needs.insert(0, probing(needs))
-    needs.append(saving(held, streamed))
+    needs.append(saving(held, streamed, max((need.parts.get("solver", 0) for need in needs), default=0)))
     needs.append(verifying(held, streamed, machine.free))
     if wanted := set(recipe.measure) - {"size"}:
         needs.append(measuring(held, first if steps else None, wanted))
@@ -189,8 +190,8 @@ def _calibrating(held: Holding, params: Calibrated) -> dict[str, int]:
 
 
 def _rounding(shape: Shape) -> int:
-    """Float copies of as many weights as are rounded at a time."""
-    return 16 * min(1 << 23, max(_linear_sizes(shape), default=0))
+    """Copies of as many weights as are rounded, and looked at for the audit, at a time."""
+    return ROUNDED * min(1 << 23, max(_linear_sizes(shape), default=0))
 
 
 def _linear_sizes(shape: Shape) -> list[int]:
@@ -256,13 +257,13 @@ def probing(steps: Sequence[Need]) -> Need:
     return Need("probe", {**largest.parts, "runtime": largest.parts["runtime"] + RUNTIME})
 
 
-def saving(held: Holding, streamed: bool) -> Need:
-    """Parts beside the blocks are written together; then every part computes once more."""
+def saving(held: Holding, streamed: bool, solver: int = 0) -> Need:
+    """Parts beside the blocks are written together; half of what the solver had is still with the process."""
     _, beside = held.parts()
     if not streamed:
         return Need("save", _parts(weights=held.dense, runtime=RUNTIME + LATER))
     small = min(held.width * held.embeddings, max(SAVED_TOGETHER, held.width * beside))
-    return Need("save", _parts(weights=small, runtime=RUNTIME + LATER))
+    return Need("save", _parts(weights=small, solver=solver // 2, runtime=RUNTIME + LATER))
 
 
 def verifying(held: Holding, streamed: bool, free: int) -> Need:
@@ -272,7 +273,7 @@ def verifying(held: Holding, streamed: bool, free: int) -> Need:
         return Need("verify", _parts(weights=2 * held.width * max(block, beside), runtime=2 * RUNTIME + LATER))
     packed = held.file_bytes() if held.bits else 0
     return Need("verify", _parts(
-        weights=held.dense, codes=packed, activations=LOOKED_AT * held.largest, runtime=2 * RUNTIME + LATER,
+        weights=held.dense, activations=max(packed, LOOKED_AT * held.largest), runtime=2 * RUNTIME + LATER,
     ))  # fmt: skip
 
 
