@@ -77,6 +77,7 @@ class Scheduler:
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
         self._overdrawn: set[str] = set()  # running runs whose files go with them
+        self._served: dict[str, float] = {}  # when a run of an owner was last started
         self._guard = threading.RLock()  # around the watches and every decision about a run
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -274,10 +275,12 @@ class Scheduler:
 
     def _start_next(self) -> None:
         queued = [run for run in self.store.unfinished() if run.status is Status.QUEUED]
+        queued.sort(key=lambda run: self._served.get(run.owner, 0.0))  # who was served longest ago comes first
         for run in queued:
             device = _device(run.recipe)
             owners = [watch.run.owner for watch in self._watches.values()]
             if device not in self._watches and owners.count(run.owner) < self.limits.running:
+                self._served[run.owner] = time.monotonic()
                 self._start_run(run, device)
 
     def _start_run(self, run: Run, device: str) -> None:

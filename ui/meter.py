@@ -8,6 +8,7 @@ from engine.fit import PARTS, Estimate, Need
 from engine.ways import Way
 from ui import markup, wording
 from ui.markup import tag
+from ui.messages import translate
 from ui.wording import say
 
 
@@ -87,7 +88,11 @@ def times(estimate: Estimate) -> Markup | None:
 
 def notes(estimate: Estimate) -> Markup | None:
     """What else a reader should know."""
-    return tag("ul", *(tag("li", translate(note)) for note in estimate.notes), class_="mq-notes") if estimate.notes else None
+    return (
+        tag("ul", *(tag("li", translate(note)) for note in estimate.notes), class_="mq-notes")
+        if estimate.notes
+        else None
+    )
 
 
 def way_words(estimate: Estimate, way: Way | None) -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -312,6 +313,35 @@ def test_limits_for_each_owner(make: Callable[..., Scheduler]) -> None:
     scheduler.submit(does("quick"), "ben")
     assert scheduler.status()["queued"] == 4
     assert scheduler.status()["running"] is not None
+
+
+def test_a_flood_hurts_only_its_sender(make: Callable[..., Scheduler]) -> None:
+    """Of 200 submissions at once one works and three wait; another's run, asked for later, is the next to begin."""
+    scheduler = make()
+    first = scheduler.submit(does("polite"), "ada")
+    working(scheduler, first)
+    outcomes: list[str] = []
+
+    def flood() -> None:
+        for _ in range(25):
+            try:
+                outcomes.append(scheduler.submit(does("quick"), "ada").id)
+            except InputError as error:
+                outcomes.append(str(error))
+
+    threads = [threading.Thread(target=flood) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    ben = [scheduler.submit(does("quick"), "ben") for _ in range(2)]
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 200
+    assert sum("are waiting already" in each for each in outcomes) == 197
+    assert len(scheduler.store.runs("ben")) == 2
+    scheduler.cancel(first.id, "ada")
+    runs = [ended(scheduler, run) for run in (*ben, *scheduler.store.runs("ada")[:3])]
+    order = [run.owner for run in sorted(runs, key=lambda run: run.started or 0.0)]
+    assert order == ["ben", "ada", "ben", "ada", "ada"]
 
 
 def test_resume_and_delete_only_what_has_ended_so(make: Callable[..., Scheduler]) -> None:
