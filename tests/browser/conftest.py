@@ -19,6 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.preflight import DEMO
+from tests.hub import Hub
+
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Page, StorageState, expect, sync_playwright  # noqa: E402
 
@@ -41,7 +44,16 @@ def chromium() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def hub() -> Iterator[Hub]:
+    """The hub of models that the page asks, on loopback."""
+    with Hub() as made:
+        made.add("org/tiny", DEMO / "model", downloads=1234, licence="mit")
+        made.add("org/gated", DEMO / "model", gated=True, tokens=("hf_may_read",))
+        yield made
+
+
+@pytest.fixture(scope="session")
+def server(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running page."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,7 +63,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keep = {key: value for key, value in os.environ.items() if not key.startswith("GRADIO_SERVER")}
     process = subprocess.Popen(
         [sys.executable, "app.py"], cwd=ROOT, stdout=log, stderr=log,
-        env={**keep, "MAQUETTE_HOME": str(home), "PORT": str(port), "HOST": "127.0.0.1"},
+        env={
+            **keep, "MAQUETTE_HOME": str(home), "PORT": str(port), "HOST": "127.0.0.1", "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+        },
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}/"
     try:
