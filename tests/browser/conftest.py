@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.preflight import DEMO
+from tests.hub import Hub
+
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Page, StorageState, expect, sync_playwright  # noqa: E402
 
@@ -42,9 +45,18 @@ def chromium() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def hub() -> Iterator[Hub]:
+    """The hub of models that the page asks, on loopback."""
+    with Hub() as made:
+        made.add("org/tiny", DEMO / "model", downloads=1234, licence="mit")
+        made.add("org/gated", DEMO / "model", gated=True, tokens=("hf_may_read",))
+        yield made
+
+
+@pytest.fixture(scope="session")
+def server(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running page."""
-    with running(tmp_path_factory.mktemp("home")) as address:
+    with running(tmp_path_factory.mktemp("home"), HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0") as address:
         yield address
 
 
