@@ -110,6 +110,8 @@ def test_bad_addresses_and_other_visitors_get_nothing(small: Run, client: TestCl
     for path, words in (("?compare=stored:0", "two to four"), ("?compare=stored:0,stored:1&seed=x", "seed")):
         answer = client.get(f"/compare/report.html{path}")
         assert (answer.status_code, words in answer.text) == (400, True)
+    odd = fakes.finished(scheduler, FIRST, "short", 3.0, 0.1).id  # no name that a cookie of ours can hold
+    assert client.get(f"/runs/{odd}/recipe.yaml", cookies={COOKIE: "short"}).status_code == 404
     client.cookies.clear()
     assert client.get(f"/runs/{small.id}/recipe.yaml").status_code == 404
     assert client.get("/compare/report.html?compare=stored:0,stored:1").status_code == 404
@@ -187,3 +189,12 @@ def test_a_report_of_a_run_with_odd_tokens_is_text(desk: Desk, small: Run) -> No
     odd = Output(prompt="Mara lives in", tokens=(Token(text=EVIL, probability=1.0),))
     desk._finished[(small.id, small.attempt)] = type(entry)(entry.key, EVIL, entry.run, entry.measured, (odd,))
     assert EVIL not in dossier.html(desk, ANNA, asked(small.id, small.id, "Mara lives in", "free"))
+
+
+def test_nothing_that_is_sent_around_names_a_folder_of_this_machine(desk: Desk, scheduler: FakeScheduler) -> None:
+    source = Model(source="/home/anna/secret-folder/llama")
+    run = fakes.finished(scheduler, FIRST.model_copy(update={"model": source}), ANNA, 3.0, 0.1)
+    for make, _ in dossier.WRITERS.values():
+        text = make(desk, ANNA, asked("stored:0", run.id))
+        assert "GPTQ" in text
+        assert "secret-folder" not in text
