@@ -246,3 +246,42 @@ def test_axe_finds_nothing(dark: bool, open_page: Open, returning: StorageState)
             expect(page.locator(".mq-step")).to_have_count(1, timeout=30_000)
         found = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
         assert [(name, v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found["violations"]] == []
+
+
+def test_a_visitor_switches_to_chinese_and_back(open_page: Open, returning: StorageState) -> None:
+    page = open_page("?note=kept", state=returning)
+    expect(page.get_by_role("tab", name="Compare", exact=True)).to_be_visible()
+    page.get_by_role("link", name="简体中文").click()
+    expect(page.get_by_role("tab", name="对比", exact=True)).to_be_visible(timeout=30_000)
+    assert "note=kept" in page.url
+    assert page.evaluate("[document.documentElement.lang, navigator.language]") == ["zh-CN", "zh-CN"]
+    expect(page.get_by_label("提示词")).to_be_visible()
+    expect(page.get_by_role("button", name="同时生成")).to_be_visible()
+    expect(page.locator(".mq-verdict").first).to_contain_text(re.compile(r"缩小 .*困惑度"), timeout=30_000)
+    expect(page.locator("#mq-front .xtitle")).to_have_text("磁盘占用，MiB", timeout=30_000)
+    page.locator("#mq-summary summary").click()
+    expect(page.locator("#mq-summary tbody th").first).to_have_text("磁盘占用")
+    tab(page, "压缩")
+    expect(page.locator("#mq-fit")).to_contain_text("装得下", timeout=30_000)
+    page.get_by_role("button", name="步骤与设置").click()
+    expect(page.locator(".mq-step").get_by_label("组大小")).to_be_visible(timeout=30_000)
+    page.get_by_role("button", name="粘贴配方").click()
+    page.locator("#mq-paste textarea").fill("steps: [{quantize/gptk: {}}]")
+    page.get_by_role("button", name="使用此配方").click()
+    expect(page.get_by_text("您是不是指 quantize/gptq")).to_be_visible(timeout=30_000)
+    tab(page, "运行")
+    expect(page.locator("#mq-runs .mq-badge").first).to_have_text(re.compile("已完成|运行中|排队中"), timeout=30_000)
+    assert "__type__" not in page.content()
+
+    phone = open_page(state=page.context.storage_state(), width=390)  # the choice is kept
+    for name in ("对比", "压缩", "运行", "方法"):
+        tab(phone, name)
+        phone.wait_for_timeout(600)
+        assert phone.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, name
+
+    page.get_by_role("link", name="English").click()
+    expect(page.get_by_role("tab", name="Compare", exact=True)).to_be_visible(timeout=30_000)
+    expect(page.locator(".mq-verdict").first).to_contain_text("smaller", timeout=30_000)
+    assert page.evaluate("document.documentElement.lang") == "en"
+    shown = page.locator("#mq-summary, [role=tab], label").all_inner_texts()
+    assert not re.search("[\u4e00-\u9fff]", "".join(shown))
