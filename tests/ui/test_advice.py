@@ -11,6 +11,7 @@ import pytest
 
 from engine.assumptions import Assumptions
 from engine.errors import InputError
+from engine.modes import Limits
 from engine.records import Recipe
 from engine.scheduler import Scheduler
 from tests.ui import fakes
@@ -79,7 +80,8 @@ def test_assumptions_from_the_api_have_bounds(desk: Desk, value: object) -> None
 def test_folders_of_a_shared_server_get_no_advice(desk: Desk, scheduler: FakeScheduler) -> None:
     with pytest.raises(InputError, match="shared server"):
         advice.advise(desk, Recipe.model_validate({"model": "/etc"}), "cost", None, VALUES, ANNA)
-    local = Desk(scheduler.store, cast(Scheduler, scheduler), None, local=True)
+    scheduler.limits = Limits()
+    local = Desk(scheduler.store, cast(Scheduler, scheduler), None)
     with pytest.raises(InputError, match="no model folder"):
         advice.advise(local, Recipe.model_validate({"model": "/no/such"}), "cost", None, VALUES, ANNA)
 
@@ -96,11 +98,11 @@ from ui.pages import compress
 scheduler = Scheduler(pathlib.Path(sys.argv[1]))
 page, _ = build(scheduler.store, scheduler)
 (answer,) = [function for function in page.fns.values() if function.name == "answer"]
-asked = ["latency", 0.7, compress.as_draft(FIRST), 4, *Assumptions().model_dump().values()]
+asked = ["latency", 0.7, compress.as_draft(FIRST), 4, "", *Assumptions().model_dump().values()]
 assert len(answer.inputs) == len(asked)
 found, count = answer.fn(*special_args(answer.fn, [*asked], request(ANNA))[0])  # as Gradio fills the request in
 (way,) = [function for function in page.fns.values() if function.name == "take_way"]
-assert way.fn(compress.as_draft(FIRST), 1) == [compress.as_draft(FIRST), 2]  # it fits as it is
+assert way.fn(compress.as_draft(FIRST), 1, "") == [compress.as_draft(FIRST), 2]  # it fits as it is
 print(count, next(each.name for each in found.advices if each.first))
 """
 

@@ -95,7 +95,8 @@ def test_csv_and_json_carry_every_number_and_no_formula(desk: Desk, small: Run, 
     assert {m["name"] for m in body["models"][1]["measurements"]} == set(mine)
     entry = desk.entry(small.id, ANNA)
     evil = entry.measured["perplexity"].model_copy(update={"name": "=cmd()"})
-    desk._finished[(small.id, small.attempt)] = type(entry)(entry.key, entry.label, entry.run, {"=cmd()": evil})
+    (key,) = (known for known in desk._finished if known[0] == small.id)
+    desk._finished[key] = type(entry)(entry.key, entry.label, entry.run, {"=cmd()": evil})
     assert ",'=cmd()," in client.get(f"/compare/comparison.csv{query}").text
 
 

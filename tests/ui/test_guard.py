@@ -24,11 +24,11 @@ from engine.users import UserFile
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, request
 from tests.ui.fakes import FakeScheduler
-from ui import hosting, visitors
+from ui import comparing, hosting, visitors
 from ui.desk import Desk
 from ui.guard import ADDRESS, Guard, House, house, set_cookie
 from ui.login import Door
-from ui.pages import compare, runs
+from ui.pages import runs
 from ui.server import takes_files
 from ui.turns import Turns
 from ui.visitors import COOKIE, MEMBER, Members, Signed
@@ -207,7 +207,7 @@ def test_behind_https_a_cookie_goes_nowhere_else() -> None:
 def test_who_keeps_no_cookie_looks_and_starts_nothing(desk: Desk) -> None:
     with pytest.raises(TooMany, match="keeps no cookie"):
         desk.enter(request("", "some-session"), "start")
-    assert compare.start_first(desk, request("", "some-session")) == []
+    assert comparing.start_first(desk, request("", "some-session")) == []
     assert desk.enter(request(ANNA), "start") == ANNA
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from engine.errors import BadModel, InputError
 from engine.hub import Hub
+from engine.modes import Limits, Mode
 from engine.preflight import DEMO
 from engine.records import Model, Recipe
 from engine.repos import Found
@@ -31,7 +32,7 @@ def server() -> Iterator[loopback.Hub]:
 def scheduler(server: loopback.Hub, tmp_path: Path) -> Iterator[Scheduler]:
     """A real one that was not started: it judges, and runs nothing."""
     hub = Hub(tmp_path / "home" / "cache" / "hub", endpoint=server.url, offline=False)
-    made = Scheduler(tmp_path / "home", hub=hub)
+    made = Scheduler(tmp_path / "home", hub=hub, limits=Limits(folders=False))
     yield made
     made.store.close()
 
@@ -39,7 +40,7 @@ def scheduler(server: loopback.Hub, tmp_path: Path) -> Iterator[Scheduler]:
 @pytest.fixture
 def desk(scheduler: Scheduler) -> Desk:
     """Others can reach this page."""
-    return Desk(scheduler.store, scheduler, None, local=False)
+    return Desk(scheduler.store, scheduler, None, Mode.PUBLIC)
 
 
 def draft(text: str) -> compress.Draft:
@@ -61,7 +62,7 @@ def test_a_model_of_the_hub_is_judged_and_queued_at_a_commit(desk: Desk, server:
 
 def test_folders_are_not_for_those_who_are_far(desk: Desk, tmp_path: Path) -> None:
     for text in ("/etc", "./x", "../x", "~root", str(tmp_path)):
-        assert "Folders and files of a shared server cannot be used" in compress.judge(desk, draft(text))
+        assert "cannot be used on a shared server" in compress.judge(desk, draft(text))
         with pytest.raises(InputError):
             compress.submit(desk, draft(text), False, request(ANNA))
     assert desk.runs(ANNA) == []
