@@ -210,7 +210,7 @@ class Streams:
         self, models: list[Path], generate: Body, same_text: bool, stop: threading.Event | None
     ) -> Iterator[Reply]:
         with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
-            stream = _Stream(stop or threading.Event())
+            stream = _Stream(_Gone(stop))
             file = str(Path(folder, "logprobs.safetensors")) if same_text else None
             for pane, model in enumerate(models):
                 if same_text and pane:
@@ -294,6 +294,20 @@ class Streams:
 
     def _end(self, model: Path) -> None:
         self._warm.pop(model).close()
+
+
+class _Gone(threading.Event):
+    """Set when the reader has left a stream, or asked it to stop; the reader's own event is only looked at."""
+
+    def __init__(self, stop: threading.Event | None) -> None:
+        super().__init__()
+        self._asked = stop
+
+    def is_set(self) -> bool:
+        return super().is_set() or (self._asked is not None and self._asked.is_set())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.is_set() or super().wait(timeout) or self.is_set()
 
 
 class _Stream:

@@ -94,6 +94,13 @@ def test_a_stop_ends_the_texts_and_says_so(warm: Streams) -> None:
     until(lambda: idle(warm))
 
 
+def test_a_stream_that_ends_by_itself_leaves_the_readers_event_for_the_next(warm: Streams) -> None:
+    stop = threading.Event()
+    for _ in range(2):
+        assert of(list(write(warm, [A], max_tokens=2, stop=stop)), 0)[-2:] == ["token", "done"]
+    assert not stop.is_set()
+
+
 def test_a_worker_that_heeds_no_stop_is_ended(warm: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "PATIENCE", 0.2)
     monkeypatch.setattr(streams.Warm, "_listen", _few_replies)
