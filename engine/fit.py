@@ -48,6 +48,8 @@ LARGE = "Larger than memory: one block at a time."
 ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
+PLACED = 4  # of a number in 16 bit: as it was read, and as it is moved
+UNPACKED = 20  # of a packed weight while it is ordered as kernels want it
 STATISTICS = ("hessian", "directions")
 
 
@@ -313,8 +315,10 @@ def serving(held: Holding, batch: int, tokens: int) -> Need:
     copies = sizes.cache_copies(config, held.grid)
     wide = max((inputs for _, inputs in sizes.first_block(held.shape)), default=sizes.hidden_size(config))
     active = batch * (min(tokens, 512) * 4 * wide * held.width + 12 * sizes.vocabulary_size(held.shape))
-    if not held.bits:  # dense weights are looked at while they are loaded
-        active = max(active, LOOKED_AT * held.largest)
+    loading = LOOKED_AT * held.largest
+    if held.bits:
+        loading = PLACED * held.largest + UNPACKED * max(_linear_sizes(held.shape), default=0)
+    active = max(active, loading)  # what loading took, the process keeps for what comes
     return Need("serve", _parts(
         weights=held.packed(), kv_cache=copies * sizes.cache_bytes(config, held.grid, held.width, batch, tokens),
         activations=active, runtime=RUNTIME + COMPUTING,
