@@ -48,6 +48,8 @@ LARGE = "Larger than memory: one block at a time."
 ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
+PLACED = 4  # of a number in 16 bit: as it was read, and as it is moved
+UNPACKED = 20  # of a packed weight while it is ordered as kernels want it
 STATISTICS = ("hessian", "directions")
 
 
@@ -133,7 +135,7 @@ def estimate(
     times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
     if streamed and sum(times.values()) > PROBED_FROM:
         needs.insert(0, probing(needs))
-    needs.append(saving(held, streamed, max((need.parts.get("solver", 0) for need in needs), default=0)))
+    needs.append(saving(held, streamed, needs[-1]))
     needs.append(verifying(held, streamed, machine.free))
     if wanted := set(recipe.measure) - {"size"}:
         needs.append(measuring(held, first if steps else None, wanted))
@@ -257,13 +259,18 @@ def probing(steps: Sequence[Need]) -> Need:
     return Need("probe", {**largest.parts, "runtime": largest.parts["runtime"] + RUNTIME})
 
 
-def saving(held: Holding, streamed: bool, solver: int = 0) -> Need:
-    """Parts beside the blocks are written together; half of what the solver had is still with the process."""
+def saving(held: Holding, streamed: bool, last: Need) -> Need:
+    """Parts beside the blocks are written together; then every part computes once more.
+
+    Of the `last` step half of what solved is still with the process; of a training its weights and moments are.
+    """
     _, beside = held.parts()
     if not streamed:
-        return Need("save", _parts(weights=held.dense, runtime=RUNTIME + LATER))
+        moments = last.parts.get("optimizer", 0)
+        weights = held.dense + (last.parts["weights"] if moments else 0)
+        return Need("save", _parts(weights=weights, optimizer=moments, runtime=RUNTIME + LATER))
     small = min(held.width * held.embeddings, max(SAVED_TOGETHER, held.width * beside))
-    return Need("save", _parts(weights=small, solver=solver // 2, runtime=RUNTIME + LATER))
+    return Need("save", _parts(weights=small, solver=last.parts.get("solver", 0) // 2, runtime=RUNTIME + LATER))
 
 
 def verifying(held: Holding, streamed: bool, free: int) -> Need:
@@ -308,6 +315,10 @@ def serving(held: Holding, batch: int, tokens: int) -> Need:
     copies = sizes.cache_copies(config, held.grid)
     wide = max((inputs for _, inputs in sizes.first_block(held.shape)), default=sizes.hidden_size(config))
     active = batch * (min(tokens, 512) * 4 * wide * held.width + 12 * sizes.vocabulary_size(held.shape))
+    loading = LOOKED_AT * held.largest
+    if held.bits:
+        loading = PLACED * held.largest + UNPACKED * max(_linear_sizes(held.shape), default=0)
+    active = max(active, loading)  # what loading took, the process keeps for what comes
     return Need("serve", _parts(
         weights=held.packed(), kv_cache=copies * sizes.cache_bytes(config, held.grid, held.width, batch, tokens),
         activations=active, runtime=RUNTIME + COMPUTING,
