@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from engine import cli
+from engine.attempts import EventWriter
 from engine.errors import MaquetteError
 from engine.recipes import parse_recipe
 from engine.records import Run, Status
@@ -222,11 +223,23 @@ def small_disk(place: Path, size: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def full_at(size: int) -> Case:
-    """A disk that is full after so many KiB; with more room the run goes on to the same files."""
+def full_at(room: int) -> Case:
+    """A disk with so many KiB left when the worker begins; with more room the run goes on to the same files."""
 
     def act(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
-        with small_disk(place / "disk", size) as resize, Scheduler(place / "disk", runner=InlineRunner()) as scheduler:
+        with (
+            small_disk(place / "disk", 100_000) as resize,
+            Scheduler(place / "disk", runner=InlineRunner()) as scheduler,
+        ):
+
+            def fill(self: EventWriter, folder: Path, run: str, attempt: int) -> None:
+                open_events(self, folder, run, attempt)
+                if attempt == 1:
+                    state = os.statvfs(place / "disk")
+                    resize((state.f_blocks - state.f_bfree) * state.f_frsize // 1024 + room)
+
+            open_events = EventWriter.__init__
+            patch.setattr(EventWriter, "__init__", fill)
             run = scheduler.submit(parse_recipe(scene.good()), ANNA)
             deadline = time.monotonic() + 20
             while not (ended := scheduler.store.run(run.id)).status.final and time.monotonic() < deadline:
@@ -243,7 +256,7 @@ def full_at(size: int) -> Case:
             assert names[0].read_bytes() == names[1].read_bytes()
             return ended.reason
 
-    return Case(f"machine: a disk that is full after {size} KiB", "failed", "disk is full", act=act)
+    return Case(f"machine: a disk with {room} KiB left", "failed", "disk is full", act=act)
 
 
 @machine("a folder that cannot be written", "refused", "Read-only file system")
@@ -256,5 +269,5 @@ def read_only(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
 
 CASES = [
     two_servers, beside, below_a_file, nowhere, newer, held, full_store, no_runs_folder, truncated, few_files, gone,
-    clock, port, foreign, read_only, *(full_at(size) for size in (1400, 1600, 1800)),
+    clock, port, foreign, read_only, *(full_at(room) for room in (150, 300, 450)),
 ]  # fmt: skip
