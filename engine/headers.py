@@ -157,13 +157,13 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
         config = read_object(origin, "config.json")
     except OSError:
         raise BadModel(f"{name} has no config.json: it is not a model folder.") from None
-    if config.get("auto_map"):
-        raise BadModel(
-            f"{name} brings code of its own (auto_map in config.json), which Maquette never runs. Choose a model that "
-            "transformers knows by itself."
-        )
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+        if config.get("auto_map"):  # of a type that transformers knows, its own code computes, and none of the repo's
+            raise BadModel(
+                f"{name} brings code of its own (auto_map in config.json), which Maquette never runs. Choose a model "
+                "that transformers knows by itself."
+            )
         raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
     if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadModel(f"{name}: a {kind} model is not a causal language model.")

@@ -226,7 +226,10 @@ BROKEN: list[tuple[Edit, str]] = [
     (config(model_type="unheard_of"), "model type 'unheard_of' is unknown"),
     (config(model_type="t5"), "is not a causal language model"),
     (config(is_encoder_decoder=True), "is not a causal language model"),
-    (config(auto_map={"AutoModelForCausalLM": "modeling.Own"}), "brings code of its own (auto_map in config.json)"),
+    (
+        config(model_type="own", auto_map={"AutoModelForCausalLM": "modeling.Own"}),
+        "brings code of its own (auto_map in config.json)",
+    ),
     (config(num_hidden_layers=10**6), "num_hidden_layers = 1000000; that cannot be right"),
     (config(quantization_config={"quant_method": "gptq"}), "is already quantized"),
     (index('{"weight_map": {"a": "../../etc/passwd"}}'), "the index names '../../etc/passwd'"),

@@ -1,8 +1,4 @@
-"""Bad hubs, bad repos and bad names of repos. Switched on by adding `hub_cases.CASES` to the table.
-
-Against `tests.hub.Hub` (the server), `engine.hub.Hub` and `preflight.check(recipe, hub, token)`, which are made on
-another branch: so they are imported where they are used.
-"""
+"""Bad hubs, bad repos and bad names of repos."""
 
 from __future__ import annotations
 
@@ -14,7 +10,9 @@ from typing import Any
 
 from engine import preflight
 from engine.errors import MaquetteError
+from engine.hub import Hub
 from engine.records import Recipe
+from tests import hub as loopback
 from tests.faults.scene import Case, Scene
 
 REPO = "org/tiny"
@@ -23,9 +21,6 @@ Damage = Callable[[Path], object]
 
 def ask(scene: Scene, place: Path, text: str, token: str, damage: Damage | None, failure: dict[str, Any] | None) -> str:
     """The line with which preflight refuses a repo that the loopback hub serves, and that little was fetched for it."""
-    from engine.hub import Hub
-    from tests import hub as loopback
-
     folder = Path(shutil.copytree(scene.model, place / "repo"))
     if damage is not None:
         damage(folder)
@@ -95,8 +90,6 @@ def truncated(folder: Path) -> None:
 
 def offline(scene: Scene, place: Path, patch: object) -> str:
     """Nothing is in the cache, and nobody may be asked."""
-    from engine.hub import Hub
-
     found = Hub(place / "cache", endpoint="http://127.0.0.1:9", offline=True)
     return refusal(lambda: preflight.check(Recipe.model_validate({"model": REPO}), found))
 
@@ -123,7 +116,9 @@ CASES = [
     hub("an adapter", "holds only an adapter", damage=adapter),
     hub("a truncated file", "truncated or not a safetensors file", damage=truncated),
     hub("an index that points outside", "the index names", damage=index),
-    hub("code in the repo", "brings code of its own", damage=edit(auto_map={"AutoModelForCausalLM": "evil.Evil"})),
+    hub(
+        "code in the repo", "brings code of its own", damage=edit(model_type="own", auto_map={"AutoModel": "evil.Evil"})
+    ),
     hub("a million layers", "that cannot be right", damage=edit(num_hidden_layers=10**6)),
     hub("an unknown type", "is unknown to the installed transformers", damage=edit(model_type="nonsense")),
     hub("already quantized", "is already quantized", damage=edit(quantization_config={"quant_method": "gptq"})),

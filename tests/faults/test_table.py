@@ -12,10 +12,12 @@ from engine import artifacts
 from engine.attempts import attempt_folder
 from engine.recipes import parse_recipe
 from engine.records import Status
-from tests.faults import machine_cases, repository_cases, setting_cases, web_cases
+from tests.faults import hub_cases, machine_cases, repository_cases, setting_cases, web_cases
 from tests.faults.scene import ANNA, Body, Case, Scene
 
-TABLE: list[Case] = [*repository_cases.CASES, *setting_cases.CASES, *machine_cases.CASES, *web_cases.CASES]
+TABLE: list[Case] = [
+    *repository_cases.CASES, *setting_cases.CASES, *machine_cases.CASES, *web_cases.CASES, *hub_cases.CASES,
+]  # fmt: skip
 LONGEST = 600  # characters of a line
 
 
