@@ -321,6 +321,173 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "reused what an earlier run has done: {titles}": "复用了先前运行的成果：{titles}",
         "read back {said}: logits {distance} apart": "已{said}读回：logits 相差 {distance}",
         "{count} sequences of {tokens} tokens of the calibration text, one block at a time": "校准文本的 {count} 条序列，每条 {tokens} 个词元，逐层测量",
+        # models of the hub: how a model is named, and what the hub says
+        "There is no model folder {name}. {said}": "没有模型文件夹 {name}。{said}",
+        "There is no model folder {name}, and no hub is at hand. {said}": "没有模型文件夹 {name}，也没有可用的 Hub。{said}",
+        "The model is empty or holds a NUL character. {said}": "模型为空或含有 NUL 字符。{said}",
+        "The bundled model has no revisions. Write `demo` alone.": "内置模型没有版本。请只写 `demo`。",
+        "Folders of the server cannot be named here. Write `demo` or a model of the hub.":
+            "这里不能指定服务器的文件夹。请写 `demo` 或 Hub 上的模型。",
+        "The folder {name} has no revisions; only a model of the hub has.": "文件夹 {name} 没有版本；只有 Hub 上的模型才有。",
+        "{name} is a folder here and may be a model of the hub too. Write ./{folder} for the folder, {repo}@main for the hub's.":
+            "{name} 在这里是文件夹，也可能是 Hub 上的模型。指文件夹请写 ./{folder}，指 Hub 请写 {repo}@main。",
+        "{name} is no address of a model at huggingface.co. {said}": "{name} 不是 huggingface.co 上模型的地址。{said}",
+        "{name} is not the address of a model. It reads https://huggingface.co/owner/name.":
+            "{name} 不是模型的地址。地址形如 https://huggingface.co/owner/name。",
+        "{name} is too long for a model of the hub, whose names have up to {count} characters.":
+            "{name} 太长：Hub 上的模型名至多 {count} 个字符。",
+        "{name} has more than one slash: a model of the hub is owner/name. {said}":
+            "{name} 有多个斜杠：Hub 上的模型写作 owner/name。{said}",
+        "{name} cannot be the name of a model of the hub: letters, digits, single - and ., and _. {said}":
+            "{name} 不能是 Hub 上的模型名：只能用字母、数字、单个 - 和 .，以及 _。{said}",
+        "{name} cannot be a revision. Write a branch, a tag or a commit, or leave it empty.":
+            "{name} 不能是版本。请写分支、标签或提交，或留空。",
+        "{name} is no model of the hub.": "{name} 不是 Hub 上的模型。",
+        "{name} is not downloaded yet. Run it once, or give the folder of a run's model.":
+            "{name} 尚未下载。请先运行一次，或给出某次运行的模型文件夹。",
+        "{name} has its weights in {count} files; that cannot be right.": "{name} 的权重分在 {count} 个文件中，这不可能正确。",
+        "{name}: {file} has a header of {count} bytes; that cannot be right.": "{name}：{file} 的头部有 {count} 字节，这不可能正确。",
+        "{name} is gated: accept its conditions at {address} and give a token of that account.":
+            "{name} 需授权：请在 {address} 接受其条款，并提供该账户的令牌。",
+        "{name} is gated, and this token's account may not read it: ask for it at {address}.":
+            "{name} 需授权，而该令牌的账户无权读取：请在 {address} 申请。",
+        "The token holds spaces or other characters that no token has. Paste it again.": "令牌含有空格或其他不该有的字符。请重新粘贴。",
+        "The hub does not accept this token (for {name}). It may have expired: give another.":
+            "Hub 不接受该令牌（用于 {name}）。它可能已过期：请换一个。",
+        "There is no model {name} on the hub, or it is private. Check its name, or whether the token's account may read it.":
+            "Hub 上没有模型 {name}，或它是私有的。请检查名称，或该令牌的账户是否有权读取。",
+        "There is no model {name} on the hub, or it is private. Check its name, or give a token that may read it.":
+            "Hub 上没有模型 {name}，或它是私有的。请检查名称，或提供有权读取的令牌。",
+        "{name} has no revision {revision}. Give a branch, a tag or a commit of it.": "{name} 没有版本 {revision}。请给出它的分支、标签或提交。",
+        "{name} has no file {file} at this revision.": "{name} 在该版本没有文件 {file}。",
+        "The hub answers {status} for {name}: {said}. Try again in a few minutes.": "Hub 对 {name} 的应答是 {status}：{said}。请几分钟后重试。",
+        "The hub says nothing usable about {name}. Try again later.": "Hub 没有给出关于 {name} 的可用信息。请稍后重试。",
+        "What answers at {host} is no hub: its answer is not JSON.": "{host} 应答的不是 Hub：其应答不是 JSON。",
+        "The hub leads in a circle: too many redirects.": "Hub 的重定向形成循环。",
+        "The hub leads to {host}, where nothing was expected.": "Hub 重定向到了意料之外的 {host}。",
+        "The hub leads to an address that is not encrypted; it is not followed.": "Hub 重定向到未加密的地址；不予跟随。",
+        "The hub's answer broke off. Try again.": "Hub 的应答中断。请重试。",
+        "The hub answers too slowly. Try again later.": "Hub 应答太慢。请稍后重试。",
+        "The hub at {host} cannot be reached: {said}.": "无法连接 {host} 的 Hub：{said}。",
+        "The hub at {host} cannot be reached: {error}.": "无法连接 {host} 的 Hub：{error}。",
+        "The connection to the hub broke: {said}.": "与 Hub 的连接中断：{said}。",
+        "The connection to the hub broke: {error}.": "与 Hub 的连接中断：{error}。",
+        "The hub names no content for {file}: it gives no ETag that can be used.": "Hub 没有标明 {file} 的内容：没有可用的 ETag。",
+        "The hub sent {got} of {count} bytes of {file}. Try again.": "Hub 只发来 {file} 的 {got} / {count} 字节。请重试。",
+        "The hub sent another part of {file} than was asked for. Try again.": "Hub 发来的 {file} 部分不是所请求的。请重试。",
+        "{file} has {got} bytes where the hub had announced {count}.": "{file} 有 {got} 字节，而 Hub 声明为 {count}。",
+        "The download of {file} broke off at {got} of {count} bytes.": "{file} 的下载在 {got} / {count} 字节处中断。",
+        "{name} needs {needed} GiB more on the disk, {free} are free. Delete old runs, or choose another folder with MAQUETTE_HOME.":
+            "{name} 还需要 {needed} GiB 磁盘空间，可用 {free} GiB。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹。",
+        "{name} needs {needed} GiB on the disk, {free} are free. Delete old runs, or choose another folder with MAQUETTE_HOME.":
+            "{name} 需要 {needed} GiB 磁盘空间，可用 {free} GiB。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹。",
+        "{name} is not complete on this machine, and Maquette is offline (HF_HUB_OFFLINE).": "{name} 在本机不完整，而 Maquette 处于离线状态（HF_HUB_OFFLINE）。",
+        "{name} is still incomplete after its download. Try again.": "{name} 下载后仍不完整。请重试。",
+        "{said_reason} Resume the run with it.": "{said_reason}请用它继续运行。",
+        "{name} has {size} MiB; at most {limit} are read. Download it again.": "{name} 有 {size} MiB，最多读取 {limit}。请重新下载。",
+        "{name} is not JSON: it is damaged. Download it again.": "{name} 不是 JSON：已损坏。请重新下载。",
+        "{name} is not a JSON object.": "{name} 不是 JSON 对象。",
+        "{name} has no {file}.": "{name} 没有 {file}。",
+        "{name}: {file} is damaged. Download it again.": "{name}：{file} 已损坏。请重新下载。",
+        "{name}: {file} names no file. Download it again.": "{name}：{file} 没有列出任何文件。请重新下载。",
+        "{name}: {shared} heads of keys and values do not divide {heads} attention heads.": "{name}：{shared} 个键值头不能整除 {heads} 个注意力头。",
+        "{name}: config.json says {key} = {value}; no such activation is known here.": "{name}：config.json 中 {key} = {value}；没有这样的激活函数。",
+        "{name}: config.json says rope_type = {value}; no such positions are known here.": "{name}：config.json 中 rope_type = {value}；没有这样的位置编码。",
+        "{name} has no tokenizer: copy tokenizer.json from the model it was made of.": "{name} 没有分词器：请从其来源模型复制 tokenizer.json。",
+        "{name} has {count} embeddings, and its tokenizer gives the token {token}: the two are not of one model. "
+        "Copy the tokenizer from the model it was made of.":
+            "{name} 有 {count} 个词嵌入，而其分词器给出词元 {token}：二者不属于同一模型。请从其来源模型复制分词器。",
+        "{name} brings code of its own (auto_map in config.json), which Maquette never runs. "
+        "Choose a model that transformers knows by itself.":
+            "{name} 自带代码（config.json 中的 auto_map），Maquette 从不执行。请选择 transformers 本身认识的模型。",
+        # hosting
+        "The model has {count} billion parameters; this server takes up to {limit} billion. "
+        "Choose a smaller one, or run Maquette on your own machine.":
+            "该模型有 {count} 十亿参数；本服务器至多接受 {limit} 十亿。请选择较小的模型，或在自己的机器上运行 Maquette。",
+        "The model's files hold {size}; this server takes up to {limit}. Choose a smaller one, or run Maquette on your own machine.":
+            "该模型的文件共 {size}；本服务器至多接受 {limit}。请选择较小的模型，或在自己的机器上运行 Maquette。",
+        "Your runs hold {used} of the {limit} that a visitor has, and this one needs up to {size}. "
+        "Delete a run on the Runs tab, or choose a smaller model.":
+            "您的运行已占用 {used}，每位访客的限额为 {limit}，而此运行最多需要 {size}。请在“运行”页删除一个运行，或选择较小的模型。",
+        "The server's disk has {left} left; the run needs up to {size}, and {floor} stay free. "
+        "Delete runs of yours, or come back later.":
+            "服务器磁盘还剩 {left}；此运行最多需要 {size}，并须保留 {floor}。请删除您的运行，或稍后再来。",
+        "{text}: on a shared server the bundled text is used; set it to demo or leave it out.":
+            "{text}：共享服务器上使用内置文本；请设为 demo 或不填。",
+        "{name} cannot be used on a shared server: name demo, or a model of the hub as owner/name.":
+            "{name} 不能在共享服务器上使用：请写 demo，或 Hub 上的模型 owner/name。",
+        "Models of {owner} are not offered here, those of {known} are.": "这里不提供 {owner} 的模型，提供的有 {known}。",
+        "That was too often in a short time. Try again in {seconds} seconds.": "短时间内过于频繁。请在 {seconds} 秒后重试。",
+        "The run needs {needed} GiB; on ZeroGPU {most} can be used. Choose a smaller model, or run Maquette on a machine of its own.":
+            "该运行需要 {needed} GiB；ZeroGPU 上可用 {most} GiB。请选择较小的模型，或在独立的机器上运行 Maquette。",
+        "The run would take about {seconds} s; on ZeroGPU a run has {most}. Use fewer steps, calibration samples or measurements, "
+        "or run Maquette on a machine of its own.":
+            "该运行大约需要 {seconds} 秒；ZeroGPU 上每次运行有 {most} 秒。请减少步数、校准样本或测量项，或在独立的机器上运行 Maquette。",
+        "Another program holds the run store: nothing was stored. Close it, then try again.":
+            "另一个程序占用了运行数据库：没有存入任何内容。请关闭它后重试。",
+        "The run store cannot be written: {error}. The server's log has the details.": "运行数据库无法写入：{error}。详情见服务器日志。",
+        "In local mode Maquette listens on this machine alone, not on {host}. "
+        "Set MAQUETTE_MODE=team (with `python -m engine user add NAME`) or MAQUETTE_MODE=public, or HOST=127.0.0.1.":
+            "本地模式下 Maquette 只监听本机，而不是 {host}。"
+            "请设置 MAQUETTE_MODE=team（并用 `python -m engine user add NAME`）或 MAQUETTE_MODE=public，或 HOST=127.0.0.1。",
+        "{variable} is {value}; it must be a number above 0.": "{variable} 为 {value}；它必须是大于 0 的数。",
+        "MAQUETTE_MODE is {value}; it must be one of {known}.": "MAQUETTE_MODE 为 {value}；它必须是 {known} 之一。",
+        "{name} is no user name: 1 to 32 of a-z, 0-9, dot, - and _, a letter or digit first.":
+            "{name} 不是用户名：1 到 32 个 a-z、0-9、点、- 和 _，以字母或数字开头。",
+        "The password has {count} characters; it needs {least} to {most}.": "密码有 {count} 个字符；需要 {least} 到 {most} 个。",
+        "The users file {path} cannot be read. Repair it, or delete it and begin anew.": "用户文件 {path} 无法读取。请修复它，或删除后重新开始。",
+        # writing, prompts, advice, pushing
+        "This model has no chat template: it was made to go on with a text. Choose plain text.":
+            "该模型没有对话模板：它用于续写文本。请选择纯文本。",
+        "The chat template has {count} characters; {limit} are read. Use plain text.": "对话模板有 {count} 个字符，最多读取 {limit} 个。请使用纯文本。",
+        "The chat template refuses this: {error}": "对话模板拒绝此内容：{error}",
+        "The chat template writes more than the {limit} characters that are read. Choose plain text.":
+            "对话模板写出的内容超过可读取的 {limit} 个字符。请选择纯文本。",
+        "The chat template did not end within {seconds} s. Choose plain text.": "对话模板在 {seconds} 秒内没有结束。请选择纯文本。",
+        "The chat template needs too much memory or time. Choose plain text.": "对话模板需要过多内存或时间。请选择纯文本。",
+        "top-p must lie above 0 and up to 1, top-k in 0 (all) to {limit}.": "top-p 必须大于 0 且不超过 1，top-k 在 0（全部）到 {limit} 之间。",
+        "The system prompt has {count} characters; write up to {limit}, and no NUL.": "系统提示词有 {count} 个字符；至多 {limit} 个，且不含 NUL。",
+        "The prompt file has {count} bytes; {limit} are read. Shorten it.": "提示词文件有 {count} 字节，最多读取 {limit} 字节。请缩短。",
+        "The prompt file is a binary file. Give a text file with one prompt a line, or JSONL.":
+            "提示词文件是二进制文件。请提供每行一条提示词的文本文件，或 JSONL。",
+        "The prompt file is not UTF-8 text (byte {place}). Save it as UTF-8.": "提示词文件不是 UTF-8 文本（第 {place} 字节）。请存为 UTF-8。",
+        "The prompt file is empty. Write one prompt a line.": "提示词文件为空。请每行写一条提示词。",
+        "The prompt file holds more than {limit} prompts. Remove some.": "提示词文件超过 {limit} 条提示词。请删去一些。",
+        "Line {number} holds an empty prompt. Write a few words, or remove the line.": "第 {number} 行的提示词为空。请写几个词，或删去该行。",
+        "The prompt in line {number} has {count} characters; the limit is {limit}.": "第 {number} 行的提示词有 {count} 个字符，上限为 {limit}。",
+        "Line {number} is not JSON. Write {{\"prompt\": \"...\"}} in each line, or name the file .txt.":
+            "第 {number} 行不是 JSON。请每行写 {{\"prompt\": \"...\"}}，或把文件命名为 .txt。",
+        "Line {number} has no \"prompt\" that is a text: {line}": "第 {number} 行没有文字形式的 \"prompt\"：{line}",
+        "The goal is {goal}. Write memory=8GB, latency=0.5 (half), cost or cost=0.3 (USD).":
+            "目标为 {goal}。请写 memory=8GB、latency=0.5（一半）、cost 或 cost=0.3（美元）。",
+        "There is no goal {goal}. Choose memory, latency or cost.": "没有目标 {goal}。请选择 memory、latency 或 cost。",
+        "The goal {goal} needs a number: {example}.": "目标 {goal} 需要一个数值：{example}。",
+        "The number of the goal {goal} is {value}; it must lie above 0, up to {limit}.": "目标 {goal} 的数值为 {value}；必须大于 0 且不超过 {limit}。",
+        "The model's files are not complete any more. Start its recipe again.": "该模型的文件已不完整。请重新启动它的配方。",
+        "The model's file {file} is not there any more. Start its recipe again.": "该模型的文件 {file} 已不在。请重新启动它的配方。",
+        "{name} is no name of a repository. Write it as your-name/model-name.": "{name} 不是仓库名。请写作 your-name/model-name。",
+        "That is no token. Make one with write access in the hub's settings and paste it whole.":
+            "这不是令牌。请在 Hub 设置中创建一个有写权限的令牌，并完整粘贴。",
+        "Stopped; what was uploaded so far is no commit.": "已停止；目前上传的内容没有形成提交。",
+        "The upload took too long and was ended. Try again: files that are there are not sent twice.":
+            "上传时间过长，已结束。请重试：已上传的文件不会重复发送。",
+        "The upload ended without a word. Try again.": "上传没有留下信息就结束了。请重试。",
+        "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then try again.":
+            "磁盘已满。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹，然后重试。",
+        "The data folder cannot be written. Choose another with MAQUETTE_HOME, or let this user write to it.":
+            "数据文件夹不可写。请用 MAQUETTE_HOME 选择其他文件夹，或允许当前用户写入。",
+        "Too many files are open. Raise the limit (ulimit -n) or end other programs, then try again.":
+            "打开的文件过多。请提高上限（ulimit -n）或结束其他程序，然后重试。",
+        "The file {name} could not be used: {said}. The log has the details.": "文件 {name} 无法使用：{said}。详情见日志。",
+        "The file {name} could not be used: {error}. The log has the details.": "文件 {name} 无法使用：{error}。详情见日志。",
+        "The file could not be used: {error}. The log has the details.": "文件无法使用：{error}。详情见日志。",
+        "The worker could not be started. {said}": "无法启动工作进程。{said}",
+        "{name} is not on this machine, and Maquette is offline (HF_HUB_OFFLINE).": "{name} 不在本机，而 Maquette 处于离线状态（HF_HUB_OFFLINE）。",
+        "The download cannot be written: {said}.": "下载内容无法写入：{said}。",
+        "The text ended early. Try again.": "文本提前结束。请重试。",
+        "{said_reason} Going on in {seconds} s.": "{said_reason}{seconds} 秒后继续。",
+        "{said_reason} Trying again.": "{said_reason}正在重试。",
+        "Another run downloads this model; waiting.": "另一个运行正在下载该模型；等待中。",
     }
 )
 
@@ -424,6 +591,14 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "No space left on device": "磁盘已满", "Input/output error": "读写错误", "File name too long": "文件名过长",
         "Not a directory": "不是文件夹", "Too many open files": "打开的文件过多",
         "Too many levels of symbolic links": "符号链接层数过多", "Cannot allocate memory": "无法分配内存",
+        "Write `demo`, a model of the hub as owner/name, or a folder that begins with / ./ ../ or ~.":
+            "请写 `demo`、Hub 上的模型 owner/name，或以 / ./ ../ 或 ~ 开头的文件夹。",
+        "too many requests": "请求过多", "it is out of order": "它出了故障", "assumption": "假设", "user": "用户",
+        "it does not answer": "没有应答", "timed out": "超时", "Connection refused": "连接被拒绝",
+        "Connection reset by peer": "连接被重置", "Name or service not known": "无法解析主机名",
+        "Read-only file system": "文件系统为只读",
+        "it does not answer in time": "没有及时应答", "the disk failed": "磁盘故障",
+        "the address or the token holds characters that cannot be sent": "地址或令牌含有无法发送的字符",
     }
 )
 # fmt: on

@@ -255,8 +255,8 @@ def test_a_visitor_switches_to_chinese_and_back(open_page: Open, returning: Stor
     expect(page.get_by_role("tab", name="对比", exact=True)).to_be_visible(timeout=30_000)
     assert "note=kept" in page.url
     assert page.evaluate("[document.documentElement.lang, navigator.language]") == ["zh-CN", "zh-CN"]
-    expect(page.get_by_label("提示词")).to_be_visible()
-    expect(page.get_by_role("button", name="同时生成")).to_be_visible()
+    expect(page.get_by_label("提示词", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="全部生成")).to_be_visible()
     expect(page.locator(".mq-verdict").first).to_contain_text(re.compile(r"缩小 .*困惑度"), timeout=30_000)
     expect(page.locator("#mq-front .xtitle")).to_have_text("磁盘占用，MiB", timeout=30_000)
     page.locator("#mq-summary summary").click()

@@ -14,6 +14,7 @@ from engine.errors import InputError, MaquetteError, UnknownName
 from engine.methods import check, get, methods
 from engine.recipes import load_recipe
 from engine.records import Recipe
+from engine.sources import WAYS
 from ui import chinese_messages, chinese_methods, language, wording
 from ui.edge import line
 from ui.messages import Template, translate
@@ -22,7 +23,7 @@ ENGINE = Path(__file__).parents[2] / "engine"
 # What no page can show: the command line's own words, and what only our own mistakes raise.
 LEFT = {
     "engine/cli.py", "engine/bitmask.py", "engine/generate.py", "engine/measure/latency.py", "engine/runtime/linear.py",
-    "engine/runtime/native/decoder.py", "engine/runtime/native/linear.py",
+    "engine/runtime/native/decoder.py", "engine/runtime/native/linear.py", "engine/significance.py",
 }  # fmt: skip
 
 
@@ -88,12 +89,15 @@ SAMPLES = {
     "body.fixed[axis]": "this stablelm has a norm for each head", "what": "a cache of its own",
     "problem[:-5]": "missing", "run.status": "running", "why": "weights are not finite",
     "kept": "No checkpoint was written yet.", "_where(error)": "unreadable in line 1, column 2",
+    "WAYS": WAYS, "problem['msg']": "Input should be a valid number",
     "problem": "lm_head is missing", "error.strerror": "Permission denied", "UNITS[self.unit]": "MiB",
 }  # fmt: skip
 BY_FILE = {
     "engine/tokens.py": {"reason": "it has 5 tokens, the model 7"},
     "engine/checkpoint.py": {"problem": "the weights do not fit the config (missing: lm_head)"},
     "engine/preflight.py": {"error": "all 8 blocks would be removed. Keep one at least: count 7 or less."},
+    "engine/worker.py": {"error": "The hub does not accept this token (for a/b). It may have expired: give another."},
+    "engine/repos.py": {"why": "too many requests"},
     "engine/ranks.py": {"'s' * (gpus != 1)": "s"},
 }
 
@@ -105,6 +109,8 @@ def filled(node: ast.expr, samples: dict[str, str]) -> str | None:
         return "".join(part(each, samples) for each in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return f"{filled(node.left, samples) or 'x'}{filled(node.right, samples) or 'x'}"
+    if isinstance(node, ast.IfExp):
+        return filled(node.body, samples)
     return None  # passed on: what another place has said
 
 

@@ -21,6 +21,7 @@ from engine.sources import Folder, Repo, classify
 from ui import markup, wording
 from ui.desk import Desk
 from ui.edge import edge, visitor
+from ui.messages import translate
 from ui.wiring import on
 from ui.wording import say
 
@@ -87,7 +88,7 @@ def search(desk: Desk, text: object, token: object) -> Iterator[list[object]]:
     try:
         found = desk.scheduler.hub.search(wanted, clean(token))
     except MaquetteError as error:
-        yield [markup.notice(str(error), "warn"), gr.update(choices=[], value=None, visible=False)]
+        yield [markup.notice(translate(str(error)), "warn"), gr.update(choices=[], value=None, visible=False)]
         return
     none = "" if found else say("models.none", text=wanted)
     choices = [(label(each), each.name) for each in found]
