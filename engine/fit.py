@@ -43,7 +43,7 @@ LOGITS, PAIR = (
     10,
     20,
 )  # bytes of a logit: 16 bit, float32 and its logarithm; with those of the original, and both at work
-WRITTEN = 64  # tokens of each of eight sequences, prompt included, when latency is measured
+WRITTEN = 64  # tokens of each of sixteen sequences, prompt included, when latency is measured
 LARGE = "Larger than memory: one block at a time."
 ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
@@ -80,6 +80,7 @@ class Estimate:
     """What a recipe will take: bytes by situation and part, bytes that are free, seconds by part, notes for the reader.
 
     serving: of one warm process with what the recipe makes, one sequence of the model's length, 4,096 tokens at most.
+    download: bytes that have to come from the hub first.
     """
 
     needs: tuple[Need, ...]
@@ -88,6 +89,7 @@ class Estimate:
     times: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     device: str = "cpu"
+    download: int = 0
 
     @property
     def largest(self) -> Need:
@@ -146,7 +148,7 @@ def estimate(
     serve = serving(held, batch=1, tokens=length)
     return Estimate(
         tuple(needs), _on_gpu(serve) if machine.device == "cuda" else serve, machine.free, times,
-        (LARGE,) * large, machine.device,
+        (LARGE,) * large, machine.device, download,
     )  # fmt: skip
 
 
@@ -288,7 +290,7 @@ def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need
     """The packed model in a process of its own; logits of many tokens; beside it the original, where both are read."""
     parameters, vocabulary = held.shape.parameters, sizes.vocabulary_size(held.shape)
     width = held.width
-    cache = sizes.cache_bytes(held.shape.config, held.grid, width, 8, WRITTEN)
+    cache = sizes.cache_bytes(held.shape.config, held.grid, width, 16, WRITTEN)
     both = original is not None and bool(wanted & {"accuracy", "divergence", "outputs"})
     tokens = LOGIT_TOKENS if "accuracy" in wanted else min(LOGIT_TOKENS, share(parameters, DOCUMENTS) * DOCUMENT_TOKENS)
     reads = bool(wanted & {"perplexity", "accuracy", "divergence"})

@@ -73,8 +73,16 @@ def classify(model: Model, *, folders: bool = True) -> Bundled | Folder | Repo:
                 f"{short(text)!r} is a folder here and may be a model of the hub too. "
                 f"Write ./{short(text)} for the folder, {short(text)}@main for the hub's."
             )
-        return Folder(Path(text).expanduser())
+        return Folder(_home(text))
     return Repo(_checked(text), _revision(revision))
+
+
+def _home(text: str) -> Path:
+    """The path with `~` as somebody's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise BadModel(f"There is no model folder {short(text)!r}: nobody of that name has a home here.") from None
 
 
 def is_path(model: Model) -> bool:

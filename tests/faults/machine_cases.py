@@ -156,10 +156,10 @@ def few_files(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
     lowest = resource.getrlimit(resource.RLIMIT_NOFILE)
     start = InlineRunner.start
 
-    def starved(self: InlineRunner, request: Path, device: str) -> object:
+    def starved(self: InlineRunner, request: Path, device: str, secret: str = "") -> object:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, lowest[1]))
         try:
-            return start(self, request, device)
+            return start(self, request, device, secret)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, lowest)
 

@@ -63,11 +63,13 @@ class Visitor:
 
     def start(self, recipe: str) -> list[str]:
         """Paste a recipe and press Start where the page took it; the lines in the corner."""
-        inputs = len(next(d for d in self.config["dependencies"] if d["id"] == self.reading("mq-paste"))["inputs"])
-        _, lines = self.call(self.reading("mq-paste"), [recipe, *[None] * (inputs - 1)])
-        if lines:
-            return lines
-        return self.call(self.handler("mq-start", "click"), [None, False])[1]
+        paste, start = self.reading("mq-paste"), self.handler("mq-start", "click")
+        _, lines = self.call(paste, [recipe, *[None] * (self.inputs(paste) - 1)])
+        return lines or self.call(start, [None, False, *[""] * (self.inputs(start) - 2)])[1]
+
+    def inputs(self, handler: int) -> int:
+        """How many values a handler takes."""
+        return len(next(d for d in self.config["dependencies"] if d["id"] == handler)["inputs"])
 
 
 JSON = {"content-type": "application/json"}

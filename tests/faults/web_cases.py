@@ -39,9 +39,14 @@ def one(answer: tuple[dict[str, Any], list[str]]) -> str:
 
 def arriving(visitor: Visitor, **query: str) -> str:
     """The line that a deep link gives."""
+    return one(load(visitor, **query))
+
+
+def load(visitor: Visitor, **query: str) -> tuple[dict[str, Any], list[str]]:
+    """Open the page with these words in its address."""
     handler = max((d for d in visitor.config["dependencies"] if _loads(d)), key=lambda each: len(each["outputs"]))
     address = f"/gradio_api/queue/join?{urllib.parse.urlencode(query)}"
-    return one(visitor.call(handler["id"], [None], address=address))
+    return visitor.call(handler["id"], [None], address=address)
 
 
 def _loads(dependency: dict[str, Any]) -> bool:
@@ -68,11 +73,12 @@ def run_both(visitor: Visitor, prompt: object) -> str:
         d for d in visitor.config["dependencies"]
         if visitor.component("mq-prompt") in d["inputs"] and any(list(t)[1] == "click" for t in d["targets"])
     )  # fmt: skip
-    kinds = {int(each["id"]): str(each["type"]) for each in visitor.config["components"]}
-    fill = {"number": 1.0, "state": None, "dropdown": "stored:0", "radio": "same"}
-    data = [
-        prompt if each == visitor.component("mq-prompt") else fill.get(kinds[each], "") for each in handler["inputs"]
-    ]
+    load(visitor)  # which tells Gradio what the pickers offer
+    shown = {int(each["id"]): each["props"].get("value") for each in visitor.config["components"]}
+    pickers = [int(each["id"]) for each in visitor.config["components"] if each["type"] == "dropdown"]
+    first = [each for each in pickers if each in handler["inputs"]][:2]
+    shown |= dict.fromkeys(first, "stored:0") | {visitor.component("mq-prompt"): prompt}
+    data = [shown[each] for each in handler["inputs"]]
     return one(visitor.call(handler["id"], data))
 
 
@@ -149,12 +155,12 @@ def long_link(scene: Scene, visitor: Visitor) -> str:
     return arriving(visitor, recipe="# " + "x" * 30_000)
 
 
-@web("a link to a comparison of markup", "refused", "Unknown run")
+@web("a link to a comparison of markup", "refused", "Pick two to four results")
 def markup_link(scene: Scene, visitor: Visitor) -> str:
     return arriving(visitor, compare=MARKUP)
 
 
-@web("a link to nothing but commas", "refused", "Unknown run")
+@web("a link to nothing but commas", "refused", "Pick two to four results")
 def comma_link(scene: Scene, visitor: Visitor) -> str:
     return arriving(visitor, compare="," * 500)
 
