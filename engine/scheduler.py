@@ -191,8 +191,10 @@ class Scheduler:
         """
         with self._guard:
             run = self._own(run_id, owner)
-            if not run.status.final or self._watch_of(run_id) is not None:
+            if not run.status.final:
                 raise InputError(f"Run {run_id} is {run.status}; cancel it first.")
+            if self._watch_of(run_id) is not None:
+                raise InputError(f"The process of run {run_id} is just ending. Try again in a moment.")
             self.store.delete_run(run_id)
             self._discard(self.home / "runs" / run_id)
         self._wake.set()

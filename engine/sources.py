@@ -82,7 +82,7 @@ def _home(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise BadModel(f"There is no model folder {short(text)!r}: nobody of that name has a home here.") from None
+        raise BadModel(f"There is no model folder {short(text)!r}. {WAYS}") from None  # nobody of that name
 
 
 def is_path(model: Model) -> bool:

@@ -202,6 +202,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{count} of your runs are waiting already. Wait for one to start, or cancel one.": "您已有 {count} 个运行在排队。请等其中一个开始，或取消一个。",
         "Run {run} is {said}; only an interrupted or failed run can be resumed.": "运行 {run} 的状态为“{said}”；只有已中断或失败的运行可以继续。",
         "Run {run} is {said}; cancel it first.": "运行 {run} 的状态为“{said}”；请先取消它。",
+        "The process of run {run} is just ending. Try again in a moment.": "运行 {run} 的进程正在结束，请稍后再试。",
         "Run {run} has no model yet.": "运行 {run} 还没有模型。",
         "The worker could not be started: {said}.": "无法启动工作进程：{said}。",
         "The worker could not be started: {error}.": "无法启动工作进程：{error}。",

@@ -48,7 +48,7 @@ class Scene:
     def finish(self, run: Run) -> Run:
         """Wait for a run's end."""
         deadline = time.monotonic() + 60
-        while not (found := self.scheduler.store.run(run.id)).status.final:
+        while not (found := self.scheduler.store.run(run.id)).status.final or self.scheduler._watch_of(run.id):
             assert time.monotonic() < deadline, f"{found} hangs"
             time.sleep(0.01)
         return found

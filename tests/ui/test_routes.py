@@ -30,6 +30,7 @@ GATED = (200, 200, 401)
 ROUTES: dict[str, tuple[int, int, int]] = {
     "GET /healthz": EVERYBODY, "HEAD /healthz": EVERYBODY,
     "GET /runs/{run}/{name}": (404, 404, 401), "HEAD /runs/{run}/{name}": (404, 404, 401),
+    "GET /compare/{name}": (404, 404, 401), "HEAD /compare/{name}": (404, 404, 401),
     "GET /login": (303, 404, 200), "HEAD /login": (303, 404, 200), "POST /login": (403, 404, 403),
     "POST /logout": (303, 404, 401),
     "GET /": (200, 200, 303), "HEAD /": (200, 200, 303),

@@ -57,7 +57,7 @@ def build(desk: Desk, page: gr.Blocks) -> Picker:
         )  # fmt: skip
 
     @edge
-    def look(text: str, token: str) -> Iterator[object]:
+    def hunt(text: str, token: str) -> Iterator[object]:
         yield from search(desk, text, token)
 
     @edge
@@ -71,7 +71,7 @@ def build(desk: Desk, page: gr.Blocks) -> Picker:
         names = used(desk, visitor(request))
         return gr.update(choices=names, value=None, visible=bool(names))
 
-    on([needle.input], look, [needle, token], [state, hits], trigger_mode="always_last")
+    on([needle.input], hunt, [needle, token], [state, hits], trigger_mode="always_last")
     on([hits.input], choose, [hits], [source])
     on([recents.input], choose, [recents], [source])
     on([page.load], remember, [], [recents])
