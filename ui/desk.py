@@ -104,7 +104,7 @@ class Desk:
         """The visitor's runs, newest first; on a local page also those of the command line."""
         if not self.local:
             return self.store.runs(owner=owner)
-        return [run for run in self.store.runs() if run.owner in (owner, "")]
+        return self.store.runs((owner, ""))
 
     def run(self, run_id: str, owner: str) -> Run:
         """One run.
