@@ -72,14 +72,15 @@ class Visitor:
         answer = await self.timed(what, self.http.post("/gradio_api/run/predict", json=body))
         return [] if answer is None else list(answer.json()["data"])
 
-    async def event(self, handler: int, data: list[Any]) -> list[str]:
-        """An event through the queue; the lines in the corner."""
-        body = {"fn_index": handler, "data": data, "session_hash": self.session}
+    async def event(self, handler: int, data: list[Any], tab: int = 0) -> list[str]:
+        """An event through the queue, from a tab of the browser; the lines in the corner."""
+        session = f"{self.session}{tab:04d}"  # a session's messages go to one listener
+        body = {"fn_index": handler, "data": data, "session_hash": session}
         joined = await self.timed("an event is taken", self.http.post("/gradio_api/queue/join", json=body))
         if joined is None:
             return []
         event, lines = joined.json()["event_id"], []
-        params = {"session_hash": self.session}
+        params = {"session_hash": session}
         async with self.http.stream("GET", "/gradio_api/queue/data", params=params) as answer:
             async for line in answer.aiter_lines():
                 message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
@@ -182,7 +183,7 @@ async def measure(address: str) -> tuple[Tally, Tally, bool]:
 
     async def submissions() -> None:
         for _ in range(8):
-            await asyncio.gather(*(crowd[0].event(handlers.start, [None, False]) for _ in range(25)))
+            await asyncio.gather(*(crowd[0].event(handlers.start, [None, False], tab) for tab in range(25)))
 
     await asyncio.gather(refresh(crowd[1:], handlers), submissions())
     flooded.refused = len(flood.errors)
@@ -205,7 +206,7 @@ def report(calm: Tally, flooded: Tally, working: bool) -> str:
     ]  # fmt: skip
     for name, times in calm.times.items():
         others = flooded.times.get(name, [])
-        values = [quantile(times, q) for q in (0.5, 0.95, 0.99)] + [quantile(others, 0.95)] * bool(others)
+        values = [quantile(times, q) for q in (0.5, 0.95, 0.99)] + [quantile(each, 0.95) for each in (others,) if each]
         shown = [f"{1e3 * value:.1f}" for value in values]
         lines.append(f"| {name} | {len(times)} | {' | '.join([*shown, '–'][:4])} |")
     return "\n".join(lines)

@@ -35,6 +35,7 @@ from engine.records import Event, EventKind, Measurement, Output, Recipe, Record
 
 log = logging.getLogger(__name__)
 
+RECIPES = 2000  # that are kept read
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE runs (
@@ -110,6 +111,7 @@ class Store:
         self._writer: sqlite3.Connection | None = None
         self._lock: int | None = None
         self._reserve = database.Reserve(path.parent)
+        self._recipes: dict[str, Recipe] = {}
         if read_only:
             if not path.exists():
                 raise StoreError(f"There are no runs in {path.parent} yet.")
@@ -180,13 +182,16 @@ class Store:
             raise UnknownName("run", run_id, ())  # no list of those that exist: they may be another visitor's
         return self._as_run(row)
 
-    def runs(self, owner: str | None = None, limit: int = 200, *, shared: bool = False) -> list[Run]:
-        """The runs of `owner` (None: of everybody), newest first; with `shared` also what others share."""
+    def runs(
+        self, owner: str | tuple[str, ...] | None = None, limit: int = 200, *, shared: bool = False
+    ) -> list[Run]:  # fmt: skip
+        """The runs of `owner`, of any of several, or of everybody (None), newest first; with `shared` also what others share."""
+        owners = (owner,) if isinstance(owner, str) else owner
+        only = "" if owners is None else f"WHERE owner IN ({', '.join('?' * len(owners))}) OR (? AND shared)"
+        values = () if owners is None else (*owners, shared)
         with self._read() as db:
             rows = db.execute(
-                "SELECT * FROM runs WHERE ?1 IS NULL OR owner = ?1 OR (?3 AND shared)"
-                " ORDER BY created DESC, rowid DESC LIMIT ?2",
-                (owner, limit, shared),
+                f"SELECT * FROM runs {only} ORDER BY created DESC, rowid DESC LIMIT ?", (*values, limit)
             ).fetchall()
         return [self._as_run(row) for row in rows]
 
@@ -333,10 +338,20 @@ class Store:
 
     def _as_run(self, row: sqlite3.Row) -> Run:
         values = dict(row)
-        values["recipe"] = Recipe.model_validate_json(row["recipe"])
+        values["recipe"] = self._recipe(row["recipe"])
         if row["artifact"] is not None:  # kept relative, so that the data folder can be moved
             values["artifact"] = str(attempt_folder(self.home, row["id"], row["attempt"]) / row["artifact"])
         return Run.model_validate(values)
+
+    def _recipe(self, text: str) -> Recipe:
+        """A recipe, read once: fifty pages ask for the same ones every second."""
+        known = self._recipes.get(text)
+        if known is None:
+            known = Recipe.model_validate_json(text)
+            while len(self._recipes) >= RECIPES:
+                self._recipes.pop(next(iter(self._recipes)), None)
+            self._recipes[text] = known
+        return known
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:

@@ -139,7 +139,7 @@ class Desk:
         """The visitor's runs and those shared with the team, newest first; on a local page also the command line's."""
         if not self.local:
             return self.store.runs(owner=owner, shared=self.mode is Mode.TEAM)
-        return [run for run in self.store.runs() if run.owner in (owner, "")]
+        return self.store.runs((owner, ""))
 
     def run(self, run_id: str, owner: str) -> Run:
         """One run.

@@ -76,7 +76,9 @@ class Journal:
         """The story of a run up to now. Read only; the next call may extend the same object."""
         with self._guard:
             story = self._stories.pop(run.id, None) or Story(run.attempt)
-            for event in self._store.events(run.id, after=story.seen, kinds=KINDS):
+            # Nothing can come of a run that waits.
+            fresh = self._store.events(run.id, after=story.seen, kinds=KINDS) if run.attempt else ()
+            for event in fresh:
                 story.add(event)
             self._stories[run.id] = story
             while len(self._stories) > self._capacity:
