@@ -104,7 +104,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "series.latency.tpot": "每词延迟",
         # compress
         "compress.title": "压缩一个模型", "compress.about": "选模型，定配方，检查，开始。",
-        "compress.model": "模型", "compress.model.info": "demo，Hub 上的模型（写作 owner/name，可加 @revision：分支、标签或提交），"
+        "compress.model": "模型", "compress.model.info": "demo，Hub 上的模型（写作 owner/name，可加 @版本：分支、标签或提交），"
         "或本机文件夹：/… ./… ~/…",
         "compress.preset": "配方", "compress.steps": "步骤与设置", "compress.add_what": "再加一步",
         "compress.add": "添加步骤", "compress.yaml": "粘贴配方", "compress.paste": "YAML 格式的配方",
@@ -245,14 +245,14 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "share.start": "与团队共享", "share.stop": "停止共享", "share.mark": "已共享",
         "share.yours": "团队成员可以查看、对比和下载此运行。只有您能更改它。",
         "share.theirs": "{name} 共享了此运行。您可以查看、对比和下载。",
-        "expiry.gone": "此运行的文件已于{when}删除；数字保留。需要模型请重新启动。",
+        "expiry.gone": "此运行的文件已删除（{when}）；数字保留。需要模型请重新启动。",
         "expiry.left": "此运行的文件将在大约 {span}后删除。请下载您想保留的内容。",
         "error.not_yours": "此运行共享给您查看；只有其所有者能更改它。",
         "error.no_team": "只有团队服务器上才能共享运行。",
         "error.no_cookie": "您的浏览器没有保存本页的 cookie，因此无法以您的名义启动任何任务。"
         "请允许本页的 cookie，或在单独的标签页中打开本页。",
         # models of the hub
-        "models.info.shared": "demo，或 Hub 上的模型，写作 owner/name（可加 @revision：分支、标签或提交）。",
+        "models.info.shared": "demo，或 Hub 上的模型，写作 owner/name（可加 @版本：分支、标签或提交）。",
         "models.find": "在 Hub 上查找模型", "models.search": "搜索 Hub",
         "models.search.hint": "名称的一部分，例如 qwen 0.5b", "models.searching": "正在搜索……",
         "models.hits": "找到", "models.none": "没有名称含 {text} 且带 safetensors 的文本模型。",
@@ -299,6 +299,8 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "error.no_result": "该提示词还没有结果。请先运行提示词集。",
         "report.title": "用 Maquette 对比：{titles}", "report.date": "生成于", "report.machine": "测量机器",
         "report.versions": "版本", "report.protocols": "测量方法", "report.how": "规程",
+        "protocol.protocol": "{value}", "protocol.kernels": "算子：{value}", "protocol.kernel": "算子：{value}",
+        "protocol.device": "设备：{value}", "protocol.batch": "批大小：{value}", "protocol.items": "题数：{value}",
         "file.README.md": "模型卡（Markdown）", "file.model.zip": "模型（zip）",
         "card.title": "测量结果",
         "card.about": "± 为 95% 置信区间。时间和内存仅适用于同一台机器。",

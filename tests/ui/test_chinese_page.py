@@ -16,15 +16,15 @@ from engine.errors import UnknownName
 from engine.modes import Mode
 from engine.scheduler import Scheduler
 from tests.ui import fakes
-from tests.ui.conftest import ANNA, stored
+from tests.ui.conftest import ANNA, asked, stored
 from tests.ui.fakes import FakeScheduler
 from tests.ui.test_audit import BUDGET, linear
 from tests.ui.test_sensitivity import LOOK, record
-from ui import language, page, panes, report, views
+from ui import ballot, comparing, language, page, panes, report, views
 from ui.desk import Desk
 from ui.edge import line
 from ui.journal import Journal
-from ui.pages import compare, compress, runs, scaling
+from ui.pages import compress, runs, scaling
 from ui.translated import Page
 
 # Names of methods, formats, programs and units, settings as a recipe writes them, and what the field says in English.
@@ -32,7 +32,8 @@ NAMES = set(
     "Maquette GPTQ AWQ HQQ RTN FP8 ZeroQuant SmoothQuant SparseGPT Wanda bitsandbytes LLM NF4 FP4 NormalFloat LoRA "
     "MiniLLM GKD GGUF L1 Adam Hessian Logit logits CPU RAM GPU CUDA KV KL JS MiB GiB KiB nat ms µs pi p50 p95 p99 "
     "CSV YAML JSON JSONL Markdown demo cookie recipe yaml W8A8 int8 e4m3 lora js mse llama max min Beta Top "
-    "token tokens MAQUETTE HOME".split()
+    "token tokens MAQUETTE HOME HTML zip Hub qwen McNemar GB TFLOP ZeroGPU torch transformers gradio bfloat16 int4pack "
+    "cpu UTC".split()
 )
 RUN = re.compile(r"· [0-9a-z]{6}\b")  # a piece of a run's id
 WORD = re.compile(r"[A-Za-zµ][A-Za-zµ0-9]*")
@@ -94,15 +95,15 @@ def test_what_gradio_builds_once_is_chinese(desk: Desk) -> None:
 def test_a_comparison_and_its_charts_are_chinese(desk: Desk, scheduler: FakeScheduler) -> None:
     a = fakes.finished(scheduler, LOOK.model_copy(update={"measure": ("size", "latency")}), ANNA)
     b = fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.2, 0.1)
-    shown = compare.render(desk, ANNA, a.id, b.id, "", "same", "size.bytes", "perplexity")
+    shown = comparing.render(desk, ANNA, asked(a.id, b.id), "size.bytes", "perplexity")
     figures = [each for each in shown if isinstance(each, go.Figure)]
-    assert len(figures) == 4
+    assert len(figures) == 5
     for each in [*map(drawn, figures), *(text for text in shown if isinstance(text, str))]:
         assert left(each) == set()
     assert "缩小 3.2×" in str(shown[0])
-    text = compare.reveal_vote(desk, ANNA, {"left": a.id, "right": b.id, "prompt": "x"}, "left")
-    assert left(text) == set()
-    value = panes.stored("A", "B", None, None, True, "k").value()
+    for choice in ("tie", "left"):
+        assert left(ballot.cast(desk, ANNA, {"left": a.id, "right": b.id, "prompt": "x"}, choice)) == set()
+    value = panes.stored(["A", "B"], [None, None], True, "k").value()
     assert left(str(value["words"]).translate(str.maketrans("", "", "{}"))) <= {"kl", "split", "apart", "probability"}
 
 
