@@ -57,8 +57,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} is truncated or not a safetensors file. Download it again.": "{name} 不完整，或不是 safetensors 文件。请重新下载。",
         "{name} holds only an adapter. Merge it into its base model first.": "{name} 只有适配器。请先把它合并到基座模型。",
         "{name} has no config.json: it is not a model folder.": "{name} 没有 config.json：它不是模型文件夹。",
-        "{name}: config.json is not JSON.": "{name}：config.json 不是 JSON。",
-        "{name}: config.json is not a JSON object.": "{name}：config.json 不是 JSON 对象。",
         "{name}: model type {kind} is unknown to the installed transformers.": "{name}：已安装的 transformers 不认识模型类型 {kind}。",
         "{name}: a {kind} model is not a causal language model.": "{name}：{kind} 模型不是因果语言模型。",
         "{name}: config.json says {key} = {value}; that cannot be right.": "{name}：config.json 中 {key} = {value}，这不可能正确。",
@@ -86,7 +84,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has pickled weights only; they can run code. Convert them to safetensors.":
             "{name} 只有 pickle 格式的权重，它们可能执行代码。请转换为 safetensors。",
         "{name} has no model.safetensors.": "{name} 没有 model.safetensors。",
-        "{name}: model.safetensors.index.json is damaged.": "{name}：model.safetensors.index.json 已损坏。",
         "{name}: the index names {part}, which is not a file of this folder.": "{name}：索引中的 {part} 不是该文件夹里的文件。",
         "config.json says {key} = {value}; it must name linears with their ranks.": "config.json 中 {key} = {value}；它必须列出线性层及其秩。",
         "config.json says {key} = {value} for {linear}, which cannot be.": "config.json 中 {linear} 的 {key} = {value}，这不可能。",
@@ -117,9 +114,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has no readable {file}.": "{name} 没有可读取的 {file}。",
         "{name}: {file} is not what the manifest says.": "{name}：{file} 与清单不符。",
         # memory and devices
-        "The run needs {needed} GiB, {free} are free. Use fewer calibration samples or measurements "
-        "(`size` alone needs least), or close other programs.":
-            "该运行需要 {needed} GiB，可用 {free} GiB。请减少校准样本或测量项（只测 `size` 最省），或关闭其他程序。",
         "The run needs {needed} GiB, {free} are free. Close other programs, or choose a smaller model.":
             "该运行需要 {needed} GiB，可用 {free} GiB。请关闭其他程序，或选择较小的模型。",
         "The run needs {needed} GiB, {free} are free: {said_way}.": "该运行需要 {needed} GiB，可用 {free} GiB：{said_way}。",
@@ -137,8 +131,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "内存不足：该运行占用 {held} GiB，其预算为 {budget} GiB。{said}",
         "Out of memory. Use fewer calibration samples, a smaller batch or a smaller model, or free some memory.":
             "内存不足。请减少校准样本、减小批大小或换用较小的模型，或释放一些内存。",
-        "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume.":
-            "磁盘已满。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹，然后继续。",
         "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then try again.":
             "磁盘已满。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹，然后重试。",
         "The data folder cannot be written. Choose another with MAQUETTE_HOME, or let this user write to it.":
@@ -374,6 +366,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The hub sent {came} of {wanted} bytes of {file}. Try again.": "Hub 只发送了 {file} 的 {wanted} 字节中的 {came} 字节。请重试。",
         "{name} is not downloaded yet. Run it once, or give the folder of a run's model.":
             "{name} 尚未下载。请先运行一次，或给出某次运行的模型文件夹。",
+        "the search is not on this machine, and Maquette is offline (HF_HUB_OFFLINE).":
+            "Maquette 处于离线状态（HF_HUB_OFFLINE），无法搜索。",
         "{name} is not on this machine, and Maquette is offline (HF_HUB_OFFLINE).":
             "{name} 不在本机，而 Maquette 处于离线状态（HF_HUB_OFFLINE）。",
         "{name} is not complete on this machine, and Maquette is offline (HF_HUB_OFFLINE).":
