@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from engine.errors import BadParams
 from engine.records import Record
+from ui.messages import translate
 from ui.wording import say
 
 LONGEST = 2000  # characters of a prompt
@@ -56,7 +57,7 @@ def read_writing(values: Mapping[str, object]) -> Writing:
     except ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0]) if problem["loc"] else "link"
-        raise BadParams(say("error.writing", name=name, problem=problem["msg"])) from None
+        raise BadParams(say("error.writing", name=name, problem=translate(problem["msg"]))) from None
 
 
 def check_prompt(writing: Writing) -> Writing:

@@ -43,7 +43,7 @@ def summary(linears: Sequence[Audit]) -> str:
     errors = sorted(_number(each["error"]) for each in linears)
     of = say("audit.output") if all(each.get("of") == "output" for each in linears) else say("audit.weight")
     return say(
-        "audit.summary", count=len(linears), bits=", ".join(map(str, bits)), of=of,
+        "audit.summary", count=len(linears), bits=say("list.comma").join(map(str, bits)), of=of,
         median=wording.digits(100 * errors[len(errors) // 2], 2), worst=wording.digits(100 * errors[-1], 2),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from engine.records import Measurement
 from ui import flips, markup, wording
 from ui.desk import Entry
 from ui.markup import join, tag
+from ui.messages import translate
 from ui.wording import say
 
 SIDES = "ABCD"
@@ -34,7 +35,7 @@ def comparison(entries: Sequence[Entry], machine: str) -> Markup:
 def origin(entries: Sequence[Entry], machine: str) -> Markup:
     """Whether the numbers are from this machine."""
     stored, mixed = all(e.stored for e in entries), len({e.stored for e in entries}) > 1
-    where = say("stored.where", machine=machine) if stored else say("mixed.where" if mixed else "live.where")
+    where = say("stored.where", machine=translate(machine)) if stored else say("mixed.where" if mixed else "live.where")
     kind = "stored.chip" if stored else "mixed.chip" if mixed else "live.chip"
     chip = markup.chip(say(kind), "" if stored or mixed else "good")
     return tag("div", chip, tag("span", where, class_="mq-sub"), class_="mq-origin")

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from engine.records import Measurement
 from ui import markup, sheet, wording
+from ui.messages import translate_list
 from ui.wording import Measured, say
 
 ACCENT = "#4f46e5"
@@ -218,7 +219,7 @@ def _step(measurement: Measurement) -> str:
 
 
 def _kernel(measurement: Measurement) -> str:
-    return str(measurement.details.get("kernels", "–"))[:120]
+    return translate_list(str(measurement.details.get("kernels", "–"))[:120])
 
 
 def _rows(runs: Iterable[Named], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:

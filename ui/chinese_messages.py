@@ -57,18 +57,33 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} is truncated or not a safetensors file. Download it again.": "{name} 不完整，或不是 safetensors 文件。请重新下载。",
         "{name} holds only an adapter. Merge it into its base model first.": "{name} 只有适配器。请先把它合并到基座模型。",
         "{name} has no config.json: it is not a model folder.": "{name} 没有 config.json：它不是模型文件夹。",
-        "{name}: config.json is not JSON.": "{name}：config.json 不是 JSON。",
-        "{name}: config.json is not a JSON object.": "{name}：config.json 不是 JSON 对象。",
         "{name}: model type {kind} is unknown to the installed transformers.": "{name}：已安装的 transformers 不认识模型类型 {kind}。",
         "{name}: a {kind} model is not a causal language model.": "{name}：{kind} 模型不是因果语言模型。",
         "{name}: config.json says {key} = {value}; that cannot be right.": "{name}：config.json 中 {key} = {value}，这不可能正确。",
         "{name}: {heads} attention heads do not divide a hidden size of {hidden}.": "{name}：{heads} 个注意力头不能整除隐藏维度 {hidden}。",
         "{name}: the bitmask of {linear} is incomplete. Download it again.": "{name}：{linear} 的位图不完整。请重新下载。",
         "{name}: the bitmask of {linear} does not fit {rows} x {columns}.": "{name}：{linear} 的位图与 {rows} x {columns} 不符。",
+        "{name} has {embeddings} embeddings, and its tokenizer gives the token {token}: the two are not of one model. "
+        "Copy the tokenizer from the model it was made of.":
+            "{name} 有 {embeddings} 个词嵌入，而其分词器给出了词元 {token}：二者不属于同一模型。请从其来源模型复制分词器。",
+        "{name} has {size} MiB; at most {limit} are read. Download it again.": "{name} 有 {size} MiB；最多读取 {limit} MiB。请重新下载。",
+        "{name} is not JSON: it is damaged. Download it again.": "{name} 不是 JSON：文件已损坏。请重新下载。",
+        "{name} is not a JSON object.": "{name} 不是 JSON 对象。",
+        "{name}: {shared} heads of keys and values do not divide {heads} attention heads.":
+            "{name}：{shared} 个键值头不能整除 {heads} 个注意力头。",
+        "{name} has no tokenizer: copy tokenizer.json from the model it was made of.":
+            "{name} 没有分词器：请从其来源模型复制 tokenizer.json。",
+        "{name}: config.json says {key} = {value}; no such activation is known here.":
+            "{name}：config.json 中 {key} = {value}；这里不认识这样的激活函数。",
+        "{name}: config.json says rope_type = {value}; no such positions are known here.":
+            "{name}：config.json 中 rope_type = {value}；这里不认识这样的位置编码。",
+        "{name}: model.safetensors.index.json is damaged. Download it again.":
+            "{name}：model.safetensors.index.json 已损坏。请重新下载。",
+        "{name}: model.safetensors.index.json names no file. Download it again.":
+            "{name}：model.safetensors.index.json 没有列出文件。请重新下载。",
         "{name} has pickled weights only; they can run code. Convert them to safetensors.":
             "{name} 只有 pickle 格式的权重，它们可能执行代码。请转换为 safetensors。",
         "{name} has no model.safetensors.": "{name} 没有 model.safetensors。",
-        "{name}: model.safetensors.index.json is damaged.": "{name}：model.safetensors.index.json 已损坏。",
         "{name}: the index names {part}, which is not a file of this folder.": "{name}：索引中的 {part} 不是该文件夹里的文件。",
         "config.json says {key} = {value}; it must name linears with their ranks.": "config.json 中 {key} = {value}；它必须列出线性层及其秩。",
         "config.json says {key} = {value} for {linear}, which cannot be.": "config.json 中 {linear} 的 {key} = {value}，这不可能。",
@@ -99,9 +114,12 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has no readable {file}.": "{name} 没有可读取的 {file}。",
         "{name}: {file} is not what the manifest says.": "{name}：{file} 与清单不符。",
         # memory and devices
-        "The run needs {needed} GiB, {free} are free. Use fewer calibration samples or measurements "
-        "(`size` alone needs least), or close other programs.":
-            "该运行需要 {needed} GiB，可用 {free} GiB。请减少校准样本或测量项（只测 `size` 最省），或关闭其他程序。",
+        "The run needs {needed} GiB, {free} are free. Close other programs, or choose a smaller model.":
+            "该运行需要 {needed} GiB，可用 {free} GiB。请关闭其他程序，或选择较小的模型。",
+        "The run needs {needed} GiB, {free} are free: {said_way}.": "该运行需要 {needed} GiB，可用 {free} GiB：{said_way}。",
+        "The run needs {needed} GiB, {free} are free: {said_way}. That is too much, too. Close other programs, "
+        "or choose a smaller model.":
+            "该运行需要 {needed} GiB，可用 {free} GiB：{said_way}，仍然过多。请关闭其他程序，或选择较小的模型。",
         "One block took {needed} GiB, {free} were free. Use fewer or shorter calibration sequences.":
             "一层用了 {needed} GiB，可用 {free} GiB。请使用更少或更短的校准序列。",
         "There is no CUDA device here. Choose the device `cpu` or `auto`.": "本机没有 CUDA 设备。请选择设备 `cpu` 或 `auto`。",
@@ -113,8 +131,16 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "内存不足：该运行占用 {held} GiB，其预算为 {budget} GiB。{said}",
         "Out of memory. Use fewer calibration samples, a smaller batch or a smaller model, or free some memory.":
             "内存不足。请减少校准样本、减小批大小或换用较小的模型，或释放一些内存。",
-        "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume.":
-            "磁盘已满。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹，然后继续。",
+        "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then try again.":
+            "磁盘已满。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹，然后重试。",
+        "The data folder cannot be written. Choose another with MAQUETTE_HOME, or let this user write to it.":
+            "数据文件夹无法写入。请用 MAQUETTE_HOME 选择其他文件夹，或允许当前用户写入。",
+        "Too many files are open. Raise the limit (ulimit -n) or end other programs, then try again.":
+            "打开的文件过多。请提高上限（`ulimit -n`）或结束其他程序，然后重试。",
+        "The file {name} could not be used: {said}. The log has the details.": "文件 {name} 无法使用：{said}。详情见日志。",
+        "The file {name} could not be used: {error}. The log has the details.": "文件 {name} 无法使用：{error}。详情见日志。",
+        "The file could not be used: {said}. The log has the details.": "文件无法使用：{said}。详情见日志。",
+        "The file could not be used: {error}. The log has the details.": "文件无法使用：{error}。详情见日志。",
         "{variable} is {asked}. Use a number from 1 to 1024, or leave it out.": "{variable} 为 {asked}。请填 1 到 1024 之间的数，或不填。",
         "{variable} is {asked}, and torch sees {gpus} GPU. Use {most} or less.": "{variable} 为 {asked}，而 torch 只看到 {gpus} 个 GPU。请用 {most} 或更少。",
         "{variable} is {asked}, and torch sees {gpus} GPUs. Use {most} or less.": "{variable} 为 {asked}，而 torch 只看到 {gpus} 个 GPU。请用 {most} 或更少。",
@@ -204,6 +230,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "Run {run} is {said}; cancel it first.": "运行 {run} 的状态为“{said}”；请先取消它。",
         "The process of run {run} is just ending. Try again in a moment.": "运行 {run} 的进程正在结束，请稍后再试。",
         "Run {run} has no model yet.": "运行 {run} 还没有模型。",
+        "The worker could not be started. {said}": "无法启动工作进程。{said}",
         "The worker could not be started: {said}.": "无法启动工作进程：{said}。",
         "The worker could not be started: {error}.": "无法启动工作进程：{error}。",
         "The worker ended without a result (exit code {code}); worker.log has the details.": "工作进程没有结果就结束了（退出码 {code}）；详情见 worker.log。",
@@ -234,6 +261,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The first model's predictions are gone. Try again.": "第一个模型的预测已不在。请重试。",
         "The first model wrote no text that could be compared.": "第一个模型没有写出可以比较的文本。",
         "The process that held the model has ended; it may have run out of memory. Try again.": "载有模型的进程已结束；可能是内存不足。请重试。",
+        "The text ended early. Try again.": "文本提前结束。请重试。",
         "The model could not be loaded.": "模型无法加载。",
         "{count} models were chosen; compare 1 to {most}.": "选择了 {count} 个模型；请比较 1 到 {most} 个。",
         "max_tokens is {count}; it must lie in 1 to {limit}.": "max_tokens 为 {count}；必须在 1 到 {limit} 之间。",
@@ -247,6 +275,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "另一个 Maquette 正在使用文件夹 {folder}。请停止它，或用 --home 或 MAQUETTE_HOME 选择其他文件夹。",
         "There are no runs in {folder} yet.": "{folder} 中还没有运行。",
         "The run store {path} cannot be used: {error}.": "运行数据库 {path} 无法使用：{error}。",
+        "The run store cannot be written: {error}. The server's log has the details.":
+            "运行数据库无法写入：{error}。详情见服务器日志。",
+        "Another program holds the run store: nothing was stored. Close it, then try again.":
+            "另一个程序占用了运行数据库：没有存储任何内容。请关闭它，然后重试。",
         "The run store {path} cannot be read: {error}.": "运行数据库 {path} 无法读取：{error}。",
         # export
         "{path} exists already. Name a folder that does not.": "{path} 已存在。请指定一个不存在的文件夹。",
@@ -279,8 +311,215 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name}: {linear} has {bits} bits; the GPTQ format has {known}.": "{name}：{linear} 为 {bits} 位；GPTQ 格式支持 {known} 位。",
         "{name}: {linear} has zero points of 0, which the first version of the GPTQ format cannot hold. Export it as gptq_v2.":
             "{name}：{linear} 的零点为 0，GPTQ 格式第一版无法表示。请导出为 gptq_v2。",
+        # goals of the advice
+        "The goal is {goal}. Write memory=8GB, latency=0.5 (half), cost or cost=0.3 (USD).":
+            "目标为 {goal}。请写 memory=8GB、latency=0.5（一半）、cost 或 cost=0.3（美元）。",
+        "There is no goal {goal}. Choose memory, latency or cost.": "没有目标 {goal}。请选择 memory、latency 或 cost。",
+        "The goal {goal} needs a number: {example}.": "目标 {goal} 需要一个数值：{example}。",
+        "The number of the goal {goal} is {value}; it must lie above 0, up to {most}.":
+            "目标 {goal} 的数值为 {value}；必须大于 0，且不超过 {most}。",
+        # the hub: names and addresses
+        "The model is empty or holds a NUL character. {said}": "模型为空或含有 NUL 字符。{said}",
+        "Write `demo`, a model of the hub as owner/name, or a folder that begins with / ./ ../ or ~.":
+            "请填写 `demo`、Hub 上的模型（owner/name），或以 / ./ ../ 或 ~ 开头的文件夹。",
+        "There is no model folder {name}. {said}": "没有模型文件夹 {name}。{said}",
+        "There is no model folder {name}, and no hub is at hand. {said}": "没有模型文件夹 {name}，也没有可用的 Hub。{said}",
+        "The bundled model has no revisions. Write `demo` alone.": "内置模型没有版本。请只写 `demo`。",
+        "Folders of the server cannot be named here. Write `demo` or a model of the hub.":
+            "这里不能使用服务器上的文件夹。请填写 `demo` 或 Hub 上的模型。",
+        "The folder {name} has no revisions; only a model of the hub has.": "文件夹 {name} 没有版本；只有 Hub 上的模型才有。",
+        "{name} is a folder here and may be a model of the hub too. Write {folder} for the folder, {repo} for the hub's.":
+            "{name} 在这里是文件夹，也可能是 Hub 上的模型。文件夹请写 {folder}，Hub 上的模型请写 {repo}。",
+        "{name} is no address of a model at huggingface.co. {said}": "{name} 不是 huggingface.co 上模型的地址。{said}",
+        "{name} is not the address of a model. It reads {address}.": "{name} 不是模型的地址。其形式为 {address}。",
+        "{name} is too long for a model of the hub, whose names have up to {limit} characters.":
+            "{name} 过长：Hub 上的模型名称最多 {limit} 个字符。",
+        "{name} has more than one slash: a model of the hub is owner/name. {said}":
+            "{name} 有不止一个斜杠：Hub 上的模型写作 owner/name。{said}",
+        "{name} cannot be the name of a model of the hub: letters, digits, single - and ., and _. {said}":
+            "{name} 不能作为 Hub 上模型的名称：只能用字母、数字、单个的 - 和 . 以及 _。{said}",
+        "{name} cannot be a revision. Write a branch, a tag or a commit, or leave it empty.":
+            "{name} 不能作为版本。请填写分支、标签或提交，或留空。",
+        "{name} is no model of the hub.": "{name} 不是 Hub 上的模型。",
+        # the hub: what it answers
+        "{name} is gated: accept its conditions at {address} and give a token of that account.":
+            "{name} 需要授权：请在 {address} 接受其条件，并提供该账户的令牌。",
+        "{name} is gated, and this token's account may not read it: ask for it at {address}.":
+            "{name} 需要授权，而该令牌的账户无权读取：请在 {address} 申请。",
+        "The hub does not accept this token (for {name}). It may have expired: give another.":
+            "Hub 不接受该令牌（{name}）。它可能已过期：请换一个。",
+        "There is no model {name} on the hub, or it is private. Check its name, or give a token that may read it.":
+            "Hub 上没有模型 {name}，或它是私有的。请检查名称，或提供有读取权限的令牌。",
+        "There is no model {name} on the hub, or it is private. Check its name, "
+        "or whether the token's account may read it.":
+            "Hub 上没有模型 {name}，或它是私有的。请检查名称，或确认该令牌的账户有读取权限。",
+        "{name} has no revision {revision}. Give a branch, a tag or a commit of it.":
+            "{name} 没有版本 {revision}。请填写它的分支、标签或提交。",
+        "{name} has no file {file} at this revision.": "{name} 的该版本没有文件 {file}。",
+        "The hub answers {status} for {name}: {said}. Try again in a few minutes.":
+            "Hub 对 {name} 的应答为 {status}：{said}。请几分钟后重试。",
+        "The token holds spaces or other characters that no token has. Paste it again.":
+            "令牌含有空格或其他不应有的字符。请重新粘贴。",
+        "The hub says nothing usable about {name}. Try again later.": "Hub 没有提供 {name} 的可用信息。请稍后重试。",
+        "What answers at {address} is no hub: its answer is not JSON.": "{address} 处应答的不是 Hub：其应答不是 JSON。",
+        "{name} has its weights in {count} files; that cannot be right.": "{name} 的权重分为 {count} 个文件，这不可能正确。",
+        "{name}: {file} has a header of {count} bytes; that cannot be right.": "{name}：{file} 的文件头有 {count} 字节，这不可能正确。",
+        "The hub sent {came} of {wanted} bytes of {file}. Try again.": "Hub 只发送了 {file} 的 {wanted} 字节中的 {came} 字节。请重试。",
+        "{name} is not downloaded yet. Run it once, or give the folder of a run's model.":
+            "{name} 尚未下载。请先运行一次，或给出某次运行的模型文件夹。",
+        "the search is not on this machine, and Maquette is offline (HF_HUB_OFFLINE).":
+            "Maquette 处于离线状态（HF_HUB_OFFLINE），无法搜索。",
+        "{name} is not on this machine, and Maquette is offline (HF_HUB_OFFLINE).":
+            "{name} 不在本机，而 Maquette 处于离线状态（HF_HUB_OFFLINE）。",
+        "{name} is not complete on this machine, and Maquette is offline (HF_HUB_OFFLINE).":
+            "本机上的 {name} 不完整，而 Maquette 处于离线状态（HF_HUB_OFFLINE）。",
+        "{name} is still incomplete after its download. Try again.": "{name} 下载后仍不完整。请重试。",
+        "{name} needs {needed} GiB more on the disk, {free} are free. Delete old runs, "
+        "or choose another folder with MAQUETTE_HOME.":
+            "{name} 还需要 {needed} GiB 磁盘空间，可用 {free} GiB。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹。",
+        "{name} needs {needed} GiB on the disk, {free} are free. Delete old runs, "
+        "or choose another folder with MAQUETTE_HOME.":
+            "{name} 需要 {needed} GiB 磁盘空间，可用 {free} GiB。请删除旧的运行，或用 MAQUETTE_HOME 选择其他文件夹。",
+        "{name} brings code of its own (auto_map in config.json), which Maquette never runs. Choose a model that "
+        "transformers knows by itself.":
+            "{name} 带有自己的代码（config.json 中的 auto_map），Maquette 从不运行它。请选择 transformers 本身支持的模型。",
+        "The hub names no content for {file}: it gives no ETag that can be used.": "Hub 没有标明 {file} 的内容：没有可用的 ETag。",
+        "{file} has {came} bytes where the hub had announced {wanted}.": "{file} 有 {came} 字节，而 Hub 宣称为 {wanted} 字节。",
+        "{file} arrived damaged: its content is not what the hub had announced.": "{file} 下载后已损坏：内容与 Hub 宣称的不符。",
+        "The download of {file} broke off at {came} of {wanted} bytes.": "{file} 的下载在 {wanted} 字节中的 {came} 字节处中断。",
+        "The download cannot be written: {said}.": "无法写入下载的内容：{said}。",
+        "The download cannot be written: {error}.": "无法写入下载的内容：{error}。",
+        "The hub sent another part of {file} than was asked for. Try again.": "Hub 发送的不是 {file} 中所请求的部分。请重试。",
+        "The hub sent {count} bytes in {seconds} s.": "Hub 在 {seconds} 秒内只发送了 {count} 字节。",
+        "The hub leads in a circle: too many redirects.": "Hub 的重定向成环：重定向过多。",
+        "The hub leads to {address}, where nothing was expected.": "Hub 重定向到意料之外的 {address}。",
+        "The hub leads to an address that is not encrypted; it is not followed.": "Hub 重定向到未加密的地址；不予跟随。",
+        "The hub's answer broke off. Try again.": "Hub 的应答中断。请重试。",
+        "The hub answers too slowly. Try again later.": "Hub 应答过慢。请稍后重试。",
+        "The hub at {address} cannot be reached: {said}.": "无法连接 {address} 处的 Hub：{said}。",
+        "The hub at {address} cannot be reached: {error}.": "无法连接 {address} 处的 Hub：{error}。",
+        "The connection to the hub broke: {said}.": "与 Hub 的连接中断：{said}。",
+        "The connection to the hub broke: {error}.": "与 Hub 的连接中断：{error}。",
+        "The process that downloads ended without a word.": "下载进程没有留下信息就结束了。",
+        "Another run downloads this model; waiting.": "另一个运行正在下载此模型；等待中。",
+        "{said} Trying again.": "{said}正在重试。",
+        "{said} Going on in {seconds} s.": "{said}{seconds} 秒后继续。",
+        "{said} Resume the run with it.": "{said}请带上令牌继续此运行。",
+        # the hub: pushing a model
+        "{name} is no name of a repository. Write it as your-name/model-name.":
+            "{name} 不是仓库名称。请写作 `your-name/model-name`（您的名称/模型名称）。",
+        "That is no token. Make one with write access in the hub's settings and paste it whole.":
+            "这不是令牌。请在 Hub 的设置中创建具有写权限的令牌，并完整粘贴。",
+        "Stopped; what was uploaded so far is no commit.": "已停止；此前上传的内容没有形成提交。",
+        "The upload took too long and was ended. Try again: files that are there are not sent twice.":
+            "上传时间过长，已结束。请重试：已上传的文件不会重复发送。",
+        "The upload ended without a word. Try again.": "上传没有留下信息就结束了。请重试。",
+        "This server is offline: nothing can be pushed. Download the zip instead.": "该服务器处于离线状态：无法上传。请改为下载 zip。",
+        "The hub does not accept the token. Paste one that has not expired, with write access.":
+            "Hub 不接受该令牌。请粘贴未过期且有写权限的令牌。",
+        "The token may not write there. Use one with write access, and a repository of yours.":
+            "该令牌无权写入那里。请使用有写权限的令牌和您自己的仓库。",
+        "The hub knows no such place. Check the name before the slash.": "Hub 上没有这个位置。请检查斜杠前的名称。",
+        "A repository of that name is in the way. Choose another name.": "已有同名仓库。请换一个名称。",
+        "The hub finds a file too large. Choose a smaller model.": "Hub 认为某个文件过大。请选择较小的模型。",
+        "The hub has had too many requests. Try again in a few minutes.": "对 Hub 的请求过多。请几分钟后重试。",
+        "The hub answered {status}. Try again in a few minutes.": "Hub 的应答为 {status}。请几分钟后重试。",
+        "The hub cannot be reached ({kind}). Check the network and try again.": "无法连接 Hub（{kind}）。请检查网络后重试。",
+        "The upload failed: {kind}. Try again.": "上传失败：{kind}。请重试。",
+        "The model's files are not complete any more. Start its recipe again.": "模型的文件已不完整。请重新启动它的配方。",
+        "The model's file {file} is not there any more. Start its recipe again.": "模型的文件 {file} 已不存在。请重新启动它的配方。",
+        # chat templates and sets of prompts
+        "This model has no chat template: it was made to go on with a text. Choose plain text.":
+            "该模型没有对话模板：它用于续写文本。请选择纯文本。",
+        "The chat template has {count} characters; {limit} are read. Use plain text.":
+            "对话模板有 {count} 个字符；最多读取 {limit} 个。请使用纯文本。",
+        "The chat template refuses this: {error}": "对话模板拒绝了此内容：{error}",
+        "The chat template writes more than the {limit} characters that are read. Choose plain text.":
+            "对话模板写出的内容超过了可读取的 {limit} 个字符。请选择纯文本。",
+        "The chat template did not end within {seconds} s. Choose plain text.": "对话模板在 {seconds} 秒内没有结束。请选择纯文本。",
+        "The chat template needs too much memory or time. Choose plain text.": "对话模板占用的内存或时间过多。请选择纯文本。",
+        "The prompt file has {count} bytes; {limit} are read. Shorten it.": "提示词文件有 {count} 字节；最多读取 {limit} 字节。请缩短。",
+        "The prompt file is a binary file. Give a text file with one prompt a line, or JSONL.":
+            "提示词文件是二进制文件。请提供每行一条提示词的文本文件，或 JSONL 文件。",
+        "The prompt file is empty. Write one prompt a line.": "提示词文件为空。请每行写一条提示词。",
+        "The prompt file is not UTF-8 text (byte {place}). Save it as UTF-8.":
+            "提示词文件不是 UTF-8 文本（第 {place} 字节）。请另存为 UTF-8。",
+        "The prompt file holds more than {limit} prompts. Remove some.": "提示词文件超过 {limit} 条提示词。请删去一些。",
+        "Line {number} has no \"prompt\" that is a text: {line}": "第 {number} 行没有内容为文本的 `prompt`：{line}",
+        "Line {number} holds an empty prompt. Write a few words, or remove the line.":
+            "第 {number} 行的提示词为空。请写几个词，或删去该行。",
+        "The prompt in line {number} has {count} characters; the limit is {limit}.":
+            "第 {number} 行的提示词有 {count} 个字符，上限为 {limit}。",
+        "Line {number} is not JSON. Write {{\"prompt\": \"...\"}} in each line, or name the file .txt.":
+            "第 {number} 行不是 JSON。请每行写 `{{\"prompt\": \"...\"}}`，或把文件命名为 `.txt`。",
+        "top-p must lie above 0 and up to 1, top-k in 0 (all) to {most}.": "`top-p` 必须大于 0 且不超过 1，`top-k` 必须在 0（全部）到 {most} 之间。",
+        "The system prompt has {count} characters; write up to {limit}, and no NUL.":
+            "系统提示词有 {count} 个字符；最多 {limit} 个，且不含 NUL。",
+        # what one visitor may take, and who may come
+        "The model has {count} billion parameters; this server takes up to {most} billion. Choose a smaller one, "
+        "or run Maquette on your own machine.":
+            "模型有 {count}B 参数；该服务器最多接受 {most}B。请选择较小的模型，或在您自己的机器上运行 Maquette。",
+        "The model's files hold {size}; this server takes up to {most}. Choose a smaller one, "
+        "or run Maquette on your own machine.":
+            "模型文件共 {size}；该服务器最多接受 {most}。请选择较小的模型，或在您自己的机器上运行 Maquette。",
+        "Your runs hold {used} of the {most} that a visitor has, and this one needs up to {size}. "
+        "Delete a run on the Runs tab, or choose a smaller model.":
+            "您的运行已占用每位访客 {most} 限额中的 {used}，而此运行最多需要 {size}。请在“运行”页删除一个运行，或选择较小的模型。",
+        "The server's disk has {free} left; the run needs up to {size}, and {floor} stay free. "
+        "Delete runs of yours, or come back later.":
+            "服务器磁盘剩余 {free}；此运行最多需要 {size}，且须保留 {floor}。请删除您的一些运行，或稍后再来。",
+        "The server's disk has {free} left. Choose a smaller model, or come back later.":
+            "服务器磁盘只剩 {free}。请选择较小的模型，或稍后再来。",
+        "The run took longer than the {limit} minutes that a run has here. Use a smaller model, fewer steps or fewer "
+        "measurements, or run Maquette on your own machine.":
+            "该运行超过了此处每次运行 {limit} 分钟的限额。请使用较小的模型、更少的步数或测量项，或在您自己的机器上运行 Maquette。",
+        "Your runs hold {used} on disk; a visitor has {most}. This one was ended and its files are deleted. "
+        "Delete a run on the Runs tab, or choose a smaller model.":
+            "您的运行占用了 {used} 磁盘空间；每位访客的限额为 {most}。此运行已结束，其文件已删除。"
+            "请在“运行”页删除一个运行，或选择较小的模型。",
+        "{name}: on a shared server the bundled text is used; set it to demo or leave it out.":
+            "{name}：共享服务器上只使用内置文本；请设为 demo 或不填。",
+        "{name} cannot be used on a shared server: name demo, or a model of the hub as owner/name.":
+            "共享服务器上不能使用 {name}：请填写 demo，或 Hub 上的模型（`owner/name`）。",
+        "Models of {owner} are not offered here, those of {known} are.": "这里不提供 {owner} 的模型，提供的有 {known}。",
+        "That was too often in a short time. Try again in {seconds} seconds.": "短时间内操作过于频繁。请在 {seconds} 秒后重试。",
+        "The run needs {needed} GiB; on ZeroGPU {most} can be used. Choose a smaller model, "
+        "or run Maquette on a machine of its own.":
+            "该运行需要 {needed} GiB；ZeroGPU 上最多可用 {most} GiB。请选择较小的模型，或在单独的机器上运行 Maquette。",
+        "The run would take about {seconds} s; on ZeroGPU a run has {most}. Use fewer steps, calibration samples "
+        "or measurements, or run Maquette on a machine of its own.":
+            "该运行大约需要 {seconds} 秒；ZeroGPU 上每次运行最多 {most} 秒。请减少步数、校准样本或测量项，或在单独的机器上运行 Maquette。",
+        "In local mode Maquette listens on this machine alone, not on {host}. Set MAQUETTE_MODE=team (with `python -m "
+        "engine user add NAME`) or MAQUETTE_MODE=public, or HOST=127.0.0.1.":
+            "本地模式下 Maquette 只在本机监听，而不监听 {host}。请设置 MAQUETTE_MODE=team（并用 `python -m engine user add NAME` "
+            "添加用户）或 MAQUETTE_MODE=public，或 HOST=127.0.0.1。",
+        "{variable} is {value}; it must be a number above 0.": "{variable} 为 {value}；必须是大于 0 的数。",
+        "MAQUETTE_MODE is {value}; it must be one of {modes}.": "MAQUETTE_MODE 为 {value}；必须是 {modes} 之一。",
+        "{name} is no user name: 1 to 32 of a-z, 0-9, dot, - and _, a letter or digit first.":
+            "{name} 不能作为用户名：须为 1 到 32 个 a-z、0-9、点、- 和 _，以字母或数字开头。",
+        "The password has {count} characters; it needs {least} to {most}.": "密码有 {count} 个字符；须为 {least} 到 {most} 个。",
+        "The users file {path} cannot be read. Repair it, or delete it and begin anew.":
+            "无法读取用户文件 {path}。请修复它，或删除后重新开始。",
         # notes of an estimate
         "{said_method}: {said_note}": "{said_method}：{said_note}",
+        # how something was measured
+        "all weight files": "全部权重文件",
+        "all stored tensors, scales and zero points included, over all parameters":
+            "存储的全部张量（含缩放系数和零点）除以全部参数量",
+        "zeros among the dense matrices of the blocks": "各层稠密矩阵中的零",
+        "highest total log-probability of the options, zero-shot": "取总对数概率最高的选项，零样本",
+        "mean of the tasks": "各任务的平均", "median": "中位数",
+        "new tokens over the whole time, prompt included": "新词元数除以总时间（含提示词）",
+        "every token of the held-out documents": "留出文档的每个词元",
+        "every token of the held-out documents, written with the tokens that the model kept; the baseline's "
+        "probabilities are of those alone, renormalised":
+            "留出文档的每个词元，用模型保留的词元书写；基线的概率只取这些词元并重新归一化",
+        "growth by loading": "加载引起的增长",
+        "loaded + highest growth, {said}": "加载后内存 + 最大增长（{said}）",
+        "tensors that are held after reading one sequence": "读完一条序列后保留的张量",
+        "each held-out document alone, start token prepended": "每篇留出文档单独计算，前加起始词元",
+        "Use fewer calibration samples or a smaller model, or close other programs.":
+            "请减少校准样本或换用较小的模型，或关闭其他程序。",
         "Larger than memory: one block at a time.": "大于内存：逐层处理。",
         # the log and the audit
         "calibrating on {count} sequences of {tokens} tokens": "用 {count} 条、每条 {tokens} 个词元的序列校准",
@@ -496,7 +735,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
 FRAGMENTS: Mapping[str, str] = MappingProxyType(
     {
         "method": "方法", "measurement": "测量项", "run": "运行", "key": "键", "key of model": "model 的键",
-        "key of a step": "步骤的键", "setting of {method}": "{method} 设置", "format": "格式",
+        "key of a step": "步骤的键", "user": "用户", "assumption": "假设", "setting of {method}": "{method} 设置", "format": "格式",
         "{one} or {other}": "{one} 或 {other}",
         "queued": "排队中", "running": "运行中", "succeeded": "已完成", "failed": "失败", "cancelled": "已取消",
         "interrupted": "已中断", "refused": "已拒绝",
@@ -520,6 +759,15 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "the library knows linears only, and fused experts are none.": "该库只认识线性层，而融合的专家不是。",
         "files cannot say that the inputs of experts are rounded.": "文件无法表示专家的输入被舍入。",
         "experts are stored with the same bits, all of them.": "全部专家以相同的位数存储。",
+        # ways out of too little memory; sizes in GiB
+        "4 bit needs {size}": "改用 4 位需要 {size} GiB",
+        "without the original beside it, it needs {size}": "不同时加载原始模型需要 {size} GiB",
+        "measuring `size` alone needs {size}": "只测量 `size` 需要 {size} GiB",
+        "32 shorter calibration sequences need {size}": "改用 32 条较短的校准序列需要 {size} GiB",
+        "a batch of 2 needs {size}": "批大小改为 2 需要 {size} GiB",
+        "training additions of low rank needs {size}": "改为训练低秩增量需要 {size} GiB",
+        "asking the teacher once, before, needs {size}": "预先只问教师一次需要 {size} GiB",
+        "GPTQ block by block needs {size}": "逐层执行 GPTQ 需要 {size} GiB",
         # notes of methods
         "The zeros take as many bits as other weights; the file is no smaller for them.": "零与其他权重占用同样的位数；文件不会因此变小。",
         "The file becomes smaller; memory and speed do not.": "文件变小；内存和速度不变。",
@@ -551,6 +799,12 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "{share} set to zero": "{share} 置零",
         "influence": "影响", "angle over pi": "角度 / π", "loss in nats without it": "去掉后的损失（nat）",
         "width by {by}": "宽度（{by}）", "depth by {by}": "深度（{by}）",
+        "{name}, {cores} cores, {memory} GiB": "{name}，{cores} 核，{memory} GiB",
+        "{name}, {cores} cores, {memory} GiB, {gpu}": "{name}，{cores} 核，{memory} GiB，{gpu}",
+        "by the allocator": "由分配器记录", "high-water mark of the kernel": "由内核记录的最高值",
+        "looked at every {span} ms": "每 {span} ms 查看一次",
+        "dense {dtype} x {count}": "稠密 {dtype} x {count}", "dense {dtype}": "稠密 {dtype}",
+        "KV cache {bits} bit": "KV 缓存 {bits} 位", "unpacked for attention": "计算注意力时解包",
         "part by part, for it is large": "逐部分（因为较大）", "with transformers": "用 transformers ",
         "by Maquette's own reader, for the format is its own": "用 Maquette 自己的读取程序（因为格式是自有的）",
         # pydantic
@@ -592,13 +846,11 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "No space left on device": "磁盘已满", "Input/output error": "读写错误", "File name too long": "文件名过长",
         "Not a directory": "不是文件夹", "Too many open files": "打开的文件过多",
         "Too many levels of symbolic links": "符号链接层数过多", "Cannot allocate memory": "无法分配内存",
-        "Write `demo`, a model of the hub as owner/name, or a folder that begins with / ./ ../ or ~.":
-            "请写 `demo`、Hub 上的模型 owner/name，或以 / ./ ../ 或 ~ 开头的文件夹。",
-        "too many requests": "请求过多", "it is out of order": "它出了故障", "assumption": "假设", "user": "用户",
-        "it does not answer": "没有应答", "timed out": "超时", "Connection refused": "连接被拒绝",
-        "Connection reset by peer": "连接被重置", "Name or service not known": "无法解析主机名",
-        "Read-only file system": "文件系统为只读",
-        "it does not answer in time": "没有及时应答", "the disk failed": "磁盘故障",
+        "Connection refused": "连接被拒绝", "Connection reset by peer": "连接被对方重置", "Network is unreachable": "网络不可达",
+        "No route to host": "没有到主机的路由", "Name or service not known": "域名无法解析",
+        "Temporary failure in name resolution": "域名解析暂时失败", "Read-only file system": "文件系统只读",
+        "Disk quota exceeded": "超出磁盘配额", "Stale file handle": "文件句柄已失效", "the disk failed": "磁盘故障",
+        "it does not answer in time": "没有及时应答", "too many requests": "请求过多", "it is out of order": "服务异常",
         "the address or the token holds characters that cannot be sent": "地址或令牌含有无法发送的字符",
     }
 )

@@ -67,7 +67,9 @@ def texts(desk: Desk, owner: str, asked: Asked, entries: Sequence[Entry]) -> Pan
     """What the entries wrote: the visitor's last texts where these are meant, else what their runs have stored."""
     written = desk.shelf.find(owner, asked)
     if written is not None:
-        kept = [Pane(p.title, list(p.tokens), note=p.note, stats=p.stats) for p in written.panes]
+        kept = [Pane(p.title, list(p.tokens), note=p.note, timing=p.timing) for p in written.panes]
+        for pane, title in zip(kept, cards.named(entries), strict=False):  # the language may be another than then
+            pane.title = title
         return Panes(secrets.token_hex(4), kept, asked.writing.mode == "same")
     same = asked.writing.mode == "same"
     return panes.stored(cards.named(entries), fixed(entries, asked.writing), same, secrets.token_hex(4))
@@ -145,7 +147,7 @@ def write(
 
 
 def _kept(pane: Pane) -> WrittenPane:
-    return WrittenPane(title=pane.title, tokens=tuple(pane.tokens), note=pane.note, stats=pane.stats)
+    return WrittenPane(title=pane.title, tokens=tuple(pane.tokens), note=pane.note, timing=pane.timing)
 
 
 def first_runs(desk: Desk, owner: str) -> list[Run]:

@@ -21,11 +21,14 @@ from ui import cards, comparing, flips, markup, sheet, still, wording
 from ui.asked import Asked
 from ui.desk import Desk, Entry
 from ui.markup import join, tag
+from ui.messages import translate, translate_list
 from ui.panes import Panes
 from ui.theme import ASSETS
 from ui.wording import say
 
 PACKAGES = ("torch", "transformers", "gradio")
+KERNELS = ("kernels", "kernel")
+PROTOCOL = ("protocol", *KERNELS, "device", "batch", "items")  # details of a measurement that say how
 
 
 def html(desk: Desk, owner: str, asked: Asked) -> str:
@@ -52,8 +55,9 @@ def html(desk: Desk, owner: str, asked: Asked) -> str:
 def about(desk: Desk, entries: Sequence[Entry]) -> Markup:
     """Where, when and with what it was measured."""
     facts: dict[str, markup.Child] = {
-        say("report.date"): _day(time.time()), say("report.machine"): ", ".join(machines(desk, entries)),
-        say("report.versions"): ", ".join(f"{name} {number}" for name, number in versions().items()),
+        say("report.date"): _day(time.time()),
+        say("report.machine"): " · ".join(map(translate, machines(desk, entries))),
+        say("report.versions"): say("list.comma").join(f"{name} {number}" for name, number in versions().items()),
     }  # fmt: skip
     for title, entry in zip(cards.named(entries), entries, strict=True):
         facts[title] = (
@@ -94,7 +98,7 @@ def _texts(asked: Asked, shown: Panes) -> Markup:
     writing = asked.writing
     usual = {"prompt", "mode", "system"}
     settings = {
-        say(f"writing.{key}"): str(value) for key, value in writing.model_dump().items() if key not in usual
+        say(f"writing.{key}"): _setting(value) for key, value in writing.model_dump().items() if key not in usual
     }  # fmt: skip
     if writing.chat and writing.system:
         settings[say("writing.system")] = writing.system
@@ -113,6 +117,10 @@ def _texts(asked: Asked, shown: Panes) -> Markup:
     )  # fmt: skip
 
 
+def _setting(value: object) -> str:
+    return say("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
 def _token(token: Token, shade: bool, split: bool) -> Markup | str:
     """A token with its KL as colour, underline and words; plain where nothing is to be said."""
     kl = token.kl if shade and token.kl is not None else 0.0
@@ -129,10 +137,10 @@ def _protocols(entries: Sequence[Entry]) -> Markup:
     for title, entry in zip(cards.named(entries), entries, strict=True):
         for name in wording.sort(entry.measured):
             details = entry.measured[name].details
-            said = [f"{key}: {details[key]}" for key in ("protocol", "kernels", "kernel", "device", "batch", "items")
-                    if isinstance(details.get(key), str | int)]  # fmt: skip
+            said = [say(f"protocol.{key}", value=(translate_list if key in KERNELS else translate)(str(details[key])))
+                    for key in PROTOCOL if isinstance(details.get(key), str | int)]  # fmt: skip
             if said:
-                rows.append((wording.name(name), title, "; ".join(said)))
+                rows.append((wording.name(name), title, " · ".join(said)))
     return markup.table((say("measurement"), say("model"), say("report.how")), rows, caption=say("report.protocols"))
 
 

@@ -15,8 +15,8 @@ from engine.errors import InputError, MaquetteError, UnknownName
 from ui import dossier, report
 from ui.asked import read_link
 from ui.desk import Desk, Entry
-from ui.edge import COOKIE, NAME
-from ui.messages import translate
+from ui.edge import COOKIE, NAME, line
+from ui.wording import say
 
 MODEL = "model.zip"
 
@@ -49,7 +49,7 @@ class Downloads:
                     report.card(entry, baseline), "text/markdown; charset=utf-8", f"{entry.run.id}-{name}"
                 )
         except MaquetteError as error:
-            return PlainTextResponse(translate(str(error)), status_code=409)
+            return PlainTextResponse(line(error), status_code=409)
         if name not in report.WRITERS:
             return nothing()
         make, kind = report.WRITERS[name]
@@ -66,7 +66,7 @@ class Downloads:
         except UnknownName:
             return nothing()
         except InputError as error:
-            return PlainTextResponse(translate(str(error)), status_code=400)
+            return PlainTextResponse(line(error), status_code=400)
 
     def _model(self, entry: Entry, baseline: Entry | None) -> Response:
         """The artifact with its card, sent as it is read.
@@ -88,7 +88,7 @@ def visitor(request: Request) -> str:
 
 def nothing() -> Response:
     """The answer for what does not exist and for what is somebody else's."""
-    return PlainTextResponse("not found", status_code=404)
+    return PlainTextResponse(say("door.closed"), status_code=404)
 
 
 def attachment(text: str, kind: str, name: str) -> Response:

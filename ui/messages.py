@@ -122,6 +122,11 @@ def translate(text: str) -> str:
     return _translated(text, language.current())
 
 
+def translate_list(text: str) -> str:
+    """Names with commas between them, each as `translate` says it."""
+    return (", " if language.current() == language.ENGLISH else "，").join(map(translate, text.split(", ")))
+
+
 @lru_cache(4096)
 def _translated(text: str, code: str) -> str:
     catalogue = _catalogue(code)

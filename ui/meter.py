@@ -74,7 +74,7 @@ def table(estimate: Estimate) -> Markup:
 
 def situation(need: Need) -> str:
     """What happens while a need stands: the step's title, or a word for it."""
-    return need.title or say(f"fit.situation.{need.situation}")
+    return translate(need.title) or say(f"fit.situation.{need.situation}")
 
 
 def times(estimate: Estimate) -> Markup | None:

@@ -16,6 +16,7 @@ from pydantic import JsonValue
 from engine.records import Output, Token
 from ui import wording
 from ui.messages import translate
+from ui.shelf import Timing
 from ui.theme import ASSETS
 from ui.wording import say
 
@@ -41,12 +42,28 @@ class Pane:
     tokens: list[Token] = field(default_factory=list)
     state: str = "done"
     note: str = ""
-    stats: str = ""
-    speed: float | None = None  # tokens a second after the first
+    timing: Timing | None = None
 
     @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens)
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second after the first."""
+        return 1 / self.timing.tpot if self.timing and self.timing.tpot else None
+
+    @property
+    def stats(self) -> str:
+        """How much was written and how fast, in words; empty until it is done."""
+        if self.timing is None:
+            return ""
+        parts = [say("panes.tokens", count=self.timing.tokens)]
+        if self.speed:
+            parts.append(f"{self.speed:.0f} {say('unit.tokens_per_second')}")
+        if self.timing.ttft:
+            parts.append(say("panes.first", span=wording.duration(self.timing.ttft)))
+        return " · ".join(parts)
 
     def as_json(self, blind: bool, split: int | None) -> dict[str, JsonValue]:
         """For the script; a blind pane tells neither drift nor speed. `split`: where it left the first."""
@@ -100,9 +117,11 @@ class Panes:
             pane.tokens.append(Token.model_validate({key: data[key] for key in Token.model_fields if key in data}))
         elif kind == "done":
             pane.state, pane.note = "done", say("panes.stopped") if data.get("stopped") else ""
-            pane.stats = _stats(data, len(pane.tokens))
-            tpot = data.get("tpot")
-            pane.speed = 1 / tpot if isinstance(tpot, int | float) and tpot > 0 else None
+            count = data.get("tokens")
+            pane.timing = Timing(
+                tokens=count if isinstance(count, int) else len(pane.tokens),
+                tpot=_seconds(data.get("tpot")), ttft=_seconds(data.get("ttft")),
+            )  # fmt: skip
         elif kind == "error":
             pane.state, pane.note = "failed", translate(str(data.get("text", "")))
 
@@ -144,14 +163,8 @@ def follow(panes: Panes, events: Iterator[tuple[int, str, dict[str, JsonValue]]]
     yield panes.value()
 
 
-def _stats(data: dict[str, JsonValue], shown: int) -> str:
-    count, tpot, ttft = data.get("tokens"), data.get("tpot"), data.get("ttft")
-    parts = [say("panes.tokens", count=count if isinstance(count, int) else shown)]
-    if isinstance(tpot, int | float) and tpot > 0:
-        parts.append(f"{1 / tpot:.0f} {say('unit.tokens_per_second')}")
-    if isinstance(ttft, int | float) and ttft > 0:
-        parts.append(say("panes.first", span=wording.duration(ttft)))
-    return " · ".join(parts)
+def _seconds(value: JsonValue) -> float | None:
+    return float(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def prompts(outputs: Sequence[Output]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine import card as cards
 from engine.errors import BadModel
 from engine.recipes import dump_recipe
-from ui import flips, sheet, wording
+from ui import flips, language, sheet, wording
 from ui.desk import Entry
 from ui.wording import Measured, say
 
@@ -52,7 +52,8 @@ def card(entry: Entry, baseline: Entry | None = None) -> str:
         config = json.loads((folder(entry) / "config.json").read_text())
     except (OSError, ValueError):
         raise BadModel(say("error.no_artifact", run=entry.run.id)) from None
-    return cards.text(entry.run.recipe, config, results(entry, baseline))
+    with language.use(language.ENGLISH):  # as all of the card: it is read by whoever finds the model
+        return cards.text(entry.run.recipe, config, results(entry, baseline))
 
 
 def results(entry: Entry, baseline: Entry | None) -> str:

@@ -16,13 +16,21 @@ MOST = 200  # visitors
 BYTES = 32 << 20  # of all together, compressed
 
 
+class Timing(Record):
+    """How many tokens were written and how fast: seconds for each further one, and until the first; None: unknown."""
+
+    tokens: int
+    tpot: float | None = None
+    ttft: float | None = None
+
+
 class WrittenPane(Record):
-    """One model's text: its title, its tokens, and what was said about it."""
+    """One model's text: its title, its tokens, how fast it was, and what was said about it."""
 
     title: str
     tokens: tuple[Token, ...] = ()
     note: str = ""
-    stats: str = ""
+    timing: Timing | None = None
 
 
 class Written(Record):

@@ -297,6 +297,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.no_result": "That prompt has no result yet. Run the set first.",
         "report.title": "Compared with Maquette: {titles}", "report.date": "Made", "report.machine": "Measured on",
         "report.versions": "Versions", "report.protocols": "How it was measured", "report.how": "Protocol",
+        "protocol.protocol": "{value}", "protocol.kernels": "kernels: {value}", "protocol.kernel": "kernel: {value}",
+        "protocol.device": "device: {value}", "protocol.batch": "batch: {value}", "protocol.items": "items: {value}",
         "file.README.md": "Model card (Markdown)", "file.model.zip": "Model (zip)",
         "card.title": "What was measured",
         "card.about": "± is a 95 % interval. Times and memory are those of one machine.",

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import typing
 from collections.abc import Iterator
+from errno import EIO, EMFILE, ENOENT, ENOSPC, ENOTDIR, EROFS, ESTALE
 from pathlib import Path
 
 import pytest
 
-from engine.errors import InputError, MaquetteError, UnknownName
+from engine.errors import InputError, MaquetteError, UnknownName, os_reason
 from engine.methods import check, get, methods
+from engine.origin import INDEX, SINGLE
 from engine.recipes import load_recipe
 from engine.records import Recipe
 from engine.sources import WAYS
+from engine.ways import PHRASES
 from ui import chinese_messages, chinese_methods, language, wording
 from ui.edge import line
 from ui.messages import Template, translate
+from ui.words import ENGLISH
 
 ENGINE = Path(__file__).parents[2] / "engine"
 # What no page can show: the command line's own words, and what only our own mistakes raise.
@@ -60,10 +65,18 @@ def templates() -> Iterator[tuple[str, str]]:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds and node.args:
-                sample = filled(node.args[0], SAMPLES | BY_FILE.get(place, {}))
-                if sample is not None:  # pydantic names the setting before a validator's words
-                    asked = node.func.id == "ValueError"
-                    yield f"{place}:{node.lineno}", f"quantize/gptq: bits: {sample}, got 'x'." if asked else sample
+                samples = SAMPLES | BY_FILE.get(place, {})
+                for sample in {filled(node.args[0], samples), filled(Otherwise().visit(node.args[0]), samples)}:
+                    if sample is not None:  # pydantic names the setting before a validator's words
+                        asked = node.func.id == "ValueError"
+                        yield f"{place}:{node.lineno}", f"quantize/gptq: bits: {sample}, got 'x'." if asked else sample
+
+
+class Otherwise(ast.NodeTransformer):
+    """The same text, where every condition in it does not hold."""
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.IfExp:
+        return ast.IfExp(node.test, self.visit(node.orelse), self.visit(node.body))
 
 
 def lines_of_the_log() -> Iterator[tuple[str, str]]:
@@ -91,6 +104,7 @@ SAMPLES = {
     "kept": "No checkpoint was written yet.", "_where(error)": "unreadable in line 1, column 2",
     "WAYS": WAYS, "problem['msg']": "Input should be a valid number",
     "problem": "lm_head is missing", "error.strerror": "Permission denied", "UNITS[self.unit]": "MiB",
+    "problem['msg']": "Input should be a valid number", "WAYS": WAYS, "SINGLE": SINGLE, "INDEX": INDEX,
 }  # fmt: skip
 BY_FILE = {
     "engine/tokens.py": {"reason": "it has 5 tokens, the model 7"},
@@ -99,6 +113,11 @@ BY_FILE = {
     "engine/worker.py": {"error": "The hub does not accept this token (for a/b). It may have expired: give another."},
     "engine/repos.py": {"why": "too many requests"},
     "engine/ranks.py": {"'s' * (gpus != 1)": "s"},
+    "engine/repos.py": {"why": "too many requests"},
+    "engine/wire.py": {"_reason(error)": "Connection refused"},
+    "engine/worker.py": {
+        "error": "a/b is gated: accept its conditions at huggingface.co/a/b and give a token of that account."
+    },
 }
 
 
@@ -119,7 +138,8 @@ def part(node: ast.expr, samples: dict[str, str]) -> str:
         return str(node.value)
     assert isinstance(node, ast.FormattedValue)
     if isinstance(node.value, ast.IfExp):  # ' or leave them' if ... else ''
-        return filled(node.value.body, samples) or "7"
+        found = filled(node.value.body, samples)
+        return "7" if found is None else found
     return samples.get(ast.unparse(node.value), "7")
 
 
@@ -127,6 +147,46 @@ def test_every_error_of_the_engine_can_be_said_in_chinese() -> None:
     with language.use("zh-CN"):
         missing = [f"{place}: {sample}" for place, sample in templates() if translate(sample) == sample]
     assert missing == []
+
+
+def test_what_is_said_in_other_ways_can_be_said_in_chinese() -> None:
+    """Reasons that are returned, or come from a process of our own: no `raise` holds their text."""
+    codes = (ENOSPC, EROFS, EMFILE, EIO, ENOENT, ENOTDIR, ESTALE)
+    said = [os_reason(OSError(code, os.strerror(code), name)) for code in codes for name in (None, "/x/events.log")]
+    said += [f"The worker could not be started. {reason}" for reason in said]
+    for name, phrase in PHRASES.items():
+        assert name in {key.removeprefix("way.") for key in ENGLISH}
+        said.append(f"The run needs 9.1 GiB, 7.8 are free: {phrase} 5.2.")
+        said.append(f"{said[-1]} That is too much, too. Close other programs, or choose a smaller model.")
+    said.append("The run needs 9.1 GiB, 7.8 are free. Close other programs, or choose a smaller model.")
+    for file in ("uploader.py", "quotas.py", "download.py", "fetch.py", "supervision.py", "worker.py", "streams.py"):
+        said += sentences(file)
+    said += [f"The hub answers too slowly. Try again later. {then}" for then in ("Trying again.", "Going on in 8 s.")]
+    with language.use("zh-CN"):
+        assert [text for text in said if translate(text) == text] == []
+    assert len(said) > 60
+
+
+def sentences(file: str) -> Iterator[str]:
+    """Every text of a file that ends as a sentence and is no docstring."""
+    tree = ast.parse((ENGINE / file).read_text())
+    samples = (
+        SAMPLES | BY_FILE.get(f"engine/{file}", {}) | {"short(error, 300)": "The hub's answer broke off. Try again."}
+    )
+    samples |= {"error": "The hub's answer broke off. Try again."} if file == "fetch.py" else {}
+    samples |= {"how": " (SIGKILL)"}
+    inner: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr):
+            inner |= {node.value}
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.JoinedStr) or called.startswith(("log.", "argparse.")):
+            inner |= {*ast.walk(node)} - {node}
+        if node in inner or not isinstance(node, ast.JoinedStr | ast.Constant):
+            continue
+        text = filled(node, samples) or ""
+        if re.fullmatch(r"[A-Z'].* .*\.", text):
+            yield text
 
 
 def test_every_line_of_a_log_can_be_said_in_chinese() -> None:

@@ -5,35 +5,64 @@ from __future__ import annotations
 import asyncio
 import html
 import re
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 import plotly.graph_objects as go
 import pytest
 from pydantic import JsonValue
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
+from engine import ways
+from engine.assumptions import Assumptions
 from engine.errors import UnknownName
-from engine.modes import Mode
+from engine.fit import PARTS, Estimate, Need
+from engine.modes import Limits, Mode
+from engine.pace import TIMES
+from engine.records import Recipe
+from engine.repos import Found
 from engine.scheduler import Scheduler
+from engine.users import UserFile
 from tests.ui import fakes
-from tests.ui.conftest import ANNA, stored
+from tests.ui.conftest import ANNA, asked, stored
 from tests.ui.fakes import FakeScheduler
 from tests.ui.test_audit import BUDGET, linear
 from tests.ui.test_sensitivity import LOOK, record
-from ui import ballot, comparing, language, page, panes, report, views
-from ui.asked import Asked
+from ui import (
+    ballot,
+    comparing,
+    dossier,
+    hosting,
+    language,
+    links,
+    meter,
+    page,
+    panes,
+    report,
+    sets,
+    views,
+    wording,
+)  # fmt: skip
 from ui.desk import Desk
 from ui.edge import line
+from ui.flips import Flips
 from ui.journal import Journal
-from ui.pages import compress, runs, scaling
+from ui.login import Door
+from ui.pages import advice, compress, models, push, runs, scaling
+from ui.pages.sets import go_through
 from ui.translated import Page
+from ui.visitors import Members
 
 # Names of methods, formats, programs and units, settings as a recipe writes them, and what the field says in English.
 NAMES = set(
     "Maquette GPTQ AWQ HQQ RTN FP8 ZeroQuant SmoothQuant SparseGPT Wanda bitsandbytes LLM NF4 FP4 NormalFloat LoRA "
     "MiniLLM GKD GGUF L1 Adam Hessian Logit logits CPU RAM GPU CUDA KV KL JS MiB GiB KiB nat ms µs pi p50 p95 p99 "
-    "CSV YAML JSON JSONL Markdown demo cookie recipe yaml W8A8 int8 e4m3 lora js mse llama max min Beta Top HTML "
-    "token tokens MAQUETTE HOME Hub HuggingFace hub GB TFLOP TB owner name README zip qwen TTFT McNemar".split()
+    "CSV YAML JSON JSONL Markdown demo cookie recipe yaml W8A8 int8 e4m3 lora js mse llama max min Beta Top "
+    "token tokens MAQUETTE HOME HTML zip Hub qwen McNemar GB TFLOP ZeroGPU torch transformers gradio bfloat16 int4pack "
+    "cpu UTC".split()
 )
 RUN = re.compile(r"· [0-9a-z]{6}\b")  # a piece of a run's id
 WORD = re.compile(r"[A-Za-zµ][A-Za-zµ0-9]*")
@@ -95,16 +124,15 @@ def test_what_gradio_builds_once_is_chinese(desk: Desk) -> None:
 def test_a_comparison_and_its_charts_are_chinese(desk: Desk, scheduler: FakeScheduler) -> None:
     a = fakes.finished(scheduler, LOOK.model_copy(update={"measure": ("size", "latency")}), ANNA)
     b = fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.2, 0.1)
-    asked = Asked(compare=(a.id, b.id))
-    shown = comparing.render(desk, ANNA, asked, "size.bytes", "perplexity")
+    shown = comparing.render(desk, ANNA, asked(a.id, b.id), "size.bytes", "perplexity")
     figures = [each for each in shown if isinstance(each, go.Figure)]
-    assert len(figures) >= 4
+    assert len(figures) == 5
     for each in [*map(drawn, figures), *(text for text in shown if isinstance(text, str))]:
         assert left(each) == set()
     assert "缩小 3.2×" in str(shown[0])
-    text = ballot.cast(desk, ANNA, {"left": a.id, "right": b.id, "prompt": "x"}, "left")
-    assert left(text) == set()
-    value = panes.stored(("A", "B"), (None, None), True, "k").value()
+    for choice in ("tie", "left"):
+        assert left(ballot.cast(desk, ANNA, {"left": a.id, "right": b.id, "prompt": "x"}, choice)) == set()
+    value = panes.stored(["A", "B"], [None, None], True, "k").value()
     assert left(str(value["words"]).translate(str.maketrans("", "", "{}"))) <= {"kl", "split", "apart", "probability"}
 
 
@@ -120,7 +148,7 @@ def test_runs_and_their_pictures_are_chinese(desk: Desk, scheduler: FakeSchedule
     other = fakes.finished(scheduler, fakes.WANDA, ANNA, 1.5, 0.3)
     look = fakes.finished(scheduler, LOOK, ANNA, measurements=[record(0.01, 0.1)])
     failed = fakes.running(scheduler, fakes.HALF, ANNA)
-    reason = "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then resume."
+    reason = "The disk is full. Delete old runs or choose another folder with MAQUETTE_HOME, then try again."
     fakes.say(scheduler, failed, ("finished", {"status": "failed", "reason": reason}), start=300)
     failed = scheduler.store.run(failed.id)
     journal = Journal(desk.store)
@@ -147,6 +175,64 @@ def test_a_bad_draft_is_refused_in_chinese(desk: Desk) -> None:
     assert "共享服务器" in compress.judge(desk, {**draft, "calibration": "/etc/passwd"})
     assert left(str(compress.describe(draft))) <= {"quantize", "printf", "python", "run"}
     assert line(UnknownName("run", "x", ())) == "未知的运行“x”。"
+
+
+def test_a_report_a_set_and_the_words_that_differ_are_chinese(desk: Desk, scheduler: FakeScheduler) -> None:
+    a = fakes.finished(scheduler, LOOK.model_copy(update={"measure": ("size", "latency")}), ANNA)
+    b = fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.2, 0.1)
+    free = asked(a.id, b.id, "1 + 1 =", "free", chat=True)
+    with language.use("en"):
+        list(comparing.stream(desk, ANNA, free))
+        assert "500 tokens/s" in dossier.html(desk, ANNA, free)
+    file = dossier.html(desk, ANNA, free)
+    assert '<html lang="zh-CN">' in file
+    assert "500 词元/秒" in file
+    written = re.sub('<p class="text">.*?</p>|<style>.*?</style>', "", file, flags=re.DOTALL)  # what the models wrote
+    assert left(written.replace(a.id, "").replace(b.id, "").replace("aaaa0000", "")) == set()
+    *_, (done, _, _) = go_through(desk, ANNA, free, ("1 =",), threading.Event())
+    assert left(str(sets.table(["A", "B"], done, 2)).partition("<a ")[0]) == set()
+    assert left(str(links.bar(free))) == set()
+    assert "没有显示出准确率差异" in wording.flipped(Flips(3, 2, 100))
+    assert "很少如此" in wording.flipped(Flips(30, 2, 100))
+
+
+def test_advice_and_the_meter_are_chinese(desk: Desk, scheduler: FakeScheduler) -> None:
+    fakes.finished(scheduler, Recipe(), ANNA)
+    fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.0, 0.5)
+    for goal, number in (("latency", 0.7), ("memory", 0.001), ("cost", None)):
+        found = advice.advise(desk, Recipe(), goal, number, (*Assumptions().model_dump().values(),), ANNA)
+        shown = [advice.summary(found), *(advice.card(each, found) for each in found.advices)]
+        assert left(" ".join(map(str, shown))) == set()
+    needs = [Need("compress", dict.fromkeys(PARTS, 1 << 30), "GPTQ"), Need("verify", {"weights": 1 << 30})]
+    needs += [Need(kind, {"runtime": 1 << 20}) for kind in ("probe", "save", "measure")]
+    for name in (None, *ways.PHRASES):
+        for fits in (False, True):
+            way = None if name is None else ways.Way(name, Recipe(), 1 << 20, fits)
+            estimate = Estimate(tuple(needs), needs[1], 1 << 28, dict.fromkeys(TIMES, 60.0), ())
+            assert left(meter.fit_meter(estimate, way)) == set()
+
+
+def test_models_of_the_hub_and_who_may_do_what_are_chinese(desk: Desk, scheduler: FakeScheduler) -> None:
+    *_, (state, _) = models.search(desk, "qwen", "")
+    assert left(str(state)) <= {"HF", "HUB", "OFFLINE"}
+    assert left(models.label(Found("org/tiny", 1234, 5 << 20, True))) == set()
+    run = fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.0, 0.1)
+    limits = Limits(parameters=2_000_000_000, seconds=600, disk=1 << 30, keep=86_400.0)
+    assert left(hosting.limits_line(Mode.PUBLIC, limits)) == set()
+    gone = run.model_copy(update={"shared": True, "expired": 1.0, "finished": 1.0})
+    for each in (run, gone):
+        for mine in (True, False):
+            assert left(hosting.run_note(each, limits, mine, 1e6)) == set()
+    assert left(hosting.who("member:anna")) == {"anna"}
+    for kind in ("creating", "uploading"):
+        assert left(push._line(kind, {"seconds": 3.0, "bytes": 1 << 20, "files": 4})) == set()
+
+
+def test_the_login_page_is_in_the_visitors_language(tmp_path: Path) -> None:
+    client = TestClient(Starlette(routes=Door(Members(UserFile(tmp_path))).routes()))
+    for answer in (client.get("/login"), client.post("/login", content="name=anna&password=wrong")):
+        assert '<html lang="zh-CN">' in answer.text
+        assert left(re.sub("<style>.*?</style>", "", answer.text, flags=re.DOTALL)) == set()
 
 
 def test_an_entry_is_named_anew_for_another_language(scheduler: FakeScheduler) -> None:

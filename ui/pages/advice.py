@@ -151,8 +151,8 @@ def quality(advice: Advice, original: Mapping[str, Measurement]) -> str:
         return say("advice.not_measured")
     parts = []
     for name, found in advice.quality.items():
-        before = f" ({wording.difference(original[name], found)})" if name in original else ""
-        parts.append(f"{wording.name(name)} {wording.shown(found)}{before}")
+        before = say("aside", text=wording.difference(original[name], found)) if name in original else ""
+        parts.append(f"{wording.name(name)} {wording.shown(found)} {before}".rstrip())
     return " · ".join(parts)
 
 

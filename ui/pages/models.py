@@ -17,11 +17,10 @@ from engine.errors import BadModel, MaquetteError
 from engine.hub import RepoOrigin
 from engine.records import Model
 from engine.repos import Found, check_token
-from engine.sources import Folder, Repo, classify
+from engine.sources import BUNDLED, Bundled, Folder, Repo, classify
 from ui import markup, wording
 from ui.desk import Desk
-from ui.edge import edge, visitor
-from ui.messages import translate
+from ui.edge import edge, line, visitor
 from ui.wiring import on
 from ui.wording import say
 
@@ -88,7 +87,7 @@ def search(desk: Desk, text: object, token: object) -> Iterator[list[object]]:
     try:
         found = desk.scheduler.hub.search(wanted, clean(token))
     except MaquetteError as error:
-        yield [markup.notice(translate(str(error)), "warn"), gr.update(choices=[], value=None, visible=False)]
+        yield [markup.notice(line(error), "warn"), gr.update(choices=[], value=None, visible=False)]
         return
     none = "" if found else say("models.none", text=wanted)
     choices = [(label(each), each.name) for each in found]
@@ -156,8 +155,9 @@ def facts(desk: Desk, model: Model, token: str) -> Markup:
     origin = preflight.open_model(model, desk.scheduler.hub, token)
     shape = headers.inspect(origin)
     pairs: dict[str, str] = {}
-    if not isinstance(classify(model, folders=desk.local), Folder):
-        pairs[say("model")] = origin.name
+    named = classify(model, folders=desk.local)
+    if not isinstance(named, Folder):
+        pairs[say("model")] = BUNDLED if isinstance(named, Bundled) else origin.name
     pairs[say("models.architecture")] = str(shape.config.get("model_type"))
     pairs[say("models.parameters")] = f"{shape.parameters:,}"
     pairs[say("models.size")] = wording.size(shape.bytes)
