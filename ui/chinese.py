@@ -74,7 +74,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "panes.about": "每个模型一个进程。点击任一词元，可查看各模型当时的其他候选。",
         "panes.run": "同时生成", "panes.stop": "停止", "panes.stopped": "已停止。",
         "panes.loading": "正在加载模型……",
-        "panes.empty": "还没有内容：请点击“全部生成”。", "panes.tokens": "{count} 个词元",
+        "panes.empty": "还没有内容：请点击“同时生成”。", "panes.tokens": "{count} 个词元",
         "panes.drift": "平均 KL {kl} nat", "panes.first": "首词 {span}",
         "panes.token": "{token}：该模型给出的概率为 {probability}。",
         "panes.kl": "它的预测偏移了 {kl} nat（KL）。", "panes.split": "文本从这里开始不同。",

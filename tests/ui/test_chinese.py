@@ -102,7 +102,6 @@ SAMPLES = {
     "body.fixed[axis]": "this stablelm has a norm for each head", "what": "a cache of its own",
     "problem[:-5]": "missing", "run.status": "running", "why": "weights are not finite",
     "kept": "No checkpoint was written yet.", "_where(error)": "unreadable in line 1, column 2",
-    "WAYS": WAYS, "problem['msg']": "Input should be a valid number",
     "problem": "lm_head is missing", "error.strerror": "Permission denied", "UNITS[self.unit]": "MiB",
     "problem['msg']": "Input should be a valid number", "WAYS": WAYS, "SINGLE": SINGLE, "INDEX": INDEX,
 }  # fmt: skip
@@ -110,8 +109,6 @@ BY_FILE = {
     "engine/tokens.py": {"reason": "it has 5 tokens, the model 7"},
     "engine/checkpoint.py": {"problem": "the weights do not fit the config (missing: lm_head)"},
     "engine/preflight.py": {"error": "all 8 blocks would be removed. Keep one at least: count 7 or less."},
-    "engine/worker.py": {"error": "The hub does not accept this token (for a/b). It may have expired: give another."},
-    "engine/repos.py": {"why": "too many requests"},
     "engine/ranks.py": {"'s' * (gpus != 1)": "s"},
     "engine/repos.py": {"why": "too many requests"},
     "engine/wire.py": {"_reason(error)": "Connection refused"},
