@@ -185,7 +185,7 @@ class Store:
     def runs(
         self, owner: str | tuple[str, ...] | None = None, limit: int = 200, *, shared: bool = False
     ) -> list[Run]:  # fmt: skip
-        """The runs of `owner`, of any of several, of everybody (None), newest first; `shared`: and what others share."""
+        """The runs of `owner`, of several, or of all (None), newest first; `shared`: with what others share."""
         owners = (owner,) if isinstance(owner, str) else owner
         only = "" if owners is None else f"WHERE owner IN ({', '.join('?' * len(owners))}) OR (? AND shared)"
         values = () if owners is None else (*owners, shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
@@ -108,7 +109,7 @@ def go_through(desk: Desk, owner: str, asked: Asked, prompts: tuple[str, ...], s
     for number, prompt in enumerate(prompts):
         short = min(asked.writing.max_tokens, sets.TOKENS)
         writing = asked.writing.model_copy(update={"prompt": prompt, "max_tokens": short})
-        shown = Panes(f"{id(done):x}-{number}", [Pane(title, state="loading") for title in titles],
+        shown = Panes(secrets.token_hex(4), [Pane(title, state="loading") for title in titles],
                       writing.mode == "same")  # fmt: skip
         for value in follow(shown, comparing.write(desk, owner, entries, writing, stop)):
             yield done, value, len(prompts) - number
