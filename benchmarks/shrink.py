@@ -161,13 +161,14 @@ def reading(trials: Sequence[Trial], turns: int = 30) -> list[float]:
 
 
 def margin(a_name: str, a: Trial, b_name: str, b: Trial) -> str:
-    """How far two accuracies are apart, in standard errors of their difference."""
-    first, second = a.measured["accuracy"], b.measured["accuracy"]
-    error = math.hypot(first.error or 0, second.error or 0)
+    """How far two models are apart in accuracy and in KL to the original, in standard errors of the difference."""
+    better, worse = ({name: each.measured[name] for name in ("accuracy", "kl")} for each in (a, b))
+    points, nats = ((better[name].value - worse[name].value) for name in ("accuracy", "kl"))
+    errors = [math.hypot(better[name].error or 0, worse[name].error or 0) for name in ("accuracy", "kl")]
     return (
-        f"After the same tokens, {a_name} against {b_name}: {100 * (first.value - second.value):+.1f} points, "
-        f"{(first.value - second.value) / error:.1f} standard errors of the difference; KL "
-        f"{a.measured['kl'].value:.3g} against {b.measured['kl'].value:.3g}."
+        f"After the same tokens, {a_name} against {b_name}: {100 * points:+.1f} points of accuracy "
+        f"({abs(points) / errors[0]:.1f} standard errors of the difference), KL {better['kl'].value:.3g} against "
+        f"{worse['kl'].value:.3g} ({abs(nats) / errors[1]:.1f} standard errors)."
     )
 
 
