@@ -1,4 +1,8 @@
-"""One file of the hub into the cache: from where an earlier attempt stopped, checked, then put in its place."""
+"""One file of the hub into the cache: from where an earlier attempt stopped, checked, then put in its place.
+
+huggingface_hub 2.4 cannot do the first: it writes to a name of its own process, and a process that dies takes what came
+with it. So what a killed run had downloaded is kept here, in the layout of huggingface_hub's cache.
+"""
 
 from __future__ import annotations
 
