@@ -102,9 +102,12 @@ def differing(shown: Panes) -> Markup:
 
 @dataclass(frozen=True)
 class Round:
-    """What changes on the page while texts are written; None leaves a part as it is."""
+    """What changes on the page while texts are written.
 
-    panes: panes.Value | None = None
+    Each holds the panes: a browser that gets two in one frame keeps the last alone, also where that says "as it is".
+    """
+
+    panes: panes.Value
     ballot: dict[str, str] | None = None
     done: Panes | None = None
 
@@ -128,10 +131,10 @@ def stream(desk: Desk, owner: str, asked: Asked, stop: threading.Event | None = 
         if close is not None:
             close()
     if blind and all(pane.tokens for pane in shown.panes):
-        yield Round(ballot={"left": entries[0].key, "right": entries[1].key, "prompt": writing.prompt})
+        yield Round(shown.value(), ballot={"left": entries[0].key, "right": entries[1].key, "prompt": writing.prompt})
     elif not blind:
         desk.shelf.put(owner, Written(asked=asked, panes=tuple(_kept(pane) for pane in shown.panes)))
-        yield Round(done=shown)
+        yield Round(shown.value(), done=shown)
 
 
 def write(

@@ -157,8 +157,7 @@ def test_streaming_merges_the_panes_and_marks_where_they_part(desk: Desk, schedu
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
     values = [step.panes for step in comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "free"))]
     assert scheduler.asked == [(["demo", small.id], "Mara", False)]
-    last = values[-2]
-    assert values[-1] is None
+    last = values[-1]
     assert [len(pane["tokens"]) for pane in last["panes"]] == [len(fakes.WORDS), len(fakes.WORDS) - 4]
     assert last["split"] == 5
     assert not last["shade"]
@@ -167,7 +166,7 @@ def test_streaming_merges_the_panes_and_marks_where_they_part(desk: Desk, schedu
 
 def test_the_same_text_is_shaded_by_its_divergence(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
-    last = [step.panes for step in comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "same"))][-2]
+    last = [step.panes for step in comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "same"))][-1]
     assert last["shade"]
     assert last["split"] is None
     assert last["panes"][1]["tokens"][5][3] == 0.9
@@ -185,7 +184,7 @@ def test_stop_ends_the_engines_stream(desk: Desk, scheduler: FakeScheduler) -> N
     stream = comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "same"), stop)
     next(stream), next(stream), next(stream), next(stream)
     stop.set()
-    last = list(stream)[-2].panes
+    last = list(stream)[-1].panes
     assert {pane["note"] for pane in last["panes"]} == {"Stopped."}
     assert all(len(pane["tokens"]) < len(fakes.WORDS) for pane in last["panes"])
     assert scheduler.closed_streams == 1
@@ -219,7 +218,7 @@ def test_stored_numbers_cannot_write_until_a_run_stands_in(desk: Desk, scheduler
 def test_a_blind_vote_hides_names_and_drift_until_it_is_cast(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
     steps = list(comparing.stream(desk, ANNA, asked("stored:0", small.id, "Mara", "blind")))
-    shown = json.dumps([step.panes for step in steps[:-1]])
+    shown = json.dumps([step.panes for step in steps])
     assert "GPTQ" not in shown
     assert "tokens/s" not in shown
     held = steps[-1].ballot

@@ -295,9 +295,9 @@ def _wire_texts(
 def _changes(each: comparing.Round) -> list[object]:
     """Panes, voting, ballot, reveal, differing words, link."""
     if each.ballot is not None:
-        return [gr.skip(), gr.update(visible=True), each.ballot, say("vote.ask"), gr.skip(), gr.skip()]
+        return [each.panes, gr.update(visible=True), each.ballot, say("vote.ask"), gr.skip(), gr.skip()]
     if each.done is not None:
-        return [*[gr.skip()] * 4, comparing.differing(each.done), gr.skip()]
+        return [each.panes, *[gr.skip()] * 3, comparing.differing(each.done), gr.skip()]
     return [each.panes, *[gr.skip()] * 5]
 
 

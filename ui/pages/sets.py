@@ -16,7 +16,7 @@ from ui.asked import Asked
 from ui.desk import Desk
 from ui.edge import edge
 from ui.markup import notice
-from ui.panes import Pane, Panes, follow
+from ui.panes import Pane, Panes, Value, follow
 from ui.turns import Turns
 from ui.wiring import on
 from ui.wording import say
@@ -28,7 +28,7 @@ element.addEventListener("click", (event) => {
 });
 """
 KEPT = 3600  # seconds for which a page that was left keeps its results
-Step = tuple[list[sets.Result], object, int]  # results so far, the panes' value, prompts still to come
+Step = tuple[list[sets.Result], Value, int]  # results so far, the panes' value, prompts still to come
 
 
 def build(
@@ -74,7 +74,7 @@ def build(
             for done, value, left in go_through(desk, owner, asked, tuple(prompts), turn.stop):
                 if turn.replaced:
                     return
-                yield [gr.skip() if value is None else value, sets.table(titles, done, left), done]
+                yield [value, sets.table(titles, done, left), done]
         finally:
             turns.end(place, turn)
 
@@ -116,7 +116,7 @@ def go_through(desk: Desk, owner: str, asked: Asked, prompts: tuple[str, ...], s
         if stop.is_set():
             break
         done = [*done, sets.result(prompt, shown)]
-    yield done, None, 0
+    yield done, shown.value(), 0
 
 
 def _guess(data: bytes) -> str:
