@@ -222,15 +222,22 @@ def _reply(replies: TextIO, body: Request) -> None:
     replies.flush()
 
 
+def niceness(kind: str, highest: str = "") -> int:
+    """How far a process of this kind steps back: 0 to 19, and no further than `highest`, where that is a number."""
+    most = min(int(highest), HIGHEST_NICE) if highest.isdigit() else HIGHEST_NICE
+    return min(NICE.get(kind, HIGHEST_NICE), most)
+
+
 def _step_back(kind: str) -> None:
     """Let the page go first, and let the kernel take this process first when memory runs out."""
-    missing = NICE.get(kind, HIGHEST_NICE) - os.nice(0)
+    nice = niceness(kind, os.environ.get("MAQUETTE_NICE", ""))
+    missing = nice - os.nice(0)
     if missing > 0:
         os.nice(missing)
     values = {"oom_score_adj": "1000"}
     if os.getsid(0) == os.getpid():
         # Where Linux groups processes by session, nice counts only inside a session; between them the group's does.
-        values["autogroup"] = str(NICE.get(kind, HIGHEST_NICE))
+        values["autogroup"] = str(nice)
     for name, value in values.items():
         with suppress(OSError):  # no such file on macOS, or no grouping
             Path("/proc/self", name).write_text(value)

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("MAQUETTE_NICE", "0")  # tests wait for workers; beside other tests they would starve
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,13 @@ from engine.preflight import DEMO
 from engine.records import EventKind
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests of a file, and all of the browser's, share a process and what was set up in it."""
+    for item in items:
+        browser = item.get_closest_marker("browser") is not None
+        item.add_marker(pytest.mark.xdist_group("browser" if browser else item.path.stem))
 
 
 class Recorder:

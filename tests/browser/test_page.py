@@ -256,10 +256,10 @@ def test_a_visitor_switches_to_chinese_and_back(open_page: Open, returning: Stor
     assert "note=kept" in page.url
     assert page.evaluate("[document.documentElement.lang, navigator.language]") == ["zh-CN", "zh-CN"]
     expect(page.get_by_label("提示词", exact=True)).to_be_visible()
-    expect(page.get_by_role("button", name="全部生成")).to_be_visible()
+    expect(page.get_by_role("button", name="同时生成")).to_be_visible()
     expect(page.locator(".mq-verdict").first).to_contain_text(re.compile(r"缩小 .*困惑度"), timeout=30_000)
     expect(page.locator("#mq-front .xtitle")).to_have_text("磁盘占用，MiB", timeout=30_000)
-    page.locator("#mq-summary summary").click()
+    page.locator("#mq-summary summary", has_text="全部测量结果").click()
     expect(page.locator("#mq-summary tbody th").first).to_have_text("磁盘占用")
     tab(page, "压缩")
     expect(page.locator("#mq-fit")).to_contain_text("装得下", timeout=30_000)

@@ -15,7 +15,7 @@ from engine.errors import BadModel, BadParams, Cancelled, Diverged, Interrupted,
 from engine.methods import Emit
 from engine.records import Event, Recipe, Status
 from engine.runners.inline import InlineRunner
-from engine.worker import Stop, execute
+from engine.worker import Stop, execute, niceness
 
 
 @pytest.fixture
@@ -174,3 +174,11 @@ def test_inline(tmp_path: Path) -> None:
     worker.kill()
     assert not worker.alive()
     assert EventReader(tmp_path).read()[-1].data["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("kind", "highest", "nice"),
+    [("run", "", 19), ("serve", "", 5), ("run", "0", 0), ("serve", "3", 3), ("run", "99", 19), ("run", "-5", 19)],
+)
+def test_how_far_a_process_steps_back(kind: str, highest: str, nice: int) -> None:
+    assert niceness(kind, highest) == nice
