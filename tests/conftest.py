@@ -28,6 +28,7 @@ from engine.records import EventKind
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the tests of a file, and all of the browser's, share a process and what was set up in it."""
     for item in items:
