@@ -270,7 +270,9 @@ def test_a_visitor_switches_to_chinese_and_back(open_page: Open, returning: Stor
     page.get_by_role("button", name="使用此配方").click()
     expect(page.get_by_text("您是不是指 quantize/gptq")).to_be_visible(timeout=30_000)
     tab(page, "运行")
-    expect(page.locator("#mq-runs .mq-badge").first).to_have_text(re.compile("已完成|运行中|排队中"), timeout=30_000)
+    expect(page.locator("#mq-runs .mq-badge").first).to_have_text(
+        re.compile("已完成|运行中|排队中|已取消"), timeout=30_000
+    )
     assert "__type__" not in page.content()
 
     phone = open_page(state=page.context.storage_state(), width=390)  # the choice is kept
