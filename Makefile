@@ -11,7 +11,7 @@ run: .venv/requirements
 	HOST=$(HOST) PORT=$(PORT) $(BIN)/python app.py
 
 test: check chromium
-	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 40
+	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 check: .venv/requirements-test
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ import pytest
 import torch
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from xdist.scheduler import LoadFileScheduling
 
 from engine.checkpoint import attention
 from engine.experts import separate
@@ -28,12 +29,16 @@ from engine.records import EventKind
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests of a file, and all of the browser's, share a process and what was set up in it."""
-    for item in items:
-        browser = item.get_closest_marker("browser") is not None
-        item.add_marker(pytest.mark.xdist_group("browser" if browser else item.path.stem))
+class ByFile(LoadFileScheduling):
+    """The tests of a file go to one process; so do all of the browser's, which share a server and a first visit."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "browser" if nodeid.startswith("tests/browser/") else str(super()._split_scope(nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
+    """How pytest-xdist shares the tests out; its marks for groups do nothing beside pytest 9.2."""
+    return ByFile(config, log)
 
 
 class Recorder:
