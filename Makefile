@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test check format killloop bench clean
+.PHONY: run test check format families killloop bench clean
 
 run: .venv/requirements
 	HOST=$(HOST) PORT=$(PORT) $(BIN)/python app.py
@@ -22,6 +22,9 @@ check: .venv/requirements-test
 format: .venv/requirements-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+families: .venv/requirements-test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --all-families tests/engine
 
 killloop: .venv/requirements-test
 	$(BIN)/python tests/killloop.py --runs 200

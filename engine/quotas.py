@@ -43,7 +43,7 @@ class Quotas:
     """The limits of one data folder's visitors. `free` says how many bytes its disk has left."""
 
     def __init__(
-        self, home: Path, store: Store, limits: Limits, hub: Hub | None = None, free: Callable[[], int] | None = None
+        self, home: Path, store: Store, limits: Limits, free: Callable[[], int] | None = None, hub: Hub | None = None
     ) -> None:
         self._home, self._store, self._limits, self._hub = home, store, limits, hub
         self._free = free or (lambda: shutil.disk_usage(home).free)

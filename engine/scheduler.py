@@ -73,7 +73,7 @@ class Scheduler:
         self.call_limits = (zero.SECONDS, zero.LARGEST) if zero_gpu else None  # seconds and bytes, to be shown
         self.limits = limits or Limits()
         self.hub = hub or Hub(self.home / "cache" / "hub", trusting=self.limits.folders)
-        self._quotas, self._rates = Quotas(self.home, self.store, self.limits, self.hub), Rates()
+        self._quotas, self._rates = Quotas(self.home, self.store, self.limits, hub=self.hub), Rates()
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
         self._overdrawn: set[str] = set()  # running runs whose files go with them

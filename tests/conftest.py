@@ -29,6 +29,33 @@ from engine.records import EventKind
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+# Whose blocks differ most. `make families` tests the others too, everywhere; test_families.py always tests all.
+DISTINCT = ("llama", "gpt2", "phi3", "falcon", "bloom", "gemma3", "mixtral")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all-families`: in every test."""
+    parser.addoption("--all-families", action="store_true", help="test what is alike in all families on all of them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep `make test` within a quarter of an hour: what is alike in all families is tested on those that differ."""
+    if config.getoption("--all-families"):
+        return
+    left = [item for item in items if item.path.stem != "test_families" and _family(item) not in (None, *DISTINCT)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
+
+
+def _family(item: pytest.Item) -> str | None:
+    """The family of models on which a test is run, where it is one of several."""
+    from tests.families import FAMILIES, MIXTURES  # which are made with this file's help
+
+    found = getattr(item, "callspec", None)
+    name = None if found is None else found.params.get("family")
+    return name if name in FAMILIES or name in MIXTURES else None
+
+
 class ByFile(LoadFileScheduling):
     """The tests of a file go to one process; so do all of the browser's, which share a server and a first visit."""
 

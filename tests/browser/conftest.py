@@ -33,7 +33,8 @@ FLAGS = [
 ]  # fmt: skip
 PATIENCE = 240_000  # milliseconds for work that a busy machine may stretch
 # Gradio hands the place of a removed input to the next, which for an instant holds the value of the old one.
-HANDED_ON = re.compile(r"^The specified value \"\w+\" cannot be parsed")
+# And a page that is left (another language is another page) gives up what it was asking for.
+HARMLESS = re.compile(r"^The specified value \"\w+\" cannot be parsed|AbortError|signal is aborted")
 Open = Callable[..., Page]
 
 
@@ -115,12 +116,10 @@ class Watch:
         page.on(
             "console",
             lambda m: (
-                self.problems.append(m.text)
-                if m.type in ("error", "warning") and not HANDED_ON.search(m.text)
-                else None
+                self.problems.append(m.text) if m.type in ("error", "warning") and not HARMLESS.search(m.text) else None
             ),
         )
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("pageerror", lambda error: None if HARMLESS.search(str(error)) else self.problems.append(str(error)))
         page.on(
             "request",
             lambda r: None if r.url.startswith((host, "data:", "blob:")) else self.foreign.append(r.url),

@@ -83,8 +83,8 @@ def test_a_sliding_window_keeps_its_own_tokens() -> None:
 
 
 def test_a_packed_cache_holds_codes_scales_and_one_block_unpacked() -> None:
-    numbers = 8 * 64 * 2 * 4 * 2 * 16  # sequences, tokens, keys and values, blocks, heads, channels
-    held = sizes.cache_bytes(llama().config, CacheGrid(4, 16, 0), 2, 8, 64)
+    numbers = 16 * 64 * 2 * 4 * 2 * 16  # sequences, tokens, keys and values, blocks, heads, channels
+    held = sizes.cache_bytes(llama().config, CacheGrid(4, 16, 0), 2, 16, 64)
     assert held == numbers // 2 + 4 * numbers // 16 + 2 * numbers // 4
     exact = estimate(llama(), measure=["latency"])
     packed = estimate(llama(), {"quantize/kv_cache": {"bits": 4, "group_size": 16}}, measure=["latency"])
