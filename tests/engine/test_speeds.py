@@ -24,6 +24,6 @@ def test_the_newest_probe_of_a_method_counts(tmp_path: Path) -> None:
     learned = speeds.probed(store, store.runs())
     assert dict(learned.steps) == {"quantize/gptq": 3.0}
     assert speeds.probed(store, []).steps == {}
-    usual, slow = preflight.estimate(fakes.GPTQ), preflight.estimate(fakes.GPTQ, learned)
+    usual, slow = preflight.estimate(fakes.GPTQ), preflight.estimate(fakes.GPTQ, rates=learned)
     assert slow.working == 3 * usual.working
     assert slow.times["save"] == usual.times["save"]

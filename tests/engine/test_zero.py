@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine import artifacts, preflight
 from engine.errors import TooBig
+from engine.fit import Need
 from engine.methods import Emit
 from engine.records import Recipe, Run, Status
 from engine.runners import zero
@@ -37,7 +39,7 @@ def gpu(work):  # as the package spaces does it
 home, model = map(pathlib.Path, sys.argv[1:])
 recipe = parse_recipe({"model": str(model / "model"), "measure": ["size"], "calibration": str(model / "text.txt"),
                        "steps": [{"quantize/rtn": {"group_size": 32}}], "device": "cpu"})
-with Scheduler(home, runner=zero.ZeroRunner(gpu), limit=zero.check) as scheduler:
+with Scheduler(home, runner=zero.ZeroRunner(gpu), refuses=zero.check) as scheduler:
     run = scheduler.submit(recipe)
     while not (run := scheduler.store.run(run.id)).status.final:
         time.sleep(0.05)
@@ -76,7 +78,7 @@ def test_a_run_where_the_decorator_passes_through(tmp_path: Path) -> None:
 
 
 def test_cancelled_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "check", lambda recipe: None)
+    monkeypatch.setattr(preflight, "check", lambda *asked: None)
 
     def endless(recipe: Recipe, folder: Path, emit: Emit, check: Callable[[], None]) -> None:
         emit("log", {"text": "works"})
@@ -96,9 +98,9 @@ def test_what_one_call_cannot_hold_is_refused(tmp_path: Path) -> None:
     estimate = preflight.estimate(Recipe())
     zero.check(Recipe(), estimate)
     with pytest.raises(TooBig, match="on ZeroGPU a run has 120"):
-        zero.check(Recipe(), preflight.replace(estimate, seconds=4000.0))
+        zero.check(Recipe(), replace(estimate, times={"steps": 4000.0}))
     with pytest.raises(TooBig, match="on ZeroGPU 4 can be used"):
-        zero.check(Recipe(), preflight.replace(estimate, weights=9 << 30))
+        zero.check(Recipe(), replace(estimate, needs=(Need("compress", {"weights": 9 << 30}),)))
 
 
 @pytest.mark.parametrize(("said", "chosen"), [("true", "ZeroRunner"), ("", "LocalRunner")])
