@@ -45,7 +45,7 @@ def chromium() -> str | None:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hub() -> Iterator[Hub]:
     """The hub of models that the page asks, on loopback."""
     with Hub() as made:
@@ -54,7 +54,7 @@ def hub() -> Iterator[Hub]:
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running page."""
     with running(tmp_path_factory.mktemp("home"), HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0") as address:
@@ -92,7 +92,7 @@ def running(home: Path, **settings: str) -> Iterator[str]:
         log.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """Chromium; without `make test` the tests are left out where there is none at all."""
     with sync_playwright() as engine:
@@ -153,7 +153,7 @@ def open_page(server: str, browser: Browser) -> Iterator[Open]:
     assert [text for watch in watched for text in watch.problems] == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def returning(server: str, browser: Browser) -> StorageState:
     """The cookie of a visitor who did nothing but wait until both models were measured here."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
