@@ -124,7 +124,7 @@ def linked(scene: Scene, visitor: Visitor) -> str:
     return arriving(visitor, compare=f"{scene.page.his.id},{scene.page.hers.id}")
 
 
-@web("another visitor's run, downloaded", "refused", "404")
+@web("another visitor's run, downloaded", "refused", "404 Not found.")
 def downloaded(scene: Scene, visitor: Visitor) -> str:
     return pages(visitor, f"/runs/{scene.page.his.id}/report.md")
 
