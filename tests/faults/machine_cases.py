@@ -223,30 +223,42 @@ def small_disk(place: Path, size: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def fill(place: Path, resize: Callable[[int], None], room: int, patch: pytest.MonkeyPatch) -> None:
+    """Leave so many KiB of a disk from the beginning of a run's first worker on."""
+
+    def begin(self: EventWriter, folder: Path, run: str, attempt: int) -> None:
+        open_events(self, folder, run, attempt)
+        if attempt == 1:
+            state = os.statvfs(place)
+            resize((state.f_blocks - state.f_bfree) * state.f_frsize // 1024 + room)
+
+    open_events = EventWriter.__init__
+    patch.setattr(EventWriter, "__init__", begin)
+
+
+@contextmanager
+def disk_of_runs(place: Path) -> Iterator[tuple[Scheduler, Callable[[int], None]]]:
+    """A scheduler whose store is on another disk than its runs: what a full store gives up of its own room may be
+    just what a worker lacks."""
+    with small_disk(place / "disk", 100_000) as resize:
+        (place / "disk" / "maquette.db").symlink_to(place / "maquette.db")
+        with Scheduler(place / "disk", runner=InlineRunner()) as scheduler:
+            yield scheduler, resize
+
+
 def full_at(room: int) -> Case:
     """A disk with so many KiB left when the worker begins; with more room the run goes on to the same files."""
 
     def act(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
-        with (
-            small_disk(place / "disk", 100_000) as resize,
-            Scheduler(place / "disk", runner=InlineRunner()) as scheduler,
-        ):
-
-            def fill(self: EventWriter, folder: Path, run: str, attempt: int) -> None:
-                open_events(self, folder, run, attempt)
-                if attempt == 1:
-                    state = os.statvfs(place / "disk")
-                    resize((state.f_blocks - state.f_bfree) * state.f_frsize // 1024 + room)
-
-            open_events = EventWriter.__init__
-            patch.setattr(EventWriter, "__init__", fill)
+        with disk_of_runs(place) as (scheduler, resize):
+            fill(scheduler.home, resize, room, patch)
             run = scheduler.submit(parse_recipe(scene.good()), ANNA)
             deadline = time.monotonic() + 20
             while not (ended := scheduler.store.run(run.id)).status.final and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert ended.status is Status.FAILED, ended
             assert ended.artifact is None
-            assert not list((place / "disk").glob("runs/*/*/artifact"))
+            assert not list(scheduler.home.glob("runs/*/*/artifact"))
             resize(100_000)
             scheduler.resume(run.id, ANNA)
             while not (again := scheduler.store.run(run.id)).status.final:
@@ -259,6 +271,16 @@ def full_at(room: int) -> Case:
     return Case(f"machine: a disk with {room} KiB left", "failed", "disk is full", act=act)
 
 
+@machine("a store whose disk fills up while a run works", "handled", "")
+def full_under_the_store(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
+    with small_disk(place / "disk", 100_000) as resize, small_disk(place / "disk" / "runs", 100_000):
+        fill(place / "disk", resize, 0, patch)
+        ended = on(scene, place / "disk")
+        assert ended.status is Status.SUCCEEDED, ended.reason
+        assert not (place / "disk" / "reserve").exists()  # what it kept for this went into the store
+    return ""
+
+
 @machine("a folder that cannot be written", "refused", "Read-only file system")
 def read_only(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
     with small_disk(place / "disk", 4000):
@@ -269,5 +291,5 @@ def read_only(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
 
 CASES = [
     two_servers, beside, below_a_file, nowhere, newer, held, full_store, no_runs_folder, truncated, few_files, gone,
-    clock, port, foreign, read_only, *(full_at(room) for room in (150, 300, 450)),
+    clock, port, foreign, read_only, full_under_the_store, *(full_at(room) for room in (150, 300, 450)),
 ]  # fmt: skip
