@@ -201,7 +201,7 @@ def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor,
         others = dict(kwargs)
         states, rest = others.pop("hidden_states"), ()
     assert isinstance(states, Tensor)
-    return states, rest, {key: value for key, value in others.items() if "past_key_value" not in key}
+    return states, rest, {key: value for key, value in others.items() if "past_key_value" not in key and key != "cache"}
 
 
 def _same(a: object, b: object) -> bool:

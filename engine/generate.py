@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from engine.kv_cache import PackedCache
+from engine.kv_cache import PackedCache, read_on
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
 from engine.runtime.native.decoder import NativeDecoder
@@ -143,7 +143,7 @@ def _score_packed(network: PreTrainedModel, ids: list[int], start: int, grid: Ca
     place, end = 0, start  # of the tokens that are read next: first the prompt, as `decode` does
     while place < len(ids):
         part = torch.tensor([ids[place:end]], device=network.device)
-        parts.append(network(input_ids=part, past_key_values=cache, use_cache=True).logits[0])
+        parts.append(read_on(network, part, cache)[0][0])
         place, end = end, end + cache.room
     return torch.cat(parts)[start - 1 : len(ids) - 1].float().log_softmax(-1)
 
@@ -182,9 +182,8 @@ class _Decoder(Protocol):
 @torch.inference_mode()
 def _read_prompt(network: PreTrainedModel, ids: Tensor, grid: CacheGrid | None) -> tuple[Tensor, Cache]:
     """Logits (B, V) after the prompt (B, n), and its keys and values."""
-    cache = None if grid is None else PackedCache(network.config, grid)
-    output = network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return output.logits[:, -1], output.past_key_values
+    logits, cache = read_on(network, ids, None if grid is None else PackedCache(network.config, grid), last=True)
+    return logits[:, -1], cache
 
 
 @torch.inference_mode()
@@ -242,9 +241,7 @@ class _WholeModel:
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        output = self._network(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return read_on(self._network, ids, self._cache)[0][:, -1]
 
 
 class LeanDecoder:

@@ -21,14 +21,24 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from engine.errors import BadModel
 from engine.packing import CacheGrid
 
 Along = Literal["tokens", "channels"]
+# What networks call their cache, taken and given: `cache` from transformers 5.24 on, which warns of the older name.
+ARGUMENT = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 TOKENS = 2  # dimension of the tokens in states (B, H, T, D), and of what is stored of them
+
+
+def read_on(network: PreTrainedModel, ids: Tensor, cache: Cache | None, *, last: bool = False) -> tuple[Tensor, Cache]:
+    """Let a network read tokens (B, T) that follow those of a cache, or begin one; logits (B, T, V), or of the last."""
+    some = {"logits_to_keep": 1} if last else {}
+    output = network(input_ids=ids, use_cache=True, **{ARGUMENT: cache}, **some)
+    return output.logits, output[ARGUMENT]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor
+from transformers import Cache
 
 from engine.distill._settings import ObjectiveParams, StudentParams, WritingParams
 from engine.distill._student import choose
 from engine.distill._teachers import live_of
+from engine.kv_cache import read_on
 from engine.lesson import Lesson, TrainingParams, read, token_loss
 from engine.losses import Divergence, Objective
 from engine.methods import Context
@@ -73,13 +75,14 @@ def write(
     network = student.network
     training = network.training
     network.eval()  # type: ignore[no-untyped-call]
-    ids, cache, given = prompts, None, prompts
+    ids, given = prompts, prompts
+    cache: Cache | None = None
     with torch.autocast(prompts.device.type, torch.bfloat16):
         while ids.shape[1] < length:
-            found = network(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            odds = (found.logits[:, -1].float() / temperature).softmax(-1).cpu()
+            logits, cache = read_on(network, given, cache, last=True)
+            odds = (logits[:, -1].float() / temperature).softmax(-1).cpu()
             given = torch.multinomial(odds, 1, generator=dice).to(ids.device)
-            ids, cache = torch.cat([ids, given], 1), found.past_key_values
+            ids = torch.cat([ids, given], 1)
     network.train(training)
     return ids
 

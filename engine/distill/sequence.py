@@ -20,12 +20,14 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Cache
 
 from engine import hardware
 from engine.distill._settings import StudentParams, TeacherParams, WritingParams
 from engine.distill._student import choose
 from engine.distill._teachers import check_tokenizers, dtype_of, shared_vocabulary
 from engine.files import publish
+from engine.kv_cache import read_on
 from engine.lesson import Lesson, Text, TrainingParams, read, token_loss
 from engine.losses import Objective, pieces
 from engine.methods import Context
@@ -135,14 +137,13 @@ def _read(path: Path, about: dict[str, str]) -> Tensor | None:
 def continuations(live: Live, prompts: Tensor, length: int, temperature: float, dice: torch.Generator) -> Tensor:
     """Token ids (B, length), int32: the prompts (B, T) and what the teachers, averaged, write after them."""
     ids = prompts.to(live.device)
-    given, caches = ids, [None] * len(live.bodies)
+    given = ids
+    caches: list[Cache | None] = [None] * len(live.bodies)
     while ids.shape[1] < length:
-        outputs = [
-            body.network(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for body, cache in zip(live.bodies, caches, strict=True)
-        ]
-        caches = [each.past_key_values for each in outputs]
-        odds = torch.stack([each.logits[:, -1, : live.vocabulary].float().softmax(-1) for each in outputs]).mean(0)
+        odds = torch.zeros(len(ids), live.vocabulary, device=ids.device)
+        for place, body in enumerate(live.bodies):
+            logits, caches[place] = read_on(body.network, given, caches[place], last=True)
+            odds += logits[:, -1, : live.vocabulary].float().softmax(-1) / len(live.bodies)
         if temperature:
             given = torch.multinomial((odds.log() / temperature).softmax(-1).cpu(), 1, generator=dice).to(ids.device)
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.fit import LOGIT_TOKENS, share
-from engine.kv_cache import PackedCache, RoundedLayer
+from engine.kv_cache import PackedCache, RoundedLayer, read_on
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
 from engine.preflight import DEMO
@@ -119,7 +119,7 @@ def _with_rounded_cache(model: LoadedModel, rows: Sequence[Sequence[int]], grid:
         places = [place for place, other in enumerate(lengths) if other == length]
         ids = torch.tensor([list(rows[place]) for place in places], device=model.device)
         cache = PackedCache(model.network.config, grid, RoundedLayer)
-        logits = model.network(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        logits, _ = read_on(model.network, ids, cache)
         found[places, :length] = torch.log_softmax(logits.float(), -1)
     return found
 

@@ -32,7 +32,7 @@ from pydantic import Field, JsonValue
 
 from engine import methods
 from engine.errors import BadModel, BadParams
-from engine.kv_cache import PackedCache
+from engine.kv_cache import PackedCache, read_on
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
@@ -104,7 +104,7 @@ def try_out(model: LoadedModel, grid: CacheGrid) -> None:
     """
     cache = PackedCache(model.network.config, grid)
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    model.network(input_ids=ids, past_key_values=cache, use_cache=True)
+    read_on(model.network, ids, cache)
     for layer in cache.blocks:
         if layer.get_seq_length() != ids.shape[1]:
             raise BadModel(f"{type(model.network).__name__} has a cache of its own: it cannot be quantized.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from engine.generate import cache_bytes, decode, generate, score
-from engine.kv_cache import TOKENS, Along, PackedCache, PackedLayer, PackedStates, RoundedLayer, rounded
+from engine.kv_cache import TOKENS, Along, PackedCache, PackedLayer, PackedStates, RoundedLayer, read_on, rounded
 from engine.measure import _text, memory
 from engine.measure._text import log_probabilities
 from engine.models import LoadedModel
@@ -198,8 +198,8 @@ def test_measuring_rounds_every_key_and_value_and_no_padding(tiny: LoadedModel) 
     for place, row in enumerate(rows):
         cache = PackedCache(model.network.config, model.kv_cache, RoundedLayer)
         with torch.no_grad():
-            logits = model.network(torch.tensor([row]), past_key_values=cache).logits[0]
-        torch.testing.assert_close(found[place, : len(row)], logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+            logits, _ = read_on(model.network, torch.tensor([row]), cache)
+        torch.testing.assert_close(found[place, : len(row)], logits[0].log_softmax(-1), rtol=1e-4, atol=1e-4)
     model.kv_cache = None
     exact = log_probabilities(model, rows)
     assert (exact[1, :21] - found[1, :21]).abs().max() > 1e-2

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import hardware, methods, models, preflight, sizes
 from engine.errors import BadModel, BadParams, InputError, TooBig
+from engine.kv_cache import read_on
 from engine.records import Recipe
 from tests.conftest import in_memory
 from tests.families import FAMILIES
@@ -187,7 +188,7 @@ def test_a_kv_cache_that_nobody_wrote_is_refused(tiny_folder: Maker, entry: obje
 def test_the_sizes_of_attention_are_those_of_the_family(family: str) -> None:
     network = in_memory(FAMILIES[family]).network
     with torch.no_grad():
-        cache = network(torch.arange(5)[None], use_cache=True).past_key_values
+        _, cache = read_on(network, torch.arange(5)[None], None)
     _, heads, _, size = cache.layers[0].values.shape
     config = json.loads(network.config.to_json_string())
     assert sizes.attention_sizes(config) == (len(cache.layers), heads, size)

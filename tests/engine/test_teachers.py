@@ -57,7 +57,8 @@ def test_an_empty_and_a_short_text_are_one_line_each(tmp_path: Path) -> None:
 def test_documents_of_a_row_do_not_see_one_another(family: str) -> None:
     network = in_memory(FAMILIES[family], torch.float32).network
     body = Body.of(network)
-    assert body.isolation == {"opt": "mask", "falcon": "mask", "bloom": "none"}.get(family, "positions")
+    others = {"opt": ("mask",), "falcon": ("mask", "positions"), "bloom": ("none",)}  # Falcon since transformers 5.24
+    assert body.isolation in others.get(family, ("positions",))
     ids = torch.randint(5, 1200, (1, 20), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
     with torch.no_grad():

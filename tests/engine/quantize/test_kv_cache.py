@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from engine import artifacts, methods, models, runtime
 from engine.errors import BadModel, BadParams
 from engine.generate import generate
-from engine.kv_cache import PackedCache
+from engine.kv_cache import ARGUMENT, PackedCache
 from engine.measure import latency, suite
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -68,7 +68,7 @@ def test_a_saved_model_writes_the_same_and_strangers_load_it(earlier: str, conte
         # With its own cache it writes, too, and with ours.
         assert stranger.generate(torch.tensor([PROMPT]), max_new_tokens=12, min_new_tokens=12).shape == (1, 19)
         cache = PackedCache(stranger.config, CacheGrid(4, 8, 4))
-        stranger.generate(torch.tensor([PROMPT]), max_new_tokens=12, min_new_tokens=12, past_key_values=cache)
+        stranger.generate(torch.tensor([PROMPT]), max_new_tokens=12, min_new_tokens=12, **{ARGUMENT: cache})
         assert cache.get_seq_length() == 18
     stranger.config.save_pretrained(tmp_path / "again")
     assert CACHE_KEY in json.loads((tmp_path / "again" / "config.json").read_text())
@@ -103,7 +103,8 @@ def test_a_cache_that_is_not_used_is_noticed(context: Context, monkeypatch: pyte
     model = in_memory(tiny_config())
     right = type(model.network).forward
 
-    def own_cache(*args: object, past_key_values: object = None, **kwargs: object) -> object:
+    def own_cache(*args: object, **kwargs: object) -> object:
+        kwargs.pop(ARGUMENT)
         return right(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(model.network), "forward", own_cache)
