@@ -1,10 +1,11 @@
 """How the page answers 50 visitors who do what visitors do, while a run works. `python -m benchmarks.load`.
 
-Starts `python app.py` with a fresh data folder. A first visitor's run keeps the engine busy. Then 50 visitors, each
-with a cookie and a session of its own, load the page, and for half a minute refresh the strip every two seconds and the
-Runs tab every one and a half, as their browsers do; each submits four runs, which is one more than may wait while none
-of its own works. Then one of them floods: 200 submissions as fast as it can, while the others go on. Writes the section
-between `<!-- load -->` marks in benchmarks/README.md.
+Starts `python app.py` in public mode with a fresh data folder. A first visitor's run keeps the engine busy. Then 50
+visitors, each with a cookie, a session and an address of its own, do for half a minute each of three things. They come:
+each within fifteen seconds, loads the page, and submits four runs with up to six seconds of thought before each, two
+more than may wait while none of its own works. They look: their pages refresh the strip every two seconds and ask for
+news of their runs every one and a half, as they have done since they came. One floods: 200 submissions as fast as it
+can, while the others look on. Writes the section between `<!-- load -->` marks in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from engine import hardware
 
 VISITORS = 50
 SECONDS = 30.0  # of each part
+ARRIVAL = 15.0  # seconds within which all come
 STRIP, RUNS = 2.0, 1.5  # seconds between two ticks
+THOUGHT = 6.0  # seconds before a submission, at most
 RECIPE = "model: demo\nmeasure: [size]\nsteps: [{quantize/rtn: {group_size: 64}}]\nseed: %d"
+START = [None, False, ""]  # a draft that the server keeps, no original beside it, no token
 LONG = "model: demo\nmeasure: []\nsteps: [{distill/logits: {steps: 20000}}]"
 
 
@@ -49,8 +53,8 @@ class Visitor:
         self.number, self.tally = number, tally
         self.session = f"load{number:04d}"
         self.http = httpx.AsyncClient(
-            base_url=address, timeout=60, cookies={"maquette_visitor": f"load-visitor-{number:06d}"}
-        )
+            base_url=address, timeout=60, headers={"X-Forwarded-For": f"192.0.2.{number}"}
+        )  # the page gives it a cookie
 
     async def timed(self, what: str, work: Awaitable[httpx.Response]) -> httpx.Response | None:
         began = time.perf_counter()
@@ -65,16 +69,16 @@ class Visitor:
 
     async def load(self) -> None:
         await self.timed("the page", self.http.get("/"))
-        await self.timed("its config", self.http.get("/config"))
 
     async def tick(self, what: str, handler: int, data: list[Any]) -> list[Any]:
+        """The outputs of a request that does not queue."""
         body = {"fn_index": handler, "data": data, "session_hash": self.session}
         answer = await self.timed(what, self.http.post("/gradio_api/run/predict", json=body))
         return [] if answer is None else list(answer.json()["data"])
 
     async def event(self, handler: int, data: list[Any], tab: int = 0) -> list[str]:
         """An event through the queue, from a tab of the browser; the lines in the corner."""
-        session = f"{self.session}{tab:04d}"  # a session's messages go to one listener
+        session = f"{self.session}{tab:04d}" if tab else self.session  # a session's messages go to one listener
         body = {"fn_index": handler, "data": data, "session_hash": session}
         joined = await self.timed("an event is taken", self.http.post("/gradio_api/queue/join", json=body))
         if joined is None:
@@ -94,7 +98,7 @@ class Visitor:
 
     async def submit(self, handlers: Handlers, recipe: str) -> None:
         began = time.perf_counter()
-        lines = await self.event(handlers.paste, [recipe, None]) or await self.event(handlers.start, [None, False])
+        lines = await self.event(handlers.paste, [recipe, None]) or await self.event(handlers.start, START)
         self.tally.times["paste and start"].append(time.perf_counter() - began)
         if any("are waiting already" in line for line in lines):
             self.tally.refused += 1
@@ -109,6 +113,7 @@ class Handlers:
     """The indices of the page's handlers."""
 
     strip: int
+    news: int
     runs: int
     paste: int
     start: int
@@ -125,7 +130,8 @@ class Handlers:
 
         return cls(
             strip=find(lambda d: ids["mq-status"] in d["outputs"] and on(d, "tick")),
-            runs=find(lambda d: ids["mq-runs"] in d["outputs"] and on(d, "tick")),
+            news=find(lambda d: on(d, "tick") and ids["mq-filter"] in d["inputs"]),
+            runs=find(lambda d: ids["mq-runs"] in d["outputs"] and on(d, "change")),
             paste=find(lambda d: ids["mq-paste"] in d["inputs"]),
             start=find(lambda d: [ids["mq-start"], "click"] in [list(target) for target in d["targets"]]),
         )
@@ -140,75 +146,86 @@ async def every(interval: float, until: float, work: Callable[[], Awaitable[obje
         await asyncio.sleep(max(0.0, interval - (time.monotonic() - began)))
 
 
-async def refresh(visitors: list[Visitor], handlers: Handlers) -> None:
-    """Strip and Runs tab of all visitors for a while."""
-    until = time.monotonic() + SECONDS
+async def refresh(visitor: Visitor, handlers: Handlers, until: float) -> None:
+    """Strip and Runs tab of a visitor for a while."""
 
-    async def look(visitor: Visitor) -> None:
-        last: list[Any] = ["", "", ""]
+    async def strip() -> None:
+        await visitor.tick("the strip", handlers.strip, [])
 
-        async def runs() -> None:
-            nonlocal last
-            shown = await visitor.tick("the Runs tab", handlers.runs, ["", "", last])
-            last = shown[2] if len(shown) > 2 and isinstance(shown[2], list) else last
+    known: list[Any] = []
 
-        await asyncio.gather(
-            every(STRIP, until, lambda: visitor.tick("the strip", handlers.strip, [])), every(RUNS, until, runs)
-        )
+    async def runs() -> None:
+        nonlocal known
+        before, known = known, await visitor.tick("news of runs?", handlers.news, ["", ""])
+        if known != before:
+            await visitor.tick("the Runs tab", handlers.runs, ["", "", None])
 
-    await asyncio.gather(*(look(visitor) for visitor in visitors))
+    await asyncio.gather(every(STRIP, until, strip), every(RUNS, until, runs))
 
 
-async def measure(address: str) -> tuple[Tally, Tally, bool]:
-    """What happened while all behaved, and while one flooded; and whether a run worked all the time."""
-    calm, flooded = Tally(), Tally()
-    visitors = [Visitor(address, number, calm) for number in range(VISITORS + 1)]
+async def come(visitor: Visitor, handlers: Handlers, until: float) -> None:
+    """Open the page, look on, and submit runs."""
+    await asyncio.sleep(random.random() * ARRIVAL)
+    await visitor.load()
+
+    async def submit() -> None:
+        for number in range(4):
+            await asyncio.sleep(random.random() * THOUGHT)
+            await visitor.submit(handlers, RECIPE % (visitor.number * 10 + number))
+
+    await asyncio.gather(submit(), refresh(visitor, handlers, until))
+
+
+async def measure(address: str) -> tuple[list[Tally], bool]:
+    """What happened while they came, while they looked, and while one flooded; whether a run worked all the time."""
+    parts = [Tally(), Tally(), Tally()]
+    visitors = [Visitor(address, number, Tally()) for number in range(VISITORS + 1)]
+    await visitors[0].load()
     handlers = Handlers.of((await visitors[0].http.get("/config")).json())
     await visitors[0].submit(handlers, LONG)
     await asyncio.sleep(8)
     crowd = visitors[1:]
-    calm.times.clear()
 
-    async def come(visitor: Visitor) -> None:
-        await asyncio.sleep(random.random() * 10)
-        await visitor.load()
-        for number in range(4):
-            await visitor.submit(handlers, RECIPE % (visitor.number * 10 + number))
-
-    await asyncio.gather(refresh(crowd, handlers), *(come(visitor) for visitor in crowd))
-    for visitor in crowd[1:]:
-        visitor.tally = flooded
-    flood = Tally()
-    crowd[0].tally = flood
-
-    async def submissions() -> None:
+    async def flood(visitor: Visitor) -> None:
         for _ in range(8):
-            await asyncio.gather(*(crowd[0].event(handlers.start, [None, False], tab) for tab in range(25)))
+            await asyncio.gather(*(visitor.event(handlers.start, START, tab) for tab in range(1, 26)))
 
-    await asyncio.gather(refresh(crowd[1:], handlers), submissions())
-    flooded.refused = len(flood.errors)
+    for number, tally in enumerate(parts):
+        until = time.monotonic() + SECONDS
+        for visitor in crowd:
+            visitor.tally = tally
+        if number == 0:
+            await asyncio.gather(*(come(visitor, handlers, until) for visitor in crowd))
+        else:
+            bad = crowd[:1] if number == 2 else []
+            for visitor in bad:
+                visitor.tally = Tally()  # what it is refused is no error
+            lookers = (refresh(visitor, handlers, until) for visitor in crowd[len(bad) :])
+            await asyncio.gather(*lookers, *map(flood, bad))
     shown = await visitors[0].tick("the strip", handlers.strip, [])
     for visitor in visitors:
         await visitor.http.aclose()
-    return calm, flooded, "Nothing is running" not in str(shown)
+    return parts, "Nothing is running" not in str(shown)
 
 
-def report(calm: Tally, flooded: Tally, working: bool) -> str:
+def report(parts: list[Tally], working: bool) -> str:
     """The numbers as a table."""
+    came = parts[0]
     lines = [
-        f"{VISITORS} visitors for {SECONDS:.0f} s while a distillation works, then as long while one of them floods "
-        f"with 200 submissions. {hardware.machine()}, load average {os.getloadavg()[0]:.1f} at the end"
-        f"{'' if working else ' (the run had ended before)'}. Of {calm.taken + calm.refused} submissions {calm.taken} were "  # noqa: E501
-        "taken, the fourth of each visitor was refused. "
-        f"Errors: {len(calm.errors)}, and {len(flooded.errors)} during the flood.",
-        "", "| request | count | p50, ms | p95, ms | p99, ms | p95 during the flood, ms |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"{VISITORS} visitors beside a distillation that works{'' if working else ' (it had ended before)'}; they "
+        f"come, they look, one of them floods with 200 submissions, {SECONDS:.0f} s each; public mode. "
+        f"{hardware.machine()}, load average "
+        f"{os.getloadavg()[0]:.1f} at the end. Of {came.taken + came.refused} submissions {came.taken} were taken, the "
+        f"others refused: two may wait. Errors: {', '.join(str(len(part.errors)) for part in parts)}. "
+        "Milliseconds: median / 95th / 99th percentile.",
+        "", "| request | count | they come | they look | one floods |", "|---|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for name, times in calm.times.items():
-        others = flooded.times.get(name, [])
-        values = [quantile(times, q) for q in (0.5, 0.95, 0.99)] + [quantile(each, 0.95) for each in (others,) if each]
-        shown = [f"{1e3 * value:.1f}" for value in values]
-        lines.append(f"| {name} | {len(times)} | {' | '.join([*shown, '–'][:4])} |")
+    for name in sorted({name for part in parts for name in part.times}):
+        times = [part.times.get(name, []) for part in parts]
+        cells = [
+            " / ".join(f"{1e3 * quantile(each, q):.0f}" for q in (0.5, 0.95, 0.99)) if each else "–" for each in times
+        ]
+        lines.append(f"| {name} | {sum(map(len, times)):,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -220,12 +237,12 @@ def quantile(times: list[float], share: float) -> float:
 
 def main() -> None:
     """Measure and write the result."""
-    with running_page() as (address, _):
-        calm, flooded, working = asyncio.run(measure(address))
-    text = report(calm, flooded, working)
+    with running_page(MAQUETTE_MODE="public", MAQUETTE_PROXIES="1") as (address, _):
+        parts, working = asyncio.run(measure(address))
+    text = report(parts, working)
     write_section(README, "load", text)
     sys.stdout.write(text + "\n")
-    for error in (*calm.errors, *flooded.errors)[:10]:
+    for error in [error for part in parts for error in part.errors][:10]:
         sys.stderr.write(error[:300] + "\n")
 
 

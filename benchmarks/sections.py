@@ -10,8 +10,10 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "benchmarks" / "README.md"
@@ -31,14 +33,17 @@ def write_section(file: Path, name: str, text: str) -> None:
 
 
 @contextmanager
-def running_page() -> Iterator[tuple[str, float]]:
-    """The address of `python app.py` with an empty data folder, and the seconds until it answered."""
+def running_page(**variables: str) -> Iterator[tuple[str, float]]:
+    """The address of `python app.py` with an empty data folder, and the seconds until it answered.
+
+    variables: more of its environment.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        environment = {**os.environ, "MAQUETTE_HOME": home, "PORT": str(port), "HOST": "127.0.0.1"}
+        environment = {**os.environ, "MAQUETTE_HOME": home, "PORT": str(port), "HOST": "127.0.0.1", **variables}
         began = time.monotonic()
         server = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         try:
@@ -48,8 +53,12 @@ def running_page() -> Iterator[tuple[str, float]]:
                 time.sleep(0.1)
             yield address, time.monotonic() - began
         finally:
+            workers = psutil.Process(server.pid).children(recursive=True)  # which outlive it, to be found again
             server.terminate()
             server.wait(30)
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
 
 
 def _answers(address: str) -> bool:

@@ -68,14 +68,27 @@ def _cgroup_number(name: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def gpu() -> Gpu | None:
-    """The first NVIDIA GPU, or None without one or without its driver."""
+@cache
+def _has_driver() -> bool:
+    """Whether NVIDIA's library can be opened: looked for once, for it takes milliseconds to find that there is none."""
     try:
         import pynvml
-    except ImportError:
-        return None
-    try:
+
         pynvml.nvmlInit()
+    except ImportError:
+        return False
+    except pynvml.NVMLError:
+        return False
+    return True
+
+
+def gpu() -> Gpu | None:
+    """The first NVIDIA GPU, or None without one or without its driver."""
+    if not _has_driver():
+        return None
+    import pynvml
+
+    try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         info = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)

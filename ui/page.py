@@ -20,7 +20,7 @@ from ui.journal import Journal
 from ui.pages import compare, compress, methods, models, runs
 from ui.theme import ASSETS
 from ui.translated import Page
-from ui.wiring import on
+from ui.wiring import on, signal
 from ui.wording import say
 
 
@@ -83,14 +83,17 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
 
 
 def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, ticker: gr.Timer) -> None:
+    own = signal()  # the run that works, where this visitor may cancel it
+
     @edge
     def look(request: gr.Request) -> object:
         now, owner = desk.now(), visitor(request)
         mine = desk.find(now.status.get("running"), owner)
-        return [
-            views.strip(now.status, now.history, mine),
-            gr.update(visible=mine is not None and desk.owns(mine, owner)),
-        ]
+        return [views.strip(now.status, now.history, mine), mine.id if mine and desk.owns(mine, owner) else ""]
+
+    @edge
+    def offer(run_id: str) -> object:
+        return gr.update(visible=bool(run_id))
 
     @edge
     def stop(request: gr.Request) -> object:
@@ -99,7 +102,8 @@ def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, 
             desk.scheduler.cancel(mine.id, owner=mine.owner)
         return gr.update(visible=False)
 
-    on([page.load, ticker.tick], look, [], [strip, cancel], queue=False)
+    on([page.load, ticker.tick], look, [], [strip, own], queue=False)
+    on([own.change], offer, [own], [cancel], queue=False)
     on([cancel.click], stop, [], [cancel])
 
 

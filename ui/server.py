@@ -72,6 +72,7 @@ def check_free(host: str, port: int) -> None:
 def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = True) -> None:
     """Launch the page and, with `block`, stay until the server is stopped."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 30)  # else each event makes a table for a page we close
     home = desk.store.home
     with tempfile.TemporaryDirectory(prefix="maquette-") as empty:
         os.chdir(empty)

@@ -14,6 +14,14 @@ from gradio.events import Dependency
 Target = gr.blocks.Block
 
 
+def signal() -> gr.Textbox:
+    """A text that nobody sees. Its change is an event, also where a request that does not queue brings it.
+
+    A `gr.State`'s is one only in answers that come through the queue.
+    """
+    return gr.Textbox(visible="hidden", show_label=False)
+
+
 def on(
     triggers: Sequence[Callable[..., object]], handler: Callable[..., object], inputs: Sequence[Target] = (),
     outputs: Sequence[Target] = (), *, queue: bool = True, concurrency_limit: int | None = 8,

@@ -1,6 +1,7 @@
 """Runs: everything the visitor has started, live while it works, to take away when it is done.
 
-Runs live in the store, not in the web session: a reload finds them again.
+Runs live in the store, not in the web session: a reload finds them again. A tick only asks whether there is news, which
+takes a fraction of what showing it takes: for Gradio makes a new component of each that is left as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ui.desk import Desk
 from ui.edge import edge, visitor
 from ui.journal import Journal
 from ui.pages import models, push, scaling
-from ui.wiring import on
+from ui.wiring import on, signal
 from ui.wording import say
 
 SELECT = """
@@ -50,7 +51,7 @@ class RunsPage:
 
 def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     """Lay the tab out and wire it. `token`: where the visitor may have left the hub's, for a run that is resumed."""
-    picked, last = gr.State(""), gr.State(("", "", ""))
+    picked, last, known = gr.State(""), gr.State(("", "", "")), signal()
     with gr.Row(equal_height=True):
         with gr.Column(min_width=280):
             gr.HTML(markup.heading(say("runs.title"), say("runs.about")))
@@ -88,6 +89,10 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         return look(visitor(request), run_id, needle, last)
 
     @edge
+    def ask(run_id: str, needle: str, request: gr.Request) -> object:
+        return news(desk, journal, visitor(request), run_id, needle)
+
+    @edge
     def select(needle: str, last: Shown, request: gr.Request, event: gr.EventData) -> object:
         run_id = str(getattr(event, "run", ""))
         return [run_id, *look(visitor(request), desk.run(run_id, visitor(request)).id, needle, last)]
@@ -120,7 +125,8 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
             raise BadParams(say("error.picks", limit=PICKS))
         return views.differences([desk.entry(key, visitor(request)) for key in keys])
 
-    on([timer.tick, needle.input], tick, inputs, outputs, queue=False)
+    on([timer.tick], ask, [picked, needle], [known], queue=False)
+    on([known.change, needle.input], tick, inputs, outputs, queue=False)
     on([table.select], select, [needle, last], [picked, *outputs])
     for button, name in ((cancel, "cancel"), (resume, "resume"), (delete, "delete")):
         on([button.click], act(name), [*inputs, token], [picked, *outputs])
@@ -129,10 +135,24 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     return RunsPage(picked, timer, tick, inputs, outputs, compare, picks, journal)
 
 
+def news(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str) -> str:
+    """Another text whenever `refresh` may have other things to show."""
+    runs = desk.runs(owner)
+    run = _picked(runs, run_id)
+    clock = 1 if any(each.status is Status.RUNNING for each in runs) else 60  # seconds; what is past is told in minutes
+    states = [(each.id, each.attempt, each.status, each.shared, each.expired) for each in runs]
+    return str(hash((run_id, str(needle), journal.story(run).seen if run else 0, time.time() // clock, *states)))
+
+
+def _picked(runs: list[Run], run_id: str) -> Run | None:
+    """The run that is shown: the one that was chosen, else the newest."""
+    return next((run for run in runs if run.id == run_id), runs[0] if runs and not run_id else None)
+
+
 def refresh(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
     """Table, detail, what is shown now, five buttons; what has not changed is left as it is."""
     runs = desk.runs(owner)
-    run = next((run for run in runs if run.id == run_id), runs[0] if runs and not run_id else None)
+    run = _picked(runs, run_id)
     marks = hosting.marks(runs, owner)
     table = views.runs_table(runs, run.id if run else "", str(needle or "")[:100], time.time(), marks)
     detail = describe(desk, journal, owner, run) if run else Markup("")
