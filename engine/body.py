@@ -71,7 +71,13 @@ class Body:
             return {}
         found = {"position_ids": positions} if _knows_positions(self.network) else {}
         if self.isolation == "mask":
-            found["attention_mask"] = _mask(positions)
+            mask = _mask(positions)
+            if self.network.config._attn_implementation == "eager":  # which adds its mask to the scores
+                smallest = torch.finfo(self.network.dtype).min
+                mask = torch.zeros(mask.shape, dtype=self.network.dtype, device=mask.device).masked_fill(
+                    ~mask, smallest
+                )
+            found["attention_mask"] = mask
         return found
 
     def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from engine import hardware, shards
-from engine.errors import BadModel, short
+from engine.errors import BadModel, BadParams, short
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, embeddings, head, linears
@@ -183,6 +183,7 @@ def walk_blocks(
     stations = [Block(number, f"{name}.{number}", module, []) for number, module in enumerate(modules)]
     if params.beyond_blocks()[0]:
         stations.append(Block(len(modules), *head(model.network), []))
+    _say_what_is_left(stations, params, context)
     reused = 0
     context.progress(0, len(stations), "blocks")
     for block, following in itertools.zip_longest(stations, stations[1:]):
@@ -212,6 +213,20 @@ def walk_blocks(
         context.progress(block.number + 1, len(stations), "blocks")
     if flow is not None:
         flow.states.close()
+
+
+def _say_what_is_left(stations: Sequence[Block], params: Params, context: Context) -> None:
+    """Name the linears of the blocks that `params` does not select.
+
+    Raises:
+        BadParams: these are all.
+    """
+    named = [f"{station.name}.{path}" for station in stations for path, _ in linears(station.module) if path]
+    left = [name for name in named if isinstance(params, Selection) and not params.selects(name)]
+    if named and len(left) == len(named):
+        raise BadParams(f"no linear is left by targets and ignore. Names are as in {named[0]}.")
+    if left:
+        context.log(f"left as they are: {', '.join(left)}")
 
 
 def _visit(block: Block, params: Params, flow: Flow | None, collect: Collect) -> Iterator[Block]:

@@ -34,11 +34,11 @@ SHARE = 0.2  # of the free disk that kept models may take
 Steps = Sequence[tuple[Method, Params]]
 
 
-def keep(model: LoadedModel, recipe: Recipe, source: Path, steps: Steps, cache: Path) -> None:
+def keep(model: LoadedModel, recipe: Recipe, source: Path, steps: Steps, cache: Path, device: str) -> None:
     """Keep the model as it is after these `steps`, where it may be kept and there is room."""
     if model.quantized or model.stored_as is not None or model.kv_cache is not None:
         return
-    folder = cache / "steps" / key(recipe, source, steps)
+    folder = cache / "steps" / key(recipe, source, steps, device)
     needed = model.network.num_parameters() * model.network.dtype.itemsize
     if folder.exists() or not make_room(folder.parent, needed):
         return
@@ -51,7 +51,7 @@ def find(
 ) -> tuple[LoadedModel | None, int]:
     """The model after as many of the steps as were kept, and their number. Links go to `folder`."""
     for count in range(len(steps), 0, -1):
-        kept = cache / "steps" / key(recipe, source, steps[:count])
+        kept = cache / "steps" / key(recipe, source, steps[:count], device)
         if not kept.is_dir():
             continue
         try:
@@ -90,11 +90,12 @@ def make_room(folder: Path, needed: int) -> bool:
     return needed <= limit
 
 
-def key(recipe: Recipe, source: Path, steps: Steps) -> str:
+def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
     """What the model in `source` after these steps follows from, as 24 hexadecimal digits."""
     body = {
         "model": _files(source),
         "dtype": recipe.model.dtype,
+        "device": device,
         "seed": recipe.seed,
         "calibration": artifacts.digest(calibration_file(recipe.calibration)),
         "steps": [[method.name, params.model_dump(mode="json"), _read_by(params)] for method, params in steps],
@@ -104,8 +105,9 @@ def key(recipe: Recipe, source: Path, steps: Steps) -> str:
 
 
 def _read_by(params: Params) -> list[object]:
-    """What stands in the files and folders that a setting names."""
-    words = [word for value in params.model_dump().values() if isinstance(value, str) for word in value.split()]
+    """What stands in the files and folders that a setting names, the whole of it or its words."""
+    texts = [value for value in params.model_dump().values() if isinstance(value, str)]
+    words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split()) if word)
     found = [Path(word).expanduser() for word in words if "\0" not in word and len(word) < 4096]
     return [artifacts.digest(path) if path.is_file() else _files(path) for path in found if path.exists()]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -40,11 +40,13 @@ Emit = Callable[[EventKind, dict[str, JsonValue]], None]
 class StoredBits:
     """How a weight of a linear is stored: bits of its code, and its share of scales and zero points.
 
-    Kernels hold codes of 2 to 4 bits in 4 and others in 8: memory can be more than the file.
+    Kernels hold codes of 2 to 4 bits in 4 and others in 8: memory can be more than the file. `dense`: bits of each in
+    memory where no kernel computes on the codes.
     """
 
     code: float
     share: float
+    dense: float | None = None
 
     @property
     def stored(self) -> float:
@@ -54,7 +56,7 @@ class StoredBits:
     @property
     def held(self) -> float:
         """Bits in the memory of a process that computes on them."""
-        return (4 if self.code <= 4 else 8) + self.share
+        return (4 if self.code <= 4 else 8) + self.share if self.dense is None else self.dense
 
 
 class Params(BaseModel):
@@ -68,6 +70,18 @@ class Params(BaseModel):
         Raises:
             BadParams: one line that names the linear and what would work.
         """
+
+    def of(self, name: str) -> Self:
+        """The settings for one linear, where they differ between linears."""
+        return self
+
+    def unfit_for(self, name: str, later: Params) -> str:
+        """Why a later step, by its method's name and settings, cannot work on what this one leaves; empty: it can."""
+        return ""
+
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of linears are rounded, too, which files cannot say of some families' own linears."""
+        return False
 
     def beyond_blocks(self) -> tuple[bool, bool]:
         """Whether the output head, and whether the embeddings are to be changed beside the blocks."""
@@ -126,11 +140,15 @@ class Params(BaseModel):
         return None
 
 
+BODIES = ("model", "transformer", "gpt_neox")
+IN_FILES, IN_NETWORKS = ".block_sparse_moe.", ".mlp."  # of Mixtral
+
+
 class Selection(Params):
     """Params of a method that works on some linears of the blocks: those of `targets` that `ignore` does not name.
 
     Patterns are of the shell's kind (`*.mlp.*`, `model.layers.0.*`) or, after `re:`, regular expressions that match
-    from the start of the name. Several are separated by spaces.
+    from the start of the name. Several are separated by spaces. Names are those of the network, or of its files.
     """
 
     targets: str = Field("", max_length=2000, description="Which linears: patterns such as `*.mlp.*`; empty: all.")
@@ -149,13 +167,27 @@ class Selection(Params):
 
     def selects(self, name: str) -> bool:
         """Whether the linear of that full name is to be changed."""
-        return (not self.targets.split() or _matches(self.targets, name)) and not _matches(self.ignore, name)
+        return (not self.targets.split() or matches(self.targets, name)) and not matches(self.ignore, name)
 
 
-def _matches(patterns: str, name: str) -> bool:
+def matches(patterns: str, name: str) -> bool:
+    """Whether one of the patterns, as `Selection` has them, fits a linear's name."""
     return any(
-        re.match(pattern[3:], name) if pattern.startswith("re:") else fnmatchcase(name, pattern)
+        re.match(pattern[3:], each) if pattern.startswith("re:") else fnmatchcase(each, pattern)
         for pattern in patterns.split()
+        for each in _names(name)
+    )
+
+
+def _names(name: str) -> set[str]:
+    """A linear's name as networks and as files have it: some files leave the body's name out, or call mixtures else."""
+    body, _, inside = name.partition(".")
+    bare = inside if body in BODIES else name
+    found = {name, bare, *(f"{body}.{bare}" for body in BODIES)}
+    return (
+        found
+        | {each.replace(IN_FILES, IN_NETWORKS) for each in found}
+        | {each.replace(IN_NETWORKS, IN_FILES) for each in found}
     )
 
 
@@ -320,6 +352,9 @@ def check(recipe: Recipe) -> list[tuple[Method, Params]]:
             raise UnknownName("measurement", name, MEASURES)
     steps = [_checked(step) for step in recipe.steps]
     quantized = False
+    for (earlier, settings), (later, next_settings) in itertools.combinations(steps, 2):
+        if reason := settings.unfit_for(later.name, next_settings):
+            raise BadRecipe(f"{later.name} cannot follow {earlier.name}: {reason}")
     for (earlier, settings), (later, next_settings) in itertools.pairwise(steps):
         if settings.cache_grid() is not None:
             raise BadRecipe(f"{later.name} cannot follow {earlier.name}. Put {earlier.name} last, once.")

@@ -108,7 +108,7 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
             else:
                 model = method.apply(model, params, context)
         if number + 1 < len(steps):
-            intermediate.keep(model, recipe, source, steps[: number + 1], cache)
+            intermediate.keep(model, recipe, source, steps[: number + 1], cache, device)
     return model
 
 

@@ -20,7 +20,7 @@ from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
-from engine.sizes import HEADS
+from engine.sizes import HEADS, NOT_PACKED
 from engine.sources import WAYS, Folder, Repo, classify
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
@@ -246,6 +246,8 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
         )
     _check_beyond_blocks(method, params, shape)
     try:
+        if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
+            raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
         params.check_model({name: linears[name] for name in names}, shape.parameters)
         params.check_config(shape.config)
     except BadParams as error:
@@ -253,8 +255,10 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
 
 
 def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
-    """Refuse to part a head from its embeddings where that would make the model larger."""
+    """Refuse embeddings of their own kind, and to part a head from its embeddings where that makes the model larger."""
     head, embeddings = params.beyond_blocks()
+    if embeddings and str(shape.config.get("model_type")).startswith("gemma3"):
+        raise BadParams(f"{method.name}: Gemma 3 has embeddings of its own kind, which can only stay as they are.")
     tied = not any(name.endswith(HEADS) for name in shape.tensors)
     if tied and head != embeddings:
         raise BadParams(

@@ -28,7 +28,10 @@ FROM = PROBED_FROM
 
 
 class Clock:
-    """Stands in a run's event stream's place and adds up what walks spent in the first block: some methods take two."""
+    """Stands in a run's event stream's place and adds up what walks spent in the first block: some methods take two.
+
+    What comes behind the blocks, as the head does, is no block.
+    """
 
     def __init__(self) -> None:
         self.began, self.spent = time.monotonic(), 0.0
@@ -36,7 +39,7 @@ class Clock:
     def __call__(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
         if kind == "progress" and data["unit"] == "blocks":
             now = time.monotonic()
-            if data["done"] != 0:
+            if data["done"] == 1:
                 self.spent += now - self.began
             self.began = now
 

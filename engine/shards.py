@@ -42,8 +42,12 @@ def packed_modules(model: LoadedModel) -> dict[str, QuantizedWeight]:
 
     GPT-2's `Conv1D` it does not know, and Falcon's own linear reads its weight before it would be unpacked.
     """
-    kinds = (nn.Linear, nn.Embedding)
-    return {name: weight for name, weight in model.quantized.items() if type(_module(model, name)) in kinds}
+    return {name: weight for name, weight in model.quantized.items() if can_be_packed(_module(model, name))}
+
+
+def can_be_packed(module: nn.Module) -> bool:
+    """Whether the format can hold a module's codes."""
+    return type(module) in (nn.Linear, nn.Embedding)
 
 
 def _module(model: LoadedModel, name: str) -> nn.Module:

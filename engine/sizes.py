@@ -164,7 +164,7 @@ class Holding:
         names = shape.linears if shape.config.get("model_type") not in NOT_PACKED else {}
         for name, (outputs, inputs) in names.items():
             chosen = not isinstance(params, Selection) or params.selects(name)
-            if chosen and (stored := params.stored_bits(outputs, inputs)) is not None:
+            if chosen and (stored := params.of(name).stored_bits(outputs, inputs)) is not None:
                 bits[name] = stored
         bits |= self._beyond(params)
         config, tensors = params.reshaped(shape.config, shape.tensors)

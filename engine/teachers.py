@@ -122,9 +122,9 @@ class _Mapped:
 
 
 def cached(
-    folders: Sequence[Path], rows: Rows, k: int, vocabulary: int, context: Context, load: Callable[[], Live]
+    folders: Sequence[Path], rows: Rows, k: int, vocabulary: int, context: Context, load: Callable[[], Live], dtype: str
 ) -> Cached:
-    """The teachers' answers to all rows, from disk where they are; `load` is called where some are missing.
+    """The teachers' answers to all rows, from disk where they are; where some are missing, `load`s them, of a dtype.
 
     Of several processes each asks for some of the files.
 
@@ -132,7 +132,7 @@ def cached(
         BadModel: a file of the cache is another teacher's.
         TooBig: the cache does not fit on the disk.
     """
-    whose = fingerprint(folders, k, vocabulary)
+    whose = fingerprint(folders, dtype, k, vocabulary)
     width = rows.ids.shape[1]
     each = max(1, FILE_TOKENS // width)
     spans = [(piece.start, piece.stop) for piece in pieces(len(rows), each)]
@@ -222,9 +222,9 @@ def bytes_per_token(k: int, vocabulary: int) -> int:
     return k * ((2 if vocabulary <= 1 << 15 else 4) + 2) + 2
 
 
-def fingerprint(folders: Sequence[Path], k: int = 0, vocabulary: int = 0) -> str:
-    """SHA-256 of the teachers' weights, configs and tokenizers, in hexadecimal."""
-    found = hashlib.sha256(f"{k} {vocabulary}".encode())
+def fingerprint(folders: Sequence[Path], dtype: str, k: int = 0, vocabulary: int = 0) -> str:
+    """SHA-256 of the teachers' weights, configs and tokenizers and of how they are asked, in hexadecimal."""
+    found = hashlib.sha256(f"{dtype} {k} {vocabulary}".encode())
     for each in sorted(_digest(folder) for folder in folders):
         found.update(each)
     return found.hexdigest()

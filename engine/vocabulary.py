@@ -204,6 +204,8 @@ def keep_tokens(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
 def shared_tokens(model: LoadedModel, baseline: LoadedModel) -> Tensor | None:
     """For each token of `model` its id in the baseline, where the model has some of the baseline's; None: the same.
 
+    Vocabularies of one tokenizer may differ by padding: then it is the ids that both have.
+
     Raises:
         InputError: the two have different vocabularies otherwise.
     """
@@ -212,6 +214,8 @@ def shared_tokens(model: LoadedModel, baseline: LoadedModel) -> Tensor | None:
     if ours == theirs:
         return None
     mine, known = model.tokenizer.get_vocab(), baseline.tokenizer.get_vocab()
+    if mine == known and max(mine.values()) < min(ours, theirs):
+        return torch.arange(min(ours, theirs))
     if sorted(mine.values()) != list(range(ours)) or not mine.keys() <= known.keys():
         raise InputError(f"The model has {ours} tokens, the baseline {theirs}: their predictions cannot be compared.")
     return torch.tensor([known[token] for token in sorted(mine, key=mine.__getitem__)])

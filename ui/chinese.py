@@ -171,7 +171,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "audit.detail": "{name}：{value}%，每权重存储 {bits} 位",
         "audit.outliers": "含离群值的输入通道，%",
         "audit.outlier_share": "平均每个线性层有 {share}% 的输入通道在校准文本中出现过离群值；这些通道以 16 位计算。",
-        "audit.clean": "所有线性层都按要求求解：没有回退，也没有跳过。",
+        "audit.clean": "所有选中的线性层都按要求求解：没有回退。",
         "audit.odd": "{count} 个线性层未按要求求解",
         "audit.odd_one": "1 个线性层未按要求求解",
         "audit.histograms": "误差最大的 {count} 个线性层的权重分布",

@@ -151,6 +151,19 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{method}: {said} Choose other settings, or ignore `*.experts.*`.": "{method}：{said}请选择其他设置，或忽略 `*.experts.*`。",
         "{method}: no linear is left by targets {targets} and ignore {ignore}. Names are as in {linear}.":
             "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
+        "no linear is left by targets and ignore. Names are as in {linear}.": "按目标和忽略没有剩下线性层。名称形如 {linear}。",
+        "{method}: Gemma 3 has embeddings of its own kind, which can only stay as they are.":
+            "{method}：Gemma 3 的词嵌入是特殊类型，只能保持不变。",
+        "files cannot say that inputs of this family are rounded. Use a weight-only method.":
+            "该系列的文件无法说明输入被舍入。请使用只量化权重的方法。",
+        "transformers cannot load Falcon's own linears in bitsandbytes' files. Use quantize/rtn.":
+            "transformers 无法加载 bitsandbytes 文件中 Falcon 自己的线性层。请使用 quantize/rtn。",
+        "{later} cannot follow {earlier}: {said}": "{later} 不能跟在 {earlier} 之后：{said}",
+        "it leaves two linears for one. Put it last of these.": "它把一个线性层变成两个。请把它放在这些步骤的最后。",
+        "ranks are multiples of {multiple}, which groups of {size} do not divide. Use multiple {wanted}.":
+            "秩是 {multiple} 的倍数，大小为 {size} 的组无法整除。请使用 multiple {wanted}。",
+        "the original has other tokens than the model then, and can teach it nothing. Put it before.":
+            "那时原始模型的词元与该模型不同，无法教它。请把它放在前面。",
         "{method}: the head of {name} is its embeddings; quantized apart, they would be larger. "
         "Choose both, head and embeddings, or neither.":
             "{method}：{name} 的输出头就是词嵌入；分开量化反而更大。请同时选择输出头和词嵌入，或都不选。",
@@ -622,7 +635,9 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "rounded to nearest instead, {said}": "改为就近舍入，{said}",
         "its Hessian is not positive definite (order {order})": "其 Hessian 矩阵不正定（第 {order} 阶）",
         "{bits} bits in groups of {size}": "{bits} 位，组大小 {size}",
-        "no scale for {names}": "{names} 没有缩放系数",
+        "no scale: no operation before it takes one, or none helps": "没有缩放系数：前面的运算无法吸收，或缩放没有帮助",
+        "not smoothed: no operation before it takes the scale": "没有平滑：前面的运算无法吸收缩放系数",
+        "left as they are: {names}": "保持不变：{names}",
         "distance to the original {before} before, {after} after distillation": "与原始层的距离：蒸馏前 {before}，蒸馏后 {after}",
         "no token reached it, scored by magnitude alone": "没有词元到达它，只按幅值评分",
         "no token reached it, its own singular values decide": "没有词元到达它，由其自身奇异值决定",
@@ -663,6 +678,8 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "Tuple should have at most {count} items after validation, not {got}": "至多 {count} 项，而不是 {got} 项",
         "Tuple should have at most {count} items after validation, not more": "至多 {count} 项",
         "{pattern} is no regular expression ({error})": "{pattern} 不是正则表达式（{error}）",
+        "{pattern} is no pattern with 2 to 8 bits, as in `*.down_proj=8`":
+            "{pattern} 不是带有 2 到 8 位的模式，例如 `*.down_proj=8`",
         # YAML
         "mapping values are not allowed here": "此处不能有映射值", "could not find expected ':'": "缺少“:”",
         "found unhashable key": "键不可哈希", "found undefined alias {name}": "未定义的别名 {name}",

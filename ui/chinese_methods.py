@@ -96,6 +96,8 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "Share of the mean diagonal that is added to H.": "加到 H 上的量，以对角线均值的比例表示。",
         "Fraction of weights set to zero meanwhile; with a pattern always half.":
             "同时置零的权重比例；使用 N:M 模式时总是一半。",
+        "Other bits for some linears, the first that fits: `*.down_proj=8 *.0.*=6`.":
+            "某些线性层使用其他位数，按第一个匹配的模式：`*.down_proj=8 *.0.*=6`。",
         "Where these zeros may fall: anywhere, or N in each M inputs.": "零可以落在哪里：任意位置，或每 M 个输入中 N 个。",
         "The p of the error's norm; lower forgives outliers more.": "误差范数的 p；越小越能容忍离群值。",
         "How often codes and grid are fitted in turn.": "编码与网格交替拟合的次数。",
@@ -194,7 +196,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "granularity": "粒度", "group_size": "组大小", "head": "输出头", "heads": "注意力头", "hidden_size": "隐藏维度",
         "hidden_weight": "隐藏状态权重", "ignore": "忽略", "keep_every": "每几层留一层", "label_weight": "标签权重",
         "learn_prompts": "学习提示词", "learning_rate": "学习率", "multiple": "倍数", "neurons": "神经元",
-        "norm": "范数", "num_blocks": "层数", "pattern": "模式", "penalty": "惩罚", "prompt_tokens": "提示词元数",
+        "norm": "范数", "num_blocks": "层数", "overrides": "例外位数", "pattern": "模式", "penalty": "惩罚", "prompt_tokens": "提示词元数",
         "ramp": "上升段", "rank": "秩", "ratio": "保留比例", "samples": "校准样本数", "sampling_temperature": "采样温度",
         "scheme": "方案", "scope": "范围", "sequence_length": "序列长度", "sequences": "序列数", "share": "比例",
         "sparsity": "稀疏度", "steps": "步数", "storage": "存储方式", "strength": "平滑强度", "student": "学生",

@@ -164,7 +164,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "audit.outliers": "Input channels with outliers, %",
         "audit.outlier_share": "On average {share} % of a linear's input channels held an outlier somewhere in the "
         "calibration text; such channels are computed in 16 bit.",
-        "audit.clean": "Every linear was solved as asked: nothing fell back, nothing was skipped.",
+        "audit.clean": "Every linear that was chosen was solved as asked: nothing fell back.",
         "audit.odd": "{count} linears were not solved as asked",
         "audit.odd_one": "One linear was not solved as asked",
         "audit.histograms": "Weights of the {count} linears with the largest error",

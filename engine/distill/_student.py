@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from engine.anatomy import NEURONS
 from engine.distill._settings import StudentParams
 from engine.errors import BadParams
 from engine.methods import Context
@@ -104,14 +105,19 @@ def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) ->
         raise BadParams(f"hidden_size {hidden_size} is not a multiple of the head size {head} of this model.")
     text.hidden_size, text.num_hidden_layers = hidden_size, num_blocks
     text.num_attention_heads = hidden_size // head
-    if (groups := getattr(text, "num_key_value_heads", None)) is not None:
-        fitting = max(1, groups * text.num_attention_heads // heads)
-        while text.num_attention_heads % fitting:
-            fitting -= 1
-        text.num_key_value_heads = fitting
-    if hasattr(text, "intermediate_size"):
-        text.intermediate_size = max(32, round(text.intermediate_size * hidden_size / old / 32) * 32)
-    if getattr(text, "layer_types", None):
-        text.layer_types = (text.layer_types * num_blocks)[:num_blocks]
+    for shared in ("num_key_value_heads", "num_kv_heads"):  # the second is Falcon's
+        if (groups := getattr(text, shared, None)) is not None:
+            fitting = max(1, groups * text.num_attention_heads // heads)
+            while text.num_attention_heads % fitting:
+                fitting -= 1
+            setattr(text, shared, fitting)
+    neurons = NEURONS.get(text.model_type, "intermediate_size")
+    if getattr(text, neurons, None):
+        setattr(text, neurons, max(32, round(getattr(text, neurons) * hidden_size / old / 32) * 32))
+    if hasattr(text, "word_embed_proj_dim"):  # OPT's, which projects where embeddings are of another width
+        text.word_embed_proj_dim = hidden_size
+    for each_block in ("layer_types", "no_rope_layers"):
+        if found := getattr(text, each_block, None):
+            setattr(text, each_block, (found * num_blocks)[:num_blocks])
     torch.manual_seed(seed)
     return LoadedModel(fresh(config, model.network.dtype, model.device), model.tokenizer, Path(model.source))

@@ -34,7 +34,9 @@ def teachers_of(
     if params.teacher_logits == "live":
         return live() if params.label_weight < 1 else None, live() if len(text.held) else None
     found: list[Cached | None] = [
-        cached(folders, rows, params.top_k, vocabulary, context, live) if wanted and len(rows) else None
+        cached(folders, rows, params.top_k, vocabulary, context, live, dtype_of(model))
+        if wanted and len(rows)
+        else None
         for rows, wanted in ((text.rows, params.label_weight < 1), (text.held, True))
     ]
     loaded.clear()

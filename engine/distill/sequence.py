@@ -91,7 +91,7 @@ def written(
     folders: list[Path], prompts: Tensor, model: LoadedModel, params: Params, context: Context, vocabulary: int
 ) -> Tensor:
     """Token ids (sequences, length), int32: from disk where they are, else as the teacher writes them now."""
-    whose = fingerprint(folders, vocabulary=vocabulary)
+    whose = fingerprint(folders, dtype_of(model), vocabulary=vocabulary)
     how = f"{params.sequence_length} {params.sampling_temperature} {context.seed}"
     folder = context.cache / "sequences" / whose[:32]
     found: list[Tensor] = []

@@ -54,6 +54,8 @@ def measure(model: LoadedModel, baseline: LoadedModel, documents: Sequence[Docum
         rows = [documents[i].ids for i in batch]
         reference = among(log_probabilities(baseline, [known_as(row, shared) for row in rows]), shared)
         found = log_probabilities(model, rows)
+        if shared is not None and found.shape[-1] > len(shared):  # padding that the baseline has not
+            found = torch.log_softmax(found[..., : len(shared)], -1)
         kl, same = divergence(reference, found), reference.argmax(-1) == found.argmax(-1)
         for place, (index, row) in enumerate(zip(batch, rows, strict=True)):
             sums[index] = kl[place, : len(row) - 1].sum().item()

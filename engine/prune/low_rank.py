@@ -29,7 +29,7 @@ from pydantic import Field, JsonValue
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine import scores
+from engine import methods, scores
 from engine.calibration import BlockLinear, Moments, walk_blocks
 from engine.errors import BadParams
 from engine.low_rank import empty_factors, pays
@@ -53,6 +53,15 @@ class Params(Selection, Moments):
         32, ge=1, le=512, description="Ranks are multiples of this: kernels and groups of later quantization want 32."
     )
     damping: float = Field(0.001, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to X Xᵀ.")
+
+    def unfit_for(self, name: str, later: methods.Params) -> str:
+        """What cuts the two linears of one again, and groups of inputs that do not divide ranks."""
+        if name in ("prune/width", "prune/low_rank"):
+            return "it leaves two linears for one. Put it last of these."
+        size = getattr(later, "group_size", 1)
+        if name.startswith("quantize/") and getattr(later, "granularity", "group") == "group" and self.multiple % size:
+            return f"ranks are multiples of {self.multiple}, which groups of {size} do not divide. Use multiple {size}."
+        return ""
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse a ratio that leaves a linear less than the smallest rank."""

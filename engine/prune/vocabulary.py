@@ -41,6 +41,12 @@ class Params(Base):
         "demo", max_length=4096, description="Text whose tokens stay: `demo`, or a text or JSONL file. Give much of it."
     )
 
+    def unfit_for(self, name: str, later: Base) -> str:
+        """Distillation: its teacher is the original."""
+        if name.startswith("distill/"):
+            return "the original has other tokens than the model then, and can teach it nothing. Put it before."
+        return ""
+
     def check_sources(self, folder: Path) -> None:
         """Refuse a text that is not there or empty, and tokenizers that are no byte-level BPE."""
         read_documents(calibration_file(self.text))

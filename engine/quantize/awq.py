@@ -51,7 +51,8 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             importance = None if linear.hessian is None else linear.hessian.diagonal() / scale.square()
             linear.sample = None if linear.sample is None else linear.sample / scale
             quantized = round_to_nearest(linear.weight, params, linear.name, linear.weight.dtype, importance)
-            note = "no token reached it" if linear.hessian is None else ""
+            note = "" if linear.name in scales else "no scale: no operation before it takes one, or none helps"
+            note = "no token reached it" if linear.hessian is None else note
             place(model, linear, quantized, context, note)
     return model
 
@@ -68,9 +69,6 @@ def scale_block(block: Block, params: Params, context: Context) -> dict[str, Ten
         if ratio > 0:
             fold.apply(scale)
             found |= dict.fromkeys((reader.name for reader in fold.readers), fold.spread(scale))
-    without = [linear.name for linear in block.linears if linear.name not in found]
-    if without:
-        context.log(f"{block.name}: no scale for {', '.join(name.rpartition('.')[2] for name in without)}")
     return found
 
 

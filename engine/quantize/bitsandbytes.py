@@ -51,6 +51,11 @@ class Params(Selection, Calibrated):
                         f"{outputs}. Use int8, or leave it out with ignore."
                     )
 
+    def check_config(self, config: Mapping[str, JsonValue]) -> None:
+        """Refuse a family whose linears `transformers` does not take for the library's when it reads the files."""
+        if config.get("model_type") == "falcon":
+            raise BadParams("transformers cannot load Falcon's own linears in bitsandbytes' files. Use quantize/rtn.")
+
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
         """A byte and a scale a row, or 4 bits and a scale for each block of 64, in 8 bit where quantized again."""
         if self.scheme == "int8":
@@ -84,7 +89,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     if shares:
         mean = sum(shares.values()) / len(shares)
         context.log(f"{mean:.2%} of the input channels have outliers above {params.threshold:g} and stay 16 bit")
-    kept = [n for n, m in model.network.named_modules() if isinstance(m, nn.Linear) and n not in set(chosen)]
+    kept = [name for name, _ in linears(model.network) if name not in chosen]
     model.stored_as = config(params, kept)
     return model
 

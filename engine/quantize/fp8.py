@@ -35,8 +35,11 @@ class Params(Selection):
     )
 
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
-        """A byte, and a scale a row."""
-        return StoredBits(8, 16 / inputs)
+        """A byte, and a scale a row; in memory the 16 bits that compute."""
+        return StoredBits(8, 16 / inputs, dense=16)
+
+    def rounds_inputs(self) -> bool:
+        return self.activations == "token"
 
     def unfit_for_experts(self) -> str:
         return "" if self.activations == "none" else "files cannot say that the inputs of experts are rounded."

@@ -28,18 +28,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine import solver
 from engine.calibration import Moments
-from engine.methods import Context
+from engine.errors import short
+from engine.methods import Context, matches
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import Clipping, Grid, GridParams, make_grid, round_to_nearest
+from engine.quantize._grid import Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
 from engine.quantize._place import place, walk
 from engine.solver import Nearest, Solver, Zeros
 from engine.sparsity import Pattern, check_pattern
@@ -64,6 +66,29 @@ class Params(SolverParams, GridParams):
         0.0, ge=0.0, lt=1.0, description="Fraction of weights set to zero meanwhile; with a pattern always half."
     )
     pattern: Pattern = Field("unstructured", description="Where these zeros may fall: anywhere, or N in each M inputs.")
+    overrides: str = Field(
+        "", max_length=2000, description="Other bits for some linears, the first that fits: `*.down_proj=8 *.0.*=6`."
+    )
+
+    @field_validator("overrides")
+    @classmethod
+    def _read(cls, value: str) -> str:
+        for each in value.split():
+            pattern, _, bits = each.rpartition("=")
+            if not pattern or bits not in map(str, get_args(Bits)):
+                raise ValueError(f"{short(each)} is no pattern with 2 to 8 bits, as in `*.down_proj=8`")
+        return value
+
+    def of(self, name: str) -> Self:
+        """The settings for one linear: other bits where a pattern says so."""
+        for each in self.overrides.split():
+            pattern, _, bits = each.rpartition("=")
+            if matches(pattern, name):
+                return self.model_copy(update={"bits": int(bits)})
+        return self
+
+    def unfit_for_experts(self) -> str:
+        return "experts are stored with the same bits, all of them." if self.overrides else super().unfit_for_experts()
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse a group size or a pattern that does not divide a linear's inputs."""
@@ -83,7 +108,7 @@ class Params(SolverParams, GridParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Quantize the linears of every block."""
-    return solve(model, params, context, lambda name: params, params.zeros)
+    return solve(model, params, context, params.of, params.zeros)
 
 
 def solve(

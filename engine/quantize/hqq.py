@@ -27,6 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from engine.calibration import stretches
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
@@ -51,15 +52,25 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     for block in walk(model, context, params):
         for linear in block.linears:
             context.check_cancelled()
-            quantized = quantize_weight(linear.weight.float(), params, linear.name, linear.weight.dtype)
+            quantized = quantize_weight(linear.weight, params, linear.name, linear.weight.dtype)
             place(model, linear, quantized, context)
     return model
 
 
 def quantize_weight(weight: Tensor, params: Params, name: str, dtype: torch.dtype) -> QuantizedWeight:
-    """HQQ of a float32 weight (N, K); scales are stored in `dtype`."""
+    """HQQ of a weight (N, K), some rows at a time where rows have scales of their own; scales are stored in `dtype`."""
+    parts = [slice(None)] if params.granularity == "tensor" else [*stretches(weight)]
+    grids = [fit(weight[rows].float(), params, name, dtype) for rows in parts]
+    index = torch.arange(weight.shape[1], device=weight.device) // (weight.shape[1] // grids[0].scale.shape[1])
+    codes = [grid.encode(weight[rows].float(), index) for grid, rows in zip(grids, parts, strict=True)]
+    scale, zero = (torch.cat(each) for each in zip(*((grid.scale, grid.zero) for grid in grids), strict=True))
+    return Grid(scale, zero, params.bits, params.symmetric).quantized(torch.cat(codes))
+
+
+def fit(weight: Tensor, params: Params, name: str, dtype: torch.dtype) -> Grid:
+    """The grid of a float32 weight (N, K)."""
     grid = make_grid(weight, params, name, dtype)
-    rows, columns = weight.shape
+    rows = weight.shape[0]
     whole = params.granularity == "tensor"
     groups = grid.scale.shape[1]
     grouped = weight.reshape(1, 1, -1) if whole else weight.view(rows, groups, -1)  # (N, G, size)
@@ -88,9 +99,7 @@ def quantize_weight(weight: Tensor, params: Params, name: str, dtype: torch.dtyp
         scale = torch.where((energy > 0) & (fitted > 0), fitted, scale)
         penalty *= SHARPER
     shape = grid.scale.shape
-    found = Grid(best_scale.to(dtype).expand(shape), best_zero.expand(shape), params.bits, params.symmetric)
-    index = torch.arange(columns, device=weight.device) // (columns // groups)
-    return found.quantized(found.encode(weight, index))
+    return Grid(best_scale.to(dtype).expand(shape), best_zero.expand(shape), params.bits, params.symmetric)
 
 
 def shrink(error: Tensor, norm: float, penalty: float) -> Tensor:

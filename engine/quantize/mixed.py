@@ -27,6 +27,7 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from engine import scores
 from engine.calibration import BlockLinear, token_rows, walk_blocks
@@ -44,9 +45,10 @@ GROUP_SIZES = (32, 64, 128)
 Unit = Literal["bits", "mib"]
 UNITS = {"bits": "bits a weight", "mib": "MiB"}
 PROBE_BITS: Bits = 3
-PROBE_ROWS = 8  # calibration sequences on which the KL of step 2 is taken
+PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
+PROBE_LOGITS = 1 << 26  # that are held of the original at most
 CELLS = 4000
-VERSION = 1  # of what is kept; raise it when steps 1 or 2 change
+VERSION = 2  # of what is kept; raise it when steps 1 or 2 change
 
 
 class Params(gptq.SolverParams, Range):
@@ -55,11 +57,11 @@ class Params(gptq.SolverParams, Range):
     budget: float = Field(3.5, gt=0.0, le=1e6, description="How much may be stored, scales included.")
     unit: Unit = Field("bits", description="Of the budget: bits a quantized weight, or MiB of the whole model.")
 
-    def budget_bits(self, weights: int, parameters: int) -> float:
-        """The budget in bits for each of `weights` to quantize among `parameters` in all, the others of 16 bits."""
+    def budget_bits(self, weights: int, parameters: int, width: int = 16) -> float:
+        """The budget in bits for each of `weights` to quantize among `parameters` in all, the rest of `width` bits."""
         if self.unit == "bits":
             return self.budget
-        return (self.budget * 2**23 - 16 * (parameters - weights)) / weights
+        return (self.budget * 2**23 - width * (parameters - weights)) / weights
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse linears that no group size divides, and a budget below the smallest options."""
@@ -129,7 +131,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         scores.measured(model, context, "mixed", about(params), lambda: as_json(measure(model, params, context)))
     )
     weights = sum(candidate.weights for candidate in candidates)
-    budget = params.budget_bits(weights, model.network.num_parameters())
+    budget = params.budget_bits(weights, model.network.num_parameters(), 8 * model.network.dtype.itemsize)
     chosen = choose(candidates, budget)
     context.emit("budget", curve(candidates, budget))
     for name, option in chosen.items():
@@ -196,8 +198,15 @@ def _energy(weight: Tensor, moments: Tensor | None) -> float:
 @torch.inference_mode()
 def probe_costs(model: LoadedModel, params: Params, context: Context, names: Sequence[str]) -> dict[str, float]:
     """Step 2: the KL (nats a token) of the model's predictions when one linear alone is rounded to `PROBE_BITS`."""
-    rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, PROBE_ROWS).to(model.device)
-    reference = model.network(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
+    length = min(params.sequence_length, PROBE_LENGTH)
+    count = min(PROBE_ROWS, max(1, PROBE_LOGITS // (length * model.network.config.get_text_config().vocab_size)))
+    rows = token_rows(model.tokenizer, context.calibration, length, count).to(model.device)
+
+    def predictions(row: Tensor) -> Tensor:
+        found: Tensor = model.network(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
+        return found
+
+    reference = [predictions(row) for row in rows]  # one at a time, for a large vocabulary is a large tensor
     found: dict[str, float] = {}
     for number, name in enumerate(names):
         context.check_cancelled()
@@ -207,10 +216,13 @@ def probe_costs(model: LoadedModel, params: Params, context: Context, names: Seq
         grid = params.grid(PROBE_BITS, size)
         linear.weight.copy_(round_to_nearest(kept, grid, name, kept.dtype).dequantize())
         try:
-            ours = model.network(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)
+            apart = [
+                float(kl_div(predictions(row), known, reduction="sum", log_target=True))
+                for row, known in zip(rows, reference, strict=True)
+            ]
         finally:
             linear.weight.copy_(kept)
-        found[name] = max(float((reference.exp() * (reference - ours)).sum(-1).mean()), 1e-12)
+        found[name] = max(sum(apart) / (len(rows) * length), 1e-12)
         context.progress(number + 1, len(names), "linears probed")
     return found
 

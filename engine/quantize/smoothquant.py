@@ -47,6 +47,9 @@ class Params(Selection, Calibrated):
         """A byte, and a scale a row."""
         return StoredBits(8, 16 / inputs)
 
+    def rounds_inputs(self) -> bool:
+        return True
+
     def unfit_for_experts(self) -> str:
         return "files cannot say that the inputs of experts are rounded."
 
@@ -59,7 +62,8 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         for linear in block.linears:
             context.check_cancelled()
             scale = scales.get(linear.name, torch.ones((), device=linear.weight.device))
-            note, inputs = "", InputGrid()
+            inputs = InputGrid()
+            note = "" if linear.name in scales else "not smoothed: no operation before it takes the scale"
             if linear.input_max is None:
                 note = "no token reached it; one scale a token"
             elif params.activations == "tensor":

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from engine.calibration import Block
@@ -43,6 +43,9 @@ class Params(GridParams, Calibrated):
     distill_steps: int = Field(0, ge=0, le=100_000, description="Optimizer steps for each block; 0: rounding alone.")
     learning_rate: float = Field(1e-4, gt=0.0, le=1.0, description="Of the distillation (Adam).")
 
+    def rounds_inputs(self) -> bool:
+        return True
+
     def unfit_for_experts(self) -> str:
         return "files cannot say that the inputs of experts are rounded."
 
@@ -51,7 +54,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Distill each block where that was asked for, then round its weights and, from then on, their inputs."""
     check_inputs_storable(model)
     for block in walk(model, context, params, "norm"):
-        if params.distill_steps and len(block.linears) > 1:  # the head alone has nothing to make up for it
+        if params.distill_steps and not isinstance(block.module, nn.Linear):  # the head makes up for nothing
             before, after = distill(block, params, context)
             context.log(f"{block.name}: distance to the original {before:.4g} before, {after:.4g} after distillation")
         for linear in block.linears:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import intermediate, pipeline
+from engine import intermediate, methods, pipeline
 from engine.models import LoadedModel
 from engine.records import Recipe
 from tests.conftest import Recorder
@@ -104,3 +104,12 @@ def test_the_one_used_longest_ago_makes_room(tmp_path: Path, monkeypatch: pytest
     assert intermediate.make_room(tmp_path, 1000)  # a fifth of 15,000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key-1", "key-2"]
     assert not intermediate.make_room(tmp_path, 4000)
+
+
+def test_a_file_with_spaces_in_its_name_enters_the_key(tmp_path: Path) -> None:
+    text = tmp_path / "my own text.txt"
+    text.write_text("one")
+    params = methods.get("distill/logits").check({"text": str(text)})
+    before = intermediate._read_by(params)
+    text.write_text("two")
+    assert before != intermediate._read_by(params) != []

@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 
 from engine import methods
-from engine.errors import BadParams, UnknownName
+from engine.errors import BadParams, InputError, UnknownName
 from engine.methods import Context, Params, bounds, field_kind
 from engine.models import LoadedModel
 from engine.preflight import DEMO
+from engine.records import Recipe
 from tests.conftest import in_memory, tiny_config
 
 SMALL: dict[str, dict[str, object]] = {
@@ -147,6 +148,49 @@ def test_names_are_looked_up_with_a_hint() -> None:
 def test_targets_and_ignore_choose_linears(targets: str, ignore: str, chosen: list[str]) -> None:
     selection = methods.Selection(targets=targets, ignore=ignore)
     assert [name for name in ("0.attn.q", "0.mlp.up", "1.mlp.up") if selection.selects(name)] == chosen
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("transformer.h.*", "h.0.mlp.c_fc"), ("h.*", "transformer.h.0.mlp.c_fc"),
+        ("*.block_sparse_moe.*", "model.layers.0.mlp.experts.0.w1"),
+        ("*.mlp.*", "model.layers.0.block_sparse_moe.experts.0.w1"),
+    ],
+)  # fmt: skip
+def test_names_are_those_of_files_and_of_networks(pattern: str, name: str) -> None:
+    assert methods.Selection(targets=pattern).selects(name)
+    assert not methods.Selection(targets="other.*").selects(name)
+
+
+def test_a_walk_that_would_change_nothing_is_no_success(tiny: LoadedModel, context: Context) -> None:
+    rtn = methods.get("quantize/rtn")
+    with pytest.raises(BadParams, match=r"no linear is left .* as in model\.layers\.0"):
+        rtn.apply(tiny, rtn.check({"targets": "nothing", "group_size": 32}), context)
+
+
+def order(*steps: object) -> Recipe:
+    return Recipe.model_validate({"steps": list(steps)})
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        (("prune/vocabulary", "distill/repair"), "the original has other tokens"),
+        (("prune/vocabulary", "prune/wanda", "distill/logits"), "the original has other tokens"),
+        (("prune/low_rank", "prune/width"), "two linears for one"),
+        (("prune/low_rank", "quantize/gptq"), "multiples of 32, which groups of 64 do not divide. Use multiple 64"),
+    ],
+)
+def test_orders_that_cannot_work_are_refused(steps: tuple[str, ...], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        methods.check(order(*({step: {}} for step in steps)))
+    methods.check(order(*({step: {}} for step in reversed(steps) if not step.startswith("quantize/"))))
+
+
+def test_groups_that_divide_ranks_may_follow() -> None:
+    methods.check(order({"prune/low_rank": {}}, {"quantize/gptq": {"group_size": 32}}))
+    methods.check(order({"prune/low_rank": {"multiple": 64}}, {"quantize/gptq": {}}))
 
 
 def test_a_broken_pattern_is_one_line() -> None:

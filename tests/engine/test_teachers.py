@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import teachers
-from engine.body import Body
+from engine.body import Body, eager
 from engine.errors import BadModel, BadText
 from engine.losses import Full, Objective, TopK
 from engine.methods import Context
@@ -19,6 +19,8 @@ from engine.teachers import Live, cached, fingerprint, load_live
 from engine.tokens import check_same_files, check_same_tokenizer
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES
+
+DTYPE = "bfloat16"
 
 
 def rows_of(count: int = 6, length: int = 16) -> Rows:
@@ -68,6 +70,19 @@ def test_documents_of_a_row_do_not_see_one_another(family: str) -> None:
             torch.testing.assert_close(body.hidden(ids, positions)[:, 8:], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_documents_stay_apart_where_attention_adds_its_mask() -> None:
+    network = in_memory(FAMILIES["opt"], torch.float32).network
+    body = Body.of(network)
+    ids = torch.randint(5, 1200, (1, 20), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    with torch.no_grad(), eager(network):
+        alone = body.hidden(ids[:, 8:])
+        torch.testing.assert_close(body.hidden(ids, positions)[:, 8:], alone, rtol=1e-4, atol=1e-5)
+        later = ids.clone()
+        later[0, -1] = 7
+        torch.testing.assert_close(body.hidden(later, positions)[:, :-1], body.hidden(ids, positions)[:, :-1])
+
+
 def test_an_unknown_head_falls_back_to_whole_logits() -> None:
     network = in_memory(tiny_config(), torch.float32).network
     network.lm_head.register_forward_hook(lambda module, args, output: output * (2 if output.dim() == 3 else 1))
@@ -84,7 +99,7 @@ def test_a_cache_says_what_the_teachers_say_and_later_runs_need_none(
     folders = [tiny_folder(), tiny_folder(num_hidden_layers=2)]
     rows = rows_of()
     live = load_live(folders, 1280, context, "bfloat16")
-    kept = cached(folders, rows, 7, 1280, context, lambda: live)
+    kept = cached(folders, rows, 7, 1280, context, lambda: live, DTYPE)
     numbers = torch.tensor([4, 1])
     exact, found = live.answers(rows, numbers)(slice(0, 30)), kept.answers(rows, numbers)(slice(0, 30))
     assert isinstance(exact, Full)
@@ -100,7 +115,7 @@ def test_a_cache_says_what_the_teachers_say_and_later_runs_need_none(
     def never() -> Live:
         raise AssertionError("the teacher is not needed")
 
-    again = cached(folders[::-1], rows, 7, 1280, context, never).answers(rows, numbers)(slice(0, 30))
+    again = cached(folders[::-1], rows, 7, 1280, context, never, DTYPE).answers(rows, numbers)(slice(0, 30))
     assert isinstance(again, TopK)
     assert again.ids.equal(found.ids)
     assert any("not loaded" in line for line in recorder.logs())
@@ -126,23 +141,25 @@ def test_a_cache_is_gone_on_with_and_grows_with_the_text(
 
     monkeypatch.setattr(teachers, "write_answers", watched)
     with pytest.raises(KeyboardInterrupt):
-        cached([folder], rows_of(6), 5, 1280, context, lambda: live)
-    cached([folder], rows_of(6), 5, 1280, context, lambda: live)
+        cached([folder], rows_of(6), 5, 1280, context, lambda: live, DTYPE)
+    cached([folder], rows_of(6), 5, 1280, context, lambda: live, DTYPE)
     assert asked == [(4, 6)]
     asked.clear()
-    cached([folder], rows_of(8), 5, 1280, context, lambda: live)
+    cached([folder], rows_of(8), 5, 1280, context, lambda: live, DTYPE)
     assert asked == [(6, 8)]
 
 
 def test_a_cache_of_another_teacher_is_refused(tiny_folder: Callable[..., Path], context: Context) -> None:
     first, second = tiny_folder(), tiny_folder(num_hidden_layers=2)
-    assert fingerprint([first]) != fingerprint([second])
+    assert (
+        len({fingerprint([first], "bfloat16"), fingerprint([second], "bfloat16"), fingerprint([first], "float32")}) == 3
+    )
     live = load_live([first], 1280, context, "bfloat16")
-    cached([first], rows_of(), 5, 1280, context, lambda: live)
+    cached([first], rows_of(), 5, 1280, context, lambda: live, DTYPE)
     home = context.cache / "teachers"
-    (home / fingerprint([first], 5, 1280)[:32]).rename(home / fingerprint([second], 5, 1280)[:32])
+    (home / fingerprint([first], DTYPE, 5, 1280)[:32]).rename(home / fingerprint([second], DTYPE, 5, 1280)[:32])
     with pytest.raises(BadModel, match="another teacher or tokenizer"):
-        cached([second], rows_of(), 5, 1280, context, lambda: live)
+        cached([second], rows_of(), 5, 1280, context, lambda: live, DTYPE)
 
 
 def test_other_tokenizers_are_refused_with_the_reason_and_padding_is_not(tiny_folder: Callable[..., Path]) -> None:

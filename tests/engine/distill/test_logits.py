@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import artifacts
+from engine import anatomy, artifacts
 from engine.distill import logits
 from engine.distill._student import every_kth, of_size
 from engine.distill.logits import Params
@@ -21,6 +21,7 @@ from engine.preflight import DEMO
 from engine.records import Recipe
 from engine.training import Schedule, draw, train
 from tests.conftest import Recorder, in_memory, tiny_config
+from tests.families import FAMILIES
 
 
 def cross_entropy(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -185,3 +186,19 @@ def test_the_charts_get_rate_speed_time_left_and_the_held_out_kl(context: Contex
     assert series["eta"][-1] == 0
     assert len(series["kl_heldout"]) == 3
     assert all(value >= 0 for value in series["kl_heldout"])
+
+
+@pytest.mark.parametrize("family", ["opt", "falcon", "smollm3", "gpt2", "gemma3"])
+def test_a_student_of_another_size_computes_in_every_family(family: str) -> None:
+    config = copy.deepcopy(FAMILIES[family])
+    if family == "falcon":
+        config.new_decoder_architecture, config.num_kv_heads = True, 2
+    teacher = in_memory(config)
+    text = teacher.network.config.get_text_config()
+    width = text.hidden_size // 2
+    student = of_size(teacher, width, text.num_hidden_layers + 2, seed=1)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert student.network(ids).logits.shape == teacher.network(ids).logits.shape
+    shape = anatomy.of(student.network.config)
+    assert (shape.channels, shape.neurons) == (width, anatomy.of(teacher.network.config).neurons // 2)

@@ -218,3 +218,14 @@ def test_a_text_that_is_missing_or_empty_is_refused_before_work(tmp_path: Path) 
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(BadText, match="is empty"):
         method.Params(text=str(tmp_path / "empty.txt")).check_sources(DEMO / "model")
+
+
+def test_vocabularies_that_differ_by_padding_are_compared_over_what_both_have() -> None:
+    padded, plain = in_memory(tiny_config(vocab_size=1344)), in_memory(tiny_config())
+    for model, baseline in ((padded, plain), (plain, padded)):
+        kept = vocabulary.shared_tokens(model, baseline)
+        assert kept is not None
+        assert kept.tolist() == list(range(1280))
+        document = Document(tuple(range(20, 60)), 10)
+        kl, *_ = divergence.measure(model, baseline, [document])
+        assert kl.value > 0

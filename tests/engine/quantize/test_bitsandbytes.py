@@ -20,6 +20,7 @@ from engine.quantize.bitsandbytes import Params
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.engine.quantize.test_smoothquant import apart, logits
+from tests.families import FAMILIES
 
 SMALL = {"samples": 4, "sequence_length": 32}
 
@@ -111,3 +112,14 @@ def test_what_is_left_out_is_named_in_the_config(tiny: LoadedModel, context: Con
     mine = logits(model.network)
     stranger = AutoModelForCausalLM.from_pretrained(tmp_path / "artifact", dtype="auto")
     assert apart(logits(stranger), mine) < 0.01
+
+
+def test_families_whose_linears_are_their_own(context: Context, tmp_path: Path) -> None:
+    with pytest.raises(BadParams, match="cannot load Falcon's own linears"):
+        Params().check_config({"model_type": "falcon"})
+    model = bitsandbytes.apply(
+        in_memory(FAMILIES["gpt2"]), Params.model_validate(SMALL | {"ignore": "*.c_proj"}), context
+    )
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    mine = logits(model.network)
+    assert apart(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "artifact", dtype="auto")), mine) < 0.01

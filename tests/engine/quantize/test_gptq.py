@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from engine import solver
@@ -148,3 +149,15 @@ def test_linears_that_read_one_input_are_factorized_once(
     monkeypatch.setattr(solver, "turned_factor", lambda *given: solved.append(given) or turned_factor(*given))
     gptq.apply(tiny, Params(samples=4, sequence_length=16, group_size=32), context)
     assert len(solved) == 3 * 4  # q, k and v; o; gate and up; down
+
+
+def test_some_linears_get_other_bits(tiny: LoadedModel, context: Context) -> None:
+    params = Params.model_validate({"group_size": 32, "samples": 4, "overrides": "*.1.mlp.down_proj=3 *.down_proj=8"})
+    gptq.apply(tiny, params, context)
+    bits = {name.removeprefix("model.layers."): weight.bits for name, weight in tiny.quantized.items()}
+    assert bits["1.mlp.down_proj"] == 3
+    assert bits["0.mlp.down_proj"] == bits["2.mlp.down_proj"] == 8
+    assert {bit for name, bit in bits.items() if "down_proj" not in name} == {4}
+    for wrong in ("*.down_proj", "*.down_proj=9", "=4", "*.down_proj=four"):
+        with pytest.raises(ValidationError, match="is no pattern with 2 to 8 bits"):
+            Params.model_validate({"overrides": wrong})
