@@ -31,7 +31,7 @@ from ui.wording import say
 
 STEP_LIMIT = 8
 Draft = dict[str, JsonValue]
-_FEWER_BLOCKS = Step(method="prune/depth", params={"share": 0.25})
+_FEWER_BLOCKS = Step(method="prune/depth", params={"share": 0.3})
 _HEAL = Step(method="distill/logits", params={"student": "current"})
 _BESIDE: Draft = {"head": True, "embeddings": True}  # the more of the bytes, the smaller the blocks are
 PRESETS: dict[str, tuple[Step, ...]] = {

@@ -202,3 +202,15 @@ def test_a_student_of_another_size_computes_in_every_family(family: str) -> None
         assert student.network(ids).logits.shape == teacher.network(ids).logits.shape
     shape = anatomy.of(student.network.config)
     assert (shape.channels, shape.neurons) == (width, anatomy.of(teacher.network.config).neurons // 2)
+
+
+def test_the_rate_rises_and_falls_by_half_a_cosine() -> None:
+    schedule = Schedule(steps=100, batch=1, rate=2.0)
+    rates = [schedule.at(step) for step in range(100)]
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[top] == pytest.approx(2.0)
+    middle = top + (100 - top) // 2
+    assert rates[middle] == pytest.approx(1.1, rel=0.05)
+    assert rates[-1] == pytest.approx(0.2, rel=0.05)  # a tenth of the highest

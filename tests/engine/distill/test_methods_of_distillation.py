@@ -87,11 +87,38 @@ def test_what_the_student_writes_follows_from_the_seed_and_its_prompt() -> None:
     assert not first.equal(other)
     assert first[:, :6].equal(prompts)
     assert first.shape == (2, 14)
-    likeliest = on_policy.write(model, prompts, 8, 0.05, torch.Generator().manual_seed(0))
+    model.network.float()
     with torch.no_grad():
-        odds = model.network(prompts).logits[:, -1].float().softmax(-1)
-    assert likeliest.shape == (2, 8)
-    assert odds.shape == (2, 1280)
+        model.network.get_input_embeddings().weight.mul_(20)  # so that one token stands out
+        sure = model.network(prompts).logits[:, -1].argmax(-1)
+    assert on_policy.write(model, prompts, 7, 0.05, torch.Generator().manual_seed(0))[:, -1].equal(sure)
+
+
+@pytest.mark.parametrize(("share", "written"), [(0.0, 0), (1.0, 4)])
+def test_the_student_writes_its_share_of_the_batches(
+    share: float, written: int, tiny_folder: Callable[..., Path], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    write = on_policy.write
+    monkeypatch.setattr(on_policy, "write", lambda *asked: calls.append(asked) or write(*asked))
+    settings = {"student_share": share, "steps": 4, "prompt_tokens": 8, "student": "current"}
+    apply("distill/on_policy", load(tiny_folder()), context, **settings)
+    assert len(calls) == written
+
+
+@pytest.mark.parametrize("weight", ["hidden_weight", "attention_weight"])
+def test_each_part_of_the_loss_of_features_teaches_something(
+    weight: str, tiny_folder: Callable[..., Path], context: Context, tmp_path: Path
+) -> None:
+    folder, found = tiny_folder(), []
+    for value in (0.0, 5.0):
+        own = dataclasses.replace(context, folder=tmp_path / f"{weight}-{value}")
+        settings = {"hidden_weight": 0.0, "attention_weight": 0.0, weight: value, "student": "size"}
+        student = apply(
+            "distill/features", load(folder), own, hidden_size=32, num_blocks=2, label_weight=1.0, **settings
+        )
+        found.append(student.network.model.layers[0].self_attn.q_proj.weight.clone())
+    assert not torch.equal(*found)
 
 
 def test_only_written_tokens_up_to_the_end_count(tiny_folder: Callable[..., Path], context: Context) -> None:
