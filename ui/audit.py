@@ -20,7 +20,7 @@ from ui.wording import say
 Audit = Mapping[str, JsonValue]
 WIDTH, HEIGHT = 360, 150
 TICK = 9  # height of the mark below a histogram that stands for a level of the grid
-SHOWN = 3  # histograms
+SHOWN, MOST = 3, 300  # histograms: of the worst, and of all once the run is done
 
 
 def report(linears: Sequence[Audit], budget: Audit | None, whole: float | None = None) -> Markup | None:
@@ -34,6 +34,7 @@ def report(linears: Sequence[Audit], budget: Audit | None, whole: float | None =
         heat_map(linears),
     ]
     parts += [outlier_map(linears), notes(linears), curve(budget) if budget else None, histograms(linears)]
+    parts.append(None if whole is None else all_histograms(linears))  # not at each tick of a run that works
     return tag("section", *parts, class_="mq-audit")
 
 
@@ -156,6 +157,21 @@ def histograms(linears: Sequence[Audit]) -> Markup | None:
     about = tag("p", say("audit.histogram.about"), class_="mq-sub")
     summary = say("audit.histograms" if len(drawn) > 1 else "audit.histogram.one", count=len(drawn))
     return markup.details(summary, about, tag("div", *drawn, class_="mq-bars"))
+
+
+def all_histograms(linears: Sequence[Audit]) -> Markup | None:
+    """Those of every linear, a line to open for each block; None where the worst are all there are."""
+    blocks: dict[str, list[Markup]] = {}
+    for each in linears[:MOST]:
+        if (figure := histogram(each)) is not None:
+            blocks.setdefault(split(str(each["name"]))[0], []).append(figure)
+    if sum(map(len, blocks.values())) <= SHOWN:
+        return None
+    rooms = [
+        markup.details(f"{say('audit.block')} {name}", tag("div", *drawn, class_="mq-bars"))
+        for name, drawn in blocks.items()
+    ]
+    return markup.details(say("audit.histograms.all", count=sum(map(len, blocks.values()))), *rooms)
 
 
 def histogram(each: Audit) -> Markup | None:

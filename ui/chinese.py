@@ -174,6 +174,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "audit.clean": "所有选中的线性层都按要求求解：没有回退。",
         "audit.odd": "{count} 个线性层未按要求求解",
         "audit.odd_one": "1 个线性层未按要求求解",
+        "audit.histograms.all": "全部 {count} 个线性层的权重分布，按层",
         "audit.histograms": "误差最大的 {count} 个线性层的权重分布",
         "audit.histogram.one": "误差最大的线性层的权重分布",
         "audit.histogram.about": "折线：量化前。柱：量化后。高度为计数的平方根，以便看清尾部。"

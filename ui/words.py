@@ -167,6 +167,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "audit.clean": "Every linear that was chosen was solved as asked: nothing fell back.",
         "audit.odd": "{count} linears were not solved as asked",
         "audit.odd_one": "One linear was not solved as asked",
+        "audit.histograms.all": "Weights of all {count} linears, block by block",
         "audit.histograms": "Weights of the {count} linears with the largest error",
         "audit.histogram.one": "Weights of the linear with the largest error",
         "audit.histogram.about": "Line: before. Bars: after. Heights are roots of counts, so that tails can be seen. "

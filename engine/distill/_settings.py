@@ -15,7 +15,7 @@ from engine.lesson import TextParams
 from engine.losses import Divergence, Objective
 from engine.methods import Params
 from engine.preflight import resolve
-from engine.sizes import attention_sizes
+from engine.sizes import attention_sizes, blocks_of, hidden_size
 from engine.tokens import check_same_files
 
 
@@ -142,8 +142,8 @@ class StudentParams(Params):
                 "The student has every block of the teacher: it is as large, and begins as the teacher itself."
             )
         if self.student == "size":
-            hidden, count = integer(config.get("hidden_size")), integer(config.get("num_hidden_layers"))
-            if hidden and self.hidden_size >= hidden and self.num_blocks >= count:
+            # Matrices grow with the square of the width, and a block is one set of them.
+            if self.num_blocks * self.hidden_size**2 >= blocks_of(config) * hidden_size(config) ** 2:
                 found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
         if self.student == "folder":
             own, theirs = headers.inspect(resolve(self.folder)), headers.inspect(folder)

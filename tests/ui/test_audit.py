@@ -102,3 +102,11 @@ def test_a_histogram_draws_only_bins_that_hold_something() -> None:
 def test_names_are_split_at_the_block() -> None:
     assert audit.split("model.layers.3.mlp.up_proj") == ("3", "mlp.up_proj")
     assert audit.split("lm_head") == ("–", "lm_head")
+
+
+def test_every_linear_has_its_histogram_once_the_run_is_done() -> None:
+    linears = [linear(f"model.layers.{block}.{leaf}") for block in range(2) for leaf in ("q", "k", "v")]
+    assert "Weights of all 6 linears" in str(audit.report(linears, None, whole=5.0))
+    assert str(audit.all_histograms(linears)).count("<figure>") == 6
+    assert "Weights of all" not in str(audit.report(linears, None))
+    assert audit.all_histograms(linears[:3]) is None

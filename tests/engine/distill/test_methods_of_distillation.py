@@ -322,3 +322,15 @@ def test_a_learning_rate_of_a_milliard_stops_as_diverged(context: Context) -> No
 
     with pytest.raises(Diverged, match=r"diverged at step \d+: .*Use a lower learning_rate"):
         apply("distill/logits", in_memory(tiny_config()), context, learning_rate=1e9, steps=40)
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "count", "warned"),
+    [("llama", 32, 2, False), ("llama", 256, 2, True), ("gpt2", 256, 2, True), ("gpt2", 16, 1, False)],
+)
+def test_a_student_that_is_no_smaller_is_told_before_the_run(
+    family: str, width: int, count: int, warned: bool, tmp_path: Path
+) -> None:
+    in_memory(FAMILIES[family]).network.save_pretrained(tmp_path)
+    params = methods.get("distill/logits").check({"student": "size", "hidden_size": width, "num_blocks": count})
+    assert any("nothing gets smaller" in note for note in params.notes(tmp_path, "cpu")) is warned
