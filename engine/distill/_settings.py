@@ -141,10 +141,10 @@ class StudentParams(Params):
             found.append(
                 "The student has every block of the teacher: it is as large, and begins as the teacher itself."
             )
-        if self.student == "size":
-            # Matrices grow with the square of the width, and a block is one set of them.
-            if self.num_blocks * self.hidden_size**2 >= blocks_of(config) * hidden_size(config) ** 2:
-                found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
+        # Matrices grow with the square of the width, and a block is one set of them.
+        own_size, size = self.num_blocks * self.hidden_size**2, blocks_of(config) * hidden_size(config) ** 2
+        if self.student == "size" and own_size >= size:
+            found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
         if self.student == "folder":
             own, theirs = headers.inspect(resolve(self.folder)), headers.inspect(folder)
             if own.folder == theirs.folder:
