@@ -4,8 +4,8 @@ The same teacher, student, rows, batch and loss (forward KL over the whole vocab
 for generalised knowledge distillation in an environment of its own, and `distill/logits`, with the teacher in each
 step and with its cached likeliest tokens. Each repetition is a process of its own, taken in turns. Time is from the
 begin of training to its end, so with what each sets up, and for the cache with the teacher's one pass; memory is
-resident, its largest. Maquette also takes the KL on held-out rows as it goes, trl nothing: these seconds are told apart,
-and are not in the throughput.
+resident, its largest. Maquette also takes the KL on held-out rows as it goes, trl nothing: these seconds are told
+apart, and are not in the throughput.
 """
 
 from __future__ import annotations
