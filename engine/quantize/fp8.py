@@ -5,7 +5,8 @@ mantissa, up to 448. Each row of a weight is scaled so that its largest value be
 token's inputs are, too, as they come. No calibration. Relative precision is the same for large and small values, so
 outliers harm less than with integers; weights of the same size are coarser than with 8-bit integers.
 
-Files are half as large. What computes here is **simulated**: the values are those of FP8, the products are done in
+Files are half as large. With inputs in FP8 an NVIDIA GPU from compute capability 9.0 on multiplies both itself.
+Elsewhere, and with weights alone, what computes is **simulated**: the values are those of FP8, the products are done in
 bfloat16, so nothing is faster and memory does not shrink. Servers with FP8 kernels read the same files.
 """
 

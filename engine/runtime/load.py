@@ -22,6 +22,7 @@ from engine.checkpoint import read_config, shell
 from engine.errors import BadModel, short
 from engine.models import LoadedModel
 from engine.runtime.embedding import KERNEL, Int8Embedding
+from engine.runtime.float8 import Float8Linear
 from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
 from engine.runtime.pages import use_large_pages
 from engine.runtime.semi_structured import use_semi_structured
@@ -129,6 +130,10 @@ def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, scheme
         integers = Int8Linear(weight, bias, device)
         network.set_submodule(name, integers)
         return integers.kernel
+    if weight.inputs is not None and dtype == torch.bfloat16 and Float8Linear.knows(weight, device):
+        floats = Float8Linear(weight, bias, device)
+        network.set_submodule(name, floats)
+        return floats.kernel
     packed = packed_linear(weight, bias, device, dtype)
     if packed is not None:
         network.set_submodule(name, packed)

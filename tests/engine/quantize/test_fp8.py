@@ -15,6 +15,7 @@ from engine.models import LoadedModel
 from engine.packing import InputGrid
 from engine.quantize import fp8
 from engine.records import Recipe
+from engine.runtime.float8 import Float8Linear
 from tests.conftest import in_memory, tiny_config
 from tests.engine.quantize.test_smoothquant import apart, logits
 
@@ -57,3 +58,30 @@ def test_a_resumed_run_gives_the_same(tiny: LoadedModel, context: Context) -> No
     done = logits(fp8.apply(tiny, params, context).network)
     again = fp8.apply(in_memory(tiny_config()), params, context)
     torch.testing.assert_close(logits(again.network), done, rtol=0, atol=0)
+
+
+def check_product(device: str) -> None:
+    """Float8Linear against float64 arithmetic on what weights and inputs stand for."""
+    dice = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(*shape, generator=dice).bfloat16() for shape in ((48, 64), (2, 5, 64)))
+    x[0, 0] *= 100  # each token has a scale of its own
+    bias = torch.randn(48, generator=dice).bfloat16()
+    quantized = fp8.quantize_weight(weight, InputGrid(kind="float"))
+    codes, scale = InputGrid(kind="float").encode(x)
+    exact = (codes.double() * scale.double()) @ quantized.dequantize().double().t() + bias.double()
+    found = Float8Linear(quantized, bias, device)(x.to(device)).cpu()
+    assert found.dtype == torch.bfloat16
+    assert found.shape == (2, 5, 48)
+    assert float((found.double() - exact).norm() / exact.norm()) < 0.005
+
+
+def test_products_of_8_bit_floats_are_those_of_their_values() -> None:
+    check_product("cpu")
+    quantized = fp8.quantize_weight(torch.ones(48, 64), InputGrid(kind="float"))
+    assert not Float8Linear.knows(quantized, "cpu")  # where it is no faster
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_multiplies_8_bit_floats_itself() -> None:
+    check_product("cuda")
