@@ -1,8 +1,8 @@
 """Linears with 8-bit floating-point weights and inputs (e4m3), on GPUs whose tensor cores multiply them.
 
 One scale a row of the weight and one a token of the inputs: `torch._scaled_mm` takes both, sums in float32 and scales
-the sums. GPUs have such products from compute capability 8.9 on, with a scale a row from 9.0 on. torch computes them on a
-CPU, too, without instructions for it: right, which the tests use, and of no advantage, so nothing else does.
+the sums. GPUs have such products from compute capability 8.9 on, with a scale a row from 9.0 on. torch computes them on
+a CPU, too, without instructions for it: right, which the tests use, and of no advantage, so nothing else does.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class Float8Linear(nn.Module):
     bias: Tensor | None
     kernel = KERNEL
 
-    def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None = None, device: torch.device | str = "cuda"
-    ) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device | str) -> None:
         super().__init__()
         assert weight.inputs is not None
         self.inputs = weight.inputs
