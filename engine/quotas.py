@@ -7,6 +7,7 @@ runs that have ended are deleted when their time is over; what was measured stay
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -23,6 +24,8 @@ from engine.records import Recipe, Run
 from engine.sizes import WIDTHS
 from engine.sources import Repo, classify, is_path
 from engine.store import Store
+
+log = logging.getLogger(__name__)
 
 BUNDLED = frozenset({"demo", ""})
 LOOK_EVERY = 1.0  # seconds between looks at the disk
@@ -103,11 +106,19 @@ class Quotas:
         return found
 
     def expired(self, now: float | None = None) -> list[Run]:
-        """Runs whose files have been kept long enough; looks about once a minute. `now`: seconds since the epoch."""
+        """Runs whose files have been kept long enough; looks about once a minute. `now`: seconds since the epoch.
+
+        Models of the hub that were downloaded as long ago, and that no run waits for, are deleted here.
+        """
         if self._limits.keep is None or (now is None and time.monotonic() < self._next_expiry):
             return []
         self._next_expiry = time.monotonic() + EXPIRE_EVERY
-        return self._store.ended_before((time.time() if now is None else now) - self._limits.keep)
+        before = (time.time() if now is None else now) - self._limits.keep
+        if self._hub is not None:
+            wanted = [classify(run.recipe.model, folders=False) for run in self._store.unfinished()]
+            for name in self._hub.here.evict(before, {each.name for each in wanted if isinstance(each, Repo)}):
+                log.info("%s was kept long enough: its files are deleted", name)
+        return self._store.ended_before(before)
 
     def _late(self, run: Run, now: float) -> Breach | None:
         key = (run.id, run.attempt)

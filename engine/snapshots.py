@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,8 +116,23 @@ class Snapshots:
 
     def discard(self, repo: Repo) -> None:
         """Give back the disk of a snapshot that is not complete: what no other snapshot of the repo uses."""
-        if not repo.pinned or self.find(repo) is not None:
-            return
+        if repo.pinned and self.find(repo) is None:
+            self._remove(repo)
+
+    def evict(self, before: float, spared: Collection[str]) -> list[str]:
+        """Give back the disk of snapshots that came before a moment (seconds since the epoch); the repos' names.
+
+        spared: names of repos that stay.
+        """
+        gone = []
+        for snapshot in self.folder.glob("models--*/snapshots/*"):
+            repo = Repo(snapshot.parents[1].name.removeprefix("models--").replace("--", "/"), snapshot.name)
+            if repo.pinned and repo.name not in spared and snapshot.stat().st_mtime < before:
+                self._remove(repo)
+                gone.append(repo.name)
+        return gone
+
+    def _remove(self, repo: Repo) -> None:
         place = self.place(repo)
         shutil.rmtree(place / "snapshots" / repo.revision, ignore_errors=True)
         used = {link.resolve().name for link in place.glob("snapshots/*/*")}

@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from engine import hardware
-from engine.errors import BadText, InputError, Interrupted, MaquetteError, RunError
+from engine.errors import BadText, InputError, Interrupted, MaquetteError, RunError, TooBig
 from engine.runners.local import COMMAND, environment, signal_group
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ MOST = 4  # warm workers, and panes
 IDLE = 600.0  # seconds after which an unused worker ends
 POLL = 0.05  # seconds between looks at whether the reader has gone
 PATIENCE = 5.0  # seconds that a worker has to heed a stop
+RUNTIME = 350 << 20  # bytes that a warm worker takes beside its weights
 LONGEST_PROMPT = 20_000  # characters
 LONGEST_TEXT = 2048  # tokens
 MOST_LIKELY = 1000  # the largest top-k
@@ -278,13 +279,31 @@ class Streams:
             if warm is not None and not warm.alive():
                 self._end(model)
                 warm = None
-            if warm is None and (len(self._warm) < MOST or self._make_room()):
+            if warm is None and self._has_room(model):
                 self._count += 1
                 warm = self._warm[model] = Warm(model, self._folder / f"warm-{self._count}")
             if warm is None or warm.busy:
                 return None
             warm.busy = True
             return warm
+
+    def _has_room(self, model: Path) -> bool:
+        """Whether one more model may be held, after those that nobody uses have gone where they must.
+
+        Raises:
+            TooBig: it does not fit beside those that write, which none of them waits for.
+        """
+        needed = RUNTIME + sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        while len(self._warm) >= MOST or hardware.free_memory() < needed:
+            if self._make_room():
+                continue
+            if not self._warm:
+                raise TooBig(
+                    f"This model needs {needed / 2**30:.1f} GiB to write, and {hardware.free_memory() / 2**30:.1f} GiB "
+                    "are free. Wait until a run has ended, or compare a smaller one."
+                )
+            return False
+        return True
 
     def _make_room(self) -> bool:
         unused = [model for model, warm in self._warm.items() if not warm.busy]

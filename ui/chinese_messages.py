@@ -164,6 +164,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "秩是 {multiple} 的倍数，大小为 {size} 的组无法整除。请使用 multiple {wanted}。",
         "the original has other tokens than the model then, and can teach it nothing. Put it before.":
             "那时原始模型的词元与该模型不同，无法教它。请把它放在前面。",
+        "This model needs {needed} GiB to write, and {free} GiB are free. Wait until a run has ended, or compare a "
+        "smaller one.":
+            "该模型生成文本需要 {needed} GiB，而空闲内存为 {free} GiB。请等待某个运行结束，或比较更小的模型。",
         "{method}: the head of {name} is its embeddings; quantized apart, they would be larger. "
         "Choose both, head and embeddings, or neither.":
             "{method}：{name} 的输出头就是词嵌入；分开量化反而更大。请同时选择输出头和词嵌入，或都不选。",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import gradio as gr
 from markupsafe import Markup
 
-from engine.errors import BadParams, TooMany
+from engine.errors import BadParams, MaquetteError
 from engine.records import Output, Run, Status
 from ui import cards, charts, contrast, links, markup, panes, wording
 from ui.asked import Asked, Writing, check_prompt
@@ -21,6 +22,8 @@ from ui.messages import translate
 from ui.panes import Pane, Panes
 from ui.shelf import Written, WrittenPane
 from ui.wording import say
+
+log = logging.getLogger(__name__)
 
 COSTS = ("size.bytes", "latency.tpot", "memory.peak")
 QUALITIES = ("perplexity", "accuracy", "kl")
@@ -171,9 +174,10 @@ def start_first(desk: Desk, request: gr.Request) -> list[Run]:
         return []
     try:
         desk.enter(request, "start")
-    except TooMany:
+        return [desk.scheduler.submit(BASELINE, owner), desk.scheduler.submit(FIRST, owner)]
+    except MaquetteError as error:  # too often, or no room for it: the stored comparison is there all the same
+        log.info("the first comparison was not started: %s", error)
         return []
-    return [desk.scheduler.submit(BASELINE, owner), desk.scheduler.submit(FIRST, owner)]
 
 
 def choices(desk: Desk, owner: str) -> list[tuple[str, str]]:

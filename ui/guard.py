@@ -3,7 +3,8 @@
 Gradio serves some sixty routes, among them a proxy, uploads, files, recordings and an editor for its own source, and
 checks a login on two thirds of them. So a list says which routes the page needs, and the others are closed. What is
 open is then asked in this order: is this our name (no DNS rebinding), does the request come from our own page, who
-is it, is it too much, and does the Gradio session that it names belong to this visitor.
+is it, is it too much, does the Gradio session that it names belong to this visitor, and does it name files elsewhere,
+which Gradio would fetch from whatever address a visitor gives for any input of any handler.
 
 Behind the door the visitor's cookie holds the name that was proved, and `x-maquette-address` the address.
 """
@@ -41,12 +42,16 @@ OPEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (READ, r"/healthz|/runs/[\w-]+/[\w.-]+|/compare/[\w.-]+"),
     )
 )
+EVENTS = re.compile(r"/gradio_api/(queue/join|run/\w+)/?")
+VIEW = re.compile(r"/|/config/?|/(runs|compare)/.*")
 UPLOADS = ((WRITE, re.compile(r"/gradio_api/upload")), (READ, re.compile(r"/gradio_api/upload_progress")))
 DOOR = (((*READ, *WRITE), re.compile(r"/login")), (WRITE, re.compile(r"/logout")))  # of a team server
 WITHOUT_LOGIN = re.compile(r"/login|/healthz|/favicon\.ico|/robots\.txt|/gradio_api/startup-events")
 BODY = 2 << 20  # bytes of a request
 MOST_OPEN = 64  # requests of one visitor at a time, streams of events among them
 AT_ONCE = 15  # the part of a minute's requests that may come together: each holds the server some 10 ms
+VIEWS = 120  # documents, reports and files of one visitor in a minute: each takes some 60 ms to make
+SESSION_NAME = re.compile(r"[\w-]{1,64}")
 PAGES = 30  # new pages of one visitor in a minute; Gradio keeps the state of a number of them, the last used
 YEAR = 365 * 86_400
 POLICY = (
@@ -148,8 +153,17 @@ class Guard:
             if body is None:
                 await PlainTextResponse(say("door.body"), 413)(request.scope, receive, send)
                 return
-            session = _session(body) if request.scope["path"].startswith("/gradio_api/") else None
+            if EVENTS.fullmatch(request.scope["path"]):
+                asked = _asked(body or b"{}")  # which Gradio refuses itself
+                if asked is None or _names_address(asked):
+                    code = 422 if asked is None else 404
+                    await PlainTextResponse(say("door.closed"), code)(request.scope, receive, send)
+                    return
+                session = str(asked.get("session_hash") or "")
             receive = _again(body, receive)
+        if session and not SESSION_NAME.fullmatch(session):
+            await PlainTextResponse(say("door.closed"), 404)(request.scope, receive, send)
+            return
         if session and session not in self._pages and self._house.limits.requests is not None:
             wait = self._wait("page", owner, self._address(request), PAGES, None)
             if wait:
@@ -175,6 +189,10 @@ class Guard:
             wait = self._wait("request", owner, address, per, per and max(1, per // AT_ONCE))
             if path.startswith("/gradio_api/upload"):
                 wait = wait or self._wait("upload", owner, address, limits.starts, None)
+            if wait:
+                return _too_often(wait)
+        if limits.requests is not None and VIEW.fullmatch(path):
+            wait = self._wait("view", owner, address, VIEWS, VIEWS // 4)
             if wait:
                 return _too_often(wait)
         crowded = self._open[address] >= MOST_OPEN * limits.crowd or self._open[owner] >= MOST_OPEN
@@ -274,12 +292,28 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return once
 
 
-def _session(body: bytes) -> str | None:
+def _asked(body: bytes) -> dict[str, object] | None:
+    """What an event's body says; None where it is no JSON object."""
     try:
-        found = json.loads(body).get("session_hash")
-    except (ValueError, AttributeError, RecursionError):
+        found = json.loads(body)
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, dict) else None
+
+
+def _names_address(body: object) -> bool:
+    """Whether a file in it is one of another server."""
+    left = [body]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            path = each.get("path")
+            if isinstance(path, str) and "://" in path:
+                return True
+            left.extend(each.values())
+        elif isinstance(each, list):
+            left.extend(each)
+    return False
 
 
 def _name(host: str) -> str:

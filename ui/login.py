@@ -49,7 +49,7 @@ class Door:
     async def login(self, request: Request) -> Response:
         """Let in who gives a name and its password."""
         fields = urllib.parse.parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=10)
-        name, password = (fields.get(key, [""])[0] for key in ("name", "password"))
+        name, password = (fields.get(key, [""])[0][:256] for key in ("name", "password"))
         address = request.headers.get(ADDRESS, "")
         wait = self._rates.take("address", address, TRIES_BY_ADDRESS) or self._rates.take("name", name, TRIES_BY_NAME)
         if wait:

@@ -34,7 +34,7 @@ def build(store: Store, scheduler: Scheduler, *, mode: Mode = Mode.LOCAL) -> tup
 
 def lay_out(desk: Desk, journal: Journal) -> Page:
     """The page in the language that is spoken now."""
-    page = Page(title="Maquette", analytics_enabled=False)
+    page = Page(title="Maquette", analytics_enabled=False, delete_cache=(600, 3600))
     with page:
         gr.HTML(views.masthead())
         if limits := getattr(desk.scheduler, "call_limits", None):

@@ -178,6 +178,16 @@ def test_cancelling_ends_the_process_and_gives_the_disk_back(hub: Hub, server: l
     assert not list(hub.here.folder.glob("models--*"))
 
 
+def test_models_that_were_kept_long_enough_go_but_for_those_that_runs_wait_for(hub: Hub) -> None:
+    folder = get(hub)
+    came = folder.stat().st_mtime
+    assert hub.here.evict(came - 1, ()) == []
+    assert hub.here.evict(came + 1, {NAME}) == []
+    assert same(folder)
+    assert hub.here.evict(came + 1, {"other/name"}) == [NAME]
+    assert not list(hub.here.folder.glob("models--*"))
+
+
 # Through the scheduler, with real workers
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import streams
+from engine import hardware, streams
 from engine.errors import InputError, RunError
 from engine.streams import Reply, Streams
 
@@ -197,4 +197,15 @@ def test_what_cannot_work_is_refused_at_once(warm: Streams, change: dict) -> Non
     good = {"models": [A], "prompt": "Hi", "max_tokens": 5, "temperature": 0.0, "seed": 0, "same_text": False}
     with pytest.raises(InputError):
         warm.write(**(good | change))
+    assert warm.pids() == []
+
+
+def test_a_model_that_does_not_fit_is_one_line_and_makes_those_go_that_nobody_uses(
+    warm: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(write(warm, [A], max_tokens=1))
+    monkeypatch.setattr(hardware, "free_memory", lambda: 1 << 20)
+    replies = list(write(warm, [B], max_tokens=1))
+    assert [event for _, event, _ in replies][-1] == "error"
+    assert "GiB are free" in str(replies[-1][2]["text"])
     assert warm.pids() == []

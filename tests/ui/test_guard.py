@@ -278,3 +278,33 @@ def test_the_page_says_what_may_be_taken_and_when_files_go() -> None:
     assert "were deleted 30 min ago" in hosting.run_note(gone, Limits(keep=3600), True, 6400.0)
     assert "Logged in as <b>" not in hosting.who("member:<b>")
     assert hosting.who(ANNA) == ""
+
+
+@pytest.mark.parametrize("place", ["data", "event_data"])
+@pytest.mark.parametrize("path", ["https://files.example/1GB", " HTTP://files.example/x", "ftp://files.example/x"])
+def test_nobody_lets_the_server_fetch_what_they_name(signed: Signed, place: str, path: str) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}))
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    body = {"fn_index": 0, "session_hash": "abc", place: [{"deep": [file]}]}
+    cookies = visitor(signed)
+    assert call("POST", JOIN, cookies=cookies, json=body).status_code == 404
+    file["path"] = "/tmp/gradio/abc/set.jsonl"  # as an upload is named; its address is ours
+    assert call("POST", JOIN, cookies=cookies, json=body).status_code == 200
+
+
+def test_sessions_have_short_names_and_bodies_are_objects(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}))
+    for name in ("x" * 65, "a b", "../x"):
+        assert call("POST", JOIN, cookies=visitor(signed), json={"session_hash": name}).status_code == 404
+        assert call("GET", "/config", params={"session_hash": name}, cookies=visitor(signed)).status_code == 404
+    for body in (b"[1]", b"not json", b"[" * 100_000):
+        assert call("POST", JOIN, cookies=visitor(signed), content=body).status_code == 422
+
+
+def test_documents_and_reports_are_counted_by_visitor(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}))
+    ada, ben = visitor(signed), visitor(signed)
+    answers = [call("GET", "/", cookies=ada).status_code for _ in range(40)]
+    assert answers[:30] == [200] * 30
+    assert 429 in answers
+    assert call("GET", "/", cookies=ben).status_code == 200

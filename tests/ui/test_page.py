@@ -12,7 +12,7 @@ from typing import cast
 import gradio as gr
 import pytest
 
-from engine.errors import InputError, MaquetteError, UnknownName
+from engine.errors import InputError, MaquetteError, TooBig, UnknownName
 from engine.records import Recipe
 from engine.scheduler import Scheduler
 from tests.ui import fakes
@@ -128,6 +128,16 @@ def test_a_first_visit_starts_the_comparison_once_and_only_when_idle(desk: Desk,
     assert comparing.start_first(desk, request(ANNA)) == []
     assert comparing.start_first(desk, request(BEN)) == []
     assert "0 of 2" in comparing.banner_for(comparing.first_runs(desk, ANNA))
+
+
+def test_where_the_first_comparison_does_not_fit_the_stored_one_is_shown(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*asked: object, **more: object) -> object:
+        raise TooBig("It needs 9 GiB, and 1 GiB is free.")
+
+    monkeypatch.setattr(desk.scheduler, "submit", full)
+    assert comparing.start_first(desk, request(ANNA)) == []
 
 
 def test_without_runs_the_stored_comparison_is_shown_and_marked(desk: Desk) -> None:
