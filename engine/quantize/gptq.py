@@ -41,7 +41,7 @@ from engine.errors import short
 from engine.methods import Context, matches
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
+from engine.quantize._grid import SOLVED, Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
 from engine.quantize._place import place, walk
 from engine.solver import Nearest, Solver, Zeros
 from engine.sparsity import Pattern, check_pattern
@@ -154,7 +154,7 @@ def quantize(
 
     Where `keep` (N, K) is False, the weight becomes zero; these count among the `zeros`.
     """
-    grid = make_grid(weight, params, name, dtype, solver.importance)
+    grid = make_grid(weight, params, name, dtype, solver.importance, SOLVED)
     return grid.quantized(solver.solve(weight, OnGrid(grid, weight.shape[1]), keep, zeros))
 
 

@@ -35,7 +35,7 @@ from engine.errors import BadParams
 from engine.methods import Context, StoredBits
 from engine.models import LoadedModel
 from engine.quantize import gptq
-from engine.quantize._grid import Bits, GridParams, Range, round_to_nearest
+from engine.quantize._grid import SOLVED, Bits, GridParams, Range, round_to_nearest
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
@@ -48,7 +48,7 @@ PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
 PROBE_LOGITS = 1 << 26  # that are held of the original at most
 CELLS = 4000
-VERSION = 2  # of what is kept; raise it when steps 1 or 2 change
+VERSION = 3  # of what is kept; raise it when steps 1 or 2 change
 
 
 class Params(gptq.SolverParams, Range):
@@ -181,7 +181,7 @@ def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, in
                 continue
             grid = params.grid(bits, size)
             importance = None if moments is None else moments.diagonal()
-            rounded = round_to_nearest(weight, grid, linear.name, dtype, importance)
+            rounded = round_to_nearest(weight, grid, linear.name, dtype, importance, SOLVED)
             error = _energy(rounded.dequantize().float() - weight, moments) / energy
             found.append((bits, size, rounded.bits_per_weight() * weight.numel(), error))
     probe = next(error for bits, _, _, error in found if bits == PROBE_BITS)
@@ -214,7 +214,7 @@ def probe_costs(model: LoadedModel, params: Params, context: Context, names: Seq
         kept = linear.weight.clone()
         size = next(size for size in GROUP_SIZES if kept.shape[1] % size == 0)
         grid = params.grid(PROBE_BITS, size)
-        linear.weight.copy_(round_to_nearest(kept, grid, name, kept.dtype).dequantize())
+        linear.weight.copy_(round_to_nearest(kept, grid, name, kept.dtype, least=SOLVED).dequantize())
         try:
             apart = [
                 float(kl_div(predictions(row), known, reduction="sum", log_target=True))
