@@ -135,6 +135,9 @@ def serve(home: Path, nursery: str, mutant: str | None, commands: BinaryIO) -> i
     from engine.recipes import load_recipe
     from engine.scheduler import Scheduler
 
+    if mutant == "no-temporary-folder":  # and nothing that heals it: what never is half written needs no cleaning
+        discard = Scheduler._discard
+        Scheduler._discard = lambda self, folder: None if folder.name == "artifact" else discard(self, folder)
     with Scheduler(home, runner=ForkRunner(nursery, mutant)) as scheduler:
         (home / "serving").touch()
         for line in commands:
