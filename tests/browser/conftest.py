@@ -34,7 +34,9 @@ FLAGS = [
 PATIENCE = 240_000  # milliseconds for work that a busy machine may stretch
 # Gradio hands the place of a removed input to the next, which for an instant holds the value of the old one.
 # And a page that is left (another language is another page) gives up what it was asking for.
-HARMLESS = re.compile(r"^The specified value \"\w+\" cannot be parsed|AbortError|signal is aborted")
+HARMLESS = re.compile(
+    r"^The specified value \"\w+\" cannot be parsed|AbortError|signal is aborted|Connection errored out"
+)
 Open = Callable[..., Page]
 
 

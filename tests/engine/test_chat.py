@@ -33,7 +33,8 @@ def test_a_template_may_refuse() -> None:
     ],
 )
 def test_a_hostile_template_ends(hostile: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 2.0)
+    if "for" in hostile:  # the others end by themselves, on a busy machine not within two seconds
+        monkeypatch.setattr(chat, "SECONDS", 2.0)
     with pytest.raises((BadModel, BadText), match=words):
         chat.render(hostile, "", "Hi", {})
 
