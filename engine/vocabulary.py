@@ -216,6 +216,7 @@ def shared_tokens(model: LoadedModel, baseline: LoadedModel) -> Tensor | None:
     mine, known = model.tokenizer.get_vocab(), baseline.tokenizer.get_vocab()
     if mine == known and max(mine.values()) < min(ours, theirs):
         return torch.arange(min(ours, theirs))
-    if sorted(mine.values()) != list(range(ours)) or not mine.keys() <= known.keys():
+    found = [known.get(token, theirs) for token in sorted(mine, key=mine.__getitem__)]
+    if sorted(mine.values()) != list(range(ours)) or max(found) >= theirs:
         raise InputError(f"The model has {ours} tokens, the baseline {theirs}: their predictions cannot be compared.")
-    return torch.tensor([known[token] for token in sorted(mine, key=mine.__getitem__)])
+    return torch.tensor(found)
