@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
-STRIP = 2048  # rows of a Hessian that are computed at once
-STRETCH = 1 << 23  # weights that are worked on at a time
+TOKENS = 256  # that are squared at once
+STRIP = 512  # rows of a Hessian that are computed at once
+STRETCH = 1 << 20  # weights that are worked on at a time: copies of them stay in the cache
 
 
 class Moments(Calibrated):
@@ -97,20 +98,21 @@ class Accumulator:
         self.linear, self.collect = linear, collect
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()  # (tokens, in)
+        inputs = args[0].detach().reshape(-1, args[0].shape[-1])  # (tokens, in)
         linear = self.linear
+        if linear.sample is None:
+            linear.sample = inputs[:: max(1, inputs.shape[0] // SAMPLE)][:SAMPLE].float().clone()
+        largest = torch.maximum(inputs.amax(0), -inputs.amin(0)).float()
+        linear.input_max = largest if linear.input_max is None else torch.maximum(linear.input_max, largest)
+        squares = [some.float().square().sum(0) for some in torch.split(inputs, TOKENS)]
+        norm = torch.stack(squares).sum(0).sqrt()
+        linear.input_norm = norm if linear.input_norm is None else torch.hypot(linear.input_norm, norm)
         if self.collect in ("hessian", "directions"):
             if linear.hessian is None:
                 linear.hessian = make_empty_hessian(inputs.shape[1], inputs.device)
-            weighted = nn.functional.normalize(inputs) if self.collect == "directions" else inputs
-            linear.hessian = accumulate_hessian(linear.hessian, linear.tokens, weighted)
-        if linear.sample is None:
-            linear.sample = inputs[:: max(1, inputs.shape[0] // SAMPLE)][:SAMPLE].clone()
-        largest = inputs.abs().amax(0)
-        linear.input_max = largest if linear.input_max is None else torch.maximum(linear.input_max, largest)
-        squares = inputs.square().sum(0)
-        before = torch.zeros_like(squares) if linear.input_norm is None else linear.input_norm.square()
-        linear.input_norm = (before + squares).sqrt()
+            length = torch.linalg.vector_norm(inputs, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
+            weighted = inputs / length if self.collect == "directions" else inputs.float()
+            accumulate_hessian(linear.hessian, linear.tokens, weighted)
         linear.tokens += inputs.shape[0]
 
 
@@ -125,18 +127,25 @@ def make_empty_hessian(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, size, device=device)
 
 
-def accumulate_hessian(hessian: Tensor, seen: int, inputs: Tensor) -> Tensor:
-    """The mean of 2 x xᵀ after `inputs` (tokens, in), given that over the `seen` tokens before.
+def accumulate_hessian(hessian: Tensor, seen: int, inputs: Tensor) -> None:
+    """Make `hessian` the mean of 2 x xᵀ after `inputs` (tokens, in), given that over the `seen` tokens before.
 
-    A large one is computed strip by strip from the diagonal to the right and mirrored, which is half the work.
+    A large one is computed strip by strip from the diagonal to the right, which is half the work; `mirror` completes it
+    after the last.
     """
     total, size = seen + inputs.shape[0], hessian.shape[0]
     for start in range(0, size, STRIP):
-        stop = min(start + STRIP, size)
-        strip = hessian[start:stop, start:]
-        strip.mul_(seen / total).addmm_(inputs[:, start:stop].t(), inputs[:, start:], alpha=2 / total)
-        hessian[stop:, start:stop] = strip[:, stop - start :].t()
-    return hessian
+        strip = hessian[start : start + STRIP, start:]
+        strip.mul_(seen / total).addmm_(inputs[:, start : start + STRIP].t(), inputs[:, start:], alpha=2 / total)
+
+
+def mirror(matrix: Tensor) -> None:
+    """Give a square matrix (K, K) below its diagonal what it has above."""
+    for start in range(0, matrix.shape[0], STRIP):
+        stop = min(start + STRIP, matrix.shape[0])
+        square = matrix[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).t())
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].t()
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, path: Path, length: int, count: int | None = None) -> Tensor:
@@ -246,23 +255,42 @@ def _visit(block: Block, params: Params, flow: Flow | None, collect: Collect) ->
 def observe(block: Block, collect: Collect) -> None:
     """Run the block over all its inputs and fill its linears' statistics.
 
-    Linears that read the same tensor (q, k and v; gate and up) share one set of statistics.
+    Linears that read the same tensor (q, k and v; gate and up) share one set of statistics. What the last one gives
+    would reach no other, so it gives zeros, which saves its product.
     """
     groups = shared_inputs(block, *block.batches[0])
     with contextlib.ExitStack() as stack:
         for group in groups:
             hook = group[0].module.register_forward_pre_hook(Accumulator(group[0], collect))
             stack.callback(hook.remove)
+        if len(groups[-1]) == 1:
+            stack.enter_context(_giving_zeros(groups[-1][0]))
         for states, call in block.batches:
             run_block(block.module, states, call)
     for first, *others in groups:
+        if first.hessian is not None:
+            mirror(first.hessian)
         for other in others:
             other.hessian, other.input_norm, other.tokens = first.hessian, first.input_norm, first.tokens
             other.input_max, other.sample = first.input_max, first.sample
 
 
+@contextlib.contextmanager
+def _giving_zeros(linear: BlockLinear) -> Iterator[None]:
+    """Meanwhile the linear's output is zero, and costs nothing; its hooks are called as ever."""
+    outputs = linear.weight.shape[0]
+    linear.module.forward = lambda inputs: inputs.new_zeros(*inputs.shape[:-1], outputs)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del linear.module.forward
+
+
 def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLinear]]:
-    """The block's linears in order, those together that read the same tensor."""
+    """The block's linears in the order of their calls, those together that read the same tensor.
+
+    Linears that this call did not reach (experts) come first.
+    """
     readers: dict[int, tuple[Tensor, list[BlockLinear]]] = {}  # the tensors are kept, so that no id is used twice
 
     def note(linear: BlockLinear, inputs: Tensor) -> None:
@@ -275,4 +303,4 @@ def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLi
         run_block(block.module, states, call)
     found = [group for _, group in readers.values()]
     reached = {linear.name for group in found for linear in group}
-    return found + [[linear] for linear in block.linears if linear.name not in reached]
+    return [[linear] for linear in block.linears if linear.name not in reached] + found

@@ -32,6 +32,7 @@ LEARNING = 90 * MiB  # and of one that trains
 CONTEXT = 550 * MiB  # of a GPU that a process takes before it holds anything: CUDA's context and libraries
 LATER = 60 * MiB  # that a process does not give back between two situations
 PROBED_FROM = 60.0  # seconds: what is expected to take less is not probed
+PROBED_BLOCKS = 8  # and so many blocks: one of few takes much of the time that it tells
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
 SAVED_TOGETHER = 1 << 28  # bytes of small parts that are written together
 ROOM = 4  # times the dense weights' bytes must be free before an artifact is read back whole
@@ -106,6 +107,11 @@ class Estimate:
         return max((need.total for need in self.needs if need.situation not in ("probe", "compress")), default=0)
 
     @property
+    def probed(self) -> bool:
+        """Whether one block is worked on first, to know better."""
+        return any(need.situation == "probe" for need in self.needs)
+
+    @property
     def fits(self) -> bool:
         return self.total <= self.available
 
@@ -135,7 +141,7 @@ def estimate(
             Need("compress", _parts(weights=first.dense, activations=LOOKED_AT * first.largest, runtime=RUNTIME))
         )
     times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
-    if streamed and sum(times.values()) > PROBED_FROM:
+    if streamed and sum(times.values()) > PROBED_FROM and sizes.blocks_of(shape.config) >= PROBED_BLOCKS:
         needs.insert(0, probing(needs))
     needs.append(saving(held, streamed, needs[-1]))
     needs.append(verifying(held, streamed, machine.free))

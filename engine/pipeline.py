@@ -18,7 +18,7 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, probe, ranks, verify
+from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, ranks, verify
 from engine.attempts import cache_folder
 from engine.children import event_kind, lines
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
@@ -50,7 +50,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     device = choose_device(recipe.device)
     source = preflight.locate(recipe.model, hub)
     check_cancelled()
-    if not alone and estimate.seconds > probe.FROM and worth_a_probe(recipe) and not (folder / "blocks").exists():
+    if not alone and estimate.probed and not (folder / "blocks").exists():
         emit("phase", {"name": "probing one block"})
         asked: Request = {
             "recipe": recipe.model_dump(mode="json"), "source": str(source), "device": device, "kind": "probe",
@@ -110,11 +110,6 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
         if number + 1 < len(steps):
             intermediate.keep(model, recipe, source, steps[: number + 1], cache, device)
     return model
-
-
-def worth_a_probe(recipe: Recipe) -> bool:
-    """Whether the steps go block by block, so that one block tells of the others."""
-    return bool(recipe.steps) and not any(method.whole for method, _ in methods.check(recipe))
 
 
 def _refined(estimate: Estimate, emit: Emit) -> Emit:

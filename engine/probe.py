@@ -2,7 +2,8 @@
 
 Blocks are alike: what a step takes on the first, times their number, is what it will take, after what it does once
 (reading the text, the embeddings). Memory does not add up: one block is in memory at a time. So minutes of measuring
-replace a guess about hours. The work is thrown away, in a process of its own, which also frees its memory.
+replace a guess about hours; `engine.fit` says which runs are long enough, with so many blocks that one is little of the
+work. It is thrown away, in a process of its own, which also frees its memory.
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ import torch
 from pydantic import JsonValue
 
 from engine import headers, methods, models, pace, preflight
-from engine.fit import PROBED_FROM
 from engine.methods import Context, Emit
 from engine.models import LoadedModel, blocks
 from engine.pace import Rates
 from engine.records import EventKind, Recipe
 from engine.sizes import Holding
-
-FROM = PROBED_FROM
 
 
 class Clock:

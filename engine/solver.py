@@ -7,8 +7,8 @@ only the columns up to j appear. So each can be made small in turn, from
     part_j = w_j + sum over k < j of (w_k - q_k) M_kj / M_jj
 
 which is the update of the papers, who read it from the upper Cholesky factor U of H⁻¹ (U = M⁻¹, so U_jj = 1 / M_jj).
-As nothing is inverted, factorizing takes a quarter of the arithmetic, and happens in place. Columns before a slice
-count at once, by one product; within it, one by one.
+As nothing is inverted, factorizing takes a quarter of the arithmetic, and happens in the memory of the Hessian. Columns
+before a slice count at once, by products; within it, one by one.
 
 Zeros are chosen slice by slice, all rows together, when the columns before the slice are done; with a pattern N:M
 when the first of M columns comes. A zero at column j costs (v_j M_jj)², the saliency of optimal brain surgery for
@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine.calibration import Block, BlockLinear, stretches
+from engine.calibration import STRIP, Block, BlockLinear, mirror, stretches
 from engine.sparsity import Pattern, drop, span_of
 
-SLICE = 128
-STRETCH = 1 << 26  # weights that are solved at a time: the head has many rows
+SLICE = 128  # columns that are solved one by one, and from which zeros are chosen
+SPAN = 4 * SLICE  # for which the columns before them count at once
+STRETCH = 1 << 25  # weights that are solved at a time
+PANEL = 512  # columns of a Hessian that are factorized at a time
 
 Nearest = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -101,7 +103,7 @@ class Zeros:
 
 
 class Solver:
-    """Solves the linears that read one input, given its Hessian (K, K): ordered and factorized once.
+    """Solves the linears that read one input, given its Hessian (K, K): ordered and factorized once, in its place.
 
     sort: columns with the largest inputs first. span: so many consecutive columns stay together.
     `damping` is what the factorization took; `importance` (K,) is H's diagonal.
@@ -134,7 +136,7 @@ class Solver:
         ]
         return torch.cat(found)
 
-    def _slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """M_kj / M_jj of the columns j from `start` to `stop` and all rows k before `stop`, (stop, C); M_jj (C, 1)."""
         size = len(self._turned)
         part = self._turned[size - stop :, size - stop : size - start].flip(0, 1)
@@ -142,33 +144,52 @@ class Solver:
         return part / diagonal, diagonal[:, None]
 
     def _solve(self, weight: Tensor, rounding: Rounding, keep: Tensor | None, zeros: Zeros | None) -> Tensor:
-        columns = weight.shape[1]
-        # Transposed, so that a column is contiguous: (K, N).
-        wanted = weight[:, self._order].t().float().contiguous()
-        wanted[self._dead[self._order]] = 0  # inputs that are always zero: zero costs nothing
-        missed, found = torch.empty_like(wanted), torch.empty_like(wanted, dtype=rounding.dtype)  # missed: w - q
-        for start in range(0, columns, SLICE):
-            stop = min(start + SLICE, columns)
-            factor, diagonal = self._slice(start, stop)
-            part = torch.addmm(wanted[start:stop], factor[:start].t(), missed[:start])  # (C, N)
-            nearest = rounding.columns(self._order[start:stop])
-            kept = None if keep is None else keep[:, self._order[start:stop]].t()  # (C, N)
-            mask, span = kept, stop - start
-            if zeros is not None:
-                mask = torch.empty_like(part, dtype=torch.bool)
-                span = span if zeros.span is None else zeros.span[1]
-            for j in range(stop - start):
-                if zeros is not None and mask is not None and j % span == 0:
-                    some = slice(j, j + span)
-                    moved = made_up(wanted[start:stop][some], part[some], factor[start:][some, some])
-                    mask[some] = _choose(zeros, moved * diagonal[some], None if kept is None else kept[some])
-                values = None if mask is None else mask[j]
-                found[start + j], value = nearest(j, part[j], values)
-                missed[start + j] = wanted[start + j] - value
-                part[j + 1 :].addr_(factor[start + j, j + 1 :], missed[start + j])
-        inverse = torch.empty_like(self._order)
-        inverse[self._order] = torch.arange(columns, device=inverse.device)
-        return found[inverse].t()
+        rows, columns = weight.shape
+        # Transposed, so that a column is contiguous.
+        missed = torch.empty(columns, rows, device=weight.device)  # w - q, in the order of solving
+        found = torch.empty(columns, rows, dtype=rounding.dtype, device=weight.device)  # in that of the weight
+        for begin in range(0, columns, SPAN):
+            places = self._order[begin : begin + SPAN]
+            wanted = weight[:, places].t().float().contiguous()  # (C, N)
+            wanted[self._dead[places]] = 0  # inputs that are always zero: zero costs nothing
+            kept = None if keep is None else keep[:, places].t()  # (C, N)
+            factor, diagonal = self._part(begin, begin + len(places))
+            so_far = torch.addmm(wanted, factor[:begin].t(), missed[:begin])
+            for start in range(0, len(places), SLICE):
+                some = slice(start, min(start + SLICE, len(places)))
+                known = slice(begin, begin + start)
+                part = torch.addmm(so_far[some], factor[known, some].t(), missed[known])
+                solved, missed[begin:][some] = _columns(
+                    wanted[some], part, factor[begin:][some, some], diagonal[some], rounding.columns(places[some]),
+                    None if kept is None else kept[some], zeros,
+                )  # fmt: skip
+                found[places[some]] = solved.to(found.dtype)
+        return found.t()
+
+
+def _columns(
+    wanted: Tensor, part: Tensor, factor: Tensor, diagonal: Tensor, nearest: Nearest, kept: Tensor | None,
+    zeros: Zeros | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Solve columns (C, N) one by one, the columns before them in `part`, which is used up.
+
+    factor: M_kj / M_jj among them, (C, C); diagonal: M_jj, (C, 1). Gives what is kept, and w - q, of each.
+    """
+    mask, span = kept, len(wanted)
+    if zeros is not None:
+        mask = torch.empty_like(part, dtype=torch.bool)
+        span = span if zeros.span is None else zeros.span[1]
+    missed, found = torch.empty_like(part), list[Tensor]()
+    for j in range(len(wanted)):
+        if zeros is not None and mask is not None and j % span == 0:
+            some = slice(j, j + span)
+            moved = made_up(wanted[some], part[some], factor[some, some])
+            mask[some] = _choose(zeros, moved * diagonal[some], None if kept is None else kept[some])
+        values, value = nearest(j, part[j], None if mask is None else mask[j])
+        found.append(values)
+        torch.sub(wanted[j], value, out=missed[j])
+        part[j + 1 :].addr_(factor[j, j + 1 :], missed[j])
+    return torch.stack(found), missed
 
 
 def made_up(wanted: Tensor, part: Tensor, factor: Tensor) -> Tensor:
@@ -211,21 +232,52 @@ def turned_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tenso
     """M of H' + d I = M Mᵀ, where H' is H (K, K) in an order, and the damping that it took.
 
     M is upper triangular; it comes turned by half a circle, so lower triangular, as it is computed: L = M.flip(0, 1).
-    Inputs that are always zero count as 1. The damping is raised tenfold on failure.
+    It takes the place of H in its memory. Inputs that are always zero count as 1. The damping is raised tenfold on
+    failure.
 
     Raises:
-        LinAlgError: not positive definite even with the whole mean diagonal added.
+        LinAlgError: not positive definite even with the whole mean diagonal added; H is as it was.
     """
     backward = order.flip(0)
-    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    permute(hessian, backward)
+    before = hessian.diagonal().clone()
+    diagonal = torch.where(before == 0, 1, before)
     while True:
-        turned = hessian[backward[:, None], backward].t()  # its own transpose, laid out to be factorized in place
-        diagonal = turned.diagonal()
-        diagonal[diagonal == 0] = 1
-        diagonal.add_(damping * diagonal.mean())
-        torch.linalg.cholesky_ex(turned, out=(turned, failed))
+        hessian.diagonal().copy_(diagonal + damping * diagonal.mean())
+        failed = factorize(hessian)
         if not failed:
-            return turned, damping
+            return hessian.tril_(), damping
+        mirror(hessian)
         if damping >= 1:
-            raise LinAlgError(f"its Hessian is not positive definite (order {int(failed)})")
+            hessian.diagonal().copy_(before)
+            permute(hessian, torch.argsort(backward))
+            raise LinAlgError(f"its Hessian is not positive definite (order {failed})")
         damping = min(1.0, damping * 10)
+
+
+def permute(matrix: Tensor, order: Tensor) -> None:
+    """Bring the rows and the columns of a matrix (K, K) into an order, without a second one."""
+    for start in range(0, len(matrix), STRIP):
+        rows = matrix[start : start + STRIP]
+        rows.copy_(rows[:, order])
+    for start in range(0, len(matrix), STRIP):
+        columns = matrix[:, start : start + STRIP]
+        columns.copy_(columns[order])
+
+
+def factorize(matrix: Tensor) -> int:
+    """Cholesky's lower factor takes the place of a symmetric matrix (K, K); what is above the diagonal stays.
+
+    Panel by panel, each from all that are left of it. Gives 0, or the first order that is not positive definite; the
+    diagonal is lost then, too.
+    """
+    for start in range(0, len(matrix), PANEL):
+        stop = min(start + PANEL, len(matrix))
+        square, below, left = matrix[start:stop, start:stop], matrix[stop:, start:stop], matrix[start:stop, :start]
+        lower, failed = torch.linalg.cholesky_ex(torch.addmm(square, left, left.t(), alpha=-1))
+        if failed:
+            return start + int(failed)
+        square.copy_(square.triu(1) + lower)
+        below.addmm_(matrix[stop:, :start], left.t(), alpha=-1)
+        below.copy_(torch.linalg.solve_triangular(lower.t(), below, upper=True, left=False))
+    return 0

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine import methods, scores
-from engine.calibration import BlockLinear, Moments, walk_blocks
+from engine.calibration import Block, BlockLinear, Moments, walk_blocks
 from engine.errors import BadParams
 from engine.low_rank import empty_factors, pays
 from engine.methods import Context, Selection
@@ -82,22 +82,28 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     if params.allocation == "water-filling":
         chosen = fill(*spectra(model, params, context), params.ratio, params.multiple)
     for block in walk_blocks(model, context, params, params.collect):
-        roots: dict[int, Tensor] = {}  # by Hessian: linears that read one input share it
-        for linear in block.linears:
-            context.check_cancelled()
-            shape = (linear.weight.shape[0], linear.weight.shape[1])
-            rank = chosen[linear.name] if chosen else uniform(shape, params.ratio, params.multiple)
-            if not pays(rank, shape) or not rank:
-                context.log(f"{linear.name}: left as it is, for two linears of that quality would not be smaller")
-                continue
-            root = _root(linear, params, context, roots)
-            down, up = factors(linear.weight, root, rank)
-            _replace(model, linear, down, up)
-            model.pruned.discard(linear.name)
-            model.sparse.discard(linear.name)
-        for linear in block.linears:
-            linear.hessian = linear.sample = None
+        _factor_block(model, block, params, context, chosen)  # apart, so that nothing of it stays
     return model
+
+
+def _factor_block(
+    model: LoadedModel, block: Block, params: Params, context: Context, chosen: Mapping[str, int]
+) -> None:
+    roots: dict[int, Tensor] = {}  # by Hessian: linears that read one input share it
+    for linear in block.linears:
+        context.check_cancelled()
+        shape = (linear.weight.shape[0], linear.weight.shape[1])
+        rank = chosen[linear.name] if chosen else uniform(shape, params.ratio, params.multiple)
+        if not pays(rank, shape) or not rank:
+            context.log(f"{linear.name}: left as it is, for two linears of that quality would not be smaller")
+            continue
+        root = _root(linear, params, context, roots)
+        down, up = factors(linear.weight, root, rank)
+        _replace(model, linear, down, up)
+        model.pruned.discard(linear.name)
+        model.sparse.discard(linear.name)
+    for linear in block.linears:
+        linear.hessian = linear.sample = None
 
 
 def _replace(model: LoadedModel, linear: BlockLinear, down: Tensor, up: Tensor) -> None:
@@ -163,10 +169,11 @@ def _spectra(model: LoadedModel, params: Params, context: Context) -> dict[str, 
         roots: dict[int, Tensor] = {}
         for linear in block.linears:
             context.check_cancelled()
-            root = _root(linear, params, context, roots)
-            squares = torch.linalg.svdvals(linear.weight.float() @ root).double().square().cpu()
+            values = torch.linalg.svdvals(linear.weight.float() @ _root(linear, params, context, roots))
+            squares = values.double().square().cpu()
             shares: list[JsonValue] = (squares / squares.sum().clamp(min=1e-30)).tolist()
             found[linear.name] = [*linear.weight.shape, shares]
+        roots.clear()
         for linear in block.linears:
             linear.hessian = linear.sample = None
     return found

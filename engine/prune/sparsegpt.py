@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine.calibration import Moments, walk_blocks
+from engine.calibration import Block, Moments, walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
@@ -47,24 +47,28 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
     One that cannot be solved loses its smallest weights, and the log says so.
     """
-    span = 1 if params.zeros.span is None else params.zeros.span[1]
     for block in walk_blocks(model, context, params, params.collect):
-        solvers: dict[str, Solver] = {}
-        for linear in block.linears:
-            context.check_cancelled()
-            keep = linear.weight != 0 if linear.name in model.pruned else None
-            try:
-                solver = solvers.pop(linear.name, None) or new_solver(
-                    linear, block, solvers, params.damping, sort=False, span=span
-                )
-                if solver.damping != params.damping:
-                    context.log(f"{linear.name}: damping raised from {params.damping:g} to {solver.damping:g}")
-                linear.weight.copy_(prune(solver, linear.weight, params.zeros, keep))
-            except LinAlgError as error:
-                context.log(f"{linear.name}: pruned by magnitude instead, {error}")
-                linear.weight.mul_(keep_largest(linear.weight.float().abs(), params, linear.name, by_row=False))
-            note_pruned(model, linear.name, params)
+        _prune_block(model, block, params, context)  # apart, so that nothing of it stays
     return model
+
+
+def _prune_block(model: LoadedModel, block: Block, params: Params, context: Context) -> None:
+    span = 1 if params.zeros.span is None else params.zeros.span[1]
+    solvers: dict[str, Solver] = {}
+    for linear in block.linears:
+        context.check_cancelled()
+        keep = linear.weight != 0 if linear.name in model.pruned else None
+        try:
+            solver = solvers.pop(linear.name, None) or new_solver(
+                linear, block, solvers, params.damping, sort=False, span=span
+            )
+            if solver.damping != params.damping:
+                context.log(f"{linear.name}: damping raised from {params.damping:g} to {solver.damping:g}")
+            linear.weight.copy_(prune(solver, linear.weight, params.zeros, keep))
+        except LinAlgError as error:
+            context.log(f"{linear.name}: pruned by magnitude instead, {error}")
+            linear.weight.mul_(keep_largest(linear.weight.float().abs(), params, linear.name, by_row=False))
+        note_pruned(model, linear.name, params)
 
 
 def prune(solver: Solver, weight: Tensor, zeros: Zeros, keep: Tensor | None = None) -> Tensor:

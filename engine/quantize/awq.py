@@ -10,8 +10,9 @@ For each place where a scale can be folded (see `_fold.py`), with x the root mea
     s = x^a / sqrt(max(x^a) min(x^a)),    a = 0, 1/20, ..., 1
 
 and the a is taken whose weights, rounded, change the readers' outputs least. The change is computed from the second
-moments H of the inputs, |(Q(W s) / s - W) X|² = tr(D H Dᵀ), without running the model again. Then ranges are
-clipped where that lowers the error (`clipping`), each column counting by its inputs.
+moments H of the inputs, |(Q(W s) / s - W) X|² = tr(D H Dᵀ), without running the model again, and of a large matrix
+from every so many rows. Then ranges are clipped where that lowers the error (`clipping`), each column counting by its
+inputs.
 
 By hand, x = (1, 16), a = 1/2: x^a = (1, 4), divided by sqrt(4) = 2 gives s = (0.5, 2).
 """
@@ -32,6 +33,7 @@ from engine.quantize._place import place, walk
 TITLE = "AWQ"
 CHANGES = ("disk", "memory", "latency")
 RATIOS = tuple(step / 20 for step in range(21))
+ENOUGH = 1 << 23  # weights of a linear that are rounded with each ratio
 SMALLEST = 1e-4  # of the largest channel: what is smaller counts as this
 
 
@@ -78,7 +80,7 @@ def best_scale(fold: Fold, readers: list[BlockLinear], params: Params) -> tuple[
     assert moments is not None
     size = fold.gather(moments.diagonal()).sqrt()
     size = size.clamp(min=max(SMALLEST * float(size.max()), 1e-12))
-    weights = [reader.weight.float() for reader in readers]
+    weights = [some_rows(reader.weight, params).float() for reader in readers]
     best: tuple[float, float, Tensor] | None = None
     for ratio in RATIOS:
         scale = scale_for(size, ratio)
@@ -93,6 +95,12 @@ def best_scale(fold: Fold, readers: list[BlockLinear], params: Params) -> tuple[
             best = (loss, ratio, scale)
     assert best is not None
     return best[1], best[2]
+
+
+def some_rows(weight: Tensor, params: Params) -> Tensor:
+    """Every so many rows of a large weight (N, K): they are rounded each on its own, and enough of them tell."""
+    step = 1 if params.granularity == "tensor" else max(1, weight.numel() // ENOUGH)
+    return weight[::step]
 
 
 def scale_for(size: Tensor, ratio: float) -> Tensor:

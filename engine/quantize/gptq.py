@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine import solver
-from engine.calibration import Moments
+from engine.calibration import Block, Moments
 from engine.errors import short
 from engine.methods import Context, matches
 from engine.models import LoadedModel
@@ -119,31 +119,38 @@ def solve(
 
     One that cannot be solved is rounded to nearest, and the audit says so.
     """
-    span = 1 if zeros.span is None else zeros.span[1]
     for block in walk(model, context, params, params.collect):
-        solvers: dict[str, Solver] = {}
-        for linear in block.linears:
-            context.check_cancelled()
-            weight, dtype, grid = linear.weight, linear.weight.dtype, grid_of(linear.name)
-            keep = weight != 0 if linear.name in model.pruned else None
-            note = ""
-            try:
-                found = solvers.pop(linear.name, None) or solver.new_solver(
-                    linear, block, solvers, params.damping, sort=params.activation_order, span=span
-                )
-                quantized = quantize(found, weight, grid, linear.name, dtype, keep, zeros)
-                if found.damping != params.damping:
-                    note = f"damping raised from {params.damping:g} to {found.damping:g}"
-            except LinAlgError as error:
-                note = f"rounded to nearest instead, {error}"
-                if zeros.any:
-                    note = f"rounded to nearest instead, the smallest weights set to zero, {error}"
-                    weight = weight * zeros.by_magnitude(weight)
-                quantized = round_to_nearest(weight, grid, linear.name, dtype)
-            place(model, linear, quantized, context, note)
-            if zeros.any:
-                model.pruned.add(linear.name)
+        _solve_block(model, block, params, context, grid_of, zeros)  # apart, so that nothing of it stays
     return model
+
+
+def _solve_block(
+    model: LoadedModel, block: Block, params: SolverParams, context: Context, grid_of: Callable[[str], GridParams],
+    zeros: Zeros,
+) -> None:  # fmt: skip
+    span = 1 if zeros.span is None else zeros.span[1]
+    solvers: dict[str, Solver] = {}
+    for linear in block.linears:
+        context.check_cancelled()
+        weight, dtype, grid = linear.weight, linear.weight.dtype, grid_of(linear.name)
+        keep = weight != 0 if linear.name in model.pruned else None
+        note = ""
+        try:
+            found = solvers.pop(linear.name, None) or solver.new_solver(
+                linear, block, solvers, params.damping, sort=params.activation_order, span=span
+            )
+            quantized = quantize(found, weight, grid, linear.name, dtype, keep, zeros)
+            if found.damping != params.damping:
+                note = f"damping raised from {params.damping:g} to {found.damping:g}"
+        except LinAlgError as error:
+            note = f"rounded to nearest instead, {error}"
+            if zeros.any:
+                note = f"rounded to nearest instead, the smallest weights set to zero, {error}"
+                weight = weight * zeros.by_magnitude(weight)
+            quantized = round_to_nearest(weight, grid, linear.name, dtype)
+        place(model, linear, quantized, context, note)
+        if zeros.any:
+            model.pruned.add(linear.name)
 
 
 def quantize(

@@ -190,12 +190,15 @@ def test_measuring_counts_logits_and_the_original_beside_it() -> None:
 
 
 def test_long_work_is_probed_beside_the_waiting_run() -> None:
-    found = estimate(LARGE, {"quantize/gptq": {"group_size": 128}}, measure=["size"])
+    gptq = {"quantize/gptq": {"group_size": 128}}
+    found = estimate(LARGE, gptq, measure=["size"])
     assert situation(found, "probe").total == step(found).total + fit.RUNTIME
     assert found.after == situation(found, "verify").total  # what a probe measured replaces its own estimate alone
-    assert {need.situation for need in estimate(llama(), "quantize/rtn", measure=["size"]).needs} == {
-        "compress", "save", "verify",
-    }  # fmt: skip
+    assert found.probed
+    few = llama(2, 4096, 14336, 32, 8)  # one of two is half of the work
+    for short in (estimate(llama(), "quantize/rtn", measure=["size"]), estimate(few, gptq, measure=["size"])):
+        assert [need.situation for need in short.needs] == ["compress", "save", "verify"]
+        assert not short.probed
 
 
 def test_serving_grows_with_batch_and_context() -> None:

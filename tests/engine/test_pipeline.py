@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import artifacts, models, pipeline, probe, verify
+from engine import artifacts, fit, models, pipeline, probe, verify
 from engine.errors import BadArtifact, Cancelled, InputError, TooBig
 from engine.fit import Estimate, Need
 from engine.quantize import rtn
@@ -127,7 +127,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tiny_folder: Mak
 def test_long_work_is_probed_on_one_block_first(
     tiny_folder: Maker, tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "FROM", 0.0)
+    monkeypatch.setattr(fit, "PROBED_FROM", 0.0)
+    monkeypatch.setattr(fit, "PROBED_BLOCKS", 3)
     step = {"quantize/gptq": {"group_size": 32, "samples": 4, "sequence_length": 32}}
     folder = tmp_path / "attempt"
     folder.mkdir()

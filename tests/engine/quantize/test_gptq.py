@@ -5,8 +5,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine import solver
-from engine.calibration import accumulate_hessian, make_empty_hessian
+from engine import calibration, solver
+from engine.calibration import accumulate_hessian, make_empty_hessian, mirror
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize import gptq, rtn
@@ -25,11 +25,14 @@ def correlated(tokens: int, size: int, seed: int = 0) -> Tensor:
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
-    return accumulate_hessian(make_empty_hessian(inputs.shape[1], inputs.device), 0, inputs)
+    hessian = make_empty_hessian(inputs.shape[1], inputs.device)
+    accumulate_hessian(hessian, 0, inputs)
+    mirror(hessian)
+    return hessian
 
 
 def of(hessian: Tensor, params: Params, span: int = 1) -> Solver:
-    return Solver(hessian, params.damping, sort=params.activation_order, span=span)
+    return Solver(hessian.clone(), params.damping, sort=params.activation_order, span=span)
 
 
 def slow_obq(weight: Tensor, hessian: Tensor, params: Params, dtype: torch.dtype) -> Tensor:
@@ -61,6 +64,7 @@ def test_codes_agree_with_the_slow_reference(
     monkeypatch: pytest.MonkeyPatch, columns: int, group: int, symmetric: bool, activation_order: bool
 ) -> None:
     monkeypatch.setattr(solver, "SLICE", 64)  # group boundaries away from slice boundaries
+    monkeypatch.setattr(solver, "SPAN", 128)
     monkeypatch.setattr(solver, "STRETCH", 10 * columns)  # rows that are solved at a time
     dice = torch.Generator().manual_seed(3)
     weight = torch.randn(24, columns, generator=dice)
@@ -107,12 +111,31 @@ def test_damping_is_raised_until_the_factorization_succeeds() -> None:
     hessian = (flat.t() @ flat / 512).float()
     hessian -= 0.05 * hessian.diagonal().mean() * torch.eye(24)  # no longer positive definite
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    lower, damping = turned_factor(hessian, order, 0.001)
+    lower, damping = turned_factor(hessian.clone(), order, 0.001)
     factor = lower.flip(0, 1)
     assert damping > 0.001
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(24)
     torch.testing.assert_close(factor @ factor.t(), damped[order][:, order])
     torch.testing.assert_close(factor, factor.triu())
+
+
+@pytest.mark.parametrize(("panel", "strip"), [(5, 7), (512, 1024)])
+def test_a_hessian_that_cannot_be_factorized_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, panel: int, strip: int
+) -> None:
+    monkeypatch.setattr(solver, "PANEL", panel)
+    for module in (solver, calibration):
+        monkeypatch.setattr(module, "STRIP", strip)
+    hessian = hessian_of(correlated(512, 24))
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    factor = turned_factor(hessian.clone(), order, 0.01)[0].flip(0, 1)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(24)
+    torch.testing.assert_close(factor @ factor.t(), damped[order][:, order])
+    hessian[20, 3] = hessian[3, 20] = 1e6
+    given = hessian.clone()
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        turned_factor(given, order, 0.01)
+    torch.testing.assert_close(given, hessian, rtol=0, atol=0)
 
 
 def test_an_input_that_is_always_zero_does_no_harm() -> None:
