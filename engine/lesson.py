@@ -15,15 +15,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from engine.body import Body, eager
+from engine.errors import BadModel
 from engine.losses import Objective, chunk_size, chunked, pieces
 from engine.methods import Context, Params
 from engine.models import LoadedModel
 from engine.preflight import calibration_file, check_text
 from engine.rows import MOST_HELD, Rows, packed_rows
-from engine.teachers import Answers, Teacher
+from engine.teachers import Answers, Teacher, cached, dtype_of, load_live, shared_vocabulary
+from engine.tokens import check_same_tokenizer
 from engine.training import Extras, Prune, Schedule, train
 
 SHORT = 256  # tokens of a sequence up to which plain attention trains faster on a CPU than the fused kernel
+JUDGED = 50  # of the original's most probable tokens, where nobody else asks it
 KL = Objective()  # how a student is judged, whatever it is taught with
 
 
@@ -68,6 +71,24 @@ def read(model: LoadedModel, params: TrainingParams, path: Path) -> Text:
     """
     count = params.steps * params.batch + MOST_HELD
     return Text(*packed_rows(model.tokenizer, path, params.sequence_length, count).split())
+
+
+def judge_of(model: LoadedModel, text: Text, context: Context) -> Teacher | None:
+    """Who says how far what learns without a teacher has gone from the original: that, on the rows held out.
+
+    Nobody where no rows are, or where the model's tokens have become others.
+    """
+    try:
+        check_same_tokenizer(model.tokenizer, model.source)
+    except BadModel:
+        return None
+    if not len(text.held):
+        return None
+    folders, dtype = [model.source], dtype_of(model)
+    shared = shared_vocabulary(folders, model.network.config.get_text_config().vocab_size)
+    return cached(
+        folders, text.held, JUDGED, shared, context, lambda: load_live(folders, shared, context, dtype), dtype
+    )
 
 
 def token_loss(body: Body, hidden: Tensor, labels: Tensor, answers: Answers | None, objective: Objective) -> Tensor:

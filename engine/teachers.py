@@ -32,10 +32,12 @@ from torch.nn import functional
 
 from engine import distributed, hardware, headers, models
 from engine.body import Body
+from engine.checkpoint import read_config
 from engine.errors import BadModel, TooBig, short
 from engine.files import publish
 from engine.losses import Full, Target, TopK, averaged, chunk_size, pieces, top_k
 from engine.methods import Context
+from engine.models import LoadedModel
 from engine.rows import Rows
 
 FILE_TOKENS = 1 << 16  # in one file of a cache
@@ -163,23 +165,26 @@ def write_answers(
     live: Live, rows: Rows, span: tuple[int, int], k: int, path: Path, whose: str, context: Context
 ) -> None:  # fmt: skip
     """Ask for the rows of a span and write one file, whole or not at all."""
-    parts: list[TopK] = []
     length = rows.ids.shape[1]
-    together = max(1, 2048 // length)
-    for piece in pieces(span[1] - span[0], together):
+    tokens, kept = (span[1] - span[0]) * (length - 1), min(k, live.vocabulary - 1)
+    narrow = torch.int16 if live.vocabulary <= 1 << 15 else torch.int32
+    # Room for all of it at once: what is kept piece by piece would lie between the pieces' large tensors, and each
+    # would then need new memory.
+    ids = torch.empty(tokens, kept, dtype=narrow)
+    logp, tail = torch.empty(tokens, kept, dtype=torch.half), torch.empty(tokens, dtype=torch.half)
+    done = 0
+    for piece in pieces(span[1] - span[0], max(1, 2048 // length)):
         context.check_cancelled()
         numbers = torch.arange(span[0] + piece.start, span[0] + piece.stop)
         answer = live.answers(rows, numbers)
         for part in pieces(len(numbers) * (length - 1), chunk_size(live.vocabulary, live.device)):
             target = answer(part)
             assert isinstance(target, Full)
-            parts.append(top_k(target.logp, k))
-    narrow = torch.int16 if live.vocabulary <= 1 << 15 else torch.int32
-    tensors = {
-        "ids": torch.cat([each.ids.to(narrow).cpu() for each in parts]),
-        "logp": torch.cat([each.logp.half().cpu() for each in parts]),
-        "tail": torch.cat([each.tail.half().cpu() for each in parts]),
-    }
+            found = top_k(target.logp, k)
+            some = slice(done + part.start, done + part.stop)
+            ids[some], logp[some], tail[some] = found.ids, found.logp, found.tail
+        done += len(numbers) * (length - 1)
+    tensors = {"ids": ids, "logp": logp, "tail": tail}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={KEY: json.dumps({"teacher": whose, "rows": path.stem})})
     publish(temporary, path)
@@ -237,6 +242,17 @@ def _digest(folder: Path) -> bytes:
         with file.open("rb") as stream:
             found.update(hashlib.file_digest(stream, "sha256").digest())
     return found.digest()
+
+
+def shared_vocabulary(folders: Sequence[Path], student: int) -> int:
+    """Tokens that the student and all teachers have logits for: their sizes may differ by padding."""
+    sizes: list[int] = [read_config(folder).get_text_config().vocab_size for folder in folders]
+    return min([student, *sizes])
+
+
+def dtype_of(model: LoadedModel) -> str:
+    """The dtype in which the recipe loads models."""
+    return str(model.network.dtype).removeprefix("torch.")
 
 
 def load_live(folders: Sequence[Path], vocabulary: int, context: Context, dtype: str) -> Live:

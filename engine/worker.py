@@ -34,7 +34,17 @@ from typing import TextIO
 from pydantic import JsonValue
 
 from engine.attempts import EventWriter, cache_folder, is_cancelled, take_lock, write_pid
-from engine.errors import Cancelled, InputError, Interrupted, MaquetteError, NeedsToken, RunError, os_reason, short
+from engine.errors import (
+    Cancelled,
+    HubError,
+    InputError,
+    Interrupted,
+    MaquetteError,
+    NeedsToken,
+    RunError,
+    os_reason,
+    short,
+)
 from engine.methods import Emit
 from engine.records import EventKind, Recipe, Status
 from engine.sources import Repo, classify
@@ -96,12 +106,16 @@ def bring_model(recipe: Recipe, request: Request, token: str, emit: Emit, check_
     asked = request.get("hub")
     if not isinstance(asked, dict) or not isinstance(classify(recipe.model), Repo):
         return
+    from engine import outline
     from engine.fetch import fetch
     from engine.hub import Hub
 
     folder = cache_folder(Path(str(request["folder"]))) / "hub"
     hub = Hub(folder, endpoint=str(asked["endpoint"]), offline=asked["offline"] is True)
     try:
+        with suppress(HubError):  # who downloads is more patient
+            if (origin := hub.origin(recipe.model, token)).folder is None:
+                outline.check(origin)
         fetch(recipe.model, hub, token, emit, check_cancelled)
     except NeedsToken as error:  # it may have been forgotten: with one the run can go on
         raise RunError(f"{error} Resume the run with it.") from None

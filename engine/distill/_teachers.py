@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine import hardware
-from engine.checkpoint import read_config
 from engine.distill._settings import CacheParams, TeacherParams
 from engine.lesson import Text
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.teachers import Cached, Live, Teacher, cached, load_live
+from engine.teachers import Cached, Live, Teacher, cached, dtype_of, load_live, shared_vocabulary
 from engine.tokens import check_same_tokenizer
 
 
@@ -44,12 +43,6 @@ def teachers_of(
     return found[0], found[1]
 
 
-def shared_vocabulary(folders: list[Path], student: int) -> int:
-    """Tokens that the student and all teachers have logits for: their sizes may differ by padding."""
-    sizes: list[int] = [read_config(folder).get_text_config().vocab_size for folder in folders]
-    return min([student, *sizes])
-
-
 def live_of(params: TeacherParams, model: LoadedModel, student: LoadedModel, context: Context) -> Live:
     """The teachers in memory, for a student.
 
@@ -70,11 +63,6 @@ def check_tokenizers(folders: list[Path], model: LoadedModel) -> None:
     """
     for folder in folders:
         check_same_tokenizer(model.tokenizer, folder)
-
-
-def dtype_of(model: LoadedModel) -> str:
-    """The dtype in which the recipe loads models."""
-    return str(model.network.dtype).removeprefix("torch.")
 
 
 def beneath(context: Context, name: str) -> Context:

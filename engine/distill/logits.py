@@ -29,13 +29,14 @@ from pydantic import Field, model_validator
 from engine import artifacts, distributed
 from engine.distill._settings import CacheParams, StudentParams
 from engine.distill._student import assistants, choose, of_size, spread
-from engine.distill._teachers import beneath, shared_vocabulary, teachers_of
+from engine.distill._teachers import beneath, teachers_of
 from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.records import Recipe
 from engine.surgery import keep_blocks
+from engine.teachers import shared_vocabulary
 
 TITLE = "Logit distillation"
 CHANGES = ("disk", "memory", "latency")

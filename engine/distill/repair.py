@@ -30,12 +30,13 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from engine.distill._settings import CacheParams
-from engine.distill._teachers import shared_vocabulary, teachers_of
+from engine.distill._teachers import teachers_of
 from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import Linear, LoadedModel, blocks, linears
 from engine.packing import QuantizedWeight
 from engine.preflight import calibration_file
+from engine.teachers import shared_vocabulary
 
 TITLE = "Self-repair"
 CHANGES = ()

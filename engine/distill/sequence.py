@@ -25,16 +25,16 @@ from transformers import Cache
 from engine import hardware
 from engine.distill._settings import StudentParams, TeacherParams, WritingParams
 from engine.distill._student import choose
-from engine.distill._teachers import check_tokenizers, dtype_of, shared_vocabulary
+from engine.distill._teachers import check_tokenizers
 from engine.files import publish
 from engine.kv_cache import read_on
-from engine.lesson import Lesson, Text, TrainingParams, read, token_loss
+from engine.lesson import Lesson, Text, TrainingParams, judge_of, read, token_loss
 from engine.losses import Objective, pieces
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.rows import Rows
-from engine.teachers import Live, fingerprint, load_live
+from engine.teachers import Live, dtype_of, fingerprint, load_live, shared_vocabulary
 
 TITLE = "Sequence distillation"
 CHANGES = ("disk", "memory", "latency")
@@ -57,15 +57,16 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Let the teacher write, where it has not yet, and train the student on it."""
     folders = params.folders(model.source)
     check_tokenizers(folders, model)
-    given = read(model, params, calibration_file(params.text)).rows
-    count = min(params.sequences, len(given))
-    prompts = given.ids[:count, : params.prompt_tokens].long()
+    given = read(model, params, calibration_file(params.text))
+    judge = judge_of(model, given, context)
+    count = min(params.sequences, len(given.rows))
+    prompts = given.rows.ids[:count, : params.prompt_tokens].long()
     size = model.network.config.get_text_config().vocab_size
     ids = written(folders, prompts, model, params, context, shared_vocabulary(folders, size))
     student = choose(model, params, context)
     positions = torch.arange(ids.shape[1]).expand(ids.shape)  # a sequence is one document, whatever was in its prompt
-    text = Text(Rows(ids, positions.int()), Rows(ids[:0], positions[:0].int()))
-    lesson = Lesson(student, text, LABELS, None, None)
+    text = Text(Rows(ids, positions.int()), given.held)
+    lesson = Lesson(student, text, LABELS, None, judge)
     end = model.tokenizer.eos_token_id
     first = 0 if params.learn_prompts else params.prompt_tokens - 1
 

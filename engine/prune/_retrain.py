@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from engine.calibration import BlockLinear
-from engine.lesson import Lesson, TrainingParams, read
+from engine.lesson import Lesson, TrainingParams, judge_of, read
 from engine.losses import Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
@@ -36,7 +36,8 @@ def retrain(
 
     Zeros stay zero: of the selected linears from the beginning.
     """
-    lesson = Lesson(model, read(model, params, calibration_file(params.text)), LABELS, None, None)
+    text = read(model, params, calibration_file(params.text))
+    lesson = Lesson(model, text, LABELS, None, judge_of(model, text, context))
     now = 0
 
     def begin(step: int) -> None:

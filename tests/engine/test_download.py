@@ -1,12 +1,14 @@
 """The true download path against a hub on loopback: resumed, retried, watched, refused; what a token never touches."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.download import Patience
 from engine.errors import BadModel, Cancelled, HubError, MaquetteError, NeedsToken
@@ -281,3 +283,25 @@ def test_a_cancelled_run_gives_back_what_it_had_downloaded(server: loopback.Hub,
         assert time.monotonic() - began < 5
     assert not list(hub.here.folder.glob("models--*"))
     assert not (home / "runs" / run.id).exists()
+
+
+@pytest.mark.parametrize("problem", ["has the shape (300, 256), the config says (384, 256)", "do not fit the config"])
+def test_weights_that_do_not_fit_their_config_are_not_downloaded(
+    server: loopback.Hub, tmp_path: Path, problem: str
+) -> None:
+    folder = shutil.copytree(DEMO / "model", tmp_path / "model")
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:300].contiguous()
+    if "shape" not in problem:
+        del tensors[name]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    server.add("org/odd", folder)
+    hub = Hub(tmp_path / "home" / "cache" / "hub", endpoint=server.url, offline=False)
+    runner = InlineRunner(lambda recipe, folder, emit, check: None)
+    with Scheduler(tmp_path / "home", hub=hub, runner=runner) as scheduler:
+        ended = wait(scheduler, scheduler.submit(Recipe.model_validate({"model": "org/odd", "measure": []})))
+    assert ended.status is Status.REFUSED
+    assert problem in ended.reason
+    assert {each.headers["range"] for each in server.asked("GET", WEIGHTS)} == {"bytes=0-65535"}
+    assert not partials(hub)

@@ -179,6 +179,7 @@ def test_the_teacher_writes_once(
             assert found[:, place].tolist() == alone.tolist()
     apply("distill/sequence", model, context, **settings)
     assert any("written now" in line for line in recorder.logs())
+    assert any(data.get("series") == "kl_heldout" for _, data in recorder.said)
     monkeypatch.setattr(sequence, "load_live", None)
     again = dataclasses.replace(context, folder=context.folder / "again")
     apply("distill/sequence", load(model.source), again, **settings)

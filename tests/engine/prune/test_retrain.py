@@ -12,7 +12,7 @@ from engine import lesson
 from engine.calibration import token_rows
 from engine.errors import BadText, Cancelled
 from engine.methods import Context, get
-from engine.models import LoadedModel
+from engine.models import LoadedModel, load
 from engine.preflight import DEMO
 from engine.prune import gradual
 from engine.training import Schedule
@@ -115,3 +115,14 @@ def test_a_text_that_is_no_text_is_refused_before_the_run(name: str, tmp_path: P
     for text, words in ((tmp_path / "absent.txt", "no calibration file"), (tmp_path / "short.txt", "tokens")):
         with pytest.raises(BadText, match=words):
             get(name).check({"text": str(text)}).check_sources(DEMO / "model")
+
+
+@pytest.mark.parametrize("name", ["prune/gradual", "prune/l1"])
+def test_the_chart_says_how_far_it_has_gone_from_the_original(name: str, context: Context, recorder: Recorder) -> None:
+    model = load(DEMO / "model", "float32")
+    method = get(name)
+    with torch.no_grad():
+        method.apply(model, method.check({**QUICK, "sparsity": 0.9}), context)
+    far = [float(str(data["value"])) for kind, data in recorder.said if data.get("series") == "kl_heldout"]
+    assert 0 <= far[0] < 0.3  # at the first step little has changed
+    assert far[-1] > far[0]
