@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine import hardware, shards
 from engine.errors import BadModel, BadParams, short
+from engine.fit import STRETCH
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, embeddings, head, linears
@@ -36,7 +37,6 @@ Collect = Literal["nothing", "norm", "hessian", "directions"]
 SAMPLE = 64  # tokens
 TOKENS = 256  # that are squared at once
 STRIP = 512  # rows of a Hessian that are computed at once
-STRETCH = 1 << 20  # weights that are worked on at a time: copies of them stay in the cache
 
 
 class Moments(Calibrated):

@@ -36,6 +36,8 @@ PROBED_BLOCKS = 8  # and so many blocks: one of few takes much of the time that 
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
 SAVED_TOGETHER = 1 << 28  # bytes of small parts that are written together
 ROOM = 4  # times the dense weights' bytes must be free before an artifact is read back whole
+STRETCH = 1 << 20  # weights that are rounded and looked at at a time: copies of them stay in the cache
+SOLVED, SPAN = 1 << 25, 512  # weights that are solved at a time, and columns for which those before count at once
 FLOW_TOKENS, FLOW_ROWS = 2048, 8  # tokens and sequences of calibration that pass a block at a time
 LOGIT_TOKENS = 4096  # tokens whose predictions are measured at a time
 SMALL = 50_000_000  # parameters up to which the whole held-out text and every question is measured on
@@ -45,8 +47,10 @@ LOGITS, PAIR = (
     20,
 )  # bytes of a logit: 16 bit, float32 and its logarithm; with those of the original, and both at work
 WRITTEN = 64  # tokens of each of sixteen sequences, prompt included, when latency is measured
+BATCHES, LENGTHS = (1, 4, 16, 64), (1024, 4096, 16_384, 65_536)  # for which serving is estimated
 LARGE = "Larger than memory: one block at a time."
 ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
+TOGETHER = 13  # where the whole matrix has one scale
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
 PLACED = 4  # of a number in 16 bit: as it was read, and as it is moved
@@ -81,6 +85,7 @@ class Estimate:
     """What a recipe will take: bytes by situation and part, bytes that are free, seconds by part, notes for the reader.
 
     serving: of one warm process with what the recipe makes, one sequence of the model's length, 4,096 tokens at most.
+    loads: bytes of such a process that writes for so many sequences of so many tokens, (batch, tokens).
     download: bytes that have to come from the hub first.
     """
 
@@ -91,6 +96,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     device: str = "cpu"
     download: int = 0
+    loads: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def largest(self) -> Need:
@@ -150,58 +156,81 @@ def estimate(
     if machine.device == "cuda":
         needs = [_on_gpu(need) for need in needs]
     large = streamed and not wanted and first.dense > machine.free
-    length = min(4096, sizes.context_length(held.shape.config))
-    serve = serving(held, batch=1, tokens=length)
+    longest = sizes.context_length(held.shape.config)
+
+    def serve(batch: int, tokens: int) -> Need:
+        need = serving(held, batch, tokens)
+        return _on_gpu(need) if machine.device == "cuda" else need
+
+    lengths = sorted({*(tokens for tokens in LENGTHS if tokens < longest), longest})
+    loads = {(batch, tokens): serve(batch, tokens).total for batch in BATCHES for tokens in lengths}
     return Estimate(
-        tuple(needs), _on_gpu(serve) if machine.device == "cuda" else serve, machine.free, times,
-        (LARGE,) * large, machine.device, download,
-    )  # fmt: skip
+        tuple(needs),
+        serve(1, min(4096, longest)),
+        machine.free,
+        times,
+        (LARGE,) * large,
+        machine.device,
+        download,
+        loads,
+    )
 
 
 def compressing(held: Holding, method: Method, params: Params, first: Holding, streamed: bool) -> list[Need]:
     """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
     if integer(getattr(params, "steps", 0)):
         return _training(held, method, params, first)
-    block, beside = held.parts()
-    calibrated = isinstance(params, Calibrated)
+    block, beside = (held.width * size if streamed else held.dense for size in held.parts())
     chosen = params.stored_bits(1024, 1024)
-    codes = (
-        0 if chosen is None else round(block * (1 + chosen.stored / 8))
-    )  # as they are found, and as they are written
-    most = max(block, beside) if calibrated or any(params.beyond_blocks()) else block
-    dense = held.width * most if streamed else held.dense
+    codes = 0 if chosen is None else round(held.parts()[0] * (1 + chosen.stored / 8))  # as found, and as written
     if chosen is not None and not streamed:
-        codes = sum(weights for weights in _linear_sizes(held.shape))  # of all blocks
-    parts = {"weights": dense, "codes": codes, "runtime": RUNTIME + COMPUTING}
-    if isinstance(params, Calibrated):
-        parts |= _calibrating(held, params)
-    elif chosen is not None:
-        parts["solver"] = _rounding(held.shape)
+        codes = sum(_linear_sizes(held.shape))  # of all blocks
+    parts = {"runtime": RUNTIME + COMPUTING}
     if integer(getattr(params, "distill_steps", 0)):
-        parts |= {"gradients": 4 * block, "optimizer": 8 * block}
-    return [Need("compress", _parts(**parts), method.title)]
+        parts |= {"gradients": 4 * held.parts()[0], "optimizer": 8 * held.parts()[0]}
+    calibrated = isinstance(params, Calibrated)
+    rounding = {"codes": codes, "solver": 0 if chosen is None and not calibrated else _rounding(held.shape, params)}
+    phases = [{"weights": block, **rounding}]
+    if isinstance(params, Calibrated):
+        phases = [{"weights": block, **phase} for phase in _calibrating(held, params, rounding)]
+        phases.append({"weights": beside, "calibration": _states(held, params)})
+    if any(params.beyond_blocks()):
+        phases.append({"weights": beside, **rounding})
+    return [Need("compress", _parts(**parts, **max(phases, key=lambda phase: sum(phase.values()))), method.title)]
 
 
-def _calibrating(held: Holding, params: Calibrated) -> dict[str, int]:
-    """Hidden states, statistics of each input of a block, and what solves the largest linear."""
-    shape, width = held.shape, held.width
+def _calibrating(held: Holding, params: Calibrated, rounding: dict[str, int]) -> list[dict[str, int]]:
+    """Hidden states with the statistics of each input of a block, as it computes; and with those of its last linear.
+
+    What computed is gone by then, and what `rounding` takes is there.
+    """
+    shape, states = held.shape, _states(held, params)
     hidden, inputs = sizes.hidden_size(shape.config), sizes.readers(shape) or [0]
+    at_once = min(params.samples * params.sequence_length, FLOW_TOKENS, FLOW_ROWS * params.sequence_length)
+    # Of the widest input: itself in float32 and its lengths' copy; and what the block computes beside it.
+    active = at_once * (12 * inputs[0] + 4 * held.width * hidden)
+    if str(getattr(params, "collect", "norm")) not in STATISTICS:
+        return [{"calibration": states + 8 * sum(inputs), "activations": active, **rounding}]
+    largest = max(_linear_sizes(shape), default=0)
+    # Of the weights solved at a time what was missed; the codes of all, twice; three pieces of the factor.
+    solver = rounding["solver"] + 4 * min(SOLVED, largest) + 2 * largest + 12 * SPAN * inputs[0]
+    return [
+        {"calibration": states + 4 * sum(size * size for size in inputs), "activations": active},
+        {"calibration": states + 4 * inputs[0] ** 2, **rounding, "solver": solver},
+    ]
+
+
+def _states(held: Holding, params: Calibrated) -> int:
+    """The hidden states of all sequences; what is more stands in a file."""
     tokens = params.samples * params.sequence_length
-    at_once = min(tokens, FLOW_TOKENS, FLOW_ROWS * params.sequence_length)
-    states = min(tokens * hidden * width, HELD)
-    statistics = str(getattr(params, "collect", "norm"))
-    moments = 4 * sum(size * size for size in inputs) if statistics in STATISTICS else 8 * sum(inputs)
-    # Of the widest input: itself in float32, scaled to length 1, its squares; and what the block computes beside it.
-    active = at_once * (12 * inputs[0] + 4 * width * hidden)
-    solver = _rounding(shape)
-    if statistics in STATISTICS:
-        solver = 8 * inputs[0] ** 2 + 12 * max(_linear_sizes(shape), default=0)
-    return {"calibration": states + moments, "activations": active, "solver": solver}
+    return min(tokens * sizes.hidden_size(held.shape.config) * held.width, HELD)
 
 
-def _rounding(shape: Shape) -> int:
-    """Copies of as many weights as are rounded, and looked at for the audit, at a time."""
-    return ROUNDED * min(1 << 23, max(_linear_sizes(shape), default=0))
+def _rounding(shape: Shape, params: Params) -> int:
+    """Copies of as many weights as are rounded, and looked at for the audit, at a time: all that share one scale."""
+    largest = max(_linear_sizes(shape), default=0)
+    whole = TOGETHER * largest if getattr(params, "granularity", "") == "tensor" else 0
+    return whole + ROUNDED * min(STRETCH, largest)
 
 
 def _linear_sizes(shape: Shape) -> list[int]:

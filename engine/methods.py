@@ -28,6 +28,7 @@ from engine.errors import BadParams, BadRecipe, UnknownName, short
 from engine.records import MEASURES, EventKind, Recipe, Step
 
 if TYPE_CHECKING:
+    from engine.headers import Shape
     from engine.models import LoadedModel
     from engine.packing import CacheGrid
 
@@ -109,8 +110,8 @@ class Params(BaseModel):
             InputError: one line that names the text or the folder.
         """
 
-    def notes(self, folder: Path, device: str) -> Sequence[str]:
-        """What a reader should know before a run with the model in `folder` on `cpu` or `cuda`, as sentences."""
+    def notes(self, shape: Shape, device: str) -> Sequence[str]:
+        """What a reader should know before a run with a model of this shape on `cpu` or `cuda`, as sentences."""
         return ()
 
     def keeps_codes(self) -> bool:

@@ -148,9 +148,7 @@ def _estimate(
     where = machine(recipe)
     where = where if rates is None else replace(where, rates=rates)
     found = fit.estimate(recipe, shape, steps, where, download=download)
-    if not shape.here:
-        return found
-    said = [f"{method.title}: {note}" for method, params in steps for note in params.notes(shape.folder, where.device)]
+    said = [f"{method.title}: {note}" for method, params in steps for note in params.notes(shape, where.device)]
     return replace(found, notes=(*said, *found.notes))
 
 

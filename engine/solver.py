@@ -29,11 +29,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine.calibration import STRIP, Block, BlockLinear, mirror, stretches
+from engine.fit import SOLVED, SPAN
 from engine.sparsity import Pattern, drop, span_of
 
 SLICE = 128  # columns that are solved one by one, and from which zeros are chosen
-SPAN = 4 * SLICE  # for which the columns before them count at once
-STRETCH = 1 << 25  # weights that are solved at a time
 PANEL = 512  # columns of a Hessian that are factorized at a time
 
 Nearest = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -132,7 +131,7 @@ class Solver:
         zeros = zeros if zeros is not None and zeros.any else None
         found = [
             self._solve(weight[rows], rounding.rows(rows), None if keep is None else keep[rows], zeros)
-            for rows in stretches(weight, STRETCH)
+            for rows in stretches(weight, SOLVED)
         ]
         return torch.cat(found)
 

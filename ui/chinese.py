@@ -331,6 +331,8 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "fit.original": "并存的原始模型", "fit.runtime": "运行时", "fit.seconds": "大约需要 {span}。",
         "fit.compressing": "运行中占用最多时：{situation}", "fit.serving": "部署成品时",
         "fit.part": "部分", "fit.parts": "各阶段的内存构成", "fit.sum": "合计",
+        "fit.loads": "部署更多或更长的序列", "fit.sequences": "同时的序列数", "fit.tokens": "每条 {count} 个词元",
+        "fit.beyond": "{size}，装不下",
         "fit.free": "可用", "fit.situation.probe": "试测一层",
         "fit.situation.compress": "加载", "fit.situation.save": "保存",
         "fit.situation.verify": "读回校验", "fit.situation.measure": "测量",

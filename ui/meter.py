@@ -27,6 +27,7 @@ def fit_meter(estimate: Estimate, way: Way | None = None) -> Markup:
         legend(estimate.largest, estimate.serving),
         times(estimate), notes(estimate),
         markup.details(say("fit.parts"), table(estimate)),
+        markup.details(say("fit.loads"), loads(estimate)) if estimate.loads else None,
         class_="mq-card fit",
     )  # fmt: skip
 
@@ -70,6 +71,20 @@ def table(estimate: Estimate) -> Markup:
     rows.append((say("fit.sum"), *(wording.size(need.total) for need in needs)))
     rows.append((say("fit.free"), *(wording.size(estimate.available) for _ in needs)))
     return markup.table((say("fit.part"), *map(situation, needs)), rows, caption=say("fit.parts"))
+
+
+def loads(estimate: Estimate) -> Markup:
+    """What serving needs: a row for each number of sequences, a column for each length; what does not fit says so."""
+    batches, lengths = (sorted(set(each)) for each in zip(*estimate.loads, strict=True))
+
+    def cell(batch: int, tokens: int) -> str:
+        needed = estimate.loads[batch, tokens]
+        size = wording.size(needed)
+        return size if needed <= estimate.available else say("fit.beyond", size=size)
+
+    columns = [say("fit.tokens", count=f"{tokens:,}") for tokens in lengths]
+    rows = [(f"{batch:,}", *(cell(batch, tokens) for tokens in lengths)) for batch in batches]
+    return markup.table((say("fit.sequences"), *columns), rows, caption=say("fit.loads"))
 
 
 def situation(need: Need) -> str:

@@ -332,6 +332,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "fit.original": "original beside it", "fit.runtime": "runtime", "fit.seconds": "Takes about {span}.",
         "fit.compressing": "The run, at its largest: {situation}", "fit.serving": "Serving what it makes",
         "fit.part": "part", "fit.parts": "The parts of the sum, in each situation", "fit.sum": "Sum",
+        "fit.loads": "Serving more, or longer", "fit.sequences": "Sequences at once", "fit.tokens": "{count} tokens each",
+        "fit.beyond": "{size}, too much",
         "fit.free": "Free", "fit.situation.probe": "probing one block",
         "fit.situation.compress": "loading", "fit.situation.save": "saving",
         "fit.situation.verify": "reading back", "fit.situation.measure": "measuring",

@@ -133,22 +133,21 @@ class StudentParams(Params):
             return named | {"hidden_size": self.hidden_size}, beside
         return config, tensors
 
-    def notes(self, folder: Path, device: str) -> Sequence[str]:
+    def notes(self, shape: headers.Shape, device: str) -> Sequence[str]:
         """Say where the student is the teacher, or larger."""
-        found = list(super().notes(folder, device))
-        config = headers.inspect(folder).config
+        found = list(super().notes(shape, device))
         if self.student == "blocks" and self.keep_every == 1:
             found.append(
                 "The student has every block of the teacher: it is as large, and begins as the teacher itself."
             )
         # Matrices grow with the square of the width, and a block is one set of them.
-        own_size, size = self.num_blocks * self.hidden_size**2, blocks_of(config) * hidden_size(config) ** 2
+        own_size, size = self.num_blocks * self.hidden_size**2, blocks_of(shape.config) * hidden_size(shape.config) ** 2
         if self.student == "size" and own_size >= size:
             found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
         if self.student == "folder":
-            own, theirs = headers.inspect(resolve(self.folder)), headers.inspect(folder)
-            if own.folder == theirs.folder:
+            own = headers.inspect(resolve(self.folder))
+            if shape.here and own.folder == shape.folder:
                 found.append("The student is the teacher itself.")
-            elif own.parameters >= theirs.parameters:
+            elif own.parameters >= shape.parameters:
                 found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
         return found

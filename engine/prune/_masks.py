@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from engine.headers import Shape
 from engine.methods import Selection
 from engine.models import LoadedModel
 from engine.sparsity import Pattern, check_pattern, drop, span_of
@@ -27,7 +27,7 @@ class SparsityParams(Selection):
         description="Zeros in the file: stored as numbers that anybody reads, or as bits, smaller, for Maquette alone.",
     )
 
-    def notes(self, folder: Path, device: str) -> Sequence[str]:
+    def notes(self, shape: Shape, device: str) -> Sequence[str]:
         """What these zeros bring where they are not used by a later step."""
         file = "The file becomes smaller" if self.storage == "bitmask" else "The file becomes no smaller"
         if self.pattern == "2:4" and device == "cuda":

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self, get_args
 
 import torch
@@ -38,6 +37,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from engine import solver
 from engine.calibration import Block, Moments
 from engine.errors import short
+from engine.headers import Shape
 from engine.methods import Context, matches
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
@@ -95,10 +95,10 @@ class Params(SolverParams, GridParams):
         super().check_model(linears, parameters)
         check_pattern(self.pattern, linears)
 
-    def notes(self, folder: Path, device: str) -> Sequence[str]:
+    def notes(self, shape: Shape, device: str) -> Sequence[str]:
         """That zeros are codes as others are."""
         own = ["The zeros take as many bits as other weights; the file is no smaller for them."] * self.zeros.any
-        return [*super().notes(folder, device), *own]
+        return [*super().notes(shape, device), *own]
 
     @property
     def zeros(self) -> Zeros:

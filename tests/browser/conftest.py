@@ -128,6 +128,14 @@ class Watch:
         )
 
 
+def barriers(page: Page) -> list[tuple[str, list[str]]]:
+    """What axe finds on the page as it stands: each rule of WCAG 2.1 A and AA that is broken, and where."""
+    axe = pytest.importorskip("axe_playwright_python")
+    page.evaluate(next(Path(axe.__file__).parent.rglob("axe.min.js")).read_text())
+    found = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']})")
+    return [(broken["id"], [node["html"][:120] for node in broken["nodes"]]) for broken in found["violations"]]
+
+
 @pytest.fixture
 def open_page(server: str, browser: Browser) -> Iterator[Open]:
     """Open the page as a visitor; at the end nothing foreign was asked and the console is clean."""

@@ -11,7 +11,7 @@ pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, expect
 
 from engine.users import UserFile
-from tests.browser.conftest import Watch, running
+from tests.browser.conftest import Watch, barriers, running
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 PASSWORD = "correct horse battery"
@@ -34,6 +34,7 @@ def test_login_page_and_logout(team: str, browser: Browser) -> None:
     page.get_by_label("Password").fill("wrong password")
     page.get_by_role("button", name="Log in").click()
     expect(page.get_by_role("alert")).to_contain_text("do not belong together")
+    assert barriers(page) == []
     watch.problems.clear()  # the browser reports the 403, as it should
     page.get_by_label("Name").fill("anna")
     page.get_by_label("Password").fill(PASSWORD)

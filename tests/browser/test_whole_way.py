@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Locator, Page, StorageState, expect
 
-from tests.browser.conftest import PATIENCE, Open
+from tests.browser.conftest import PATIENCE, Open, barriers
 from ui.language import CHINESE, ENGLISH
 from ui.wording import DICTIONARIES
 
@@ -63,6 +63,10 @@ def test_from_a_search_to_a_model_that_transformers_loads(
     assert f'lang="{code}"' in report
     assert words["name.size.bytes"] in report
     assert "<script" not in report
+    reader = page.context.new_page()
+    reader.set_content(report)
+    assert barriers(reader) == []
+    reader.close()
 
     with zipfile.ZipFile(model) as archive:
         archive.extractall(tmp_path / "model")

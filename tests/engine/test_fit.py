@@ -153,10 +153,16 @@ def test_one_block_at_a_time_and_the_whole() -> None:
 def test_a_hessian_for_each_input_that_is_read() -> None:
     found = step(estimate(LARGE, {"quantize/gptq": {"group_size": 128, "samples": 32, "sequence_length": 512}}))
     states = 32 * 512 * 4096 * 2
-    assert found.parts["calibration"] == states + 4 * (14336**2 + 3 * 4096**2)
-    norms = step(estimate(LARGE, {"prune/wanda": {"samples": 32, "sequence_length": 512}}))
+    assert found.parts["calibration"] == states + 4 * 14336**2  # of the last linear, which is solved in its place
+    embedded = step(estimate(LARGE, {"prune/wanda": {"samples": 32, "sequence_length": 512}}))
+    assert (embedded.parts["weights"], embedded.parts["calibration"]) == (
+        2 * 128256 * 4096,
+        states,
+    )  # more than a block
+    few = llama(32, 4096, 14336, 32, 8, 8000)
+    norms = step(estimate(few, {"prune/wanda": {"samples": 32, "sequence_length": 512}}))
     assert norms.parts["calibration"] == states + 8 * (14336 + 3 * 4096)
-    many = step(estimate(LARGE, {"prune/wanda": {"samples": 4096, "sequence_length": 512}}))
+    many = step(estimate(few, {"prune/wanda": {"samples": 4096, "sequence_length": 512}}))
     assert many.parts["calibration"] == (1 << 30) + 8 * (14336 + 3 * 4096)  # more stand in a file
 
 
@@ -271,3 +277,13 @@ def test_every_way_has_words() -> None:
     from ui.words import ENGLISH
 
     assert {f"way.{name}" for name in ways.PHRASES} <= set(ENGLISH)
+
+
+def test_serving_grows_by_the_cache_of_each_sequence() -> None:
+    found = estimate(LARGE, {"quantize/rtn": {"group_size": 128}})
+    lengths = sorted({tokens for _, tokens in found.loads})
+    assert lengths == [1024, 2048]  # no more than the model reads
+    assert {batch for batch, _ in found.loads} == {1, 4, 16, 64}
+    cache = sizes.cache_bytes(LARGE.config, None, 2, 1, 1024)
+    assert found.loads[64, 2048] - found.loads[64, 1024] == 64 * cache * sizes.cache_copies(LARGE.config, None)
+    assert found.loads[1, 2048] == found.serving.total

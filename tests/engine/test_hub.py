@@ -273,3 +273,8 @@ def test_a_gated_snapshot_is_for_those_whom_the_hub_lets(hub: Hub, server: loopb
     with pytest.raises(NeedsToken):
         strict.origin(pinned)
     assert strict.origin(pinned, TOKEN).folder == place
+
+
+def test_what_zeros_bring_is_said_of_a_model_that_is_not_here(hub: Hub) -> None:
+    pruned = Recipe.model_validate({"model": NAME, "steps": [{"prune/magnitude": {}}]})
+    assert any("No smaller and no faster here" in note for note in preflight.estimate(pruned, hub).notes)

@@ -49,6 +49,15 @@ def test_what_does_not_fit_says_so_beyond_the_line() -> None:
     assert 50 < float(line[1]) < 53  # of 1.93
 
 
+def test_serving_more_or_longer_says_what_is_too_much() -> None:
+    needs = (Need("compress", PARTS),)
+    some = {(1, 1024): GiB, (1, 4096): 3 * GiB, (8, 1024): 2 * GiB, (8, 4096): 10 * GiB}
+    html = meter.fit_meter(Estimate(needs, SERVING, 4 * GiB, loads=some))
+    assert "1,024 tokens each</th>" in html
+    assert re.search(r"8</th><td>2\.00 GiB</td><td>10\.0 GiB, too much</td>", html)
+    assert html.count("too much") == 1
+
+
 def test_every_part_and_situation_has_words_and_a_colour() -> None:
     from ui.theme import ASSETS
 

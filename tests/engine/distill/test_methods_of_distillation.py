@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import artifacts, methods
+from engine import artifacts, headers, methods
 from engine.distill import features, on_policy, repair, sequence
 from engine.distill._student import assistants, between, spread
 from engine.errors import BadRecipe, InputError
@@ -334,4 +334,4 @@ def test_a_student_that_is_no_smaller_is_told_before_the_run(
 ) -> None:
     in_memory(FAMILIES[family]).network.save_pretrained(tmp_path)
     params = methods.get("distill/logits").check({"student": "size", "hidden_size": width, "num_blocks": count})
-    assert any("nothing gets smaller" in note for note in params.notes(tmp_path, "cpu")) is warned
+    assert any("nothing gets smaller" in note for note in params.notes(headers.inspect(tmp_path), "cpu")) is warned

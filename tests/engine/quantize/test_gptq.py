@@ -65,7 +65,7 @@ def test_codes_agree_with_the_slow_reference(
 ) -> None:
     monkeypatch.setattr(solver, "SLICE", 64)  # group boundaries away from slice boundaries
     monkeypatch.setattr(solver, "SPAN", 128)
-    monkeypatch.setattr(solver, "STRETCH", 10 * columns)  # rows that are solved at a time
+    monkeypatch.setattr(solver, "SOLVED", 10 * columns)  # rows that are solved at a time
     dice = torch.Generator().manual_seed(3)
     weight = torch.randn(24, columns, generator=dice)
     hessian = hessian_of(correlated(4 * columns, columns))
