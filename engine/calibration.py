@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class BlockLinear:
 
     weight: (out_features, in_features), also for GPT-2's transposed `Conv1D`; changes to it in place
         change the model.
-    hessian: float32 (in, in), mean of 2 x xᵀ over the tokens, where it was asked for.
+    hessian: float32 (in, in), mean of 2 x xᵀ over the tokens, where it was asked for; what lies below its diagonal is
+        zero until `mirror` completes it.
     input_norm: float32 (in,), the L2 norm of each input over the tokens, where it was asked for.
     input_max: float32 (in,), the largest magnitude of each input over the tokens, with the norm.
     sample: float32 (at most SAMPLE, in), some of the inputs.
@@ -123,15 +125,20 @@ def stretches(weight: Tensor, most: int = STRETCH) -> Iterator[slice]:
 
 
 def make_empty_hessian(size: int, device: torch.device) -> Tensor:
-    """Zeros (size, size) in float32."""
-    return torch.zeros(size, size, device=device)
+    """Zeros (size, size) in float32; in main memory such that what is never written takes none."""
+    if device.type != "cpu" or not size:
+        return torch.zeros(size, size, device=device)
+    pages = mmap.mmap(-1, 4 * size * size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # in a large page there is always something written
+    return torch.frombuffer(pages, dtype=torch.float32).view(size, size)
 
 
 def accumulate_hessian(hessian: Tensor, seen: int, inputs: Tensor) -> None:
     """Make `hessian` the mean of 2 x xᵀ after `inputs` (tokens, in), given that over the `seen` tokens before.
 
-    A large one is computed strip by strip from the diagonal to the right, which is half the work; `mirror` completes it
-    after the last.
+    It is computed strip by strip from the diagonal to the right, which is half the work and half the memory; `mirror`
+    completes it.
     """
     total, size = seen + inputs.shape[0], hessian.shape[0]
     for start in range(0, size, STRIP):
@@ -268,8 +275,6 @@ def observe(block: Block, collect: Collect) -> None:
         for states, call in block.batches:
             run_block(block.module, states, call)
     for first, *others in groups:
-        if first.hessian is not None:
-            mirror(first.hessian)
         for other in others:
             other.hessian, other.input_norm, other.tokens = first.hessian, first.input_norm, first.tokens
             other.input_max, other.sample = first.input_max, first.sample

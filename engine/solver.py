@@ -129,18 +129,18 @@ class Solver:
         Where `keep` (N, K) is False the weight becomes zero; these count among `zeros`.
         """
         zeros = zeros if zeros is not None and zeros.any else None
-        found = [
-            self._solve(weight[rows], rounding.rows(rows), None if keep is None else keep[rows], zeros)
-            for rows in stretches(weight, SOLVED)
-        ]
-        return torch.cat(found)
+        found = torch.empty(weight.shape, dtype=rounding.dtype, device=weight.device)
+        for rows in stretches(weight, SOLVED):
+            kept = None if keep is None else keep[rows]
+            found[rows] = self._solve(weight[rows], rounding.rows(rows), kept, zeros)
+        return found
 
     def _part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """M_kj / M_jj of the columns j from `start` to `stop` and all rows k before `stop`, (stop, C); M_jj (C, 1)."""
         size = len(self._turned)
         part = self._turned[size - stop :, size - stop : size - start].flip(0, 1)
-        diagonal = part[start:].diagonal()
-        return part / diagonal, diagonal[:, None]
+        diagonal = part[start:].diagonal().clone()
+        return part.div_(diagonal), diagonal[:, None]
 
     def _solve(self, weight: Tensor, rounding: Rounding, keep: Tensor | None, zeros: Zeros | None) -> Tensor:
         rows, columns = weight.shape
@@ -230,14 +230,15 @@ def new_solver(
 def turned_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """M of H' + d I = M Mᵀ, where H' is H (K, K) in an order, and the damping that it took.
 
-    M is upper triangular; it comes turned by half a circle, so lower triangular, as it is computed: L = M.flip(0, 1).
-    It takes the place of H in its memory. Inputs that are always zero count as 1. The damping is raised tenfold on
-    failure.
+    Of H what is below the diagonal need not be there. M is upper triangular; it comes turned by half a circle, so lower
+    triangular, as it is computed: L = M.flip(0, 1). It takes the place of H in its memory. Inputs that are always zero
+    count as 1. The damping is raised tenfold on failure.
 
     Raises:
         LinAlgError: not positive definite even with the whole mean diagonal added; H is as it was.
     """
     backward = order.flip(0)
+    mirror(hessian)
     permute(hessian, backward)
     before = hessian.diagonal().clone()
     diagonal = torch.where(before == 0, 1, before)

@@ -231,6 +231,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{budget} bits a weight are below the smallest that is possible, {least}.": "每权重 {budget} 位低于可能的最小值 {least}。",
         "a budget of {budget} bits a weight is below the smallest that is possible, {least}.": "每权重 {budget} 位的预算低于可能的最小值 {least}。",
         "a budget of {budget} MiB is below the smallest that is possible, {least}.": "{budget} MiB 的预算低于可能的最小值 {least}。",
+        "a budget of {budget} MiB of memory is below the smallest that is possible, {least}.": "{budget} MiB 的内存预算低于可能的最小值 {least}。",
         # texts
         "The text {name} has {tokens} tokens, one sequence needs {length}. Give a longer text or a smaller sequence_length.":
             "文本 {name} 有 {tokens} 个词元，一条序列需要 {length} 个。请换更长的文本，或减小 sequence_length。",

@@ -106,8 +106,8 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "Tokens (keys) or channels (values) that share a scale.": "共用一个缩放系数的词元数（键）或通道数（值）。",
         "Newest tokens that stay exact, at least.": "至少保持精确的最新词元数。",
         "How much may be stored, scales included.": "最多可存储多少，含缩放系数。",
-        "Of the budget: bits a quantized weight, or MiB of the whole model.":
-            "预算的单位：每个量化权重的位数，或整个模型的 MiB。",
+        "Of the budget: bits a quantized weight, or MiB of the whole model, on disk or in memory.":
+            "预算的单位：每个量化权重的位数，或整个模型在磁盘或内存中的 MiB。",
         "The a above: how much of the outliers weights take on.": "上文的 a：权重承担多少离群值。",
         "One scale for each token as it comes, or one for all that calibration fixes.":
             "每个词元到来时各用一个缩放系数，或由校准确定统一的一个。",
@@ -209,7 +209,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
 CHOICES: Mapping[str, str] = MappingProxyType(
     {
         "group": "分组", "channel": "按行", "tensor": "整个张量", "token": "按词元", "none": "无", "mse": "按平方误差",
-        "unstructured": "任意位置", "bits": "每权重位数", "mib": "MiB", "activation": "激活值", "influence": "影响",
+        "unstructured": "任意位置", "bits": "每权重位数", "mib": "MiB", "memory": "内存 MiB", "activation": "激活值", "influence": "影响",
         "taylor": "泰勒展开", "angle": "角度", "perplexity": "困惑度", "dense": "稠密", "bitmask": "位图",
         "uniform": "均等", "water-filling": "注水法", "global": "全局", "all": "全部", "lora": "LoRA",
         "norms and scales": "归一化与缩放系数", "linear": "逐线性层", "blocks": "每 k 层取一层", "size": "指定尺寸",

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Block, BlockLinear, Moments
+from engine.calibration import Block, BlockLinear, Moments, mirror
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._fold import Fold, folds
@@ -78,6 +78,7 @@ def best_scale(fold: Fold, readers: list[BlockLinear], params: Params) -> tuple[
     """The exponent and the scale (size,) that change the readers' outputs least when they are rounded."""
     moments = readers[0].hessian
     assert moments is not None
+    mirror(moments)
     size = fold.gather(moments.diagonal()).sqrt()
     size = size.clamp(min=max(SMALLEST * float(size.max()), 1e-12))
     weights = [some_rows(reader.weight, params).float() for reader in readers]

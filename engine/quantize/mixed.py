@@ -11,7 +11,8 @@ exactly. Better than equal bits of the same size where linears differ in how muc
     o costs k(l) e(l, o) / e(l, probe).
 3.  The assignment with the least total cost whose stored bits, scales and all, fit the budget: a multiple-choice
     knapsack, solved by dynamic programming over `CELLS` cells of the budget; sizes are rounded up to whole cells,
-    so the budget is never exceeded.
+    so the budget is never exceeded. A budget of memory counts codes as kernels hold them, 2 to 4 bits in 4 and others
+    in 8: a model that fits on the disk need not fit there.
 4.  GPTQ with the grid that was chosen for each linear.
 
 Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from engine import scores
-from engine.calibration import BlockLinear, token_rows, walk_blocks
+from engine.calibration import BlockLinear, mirror, token_rows, walk_blocks
 from engine.errors import BadParams
 from engine.methods import Context, StoredBits
 from engine.models import LoadedModel
@@ -42,8 +43,9 @@ CHANGES = ("disk", "memory", "latency")
 WHOLE = True
 WIDTHS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-Unit = Literal["bits", "mib"]
-UNITS = {"bits": "bits a weight", "mib": "MiB"}
+Unit = Literal["bits", "mib", "memory"]
+UNITS = {"bits": "bits a weight", "mib": "MiB", "memory": "MiB of memory"}
+HELD = (4, 8)  # bits of a code as kernels hold it
 PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
 PROBE_LOGITS = 1 << 26  # that are held of the original at most
@@ -55,7 +57,9 @@ class Params(gptq.SolverParams, Range):
     """Settings of mixed precision: the budget, and those of GPTQ but for bits and groups, which are chosen."""
 
     budget: float = Field(3.5, gt=0.0, le=1e6, description="How much may be stored, scales included.")
-    unit: Unit = Field("bits", description="Of the budget: bits a quantized weight, or MiB of the whole model.")
+    unit: Unit = Field(
+        "bits", description="Of the budget: bits a quantized weight, or MiB of the whole model, on disk or in memory."
+    )
 
     def budget_bits(self, weights: int, parameters: int, width: int = 16) -> float:
         """The budget in bits for each of `weights` to quantize among `parameters` in all, the rest of `width` bits."""
@@ -73,10 +77,10 @@ class Params(gptq.SolverParams, Range):
                     f"groups of {', '.join(map(str, GROUP_SIZES))} do not divide the {inputs} inputs of {name}."
                 )
             weights += outputs * inputs
-            least += outputs * inputs * (WIDTHS[0] + self.overhead / max(sizes))
+            least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead / max(sizes))
         if weights and least > self.budget_bits(weights, parameters) * weights:
             smallest = least / weights
-            if self.unit == "mib":
+            if self.unit != "bits":
                 smallest = (least + 16 * (parameters - weights)) / 2**23
             raise BadParams(
                 f"a budget of {self.budget:g} {UNITS[self.unit]} is below the smallest that is possible, "
@@ -86,6 +90,18 @@ class Params(gptq.SolverParams, Range):
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
         """On average, where the budget says so: scales included; of a budget in MiB the model's size is not known."""
         return StoredBits(self.budget, 0) if self.unit == "bits" else None
+
+    def width(self, bits: Bits) -> int:
+        """Bits of a code as the budget counts them."""
+        return next(held for held in HELD if bits <= held) if self.unit == "memory" else bits
+
+    def counted(self, candidate: Candidate) -> Candidate:
+        """The options with the bits that the budget counts."""
+        options = [
+            replace(option, stored=option.stored + candidate.weights * (self.width(option.bits) - option.bits))
+            for option in candidate.options
+        ]
+        return replace(candidate, options=tuple(options))
 
     def unfit_for_experts(self) -> str:
         return "experts are stored with the same bits, all of them."
@@ -130,6 +146,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     candidates = from_json(
         scores.measured(model, context, "mixed", about(params), lambda: as_json(measure(model, params, context)))
     )
+    candidates = [params.counted(candidate) for candidate in candidates]
     weights = sum(candidate.weights for candidate in candidates)
     budget = params.budget_bits(weights, model.network.num_parameters(), 8 * model.network.dtype.itemsize)
     chosen = choose(candidates, budget)
@@ -173,6 +190,8 @@ def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, in
     """(bits, group size, stored bits, relative error) of each option of a linear, and the error of the probe."""
     weight, dtype = linear.weight.float(), linear.weight.dtype
     moments = linear.hessian
+    if moments is not None:
+        mirror(moments)
     energy = _energy(weight, moments)
     found = []
     for size in GROUP_SIZES:

@@ -96,3 +96,18 @@ def test_a_budget_that_is_too_small_is_refused_before_work(given: dict, message:
 def test_a_budget_in_mebibytes_counts_what_is_not_quantized() -> None:
     params = mixed.Params.model_validate({"budget": 1.0, "unit": "mib"})
     assert params.budget_bits(1_000_000, 1_100_000) == pytest.approx((2**23 - 1_600_000) / 1_000_000)
+
+
+def test_a_budget_of_memory_counts_codes_as_kernels_hold_them(tiny: LoadedModel, context: Context) -> None:
+    weights = sum(w.numel() for name, w in tiny.network.named_parameters() if "_proj" in name)
+    dense = tiny.network.num_parameters() - weights
+    budget = (16 * dense + 5.5 * weights) / 2**23
+    params = mixed.Params.model_validate(SMALL | {"budget": budget, "unit": "memory"})
+    assert params.counted(mixed.Candidate("a", 10, (mixed.Option(3, 32, 35.0, 1.0),))).options[0].stored == 45.0
+    mixed.apply(tiny, params, context)
+    found = list(tiny.quantized.values())
+    held = sum(w.codes.numel() * (w.bits_per_weight() - w.bits + (4 if w.bits <= 4 else 8)) for w in found)
+    assert held <= 5.5 * weights
+    assert {w.bits for w in found} == {4, 8}  # what is held in 4 or 8 may as well use them
+    with pytest.raises(BadParams, match="MiB of memory is below the smallest"):
+        mixed.Params.model_validate({"budget": 0.01, "unit": "memory"}).check_model({"up": (256, 128)}, 100_000)
