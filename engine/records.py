@@ -210,7 +210,8 @@ def _step_title(step: Step) -> str:
     if "bits" in params:
         shown.append(f"{params['bits']} bit")
     if isinstance(budget := params.get("budget"), int | float):
-        shown.append(f"{budget:g} {'MiB' if params.get('unit') == 'mib' else 'bit'}")
+        unit = {"mib": "MiB", "memory": "MiB of memory"}.get(str(params.get("unit")), "bit")
+        shown.append(f"{budget:g} {unit}")
     if "scheme" in params:
         shown.append(str(params["scheme"]))
     if (pattern := params.get("pattern", "unstructured")) != "unstructured":

@@ -191,7 +191,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         # choices; Gradio takes a bare "blocks" for one of its own words
         "choice.blocks": "每 k 层取一层", "choice.size": "指定尺寸", "choice.current": "维持现状",
         "choice.unstructured": "任意位置", "choice.mse": "按平方误差", "choice.none": "无",
-        "choice.bits": "每权重位数", "choice.mib": "MiB",
+        "choice.bits": "每权重位数", "choice.mib": "MiB", "choice.memory": "内存 MiB",
         # errors
         "error.title": "操作未成功",
         "error.unforeseen": "我们这边出了问题。服务器日志中的编号为 {number}。",

@@ -184,7 +184,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         # choices; Gradio takes a bare "blocks" for one of its own words
         "choice.blocks": "every k-th block", "choice.size": "a given size", "choice.current": "as it is",
         "choice.unstructured": "anywhere", "choice.mse": "by squared error", "choice.none": "none",
-        "choice.bits": "bits a weight", "choice.mib": "MiB",
+        "choice.bits": "bits a weight", "choice.mib": "MiB", "choice.memory": "MiB of memory",
         # errors
         "error.title": "That did not work",
         "error.unforeseen": "Something went wrong on our side. It is in the server's log as {number}.",
