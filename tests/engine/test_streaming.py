@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from engine import artifacts, methods, models, verify
 from engine.calibration import walk_blocks
 from engine.checkpoint import part_names
 from engine.errors import BadModel
+from engine.headers import read_header
 from engine.methods import Context, Params
 from engine.models import LoadedModel, blocks
 from engine.quantize import gptq, rtn
@@ -69,6 +71,21 @@ def test_only_one_block_is_in_memory(tiny_folder: Maker, context: Context) -> No
     for block in walk_blocks(model, context, GPTQ, "hessian"):
         assert in_use(model) == {block.name}
     assert in_use(model) == set()
+
+
+def test_the_next_block_is_asked_for_while_one_is_worked_on(
+    tiny_folder: Maker, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length)))
+    folder = tiny_folder()
+    headers = read_header(folder / "model.safetensors")
+    wanted = []
+    for block in walk_blocks(models.stream(folder), context, GPTQ):
+        following = f"model.layers.{block.number + 1}."
+        wanted += [(each.start, each.length) for name, each in headers.items() if name.startswith(following)]
+        assert sorted(asked) == sorted(wanted)
+    assert len(asked) == 2 * 9
 
 
 @pytest.mark.parametrize("name", [name for name, method in methods.methods().items() if not method.whole])

@@ -30,6 +30,8 @@ SETTINGS = [
     ({"quantize/mixed": {"budget": -1}}, "budget: Input should be greater than 0"),
     ({"quantize/bitsandbytes": {"scheme": "nf5"}}, "scheme: Input should be 'nf4', 'fp4' or 'int8', got 'nf5'"),
     ({"quantize/hqq": {"targets": "re:("}}, "is no regular expression"),
+    ({"prune/wanda": {"sparsity": float("nan")}}, "sparsity: Input should be"),
+    ({"distill/logits": {"temperature": float("inf")}}, "temperature: Input should be"),
 ]
 SHAPES = [
     ({"quantize/gptq": {"group_size": 48}}, "group_size 48 does not divide the 256 inputs of model.layers.0."),
