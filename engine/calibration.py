@@ -256,6 +256,7 @@ def _visit(block: Block, params: Params, flow: Flow | None, collect: Collect) ->
         block.batches = Batches(flow.states, flow.calls[block.number])
         if collect != "nothing":
             observe(block, collect)
+            hardware.give_back_memory(collect=False)  # what computed makes room for what solves
     yield block
 
 

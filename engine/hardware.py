@@ -53,9 +53,13 @@ def free_memory() -> int:
     return total - used
 
 
-def give_back_memory() -> None:
-    """Let the system have what this process has freed; the C library keeps much of it for later."""
-    gc.collect()
+def give_back_memory(*, collect: bool = True) -> None:
+    """Let the system have what this process has freed; the C library keeps much of it for later.
+
+    collect: what stands in circles, too, which takes a tenth of a second.
+    """
+    if collect:
+        gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc's own; others give memory back by themselves
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -34,7 +34,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine import solver
+from engine import hardware, solver
 from engine.calibration import Block, Moments
 from engine.errors import short
 from engine.headers import Shape
@@ -149,6 +149,7 @@ def _solve_block(
                 weight = weight * zeros.by_magnitude(weight)
             quantized = round_to_nearest(weight, grid, linear.name, dtype)
         place(model, linear, quantized, context, note)
+        hardware.give_back_memory(collect=False)
         if zeros.any:
             model.pruned.add(linear.name)
 

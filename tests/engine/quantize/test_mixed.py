@@ -99,9 +99,9 @@ def test_a_budget_in_mebibytes_counts_what_is_not_quantized() -> None:
 
 
 def test_a_budget_of_memory_counts_codes_as_kernels_hold_them(tiny: LoadedModel, context: Context) -> None:
-    weights = sum(w.numel() for name, w in tiny.network.named_parameters() if "_proj" in name)
+    weights = sum(w.numel() for name, w in tiny.network.named_parameters() if ".mlp." in name)
     dense = tiny.network.num_parameters() - weights
-    budget = (16 * dense + 5.5 * weights) / 2**23
+    budget = (8 * tiny.network.dtype.itemsize * dense + 5.5 * weights) / 2**23
     params = mixed.Params.model_validate(SMALL | {"budget": budget, "unit": "memory"})
     assert params.counted(mixed.Candidate("a", 10, (mixed.Option(3, 32, 35.0, 1.0),))).options[0].stored == 45.0
     mixed.apply(tiny, params, context)
