@@ -2,10 +2,10 @@
 
 The same teacher, student, rows, batch and loss (forward KL over the whole vocabulary at temperature 1): trl's trainer
 for generalised knowledge distillation in an environment of its own, and `distill/logits`, with the teacher in each
-step and with its cached likeliest tokens. Each repetition is a process of its own, taken in turns. Time is from the
-begin of training to its end, so with what each sets up, and for the cache with the teacher's one pass; memory is
-resident, its largest. Maquette also takes the KL on held-out rows as it goes, trl nothing: these seconds are told
-apart, and are not in the throughput.
+step and with its cached likeliest tokens. Each repetition is a process of its own, taken in turns. Time is that of the
+training with models and rows at hand, and of the teacher's cache, made or found; memory is resident, its largest.
+Maquette also takes the KL on held-out rows as it goes, and ends with a checkpoint, trl with neither: these seconds are
+told apart, and are not in the throughput.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def measure(name: str, way: str, files: dict[str, str], number: int) -> Watched:
     return found
 
 
-def looked(run: Watched) -> float:
-    """Seconds for the KL on held-out rows."""
-    return float(run.words.get("looks", 0))
+def beside(run: Watched) -> float:
+    """Seconds for the KL on held-out rows and the checkpoint."""
+    return float(run.words.get("beside", 0))
 
 
 def trained(run: Watched) -> float:
-    """Seconds for the rest."""
-    return run.seconds - looked(run)
+    """Seconds of the training without them."""
+    return float(run.words.get("seconds", run.seconds))
 
 
 def table(name: str, runs: dict[str, list[Watched]]) -> str:
@@ -124,16 +124,16 @@ def table(name: str, runs: dict[str, list[Watched]]) -> str:
     usual = statistics.median(trained(run) for run in runs["trl"])
     lines = [
         f"On {subject.title}; {subject.steps} steps of {subject.batch} x {subject.length} tokens:", "",
-        "| by | seconds, median (least to most) | and for held-out KL | tokens a second | times trl's | peak, GiB |",
+        "| by | seconds, median (least to most) | and KL, checkpoint | tokens a second | times trl's | peak, GiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for way, title in WAYS.items():
         seconds = sorted(trained(run) for run in runs[way])
-        looks = statistics.median(looked(run) for run in runs[way])
+        others = statistics.median(beside(run) for run in runs[way])
         middle = statistics.median(seconds)
         peak = max(run.peak for run in runs[way]) / 2**30
         lines.append(
-            f"| {title} | {middle:.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f}) | {looks:.1f} | {tokens / middle:,.0f} "
+            f"| {title} | {middle:.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f}) | {others:.1f} | {tokens / middle:,.0f} "
             f"| {usual / middle:.2f} | {peak:.2f} |"
         )
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from engine.errors import BadModel, BadParams, short
 from engine.fit import STRETCH
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
-from engine.models import Linear, LoadedModel, blocks, embeddings, head, linears
+from engine.models import Linear, LoadedModel, blocks, embeddings, head, is_large, linears
 from engine.rows import packed_rows
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,8 @@ def walk_blocks(
                     flow.through(block.number, block.module)
                     if isinstance(following.module, nn.Linear):
                         flow.to_the_head(model)
-        hardware.give_back_memory()  # else what one block took stands beside what the next one takes
+        # Else what one block took stands beside what the next one takes.
+        hardware.give_back_memory(collect=is_large(block.module))
         context.progress(block.number + 1, len(stations), "blocks")
     if flow is not None:
         flow.states.close()

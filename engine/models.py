@@ -36,6 +36,7 @@ from engine.origin import FolderOrigin
 from engine.packing import CACHE_KEY, CacheGrid, InputGrid, QuantizedWeight
 
 Linear = nn.Linear | Conv1D
+LARGE = 1 << 22  # weights
 
 
 class Part(Protocol):
@@ -332,6 +333,11 @@ def check_inputs_storable(model: LoadedModel) -> None:
                     f"{type(model.network).__name__} has {type(linear).__name__} at {path}: its saved files cannot say "
                     "that inputs are rounded. Use a weight-only method for this family."
                 )
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether what work on a module leaves behind is worth the time that looking for it takes."""
+    return sum(parameter.numel() for parameter in module.parameters()) > LARGE
 
 
 def blocks(network: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -45,7 +45,8 @@ class Stranger:
 
     def fill(self, model: LoadedModel, part: str) -> None:
         """Give the part its weights."""
-        hardware.give_back_memory()  # what unpacking the part before has left, which grows with each
+        # What unpacking the part before has left, which grows with each.
+        hardware.give_back_memory(collect=models.is_large(model.network.get_submodule(part)))
         modules: dict[str, dict[str, Tensor]] = {}
         for key in self._keys[part]:
             path, _, leaf = key.rpartition(".")
