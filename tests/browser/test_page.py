@@ -242,8 +242,10 @@ def test_axe_finds_nothing(dark: bool, language: str, width: int, open_page: Ope
         page.wait_for_timeout(1200)
         for summary in page.locator("summary:visible").all():
             summary.click()
-        for closed in page.locator("button.label-wrap:visible:not(.open)").all():
-            closed.click()
+        closed = page.locator("button.label-wrap:visible:not(.open)")
+        for _ in range(closed.count()):
+            closed.first.click()
+            page.wait_for_timeout(300)
         if name == "Compress":
             expect(page.locator(".mq-step")).to_have_count(1, timeout=30_000)
         page.wait_for_timeout(600)
