@@ -267,6 +267,8 @@ def observe(block: Block, collect: Collect) -> None:
     Linears that read the same tensor (q, k and v; gate and up) share one set of statistics. What the last one gives
     would reach no other, so it gives zeros, which saves its product.
     """
+    if not block.linears:
+        return
     groups = shared_inputs(block, *block.batches[0])
     with contextlib.ExitStack() as stack:
         for group in groups:
