@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from engine import headers
 from engine.checkpoint import Checkpoint, read_config, shell
-from engine.configs import read_object, weight_names
-from engine.headers import OWN_KEYS
+from engine.configs import weight_names
 from engine.origin import INDEX, Origin
 
 
@@ -24,8 +24,8 @@ def check(origin: Origin) -> None:
         BadModel: the first that does not fit.
         HubError: the hub does not answer.
     """
-    config = read_object(origin, "config.json")
-    if any(key in config for key in ("quantization_config", *OWN_KEYS)):
+    config = headers.inspect(origin).config  # of numbers that cannot be right no network is made
+    if any(key in config for key in ("quantization_config", *headers.OWN_KEYS)):
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / origin.name.rpartition("/")[2]
