@@ -1,12 +1,13 @@
 """How the page answers 50 visitors who do what visitors do, while a run works. `python -m benchmarks.load`.
 
-Starts `python app.py` in public mode with a fresh data folder. A first visitor's run keeps the engine busy. Then 50
-visitors, each with a cookie, a session and an address of its own, do for half a minute each of three things. They come:
-each within fifteen seconds, loads the page with all that it asks for by itself, and submits four runs with up to six
-seconds of thought before each, two more than may wait while none of its own works. They look: their pages refresh the
-strip every two seconds and ask for news of their runs every one and a half, as they have done since they came. One
-floods: 200 submissions as fast as it can, while the others look on. Writes the section between `<!-- load -->` marks in
-benchmarks/README.md, and fails where a refresh took longer than it may, or anything went wrong.
+Starts `python app.py` in public mode with a fresh data folder. A first visitor's run keeps the engine busy. A second
+opens the page in Chromium, and what the browser asks for is written down. Then 50 visitors, each with a cookie, a
+session and an address of its own, do for half a minute each of three things. They come: each within fifteen seconds,
+loads the page and all that the browser asked for, with nothing kept from earlier visits, and submits four runs with
+up to six seconds of thought before each, two more than may wait while none of its own works. They look: their pages
+refresh the strip every two seconds and ask for news of their runs every one and a half, as they have done since they
+came. One floods: 200 submissions as fast as it can, while the others look on. Writes the section between `<!-- load
+-->` marks in benchmarks/README.md, and fails where a refresh took longer than it may, or anything went wrong.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import asyncio
 import json
 import os
 import random
+import re
+import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import uvloop
+from playwright.async_api import Request, async_playwright
 
 from benchmarks.sections import README, running_page, write_section
 from engine import hardware
@@ -34,6 +39,9 @@ STRIP, RUNS = 2.0, 1.5  # seconds between two ticks
 BOUND = 0.15  # seconds that 95 of 100 refreshes may take
 REFRESHES = ("the strip", "news of runs?")
 THOUGHT = 6.0  # seconds before a submission, at most
+TOGETHER = 6  # connections of a browser
+FILE = "Accept-Encoding: gzip, deflate, br"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu"]
 RECIPE = "model: demo\nmeasure: [size]\nsteps: [{quantize/rtn: {group_size: 64}}]\nseed: %d"
 START = [None, False, ""]  # a draft that the server keeps, no original beside it, no token
 LONG = "model: demo\nmeasure: []\nsteps: [{distill/logits: {steps: 20000}}]"
@@ -56,8 +64,9 @@ class Visitor:
         self.number, self.tally = number, tally
         self.session = f"load{number:04d}"
         self.http = httpx.AsyncClient(
-            base_url=address, timeout=60, headers={"X-Forwarded-For": f"192.0.2.{number}"}
-        )  # the page gives it a cookie
+            base_url=address, timeout=60, headers={"X-Forwarded-For": f"192.0.2.{number}"},
+            limits=httpx.Limits(keepalive_expiry=3.0),  # before the server closes what rests
+        )  # fmt: skip
 
     async def timed(self, what: str, work: Awaitable[httpx.Response]) -> httpx.Response | None:
         began = time.perf_counter()
@@ -70,15 +79,36 @@ class Visitor:
         self.tally.times[what].append(time.perf_counter() - began)
         return answer
 
-    async def load(self, handlers: Handlers | None = None) -> None:
-        """Open the page, and ask for what a page asks for when it is opened."""
+    async def load(self, opening: Opening) -> None:
+        """Open the page, and ask for what a browser asks for then."""
         began = time.perf_counter()
-        await self.timed("the page", self.http.get("/"))
-        if handlers is None:
-            return
-        for handler, queued, data in handlers.loads:
-            await (self.event(handler, data) if queued else self.tick("the strip", handler, data))
+        await self.timed("the document", self.http.get("/"))
+        await asyncio.gather(*(self.files(opening.files[lane::TOGETHER]) for lane in range(TOGETHER)))
+        calls = [
+            self.event(handler, data) if queued else self.tick("an event of a page that opens", handler, data)
+            for handler, queued, data in opening.events
+        ]
+        await asyncio.gather(*calls)
         self.tally.times["the page, until it stands"].append(time.perf_counter() - began)
+
+    async def files(self, paths: Sequence[str]) -> None:
+        """Scripts and styles over one connection, packed as a browser takes them.
+
+        By hand: httpx would take longer to ask than the server to answer, and on the same cores.
+        """
+        address = self.http.base_url
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        for path in paths:
+            began = time.perf_counter()
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: {address.netloc.decode()}\r\n{FILE}\r\n\r\n".encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = re.search(rb"content-length: (\d+)", head)
+            if not head.startswith(b"http/1.1 200") or length is None:
+                self.tally.errors.append(f"{path}: {head[:40]!r}")
+                break
+            await reader.readexactly(int(length[1]))
+            self.tally.times["a file of the page"].append(time.perf_counter() - began)
+        writer.close()
 
     async def tick(self, what: str, handler: int, data: list[Any]) -> list[Any]:
         """The outputs of a request that does not queue."""
@@ -127,7 +157,6 @@ class Handlers:
     runs: int
     paste: int
     start: int
-    loads: tuple[tuple[int, bool, list[Any]], ...]  # handler, whether through the queue, its inputs
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Handlers:
@@ -145,12 +174,39 @@ class Handlers:
             runs=find(lambda d: ids["mq-runs"] in d["outputs"] and on(d, "change")),
             paste=find(lambda d: ids["mq-paste"] in d["inputs"]),
             start=find(lambda d: [ids["mq-start"], "click"] in [list(target) for target in d["targets"]]),
-            loads=tuple(
-                (int(d["id"]), bool(d["queue"]), ["" if each == ids["mq-token"] else None for each in d["inputs"]])
-                for d in config["dependencies"]
-                if on(d, "load")
-            ),
         )
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a browser asks for when it opens the page, but for the document."""
+
+    files: tuple[str, ...]
+    events: tuple[tuple[int, bool, list[Any]], ...]  # handler, whether through the queue, its inputs
+
+    @classmethod
+    async def seen(cls, address: str, config: dict[str, Any]) -> Opening:
+        """In Chromium, before the first tick of a timer."""
+        asked: list[Request] = []
+        async with async_playwright() as engine:
+            browser = await engine.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+            context = await browser.new_context(extra_http_headers={"X-Forwarded-For": "192.0.2.250"})
+            page = await context.new_page()
+            page.on("request", lambda request: asked.append(request))
+            await page.goto(address)
+            await page.wait_for_timeout(5000)
+            await browser.close()
+        ticks = {d["id"] for d in config["dependencies"] if {event for _, event in d["targets"]} == {"tick"}}
+        files, events = [], {}
+        for request in asked:
+            path = request.url.removeprefix(address)
+            if request.method == "GET" and path.startswith(("/assets/", "/static/", "/theme.css")):
+                files.append(path)
+            if request.method == "POST":
+                body = request.post_data_json
+                if body["fn_index"] not in ticks:  # the strip's is asked for again with each tick: it counts once
+                    events.setdefault(body["fn_index"], (body["fn_index"], "/queue/join" in path, body["data"]))
+        return cls(tuple(files), tuple(events.values()))
 
 
 async def every(interval: float, until: float, work: Callable[[], Awaitable[object]]) -> None:
@@ -179,10 +235,10 @@ async def refresh(visitor: Visitor, handlers: Handlers, until: float) -> None:
     await asyncio.gather(every(STRIP, until, strip), every(RUNS, until, runs))
 
 
-async def come(visitor: Visitor, handlers: Handlers, until: float) -> None:
+async def come(visitor: Visitor, handlers: Handlers, opening: Opening, until: float) -> None:
     """Open the page, look on, and submit runs."""
     await asyncio.sleep(random.random() * ARRIVAL)
-    await visitor.load(handlers)
+    await visitor.load(opening)
 
     async def submit() -> None:
         for number in range(4):
@@ -192,14 +248,16 @@ async def come(visitor: Visitor, handlers: Handlers, until: float) -> None:
     await asyncio.gather(submit(), refresh(visitor, handlers, until))
 
 
-async def measure(address: str) -> tuple[list[Tally], bool]:
-    """What happened while they came, while they looked, and while one flooded; whether a run worked all the time."""
+async def measure(address: str) -> tuple[list[Tally], Opening, bool]:
+    """What happened while they came, looked, and while one flooded; what each asked for; whether a run worked on."""
     parts = [Tally(), Tally(), Tally()]
     visitors = [Visitor(address, number, Tally()) for number in range(VISITORS + 1)]
-    await visitors[0].load()
-    handlers = Handlers.of((await visitors[0].http.get("/config")).json())
+    await visitors[0].http.get("/")
+    config = (await visitors[0].http.get("/config")).json()
+    handlers = Handlers.of(config)
     await visitors[0].submit(handlers, LONG)
     await asyncio.sleep(8)
+    opening = await Opening.seen(address, config)
     crowd = visitors[1:]
 
     async def flood(visitor: Visitor) -> None:
@@ -211,7 +269,7 @@ async def measure(address: str) -> tuple[list[Tally], bool]:
         for visitor in crowd:
             visitor.tally = tally
         if number == 0:
-            await asyncio.gather(*(come(visitor, handlers, until) for visitor in crowd))
+            await asyncio.gather(*(come(visitor, handlers, opening, until) for visitor in crowd))
         else:
             bad = crowd[:1] if number == 2 else []
             for visitor in bad:
@@ -221,17 +279,18 @@ async def measure(address: str) -> tuple[list[Tally], bool]:
     shown = await visitors[0].tick("the strip", handlers.strip, [])
     for visitor in visitors:
         await visitor.http.aclose()
-    return parts, "Nothing is running" not in str(shown)
+    return parts, opening, "Nothing is running" not in str(shown)
 
 
-def report(parts: list[Tally], working: bool) -> str:
+def report(parts: list[Tally], opening: Opening, working: bool) -> str:
     """The numbers as a table."""
     came = parts[0]
+    ended = "" if working else " (it had ended before)"
     lines = [
-        f"{VISITORS} visitors beside a distillation that works{'' if working else ' (it had ended before)'}; they "
-        f"come, they look, one of them floods with 200 submissions, {SECONDS:.0f} s each; public mode. "
-        f"{hardware.machine()}, load average "
-        f"{os.getloadavg()[0]:.1f} at the end. Of {came.taken + came.refused} submissions {came.taken} were taken, the "
+        f"{VISITORS} visitors beside a distillation that works{ended}; they come, they look, one of them floods with "
+        f"200 submissions, {SECONDS:.0f} s each; public mode. A page that opens asks for {len(opening.files)} files "
+        f"and {len(opening.events)} events. {hardware.machine()}, load average {os.getloadavg()[0]:.1f} at the end, "
+        f"the visitors on the same machine. Of {came.taken + came.refused} submissions {came.taken} were taken, the "
         f"others refused: two may wait. Errors: {', '.join(str(len(part.errors)) for part in parts)}. "
         "Milliseconds: median / 95th / 99th percentile.",
         "", "| request | count | they come | they look | one floods |", "|---|---:|---:|---:|---:|",
@@ -265,8 +324,8 @@ def quantile(times: list[float], share: float) -> float:
 def main() -> None:
     """Measure and write the result."""
     with running_page(MAQUETTE_MODE="public", MAQUETTE_PROXIES="1") as (address, _):
-        parts, working = asyncio.run(measure(address))
-    text = report(parts, working)
+        parts, opening, working = uvloop.run(measure(address))
+    text = report(parts, opening, working)
     write_section(README, "load", text)
     sys.stdout.write(text + "\n")
     sys.exit("\n".join(problems(parts, working)) or 0)

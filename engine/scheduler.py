@@ -211,12 +211,10 @@ class Scheduler:
 
     def status(self) -> dict[str, JsonValue]:
         """The machine and the engine now; memory in bytes, `cpu` in percent, `eta` in seconds."""
-        with self._guard:
-            watch = next(iter(self._watches.values()), None)
-            running = None if watch is None else watch.run.id
-            progress = None if watch is None else watch.progress.as_json(time.monotonic())
-        queued = sum(run.status is Status.QUEUED for run in self.store.unfinished())
-        return {**self._telemetry.now(), "running": running, "progress": progress, "queued": queued}
+        watch = next(iter(list(self._watches.values())), None)  # without the guard: whoever submits holds it for long
+        running = None if watch is None else watch.run.id
+        progress = None if watch is None else watch.progress.as_json(time.monotonic())
+        return {**self._telemetry.now(), "running": running, "progress": progress, "queued": self.store.waiting()}
 
     def history(self) -> dict[str, list[float]]:
         """The last 60 samples of each series in `status`, one a second, oldest first."""
@@ -375,9 +373,8 @@ class Scheduler:
         return next((watch for watch in self._watches.values() if watch.run.id == run_id), None)
 
     def _check_queue(self, owner: str) -> None:
-        waiting = [run for run in self.store.unfinished() if run.status is Status.QUEUED and run.owner == owner]
-        if len(waiting) >= self.limits.queued:
-            raise TooMany(f"{len(waiting)} of your runs are waiting already. Wait for one to start, or cancel one.")
+        if (waiting := self.store.waiting(owner)) >= self.limits.queued:
+            raise TooMany(f"{waiting} of your runs are waiting already. Wait for one to start, or cancel one.")
 
     def _model_of(self, source: str) -> Path:
         if source != "demo":

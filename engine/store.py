@@ -221,6 +221,13 @@ class Store:
             rows = db.execute("SELECT * FROM runs WHERE status IN ('queued', 'running') ORDER BY created, rowid")
             return [self._as_run(row) for row in rows]
 
+    def waiting(self, owner: str | None = None) -> int:
+        """How many runs of an owner are queued; of all (None)."""
+        only = "" if owner is None else "AND owner = ?"
+        values = () if owner is None else (owner,)
+        with self._read() as db:
+            return int(db.execute(f"SELECT COUNT(*) FROM runs WHERE status = 'queued' {only}", values).fetchone()[0])
+
     def begin_attempt(self, run_id: str) -> Run:
         """Mark the next start of a run; events of earlier attempts no longer count."""
         with self._write() as db:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import threading
@@ -36,9 +37,23 @@ def render(desk: Desk, owner: str, asked: Asked | None, cost: str, quality: str)
     if asked is None:
         return [Markup(say("compare.nothing")), None, "", None, None, None, None, None, "", ""]
     entries = [desk.entry(key, owner) for key in asked.compare]
-    machine = desk.stored.machine if desk.stored else ""
-    drawn = [front(desk, owner, cost, quality), *drawings(entries)]
     output = None if asked.writing.mode == "blind" else texts(desk, owner, asked, entries)
+    return _paint(desk, asked, entries, front(desk.entries(owner), cost, quality), output)
+
+
+def first_view(desk: Desk) -> tuple[Asked | None, list[object]]:
+    """What the page holds when it is built, for all who have nothing of their own: the stored comparison."""
+    entries = desk.stored_entries()
+    if len(entries) < 2:
+        return None, render(desk, "", None, COSTS[0], QUALITIES[0])
+    asked, pair = pair_of(*entries[:2]), entries[:2]
+    output = panes.stored(cards.named(pair), fixed(pair, asked.writing), True, secrets.token_hex(4))
+    return asked, _paint(desk, asked, pair, front(entries, COSTS[0], QUALITIES[0]), output)
+
+
+def _paint(desk: Desk, asked: Asked, entries: Sequence[Entry], pareto: Chart, output: Panes | None) -> list[object]:
+    machine = desk.stored.machine if desk.stored else ""
+    drawn = [pareto, *drawings(entries)]
     return [
         cards.comparison(entries, machine), gr.skip() if output is None else output.value(),
         "" if output is None else differing(output), *(chart.figure for chart in drawn),
@@ -52,15 +67,14 @@ def drawings(entries: Sequence[Entry]) -> list[Chart]:
     return [draw(named) for draw in (charts.accuracy, charts.latency, charts.memory, charts.batches)]
 
 
-def front(desk: Desk, owner: str, cost: str, quality: str) -> Chart:
-    """All of the visitor's results, the stored ones while there are fewer than two.
+def front(entries: Sequence[Entry], cost: str, quality: str) -> Chart:
+    """All results that a visitor has, the stored ones while there are fewer than two.
 
     Raises:
         BadParams: axes that are not offered.
     """
     if cost not in COSTS or quality not in QUALITIES:
         raise BadParams(say("error.axis"))
-    entries = desk.entries(owner)
     own = [entry for entry in entries if not entry.stored]
     shown = own if len(own) > 1 else entries
     return charts.pareto([(wording.run_name(entry.run), entry.measured) for entry in shown[:40]], cost, quality)
@@ -183,6 +197,20 @@ def start_first(desk: Desk, request: gr.Request) -> list[Run]:
 def choices(desk: Desk, owner: str) -> list[tuple[str, str]]:
     """The pickers' choices."""
     return [(entry.label, entry.key) for entry in desk.entries(owner)]
+
+
+def offered(desk: Desk, owner: str) -> str:
+    """What `choices` offers, as a word that changes when it does; empty while there is nothing of the visitor's own."""
+    entries = desk.entries(owner)
+    if all(entry.stored for entry in entries):
+        return ""
+    return hashlib.sha256(repr([(entry.label, entry.key) for entry in entries]).encode()).hexdigest()[:16]
+
+
+def pair_of(a: Entry, b: Entry) -> Asked:
+    """Two entries on the first fixed prompt that the first of them has answered."""
+    known = panes.prompts(a.outputs)
+    return Asked(compare=(a.key, b.key), writing=Writing(prompt=known[0] if known else say("prompt.default")))
 
 
 def default_pair(desk: Desk, owner: str) -> tuple[str | None, str | None]:

@@ -52,7 +52,7 @@ MOST_OPEN = 64  # requests of one visitor at a time, streams of events among the
 AT_ONCE = 15  # the part of a minute's requests that may come together: each holds the server some 10 ms
 VIEWS = 120  # documents, reports and files of one visitor in a minute: each takes some 60 ms to make
 SESSION_NAME = re.compile(r"[\w-]{1,64}")
-PAGES = 30  # new pages of one visitor in a minute; Gradio keeps the state of a number of them, the last used
+PAGES = 30  # new pages of one visitor in a minute, a third of them together; Gradio keeps the state of some of them
 YEAR = 365 * 86_400
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -165,7 +165,7 @@ class Guard:
             await PlainTextResponse(say("door.closed"), 404)(request.scope, receive, send)
             return
         if session and session not in self._pages and self._house.limits.requests is not None:
-            wait = self._wait("page", owner, self._address(request), PAGES, None)
+            wait = self._wait("page", owner, self._address(request), PAGES, PAGES // 3)
             if wait:
                 await _too_often(wait)(request.scope, receive, send)
                 return

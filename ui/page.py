@@ -6,6 +6,8 @@ few components; nothing is created on a tick, and a timer rests while its tab is
 
 from __future__ import annotations
 
+import secrets
+
 import gradio as gr
 from gradio.blocks import Block
 
@@ -22,6 +24,8 @@ from ui.theme import ASSETS
 from ui.translated import Page
 from ui.wiring import on, signal
 from ui.wording import say
+
+LINKS = {"compare", "recipe"}  # queries of our links
 
 
 def build(store: Store, scheduler: Scheduler, *, mode: Mode = Mode.LOCAL) -> tuple[gr.Blocks, Desk]:
@@ -57,7 +61,7 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
             with gr.Tab(say("tab.compare"), id="compare") as compare_tab:
                 compared = compare.build(desk)
             with gr.Tab(say("tab.compress"), id="compress") as compress_tab:
-                making = compress.build(desk, page)
+                making = compress.build(desk, compress_tab.select)
             with gr.Tab(say("tab.runs"), id="runs") as runs_tab:
                 running = runs.build(desk, journal, making.token)
             with gr.Tab(say("tab.methods"), id="methods"):
@@ -69,16 +73,11 @@ def lay_out(desk: Desk, journal: Journal) -> Page:
         _wire_tabs(desk, compare_tab, runs_tab, compared, running)
 
         @edge
-        def open_compress(draft: compress.Draft, request: gr.Request) -> object:
-            return compress.bearing(desk, draft, request)
-
-        @edge
         def greet(request: gr.Request) -> object:
             return hosting.who(visitor(request))
 
         if desk.mode is Mode.TEAM:
             on([page.load], greet, [], [who], queue=False)
-        on([compress_tab.select], open_compress, [making.draft], [making.blocks])
     return page
 
 
@@ -111,10 +110,19 @@ def _wire_load(
     desk: Desk, page: gr.Blocks, tabs: gr.Tabs, compared: compare.ComparePage, making: compress.CompressPage,
     running: runs.RunsPage,
 ) -> None:  # fmt: skip
+    own = signal()  # whether the page is to show something else than what it was laid out with
+
     @edge
-    def arrive(draft: compress.Draft, request: gr.Request) -> object:
-        owner, query = visitor(request), dict(request.query_params)
+    def arrive(request: gr.Request) -> object:
+        owner = visitor(request)
         first = comparing.first_runs(desk, owner) or comparing.start_first(desk, request)
+        working = any(not run.status.final for run in first)
+        asks = LINKS & set(request.query_params) or comparing.offered(desk, owner)
+        return [secrets.token_hex(4) if asks else "", comparing.banner_for(first), gr.update(active=working)]
+
+    @edge
+    def fill(request: gr.Request) -> object:
+        owner, query = visitor(request), dict(request.query_params)
         asked = compare.usual(desk, owner)
         tab = draft_update = shape_update = source = gr.skip()
         try:
@@ -130,14 +138,12 @@ def _wire_load(
             tell(error)
         drawn = comparing.render(desk, owner, asked, comparing.COSTS[0], comparing.QUALITIES[0])
         filled = [gr.skip()] * len(both) if asked is None else compare.fill(desk, owner, asked)
-        working = any(not run.status.final for run in first)
-        banner = comparing.banner_for(first)
-        return [tab, draft_update, shape_update, source, *filled, banner, gr.update(active=working), *drawn]
+        return [tab, draft_update, shape_update, source, *filled, *drawn]
 
     both = [*compared.fields, *compared.size]
-    outputs: list[Block] = [tabs, making.draft, making.shape, making.source, *both, compared.banner]
-    outputs += [compared.timer, *compared.shown]
-    on([page.load], arrive, [making.draft], outputs)
+    outputs: list[Block] = [tabs, making.draft, making.shape, making.source, *both, *compared.shown]
+    on([page.load], arrive, [], [own, compared.banner, compared.timer], queue=False)
+    on([own.change], fill, [], outputs)
 
 
 def _wire_between(
@@ -155,7 +161,7 @@ def _wire_between(
         owner = visitor(request)
         run = desk.run(run_id or (desk.runs(owner)[0].id if desk.runs(owner) else ""), owner)
         baseline = desk.baseline(run.recipe, owner)
-        asked = compare.pair(desk, owner, baseline.key if baseline else run.id, run.id)
+        asked = comparing.pair_of(baseline or desk.entry(run.id, owner), desk.entry(run.id, owner))
         drawn = comparing.render(desk, owner, asked, cost, quality)
         return [gr.Tabs(selected="compare"), *compare.fill(desk, owner, asked), *drawn]
 
@@ -183,10 +189,17 @@ def _wire_tabs(
         shown = runs.refresh(desk, running.journal, owner, run_id, needle, ("", "", ""))
         return [gr.update(active=True), gr.update(choices=comparing.choices(desk, owner)), *shown]
 
+    known = signal()  # what the pickers offer: where nothing is new, nothing is sent
+
     @edge
     def open_compare(request: gr.Request) -> object:
+        return [gr.update(active=False), comparing.offered(desk, visitor(request))]
+
+    @edge
+    def offer(request: gr.Request) -> object:
         names = comparing.choices(desk, visitor(request))
-        return [gr.update(active=False), *[gr.update(choices=names) for _ in compared.pickers]]
+        return [gr.update(choices=names) for _ in compared.pickers]
 
     on([runs_tab.select], open_runs, running.inputs[:2], [running.timer, running.picks, *running.outputs])
-    on([compare_tab.select], open_compare, [], [running.timer, *compared.pickers])
+    on([compare_tab.select], open_compare, [], [running.timer, known], queue=False)
+    on([known.change], offer, [], compared.pickers)

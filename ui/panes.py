@@ -25,9 +25,10 @@ Value = dict[str, JsonValue]
 Event = tuple[int, str, dict[str, JsonValue]]
 
 
-def token_panes() -> gr.HTML:
+def token_panes(value: object) -> gr.HTML:
     """The panes as a component whose value is made by `Panes.value`."""
     return gr.HTML(
+        value,
         html_template='<div class="mq-panes"></div><div class="mq-token" aria-live="polite" hidden></div>',
         js_on_load=(ASSETS / "panes.js").read_text(),
         elem_id="mq-panes",

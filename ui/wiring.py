@@ -19,7 +19,7 @@ def signal() -> gr.Textbox:
 
     A `gr.State`'s is one only in answers that come through the queue.
     """
-    return gr.Textbox(visible="hidden", show_label=False)
+    return gr.Textbox("", visible="hidden", show_label=False)
 
 
 def on(

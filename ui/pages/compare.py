@@ -49,21 +49,28 @@ class ComparePage:
 
 def build(desk: Desk) -> ComparePage:
     """Lay the tab out and wire it."""
+    first, view = comparing.first_view(desk)  # in the page itself: who has nothing of their own asks for nothing
+    summary_of, texts_of, differing_of, *figures_of, numbers_of, link_of = view
     banner = gr.HTML(elem_id="mq-banner")
     count = gr.State(2)  # pickers that are shown
+    names = [(entry.label, entry.key) for entry in desk.stored_entries()]
+    keys = (*(first.compare if first else ()), *[None] * PICKERS)
     with gr.Row(equal_height=True):
         pickers = [
-            gr.Dropdown([], label=say(f"compare.{side}"), min_width=240, visible=number < 2, elem_id=f"mq-pick-{side}")
-            for number, side in enumerate("abcd")
-        ]
+            gr.Dropdown(
+                names, value=key, label=say(f"compare.{side}"), min_width=240, visible=number < 2,
+                elem_id=f"mq-pick-{side}",
+            )
+            for number, (side, key) in enumerate(zip("abcd", keys, strict=False))
+        ]  # fmt: skip
     with gr.Row():
         more = gr.Button(say("compare.more"), size="sm", scale=0, min_width=170, elem_id="mq-more")
         fewer = gr.Button(say("compare.fewer"), size="sm", scale=0, min_width=170, visible=False)
-    summary = gr.HTML(elem_id="mq-summary")
-    link = gr.HTML(elem_id="mq-link")
-    text = _texts()
-    cost, quality, figures, numbers = _drawings()
-    timer = gr.Timer(1.5, active=True)
+    summary = gr.HTML(summary_of, elem_id="mq-summary")
+    link = gr.HTML(link_of, elem_id="mq-link")
+    text = _texts(first.writing.prompt if first else "", texts_of, differing_of)
+    cost, quality, figures, numbers = _drawings(figures_of, numbers_of)
+    timer = gr.Timer(1.5, active=False)
     shown: list[Block] = [summary, text.output, text.differing, *figures, numbers, link]
     page = ComparePage(pickers, text.writing, [count, more, fewer], banner, timer, cost, quality, shown)
     _wire_choice(desk, page, text, more, fewer)
@@ -90,13 +97,13 @@ class _Texts:
     place: gr.Column
 
 
-def _texts() -> _Texts:
+def _texts(first_prompt: str, texts_of: object, differing_of: object) -> _Texts:
     """The prompt, how it is written on, the panes, and the vote."""
     with gr.Column(elem_classes="mq-block") as place:
         gr.HTML(markup.heading(say("panes.title"), say("panes.about")))
         with gr.Row(equal_height=True):
             prompt = gr.Textbox(
-                label=say("prompt"), lines=1, max_lines=4, max_length=LONGEST, scale=4, min_width=260,
+                first_prompt, label=say("prompt"), lines=1, max_lines=4, max_length=LONGEST, scale=4, min_width=260,
                 elem_id="mq-prompt",
             )  # fmt: skip
             modes = [(say(f"mode.{name}"), name) for name in ("same", "free", "blind")]
@@ -115,12 +122,12 @@ def _texts() -> _Texts:
             stop = gr.Button(say("panes.stop"), elem_id="mq-stop", scale=1, min_width=100)
             with gr.Column(scale=6, min_width=280):
                 gr.HTML(_legend())
-        output = panes.token_panes()
+        output = panes.token_panes(texts_of)
         ballot = gr.State(None)
         with gr.Row(visible=False) as voting:
             votes = [gr.Button(say(f"vote.{name}"), size="sm") for name in ("left", "tie", "right")]
         reveal = gr.HTML(elem_id="mq-vote")
-        differing = gr.HTML(elem_id="mq-differing")
+        differing = gr.HTML(differing_of, elem_id="mq-differing")
     writing: list[Block] = [prompt, mode, chat, system, *numbers]
     return _Texts(writing, prompt, mode, start, stop, output, differing, voting, votes, ballot, reveal, place)
 
@@ -134,7 +141,7 @@ def _number(name: str) -> gr.Number:
     )  # fmt: skip
 
 
-def _drawings() -> tuple[gr.Radio, gr.Radio, list[gr.Plot], gr.HTML]:
+def _drawings(figures: list[object], numbers_of: object) -> tuple[gr.Radio, gr.Radio, list[gr.Plot], gr.HTML]:
     """The two axes of the front, five figures, and their numbers."""
     with gr.Column(elem_classes="mq-block"):
         gr.HTML(markup.heading(say("charts.title"), say("charts.about")))
@@ -143,15 +150,15 @@ def _drawings() -> tuple[gr.Radio, gr.Radio, list[gr.Plot], gr.HTML]:
                 gr.Radio([(wording.name(k), k) for k in keys], value=keys[0], label=say(label), min_width=240)
                 for keys, label in ((COSTS, "axis.cost"), (QUALITIES, "axis.quality"))
             )
-        front = gr.Plot(show_label=False, elem_id="mq-front")
+        front = gr.Plot(figures[0], show_label=False, elem_id="mq-front")
         with gr.Row():
             with gr.Column(min_width=320):
-                accuracy = gr.Plot(show_label=False)
-                memory = gr.Plot(show_label=False)
+                accuracy = gr.Plot(figures[1], show_label=False)
+                memory = gr.Plot(figures[3], show_label=False)
             with gr.Column(min_width=320):
-                latency = gr.Plot(show_label=False)
-                batches = gr.Plot(show_label=False, elem_id="mq-batches")
-        numbers = gr.HTML(elem_id="mq-numbers")
+                latency = gr.Plot(figures[2], show_label=False)
+                batches = gr.Plot(figures[4], show_label=False, elem_id="mq-batches")
+        numbers = gr.HTML(numbers_of, elem_id="mq-numbers")
     return cost, quality, [front, accuracy, latency, memory, batches], numbers
 
 
@@ -171,13 +178,7 @@ def collect(values: Sequence[object]) -> Asked | None:
 def usual(desk: Desk, owner: str) -> Asked | None:
     """What a visitor sees first; None where there is nothing yet."""
     a, b = comparing.default_pair(desk, owner)
-    return None if a is None or b is None else pair(desk, owner, a, b)
-
-
-def pair(desk: Desk, owner: str, a: str, b: str) -> Asked:
-    """Two entries on the first fixed prompt that the first of them has answered."""
-    known = panes.prompts(desk.entry(a, owner).outputs)
-    return Asked(compare=(a, b), writing=Writing(prompt=known[0] if known else say("prompt.default")))
+    return None if a is None or b is None else comparing.pair_of(desk.entry(a, owner), desk.entry(b, owner))
 
 
 def fill(desk: Desk, owner: str, asked: Asked) -> list[object]:
@@ -207,7 +208,7 @@ def _wire_choice(desk: Desk, page: ComparePage, text: _Texts, more: gr.Button, f
 
     @edge
     def redraw(cost: str, quality: str, request: gr.Request) -> object:
-        return comparing.front(desk, visitor(request), cost, quality).figure
+        return comparing.front(desk.entries(visitor(request)), cost, quality).figure
 
     @edge
     def tick(request: gr.Request, *values: object) -> object:

@@ -60,17 +60,16 @@ class CompressPage:
     start: gr.Button
     original: gr.Checkbox
     look: gr.Button
-    blocks: gr.HTML
 
 
-def build(desk: Desk, page: gr.Blocks) -> CompressPage:
-    """Lay the tab out and wire it."""
+def build(desk: Desk, opened: Callable[..., object]) -> CompressPage:
+    """Lay the tab out and wire it. Nothing is asked for before it is opened: most who come look at Compare first."""
     draft = gr.State(as_draft(FIRST))
     shape = gr.State(0)  # counts changes of the list of steps: only these rebuild the cards
     gr.HTML(markup.heading(say("compress.title"), say("compress.about")))
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            picker = models.build(desk, page)
+            picker = models.build(desk, opened)
             source, token = picker.source, picker.token
             names = [(say(f"preset.{name}"), name) for name in PRESETS]
             preset = gr.Radio(names, value="gptq4", label=say("compress.preset"), elem_id="mq-preset")
@@ -80,7 +79,7 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
                 blocks = gr.HTML()
                 look = gr.Button(say("sensitivity.measure"), size="sm")
             with gr.Accordion(say("compress.steps"), open=False, elem_id="mq-steps"):
-                cards(draft, shape, page)
+                cards(draft, shape)
                 with gr.Row():
                     offered = [(f"{translate(m.title)} · {m.name}", m.name) for m in methods().values()]
                     method = gr.Dropdown(
@@ -125,10 +124,14 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
 
     @edge
     def follow(draft: Draft, token: str, request: gr.Request) -> Iterator[object]:
-        beside = [describe(draft), bearing(desk, draft, request)]
+        beside = [describe(draft), bearing(desk, draft, request), preset_of(draft)]
         if asks_hub(desk, draft):
             yield [markup.notice(say("models.asking")), gr.update(visible=False), *beside]
         yield [*_assess(desk, draft, visitor(request), token), *beside]
+
+    @edge
+    def begin(shape: int) -> object:
+        return shape or 1
 
     @edge
     def take_way(draft: Draft, shape: int, token: str) -> object:
@@ -139,17 +142,18 @@ def build(desk: Desk, page: gr.Blocks) -> CompressPage:
     on([read.click], paste, [text, shape], [draft, shape, source])
     on([source.change], model, [source, draft], [draft])
     on(
-        [draft.change, page.load, token.blur],
+        [draft.change, opened, token.blur],
         follow,
         [draft, token],
-        [meter, mend, written, blocks],
+        [meter, mend, written, blocks, preset],
         trigger_mode="always_last",
     )
+    on([opened], begin, [shape], [shape])
     on([mend.click], take_way, [draft, shape, token], [draft, shape])
-    return CompressPage(draft, shape, source, token, preset, start, original, look, blocks)
+    return CompressPage(draft, shape, source, token, preset, start, original, look)
 
 
-def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
+def cards(draft: gr.State, shape: gr.State) -> None:
     """A card for each step: its settings, and buttons that move and remove it; rebuilt when `shape` changes."""
 
     @edge
@@ -158,7 +162,7 @@ def cards(draft: gr.State, shape: gr.State, page: gr.Blocks) -> None:
         for index, step in enumerate(steps):
             card(index, step, len(steps), draft, shape)
 
-    gr.render(inputs=[draft, shape], triggers=[shape.change, page.load])(draw)
+    gr.render(inputs=[draft, shape], triggers=[shape.change])(draw)
 
 
 def card(
@@ -214,6 +218,15 @@ def as_draft(recipe: Recipe) -> Draft:
     """A recipe as the plain JSON that the form edits."""
     found: Draft = recipe.model_dump(mode="json")
     return found
+
+
+def preset_of(draft: Draft) -> str | None:
+    """The preset whose steps a draft has; None for steps of one's own."""
+    try:
+        steps = as_recipe(draft).steps
+    except ValidationError:
+        return None
+    return next((name for name, wanted in PRESETS.items() if wanted == steps), None)
 
 
 def as_recipe(draft: Draft) -> Recipe:

@@ -6,7 +6,7 @@ in the memory of a run that waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import gradio as gr
@@ -36,8 +36,8 @@ class Picker:
     token: gr.Textbox
 
 
-def build(desk: Desk, page: gr.Blocks) -> Picker:
-    """Lay the picker out and wire it."""
+def build(desk: Desk, opened: Callable[..., object]) -> Picker:
+    """Lay the picker out and wire it; when it is `opened` it says what was used before."""
     source = gr.Textbox(
         "demo", label=say("compress.model"), max_lines=1, max_length=4096, elem_id="mq-model",
         info=say("compress.model.info" if desk.local else "models.info.shared"),
@@ -73,7 +73,7 @@ def build(desk: Desk, page: gr.Blocks) -> Picker:
     on([needle.input], hunt, [needle, token], [state, hits], trigger_mode="always_last")
     on([hits.input], choose, [hits], [source])
     on([recents.input], choose, [recents], [source])
-    on([page.load], remember, [], [recents])
+    on([opened], remember, [], [recents])
     return Picker(source, token)
 
 
