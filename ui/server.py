@@ -109,8 +109,8 @@ def furnish(page: gr.Blocks, desk: Desk) -> Callable[[Starlette], AbstractAsyncC
         ]
         # Around everything, what answers after errors too: as `middleware` it would stand behind Gradio's own.
         assert app.middleware_stack is not None
-        door = Guard(app.middleware_stack, house(desk.mode, desk.limits, known, uploads=takes_files(page)))
-        app.middleware_stack = Kept(door)
+        kept = Kept(app.middleware_stack)
+        app.middleware_stack = Guard(kept, house(desk.mode, desk.limits, known, uploads=takes_files(page)))
         yield
 
     return lifespan

@@ -9,19 +9,24 @@ serves events. The few words that Gradio's scripts say themselves follow `naviga
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ui import language
+from ui.kept import Answer, ask
 
 Config = Any  # Gradio's BlocksConfigDict, a TypedDict of its own; only "components" matters here
 Props = dict[str, object]
 YEAR = 365 * 86_400
+ADDRESSED = ("host", "x-forwarded-host", "x-forwarded-proto", "x-gradio-server")  # of which Gradio makes the address
+DEEP = "deep_link"  # a query of Gradio's, which changes the document
+DOCUMENTS = 16  # that are kept; who asked for none for longest is written to anew
 
 
 class Page(gr.Blocks):
@@ -65,10 +70,15 @@ def in_each(lay_out: Callable[[], Page]) -> Page:
 
 
 class InLanguage:
-    """Middleware: answer each request in its visitor's language; the document says which, and a choice is kept."""
+    """Middleware: answer each request in its visitor's language; the document says which, and a choice is kept.
+
+    Gradio takes 20 ms to write the document, which is the same for all who speak a language and reach the page by the
+    same address: it is written once for each.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._documents: OrderedDict[tuple[str, ...], Answer] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,40 +88,39 @@ class InLanguage:
         code = language.of_request(request)
         with language.use(code):
             if request.method == "GET" and scope["path"] == "/":
-                await self._app(scope, receive, Document(request, code, send))
+                answer = await self._document(request, code, receive)
+                await spoken(answer, request).send(send)
             else:
                 await self._app(scope, receive, send)
 
+    async def _document(self, request: Request, code: str, receive: Receive) -> Answer:
+        named = (request.headers.get(name, "") for name in ADDRESSED)
+        key = (code, request.scope["scheme"], request.scope.get("root_path", ""), *named)
+        found = self._documents.get(key)
+        if found is None or DEEP in request.query_params:
+            found = await ask(self._app, request.scope, receive)
+            if (
+                found.headers.get("content-type", "").startswith("text/html")
+                and "content-encoding" not in found.headers
+            ):
+                found = found.saying(written(found.body, code))
+            if found.status == 200 and DEEP not in request.query_params:
+                self._documents[key] = found
+        if key in self._documents:
+            self._documents.move_to_end(key)
+        while len(self._documents) > DOCUMENTS:
+            self._documents.popitem(last=False)
+        return found
 
-class Document:
-    """Takes the messages of one answer and sends them on, the document's `lang` set."""
 
-    def __init__(self, request: Request, code: str, send: Send) -> None:
-        self._request, self._code, self._send = request, code, send
-        self._start: Message | None = None
-        self._body = b""
-
-    async def __call__(self, message: Message) -> None:
-        """One ASGI message; the head waits for the whole body, whose length it tells."""
-        if message["type"] == "http.response.start":
-            self._start = message
-            return
-        if message["type"] != "http.response.body" or self._start is None:
-            await self._send(message)
-            return
-        self._body += message.get("body", b"")
-        if message.get("more_body"):
-            return
-        headers = MutableHeaders(scope=self._start)
-        headers.add_vary_header("Accept-Language, Cookie")
-        asked = self._request.query_params.get(language.KEY)
-        if asked in language.LANGUAGES:
-            headers.append("set-cookie", _cookie(self._request, str(asked)))
-        if headers.get("content-type", "").startswith("text/html") and "content-encoding" not in headers:
-            self._body = written(self._body, self._code)
-            headers["content-length"] = str(len(self._body))
-        await self._send(self._start)
-        await self._send({"type": "http.response.body", "body": self._body})
+def spoken(answer: Answer, request: Request) -> Answer:
+    """The document with what its visitor's choice of a language adds to it."""
+    headers = MutableHeaders(raw=list(answer.headers.raw))
+    headers.add_vary_header("Accept-Language, Cookie")
+    asked = request.query_params.get(language.KEY)
+    if asked in language.LANGUAGES:
+        headers.append("set-cookie", _cookie(request, str(asked)))
+    return Answer(answer.status, headers, answer.body)
 
 
 def written(document: bytes, code: str) -> bytes:

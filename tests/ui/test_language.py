@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterator
 
 import gradio as gr
+import httpx
 import pytest
 from gradio.context import LocalContext
 from starlette.types import Message, Receive, Scope, Send
@@ -161,3 +162,37 @@ def test_the_document_says_its_language_and_a_choice_is_kept() -> None:
     headers, text = answer(b"lang=%3Cscript%3E", [])
     assert "set-cookie" not in headers
     assert '<html lang="en">' in text
+
+
+def test_the_document_is_written_once_for_each_language_and_address() -> None:
+    written: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        written.append(language.current())
+        headers = [(b"content-type", b"text/html"), (b"content-length", b"13")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"<html></html>"})
+
+    middleware = translated.InLanguage(app)
+
+    def get(query: str = "", **headers: str) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(app=middleware)
+            async with httpx.AsyncClient(transport=transport, base_url="http://maquette.example") as asked:
+                return await asked.get(f"/{query}", headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+        return asyncio.run(ask())
+
+    assert get().text == get("?recipe=x").text
+    assert written == ["en"]
+    get(accept_language="zh-CN")
+    assert get("?lang=zh-CN").headers["set-cookie"].startswith(f"{language.COOKIE}=zh-CN; ")
+    assert "set-cookie" not in get(accept_language="zh-CN").headers  # one visitor's choice is no other's
+    assert written == ["en", "zh-CN"]
+    get(x_forwarded_host="elsewhere.example")
+    get("?deep_link=abc")
+    assert written == ["en", "zh-CN", "en", "en"]
+    for number in range(translated.DOCUMENTS):
+        get(host=f"{number}.example")
+    get()
+    assert len(written) == 4 + translated.DOCUMENTS + 1
