@@ -78,6 +78,18 @@ class BlockLinear:
         weight = self.module.weight.data
         return weight.t() if isinstance(self.module, Conv1D) else weight
 
+    def put_aside(self) -> bool:
+        """Free the weight's memory, until `bring_back`, where it is a linear's own; says whether it was."""
+        weight = self.weight
+        if type(self.module) is not nn.Linear or weight.untyped_storage().nbytes() != weight.nbytes:
+            return False
+        self.module.weight.data = weight.new_empty(0)
+        return True
+
+    def bring_back(self, weight: Tensor) -> None:
+        """The weight that was put aside."""
+        self.module.weight.data = weight
+
 
 @dataclass
 class Block:

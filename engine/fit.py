@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine import pace, sizes
-from engine.headers import Shape, integer
+from engine.headers import Shape, experts, integer
 from engine.methods import Calibrated, Method, Params
 from engine.pace import Rates
 from engine.records import Recipe
@@ -214,10 +214,10 @@ def _calibrating(held: Holding, params: Calibrated, rounding: dict[str, int]) ->
     largest = max(_linear_sizes(shape), default=0)
     # Of the weights solved at a time what was missed; the codes of all, twice; three pieces of the factor.
     solver = rounding["solver"] + 4 * min(SOLVED, largest) + 2 * largest + 12 * SPAN * inputs[0]
-    return [
-        {"calibration": states + 4 * sum(size * size for size in inputs), "activations": active},
-        {"calibration": states + 4 * inputs[0] ** 2, **rounding, "solver": solver},
-    ]
+    last = {"calibration": states + 4 * inputs[0] ** 2, **rounding, "solver": solver}
+    if params.stored_bits(1024, 1024) is not None and not experts(shape.config):
+        last["weights"] = held.width * largest  # the block's others are put aside by then; their codes are there
+    return [{"calibration": states + 4 * sum(size * size for size in inputs), "activations": active}, last]
 
 
 def _states(held: Holding, params: Calibrated) -> int:

@@ -169,7 +169,7 @@ def _known(kind: str, body: dict[object, object], fields: Iterable[str]) -> None
 
 def _first(error: ValidationError) -> str:
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"] if part != "float")  # which JSON value it was read as
     got = problem["input"]
     shown = "" if isinstance(got, dict | list | BaseModel) else f", got {short(repr(got))}"
     return f"{where or 'recipe'}: {problem['msg']}{shown}."

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gradio as gr
+
+from ui.language import LANGUAGES, use
+from ui.wording import say
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SANS = (
@@ -39,7 +43,13 @@ document.addEventListener("click", (event) => {
 
 def head() -> str:
     """What goes into the page's head. The style sheet too: Gradio's `css` rewrites selectors and breaks `:is()`."""
-    return f"{SCRIPT}<style>{(ASSETS / 'maquette.css').read_text()}</style>"
+    return f"{SCRIPT}<style>{(ASSETS / 'maquette.css').read_text()}{''.join(map(_toast, LANGUAGES))}</style>"
+
+
+def _toast(code: str) -> str:
+    """What stands over an error in the corner, where Gradio says "Warning" in every language, whatever the title."""
+    with use(code):
+        return f"html:lang({code}) {{ --mq-toast: {json.dumps(say('error.title'), ensure_ascii=False)}; }}\n"
 
 
 def theme() -> gr.themes.Base:

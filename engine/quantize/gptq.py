@@ -34,8 +34,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine import hardware, solver
-from engine.calibration import Block, Moments
+from engine import hardware, shards, solver
+from engine.calibration import Block, BlockLinear, Moments
 from engine.errors import short
 from engine.headers import Shape
 from engine.methods import Context, matches
@@ -120,16 +120,19 @@ def solve(
     One that cannot be solved is rounded to nearest, and the audit says so.
     """
     for block in walk(model, context, params, params.collect):
-        _solve_block(model, block, params, context, grid_of, zeros)  # apart, so that nothing of it stays
+        for linear in _solve_block(model, block, params, context, grid_of, zeros):  # apart: nothing of it stays
+            linear.bring_back(shards.dense(model.quantized[linear.name]))
     return model
 
 
 def _solve_block(
     model: LoadedModel, block: Block, params: SolverParams, context: Context, grid_of: Callable[[str], GridParams],
     zeros: Zeros,
-) -> None:  # fmt: skip
+) -> list[BlockLinear]:  # fmt: skip
+    """Gives the linears that are put aside, so that their memory is free for the largest Hessian, which comes last."""
     span = 1 if zeros.span is None else zeros.span[1]
     solvers: dict[str, Solver] = {}
+    aside: list[BlockLinear] = []
     for linear in block.linears:
         context.check_cancelled()
         weight, dtype, grid = linear.weight, linear.weight.dtype, grid_of(linear.name)
@@ -149,9 +152,13 @@ def _solve_block(
                 weight = weight * zeros.by_magnitude(weight)
             quantized = round_to_nearest(weight, grid, linear.name, dtype)
         place(model, linear, quantized, context, note)
+        del weight
+        if linear.put_aside():
+            aside.append(linear)
         hardware.give_back_memory(collect=False)
         if zeros.any:
             model.pruned.add(linear.name)
+    return aside
 
 
 def quantize(

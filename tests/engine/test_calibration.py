@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from engine import calibration
 from engine import flow as flow_module
-from engine.calibration import accumulate_hessian, make_empty_hessian, mirror, token_rows, walk_blocks
+from engine.calibration import BlockLinear, accumulate_hessian, make_empty_hessian, mirror, token_rows, walk_blocks
 from engine.errors import BadText
 from engine.flow import capture
 from engine.methods import Calibrated, Context, Params, Selection
@@ -141,3 +142,17 @@ def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path, tiny: LoadedMod
 def test_one_long_line_gives_as_many_rows_as_asked(tmp_path: Path, tiny: LoadedModel) -> None:
     (tmp_path / "a.txt").write_text("the lamp is in the barn " * 2000)
     assert token_rows(tiny.tokenizer, tmp_path / "a.txt", 64, 5).shape == (5, 64)
+
+
+def test_a_weight_is_put_aside_only_where_its_memory_is_its_own() -> None:
+    linear, twin = nn.Linear(8, 4), nn.Linear(8, 4)
+    before = linear.weight.detach().clone()
+    held = BlockLinear("a", linear)
+    assert held.put_aside()
+    assert held.weight.numel() == 0
+    held.bring_back(before)
+    assert torch.equal(linear(torch.ones(2, 8)), torch.ones(2, 8) @ before.t() + linear.bias)
+    both = torch.ones(8, 8)
+    twin.weight.data = both[:4]
+    assert not BlockLinear("b", twin).put_aside()
+    assert twin.weight.shape == (4, 8)

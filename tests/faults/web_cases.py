@@ -43,14 +43,11 @@ def arriving(visitor: Visitor, **query: str) -> str:
 
 
 def load(visitor: Visitor, **query: str) -> tuple[dict[str, Any], list[str]]:
-    """Open the page with these words in its address."""
-    handler = max((d for d in visitor.config["dependencies"] if _loads(d)), key=lambda each: len(each["outputs"]))
+    """What a page asks for that was opened with these words in its address, once it knows that they matter."""
+    tabs, picker = visitor.component("mq-tabs"), visitor.component("mq-pick-a")
+    fills = (d for d in visitor.config["dependencies"] if {tabs, picker} <= set(d["outputs"]) and not d["inputs"])
     address = f"/gradio_api/queue/join?{urllib.parse.urlencode(query)}"
-    return visitor.call(handler["id"], [None], address=address)
-
-
-def _loads(dependency: dict[str, Any]) -> bool:
-    return any(list(target)[1] == "load" for target in dependency["targets"])
+    return visitor.call(next(fills)["id"], [], address=address)
 
 
 def pages(visitor: Visitor, path: str) -> str:
