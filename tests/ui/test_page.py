@@ -154,6 +154,25 @@ def test_without_runs_the_stored_comparison_is_shown_and_marked(desk: Desk) -> N
     assert "compare=stored:0,stored:1" in str(links)
 
 
+def test_the_page_itself_holds_what_one_without_runs_would_be_shown(desk: Desk, scheduler: FakeScheduler) -> None:
+    first, view = comparing.first_view(desk)
+    assert first is not None
+    assert first.compare == ("stored:0", "stored:1")
+    shown = comparing.render(desk, ANNA, first, comparing.COSTS[0], comparing.QUALITIES[0])
+    assert [str(each) for each in (view[0], *view[2:])] == [str(each) for each in (shown[0], *shown[2:])]
+    assert comparing.offered(desk, ANNA) == ""
+    fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.2, 0.1)
+    assert comparing.offered(desk, ANNA) != comparing.offered(desk, BEN) == ""
+    bare = Desk(scheduler.store, cast(Scheduler, scheduler), None)
+    assert comparing.first_view(bare)[0] is None
+
+
+def test_what_waits_is_counted_by_owner(desk: Desk, scheduler: FakeScheduler) -> None:
+    for owner in (ANNA, ANNA, BEN):
+        scheduler.submit(fakes.GPTQ, owner)
+    assert [desk.store.waiting(each) for each in (ANNA, BEN, "x", None)] == [2, 1, 0, 3]
+
+
 def test_live_results_replace_the_stored_ones(desk: Desk, scheduler: FakeScheduler) -> None:
     base = fakes.finished(scheduler, BASELINE, ANNA)
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
