@@ -17,7 +17,6 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ import httpx
 import uvloop
 from playwright.async_api import Request, async_playwright
 
-from benchmarks.sections import README, running_page, write_section
+from benchmarks.sections import CHROMIUM, FLAGS, README, running_page, write_section
 from engine import hardware
 
 VISITORS = 50
@@ -41,7 +40,6 @@ REFRESHES = ("the strip", "news of runs?")
 THOUGHT = 6.0  # seconds before a submission, at most
 TOGETHER = 6  # connections of a browser
 FILE = "Accept-Encoding: gzip, deflate, br"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu"]
 RECIPE = "model: demo\nmeasure: [size]\nsteps: [{quantize/rtn: {group_size: 64}}]\nseed: %d"
 START = [None, False, ""]  # a draft that the server keeps, no original beside it, no token
 LONG = "model: demo\nmeasure: []\nsteps: [{distill/logits: {steps: 20000}}]"
@@ -189,7 +187,7 @@ class Opening:
         """In Chromium, before the first tick of a timer."""
         asked: list[Request] = []
         async with async_playwright() as engine:
-            browser = await engine.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+            browser = await engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             context = await browser.new_context(extra_http_headers={"X-Forwarded-For": "192.0.2.250"})
             page = await context.new_page()
             page.on("request", lambda request: asked.append(request))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "benchmarks" / "README.md"
+CHROMIUM = shutil.which("chromium")  # None leaves the choice to Playwright
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu"]
 
 
 def write_section(file: Path, name: str, text: str) -> None:

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 
 from playwright.sync_api import expect, sync_playwright
 
-from benchmarks.sections import README, running_page, write_section
+from benchmarks.sections import CHROMIUM, FLAGS, README, running_page, write_section
 from engine import hardware
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu"]
 PATIENCE = 300_000  # milliseconds
 RECIPE = "model: demo\nsteps: [{quantize/gptq: {bits: 4, group_size: 64}}]\nseed: 1\n"
 
@@ -27,7 +25,7 @@ RECIPE = "model: demo\nsteps: [{quantize/gptq: {bits: 4, group_size: 64}}]\nseed
 def main() -> None:
     """Measure and write the result."""
     with running_page() as (address, started), sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         began = time.monotonic()
         page.goto(address)

@@ -7,49 +7,15 @@ more than all else that a page costs. Their names hold a hash of what is in them
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ui.answers import Answer, ask
 
 HASHED = re.compile(r"/assets/[\w.-]+-[\w-]{8}\w?\.\w+")
 FOREVER = "public, max-age=31536000, immutable"
 ENCODINGS = ("br", "gzip")  # as Gradio prefers them
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What an app answered, as a whole."""
-
-    status: int
-    headers: Headers
-    body: bytes
-
-    def saying(self, body: bytes, **headers: str) -> Answer:
-        """The same with another body and more headers."""
-        head = MutableHeaders(raw=list(self.headers.raw))
-        head["content-length"] = str(len(body))
-        for name, value in headers.items():
-            head[name.replace("_", "-")] = value
-        return Answer(self.status, head, body)
-
-    async def send(self, send: Send) -> None:
-        """Give it."""
-        await send({"type": "http.response.start", "status": self.status, "headers": self.headers.raw})
-        await send({"type": "http.response.body", "body": self.body})
-
-
-async def ask(app: ASGIApp, scope: Scope, receive: Receive) -> Answer:
-    """The answer of an app."""
-    messages: list[Message] = []
-
-    async def keep(message: Message) -> None:
-        messages.append(message)
-
-    await app(scope, receive, keep)
-    start, *rest = messages
-    body = b"".join(message.get("body", b"") for message in rest)
-    return Answer(int(start["status"]), Headers(raw=list(start["headers"])), body)
 
 
 class Kept:

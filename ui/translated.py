@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ui import language
-from ui.kept import Answer, ask
+from ui.answers import Answer, ask
 
 Config = Any  # Gradio's BlocksConfigDict, a TypedDict of its own; only "components" matters here
 Props = dict[str, object]
@@ -89,7 +89,7 @@ class InLanguage:
         with language.use(code):
             if request.method == "GET" and scope["path"] == "/":
                 answer = await self._document(request, code, receive)
-                await spoken(answer, request).send(send)
+                await remembering(answer, request).send(send)
             else:
                 await self._app(scope, receive, send)
 
@@ -99,10 +99,8 @@ class InLanguage:
         found = self._documents.get(key)
         if found is None or DEEP in request.query_params:
             found = await ask(self._app, request.scope, receive)
-            if (
-                found.headers.get("content-type", "").startswith("text/html")
-                and "content-encoding" not in found.headers
-            ):
+            headers = found.headers
+            if headers.get("content-type", "").startswith("text/html") and "content-encoding" not in headers:
                 found = found.saying(written(found.body, code))
             if found.status == 200 and DEEP not in request.query_params:
                 self._documents[key] = found
@@ -113,7 +111,7 @@ class InLanguage:
         return found
 
 
-def spoken(answer: Answer, request: Request) -> Answer:
+def remembering(answer: Answer, request: Request) -> Answer:
     """The document with what its visitor's choice of a language adds to it."""
     headers = MutableHeaders(raw=list(answer.headers.raw))
     headers.add_vary_header("Accept-Language, Cookie")
