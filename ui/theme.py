@@ -17,7 +17,8 @@ SANS = (
 )  # fmt: skip
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
-# One listener for every copy button and language: HTML that arrives later needs no script of its own.
+# One listener for every copy button and language: HTML that arrives later needs no script of its own. And a chart that
+# was drawn while its tab was hidden knew no width: it follows its place when the page's size changes, as it then does.
 SCRIPT = """
 <meta name="color-scheme" content="light dark">
 <script>
@@ -37,6 +38,15 @@ document.addEventListener("click", (event) => {
     location.assign(address);
   }
 });
+let soon;
+new ResizeObserver(() => {
+  clearTimeout(soon);
+  soon = setTimeout(() => {
+    const charts = [...document.querySelectorAll(".js-plotly-plot")].filter((chart) => chart.clientWidth);
+    const wrong = (chart) => chart.querySelector(".main-svg")?.clientWidth !== chart.clientWidth;
+    if (charts.some(wrong)) window.dispatchEvent(new Event("resize"));
+  }, 300);
+}).observe(document.documentElement);
 </script>
 """
 

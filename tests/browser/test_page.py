@@ -17,6 +17,13 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]  # the first compar
 TABS = ("Compare", "Compress", "Runs", "Methods")
 
 
+FITTING = """() => {
+  const charts = [...document.querySelectorAll(".js-plotly-plot")].filter((chart) => chart.clientWidth);
+  const fits = (chart) => chart.querySelector(".main-svg").clientWidth === chart.clientWidth;
+  return charts.length >= 5 && charts.every(fits);
+}"""
+
+
 def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
@@ -211,6 +218,7 @@ def test_differences_and_files_of_finished_runs(open_page: Open, returning: Stor
     assert "GPTQ 4 bit" in Path(drawn.value.path()).read_text()
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("tab", name="Compare", exact=True)).to_have_attribute("aria-selected", "true")
+    page.wait_for_function(FITTING)  # they were drawn while their tab was hidden
 
 
 def test_headers_and_health(open_page: Open) -> None:

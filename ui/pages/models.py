@@ -70,7 +70,8 @@ def build(desk: Desk, opened: Callable[..., object]) -> Picker:
         names = used(desk, visitor(request))
         return gr.update(choices=names, value=None, visible=bool(names))
 
-    on([needle.input], hunt, [needle, token], [state, hits], trigger_mode="always_last")
+    # A textbox's `input` is of keys alone: a name that is pasted only changes it.
+    on([needle.change], hunt, [needle, token], [state, hits], trigger_mode="always_last")
     on([hits.input], choose, [hits], [source])
     on([recents.input], choose, [recents], [source])
     on([opened], remember, [], [recents])

@@ -126,7 +126,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         return views.differences([desk.entry(key, visitor(request)) for key in keys])
 
     on([timer.tick], ask, [picked, needle], [known], queue=False)
-    on([known.change, needle.input], tick, inputs, outputs, queue=False)
+    on([known.change, needle.change], tick, inputs, outputs, queue=False)
     on([table.select], select, [needle, last], [picked, *outputs])
     for button, name in ((cancel, "cancel"), (resume, "resume"), (delete, "delete")):
         on([button.click], act(name), [*inputs, token], [picked, *outputs])
