@@ -25,8 +25,6 @@ from ui.translated import Page
 from ui.wiring import on, signal
 from ui.wording import say
 
-LINKS = {"compare", "recipe"}  # queries of our links
-
 
 def build(store: Store, scheduler: Scheduler, *, mode: Mode = Mode.LOCAL) -> tuple[gr.Blocks, Desk]:
     """The page and the desk behind it, for those whom the mode serves."""
@@ -110,40 +108,40 @@ def _wire_load(
     desk: Desk, page: gr.Blocks, tabs: gr.Tabs, compared: compare.ComparePage, making: compress.CompressPage,
     running: runs.RunsPage,
 ) -> None:  # fmt: skip
-    own = signal()  # whether the page is to show something else than what it was laid out with
+    own, linked = signal(), signal()  # whether it is to show what it was not laid out with: a comparison, a recipe
 
     @edge
     def arrive(request: gr.Request) -> object:
-        owner = visitor(request)
+        owner, query = visitor(request), set(request.query_params)
         first = comparing.first_runs(desk, owner) or comparing.start_first(desk, request)
         working = any(not run.status.final for run in first)
-        asks = LINKS & set(request.query_params) or comparing.offered(desk, owner)
-        return [secrets.token_hex(4) if asks else "", comparing.banner_for(first), gr.update(active=working)]
+        shows = secrets.token_hex(4) if "compare" in query or comparing.offered(desk, owner) else ""
+        reads = secrets.token_hex(4) if "recipe" in query else ""
+        return [shows, reads, comparing.banner_for(first), gr.update(active=working)]
 
     @edge
     def fill(request: gr.Request) -> object:
         owner, query = visitor(request), dict(request.query_params)
         asked = compare.usual(desk, owner)
-        tab = draft_update = shape_update = source = gr.skip()
         try:
             if "compare" in query:
                 wanted = read_link(query)
                 tuple(desk.entry(key, owner) for key in wanted.compare)  # refuses what the visitor may not see
                 asked = wanted
-            if "recipe" in query:
-                recipe = compress.recipe_from_link(desk, query["recipe"])
-                draft_update, shape_update, source = compress.as_draft(recipe), 1, models.written(recipe.model)
-                tab = gr.Tabs(selected="compress")
         except Exception as error:
             tell(error)
         drawn = comparing.render(desk, owner, asked, comparing.COSTS[0], comparing.QUALITIES[0])
-        filled = [gr.skip()] * len(both) if asked is None else compare.fill(desk, owner, asked)
-        return [tab, draft_update, shape_update, source, *filled, *drawn]
+        return [*([gr.skip()] * len(both) if asked is None else compare.fill(desk, owner, asked)), *drawn]
+
+    @edge
+    def read(request: gr.Request) -> object:
+        recipe = compress.recipe_from_link(desk, dict(request.query_params).get("recipe", ""))
+        return [gr.Tabs(selected="compress"), compress.as_draft(recipe), 1, models.written(recipe.model)]
 
     both = [*compared.fields, *compared.size]
-    outputs: list[Block] = [tabs, making.draft, making.shape, making.source, *both, *compared.shown]
-    on([page.load], arrive, [], [own, compared.banner, compared.timer], queue=False)
-    on([own.change], fill, [], outputs)
+    on([page.load], arrive, [], [own, linked, compared.banner, compared.timer], queue=False)
+    on([own.change], fill, [], [*both, *compared.shown])
+    on([linked.change], read, [], [tabs, making.draft, making.shape, making.source])
 
 
 def _wire_between(

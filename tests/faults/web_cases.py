@@ -44,8 +44,8 @@ def arriving(visitor: Visitor, **query: str) -> str:
 
 def load(visitor: Visitor, **query: str) -> tuple[dict[str, Any], list[str]]:
     """What a page asks for that was opened with these words in its address, once it knows that they matter."""
-    tabs, picker = visitor.component("mq-tabs"), visitor.component("mq-pick-a")
-    fills = (d for d in visitor.config["dependencies"] if {tabs, picker} <= set(d["outputs"]) and not d["inputs"])
+    shown = visitor.component("mq-model" if "recipe" in query else "mq-summary")
+    fills = (d for d in visitor.config["dependencies"] if shown in d["outputs"] and not d["inputs"])
     address = f"/gradio_api/queue/join?{urllib.parse.urlencode(query)}"
     return visitor.call(next(fills)["id"], [], address=address)
 
