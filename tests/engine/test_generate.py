@@ -18,9 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from engine import generate as subject
-from engine.generate import LeanDecoder, decode, end_tokens, generate, score
+from engine.generate import allowed, decode, end_tokens, generate, score
 from engine.models import LoadedModel
+from engine.runtime import lean
+from engine.runtime.lean import LeanDecoder
 from tests.conftest import in_memory, tiny_config
 
 SMALL = {"vocab_size": 1280, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -189,7 +190,7 @@ def test_one_row_products_leave_the_flag_as_it_was() -> None:
     inside = []
 
     def fail() -> None:
-        with subject._one_row_products(1):
+        with lean._one_row_products(1):
             inside.append(torch._C._get_mkldnn_enabled())
             raise ZeroDivisionError
 
@@ -201,13 +202,13 @@ def test_one_row_products_leave_the_flag_as_it_was() -> None:
 
 def test_top_k_and_top_p_leave_the_likeliest() -> None:
     odds = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
-    assert subject.allowed(odds, 1.0, 0) is odds
-    torch.testing.assert_close(subject.allowed(odds, 1.0, 2)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))
-    torch.testing.assert_close(subject.allowed(odds, 0.65, 0)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))
-    torch.testing.assert_close(subject.allowed(odds, 0.75, 0)[0], torch.tensor([0.0, 0.4, 0.2, 0.3]))
-    torch.testing.assert_close(subject.allowed(odds, 1e-9, 0)[0], torch.tensor([0.0, 0.4, 0.0, 0.0]))
-    torch.testing.assert_close(subject.allowed(odds, 0.5, 3)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))  # of the three
-    assert subject.allowed(odds, 1.0, 1)[1].tolist() == [0.25, 0.0, 0.0, 0.0]  # equals: the first
+    assert allowed(odds, 1.0, 0) is odds
+    torch.testing.assert_close(allowed(odds, 1.0, 2)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))
+    torch.testing.assert_close(allowed(odds, 0.65, 0)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))
+    torch.testing.assert_close(allowed(odds, 0.75, 0)[0], torch.tensor([0.0, 0.4, 0.2, 0.3]))
+    torch.testing.assert_close(allowed(odds, 1e-9, 0)[0], torch.tensor([0.0, 0.4, 0.0, 0.0]))
+    torch.testing.assert_close(allowed(odds, 0.5, 3)[0], torch.tensor([0.0, 0.4, 0.0, 0.3]))  # of the three
+    assert allowed(odds, 1.0, 1)[1].tolist() == [0.25, 0.0, 0.0, 0.0]  # equals: the first
 
 
 def test_top_k_of_one_is_greedy_whatever_the_temperature(tiny: LoadedModel) -> None:

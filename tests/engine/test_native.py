@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from engine.generate import LeanDecoder, _read_prompt, decode
+from engine.generate import _read_prompt, decode
 from engine.models import blocks, linears, quantize_inputs
 from engine.packing import InputGrid, QuantizedWeight
+from engine.runtime.lean import LeanDecoder
 from engine.runtime.linear import INT8_NATIVE, Int8Linear, PackedLinear, packed_linear
 from engine.runtime.native import library
 from engine.runtime.native.decoder import NativeDecoder

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from engine.runtime.lean import with_room
 from engine.runtime.linear import Int8Linear
 from engine.runtime.native.library import Block, Matrix, library
 from engine.runtime.native.linear import NativeLinear, multiply
@@ -48,7 +49,7 @@ class NativeDecoder:
         self._kept = [tensor.detach() for tensor in [*network.parameters(), *network.buffers()]]
         self._length, self._room = cache.get_seq_length() - 1, room
         self._states = [
-            (_with_room(layer.keys, self._length, room), _with_room(layer.values, self._length, room))
+            tuple(with_room(kept, self._length, room, torch.bfloat16) for kept in (layer.keys, layer.values))
             for layer in cache.layers
             if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         ]
@@ -134,14 +135,6 @@ def _matrix(linear: nn.Module) -> Matrix | None:
     bias = None if linear.bias is None else linear.bias.data_ptr()
     rows, columns = linear.weight.shape
     return Matrix(Matrix.DENSE, rows, columns, columns, linear.weight.data_ptr(), None, None, None, bias, 0.0)
-
-
-def _with_room(states: Tensor, length: int, room: int) -> Tensor:
-    """The first `length` keys or values (B, shared, n, size) in a tensor (B, shared, room, size)."""
-    batch, shared, _, size = states.shape
-    roomy = torch.zeros(batch, shared, room, size, dtype=torch.bfloat16)
-    roomy[:, :, :length] = states[:, :, :length]
-    return roomy
 
 
 def _norm(module: nn.Module) -> tuple[Tensor, float]:
