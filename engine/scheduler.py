@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -222,8 +222,8 @@ class Scheduler:
 
     def stream(
         self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
-        same_text: bool = False, top_p: float = 1.0, top_k: int = 0, chat: bool = False, system: str = "",
-        stop: threading.Event | None = None,
+        same_text: bool = False, top_p: float = 1.0, top_k: int = 0, stop_strings: Sequence[str] = (),
+        chat: bool = False, system: str = "", stop: threading.Event | None = None,
     ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
         """What the models of up to four sources write after a prompt; see `Streams.write`.
 
@@ -235,7 +235,7 @@ class Scheduler:
         folders = [self._model_of(source) for source in sources]
         return self._streams.write(
             folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text,
-            top_p=top_p, top_k=top_k, chat=chat, system=system, stop=stop,
+            top_p=top_p, top_k=top_k, stop_strings=stop_strings, chat=chat, system=system, stop=stop,
         )  # fmt: skip
 
     # The thread

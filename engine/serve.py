@@ -1,6 +1,7 @@
 """A model kept warm that writes text on demand: one JSON object a line, commands in, replies out.
 
-    {"do": "generate", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "write": file or null}
+    {"do": "generate", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop_strings": [...],
+     "write": file or null}
     {"do": "score", "prompt", "token_ids": [...], "read": file}
     {"do": "stop"}                               the command at work ends at its next token
 
@@ -8,7 +9,7 @@ The first two may hold "chat": true and "system": then the prompt is what a user
 
     {"event": "ready", "kernels": [...]}         once, when the model is loaded
     {"event": "token", "id", "text", "probability", "top", "kl"}
-    {"event": "done", "ttft", "tpot", "tokens"}  seconds; after `score` the two are null
+    {"event": "done", "ttft", "tpot", "tokens", "stop_string"}   seconds; null after `score`, and where none ended it
     {"event": "error", "text"}                   instead of `done`
 
 `generate` can write its full log-probabilities, float32 (tokens, vocabulary), to a file from which the
@@ -34,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import chat, preflight, runtime
 from engine.errors import BadText, InputError, MaquetteError, RunError
-from engine.generate import generate
+from engine.generate import generate, stop_string
 from engine.measure._text import encode
 from engine.measure.outputs import describe, force
 from engine.models import LoadedModel
@@ -128,6 +129,7 @@ def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterat
     logprobs: list[torch.Tensor] = []
     began = time.perf_counter()
     first = last = began
+    stops, ended = [str(each) for each in _list(body.get("stop_strings") or [])], None
     steps = generate(
         model, prompt, max_new_tokens=min(int(str(body["max_tokens"])), room),
         temperature=float(str(body["temperature"])), seed=int(str(body["seed"])),
@@ -140,14 +142,16 @@ def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterat
         if body.get("write"):
             logprobs.append(step.logprobs.float().cpu())
         yield "token", _token(step.token_id, describe(model.tokenizer, ids, len(ids) - 1, step.logprobs))
-        if command.stop.is_set():
+        ended = stop_string(model.tokenizer, ids, stops)
+        if ended is not None or command.stop.is_set():
             break
     if body.get("write") and not command.stop.is_set():
         size = model.network.config.get_text_config().vocab_size
         with suppress(SafetensorError):  # the reader has gone, and its folder with it: nobody will ask for these
             save_file({TENSOR: torch.stack(logprobs) if ids else torch.empty(0, size)}, str(body["write"]))
     tpot = (last - first) / (len(ids) - 1) if len(ids) > 1 else None
-    yield "done", {"ttft": first - began if ids else None, "tpot": tpot, "tokens": len(ids)}
+    ttft = first - began if ids else None
+    yield "done", {"ttft": ttft, "tpot": tpot, "tokens": len(ids), "stop_string": ended}
 
 
 def _reference(file: str) -> torch.Tensor:
@@ -173,7 +177,7 @@ def _score(
         raise BadText(f"The text has {len(prompt) + len(ids)} tokens; this model reads {_context(model)}. Shorten it.")
     for number, token in zip(ids, force(model, prompt, ids, reference), strict=True):
         yield "token", _token(number, token)
-    yield "done", {"ttft": None, "tpot": None, "tokens": len(ids)}
+    yield "done", {"ttft": None, "tpot": None, "tokens": len(ids), "stop_string": None}
 
 
 def _context(model: LoadedModel) -> int:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -38,6 +38,7 @@ RUNTIME = 350 << 20  # bytes that a warm worker takes beside its weights
 LONGEST_PROMPT = 20_000  # characters
 LONGEST_TEXT = 2048  # tokens
 MOST_LIKELY = 1000  # the largest top-k
+MOST_STOPS, LONGEST_STOP = 8, 80  # texts that end writing, and the characters of one
 
 
 class Warm:
@@ -150,15 +151,16 @@ class Streams:
 
     def write(
         self, models: list[Path], prompt: str, *, max_tokens: int, temperature: float, seed: int, same_text: bool,
-        top_p: float = 1.0, top_k: int = 0, chat: bool = False, system: str = "", stop: threading.Event | None = None,
+        top_p: float = 1.0, top_k: int = 0, stop_strings: Sequence[str] = (), chat: bool = False, system: str = "",
+        stop: threading.Event | None = None,
     ) -> Iterator[Reply]:  # fmt: skip
         """Yield (pane, event, data) as it happens; closing the iterator, or setting `stop`, stops the models.
 
         Events: `loading` while a model is not ready, `token` with a Token and its `id`, then `done` with `ttft`,
-        `tpot` and `tokens` (and `stopped` where it was ended early), or `error` with `text`. With
-        `same_text` the first model writes and the others say how they see its text, with the KL of each token from
-        the first model's prediction. With `chat` the prompt is what a user says in each model's own chat template,
-        after `system` where that is not empty.
+        `tpot`, `tokens` and the `stop_string` that ended it (and `stopped` where a reader did), or `error` with
+        `text`. With `same_text` the first model writes and the others say how they see its text, with the KL of each
+        token from the first model's prediction. With `chat` the prompt is what a user says in each model's own chat
+        template, after `system` where that is not empty.
 
         Raises:
             InputError: no model or too many, no prompt, or a number out of its bounds.
@@ -176,13 +178,16 @@ class Streams:
             raise InputError("The sampling temperature must lie in 0 to 5, the seed in 0 to 2147483647.")
         if not (math.isfinite(top_p) and 0 < top_p <= 1) or not 0 <= top_k <= MOST_LIKELY:
             raise InputError(f"top-p must lie above 0 and up to 1, top-k in 0 (all) to {MOST_LIKELY}.")
+        if len(stop_strings) > MOST_STOPS or not all(0 < len(each) <= LONGEST_STOP for each in stop_strings):
+            raise InputError(f"Give up to {MOST_STOPS} stop texts, each of 1 to {LONGEST_STOP} characters.")
         if "\0" in system or len(system) > LONGEST_PROMPT:
             raise BadText(
                 f"The system prompt has {len(system):,} characters; write up to {LONGEST_PROMPT:,}, and no NUL."
             )
         generate: Body = {
             "do": "generate", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
-            "top_p": top_p, "top_k": top_k, "chat": chat, "system": system, "write": None,
+            "top_p": top_p, "top_k": top_k,
+            "stop_strings": list(stop_strings), "chat": chat, "system": system, "write": None,
         }  # fmt: skip
         return self._write(models, generate, same_text and len(models) > 1, stop)
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from engine.errors import BadParams
 from engine.records import Record
+from engine.streams import LONGEST_STOP, MOST_STOPS
 from ui.messages import translate
 from ui.wording import say
 
@@ -23,7 +24,10 @@ Key = Annotated[str, Field(min_length=1, max_length=80)]
 
 
 class Writing(Record):
-    """A prompt and how models go on from it. At sampling temperature 0 they take the likeliest token."""
+    """A prompt and how models go on from it. At sampling temperature 0 they take the likeliest token.
+
+    `stop_strings` are texts that end writing, one a line; in them `\\n` stands for a line break.
+    """
 
     prompt: str = Field(default="", max_length=LONGEST)
     mode: Mode = "same"
@@ -34,6 +38,12 @@ class Writing(Record):
     top_k: int = Field(default=0, ge=0, le=1000)
     max_tokens: int = Field(default=48, ge=1, le=LONGEST_TEXT)
     seed: int = Field(default=0, ge=0, lt=2**31)
+    stop_strings: str = Field(default="", max_length=MOST_STOPS * (LONGEST_STOP + 2))
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end writing."""
+        return tuple(line.replace("\\n", "\n") for line in self.stop_strings.splitlines() if line)
 
 
 class Asked(Record):

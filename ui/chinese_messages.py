@@ -469,6 +469,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "第 {number} 行的提示词有 {count} 个字符，上限为 {limit}。",
         "Line {number} is not JSON. Write {{\"prompt\": \"...\"}} in each line, or name the file .txt.":
             "第 {number} 行不是 JSON。请每行写 `{{\"prompt\": \"...\"}}`，或把文件命名为 `.txt`。",
+        "Give up to {most} stop texts, each of 1 to {longest} characters.": "最多 {most} 个停止文本，每个 1 到 {longest} 个字符。",
         "top-p must lie above 0 and up to 1, top-k in 0 (all) to {most}.": "`top-p` 必须大于 0 且不超过 1，`top-k` 必须在 0（全部）到 {most} 之间。",
         "The system prompt has {count} characters; write up to {limit}, and no NUL.":
             "系统提示词有 {count} 个字符；最多 {limit} 个，且不含 NUL。",

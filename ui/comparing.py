@@ -161,8 +161,8 @@ def write(
     sources = [desk.source(entry, owner) for entry in entries]
     return desk.scheduler.stream(
         sources, writing.prompt, max_tokens=writing.max_tokens, temperature=writing.temperature, seed=writing.seed,
-        same_text=writing.mode == "same", top_p=writing.top_p, top_k=writing.top_k, chat=writing.chat,
-        system=writing.system if writing.chat else "", stop=stop,
+        same_text=writing.mode == "same", top_p=writing.top_p, top_k=writing.top_k,
+        stop_strings=writing.stops, chat=writing.chat, system=writing.system if writing.chat else "", stop=stop,
     )  # fmt: skip
 
 

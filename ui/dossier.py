@@ -96,15 +96,16 @@ def _charts(entries: Sequence[Entry]) -> list[Markup]:
 def _texts(asked: Asked, shown: Panes) -> Markup:
     """The prompt, how it was written on, and each text with its shades."""
     writing = asked.writing
-    usual = {"prompt", "mode", "system"}
+    texts = {"system": writing.chat and writing.system, "stop_strings": writing.stop_strings}
+    usual = {"prompt", "mode", *texts}
     settings = {
         say(f"writing.{key}"): _setting(value) for key, value in writing.model_dump().items() if key not in usual
     }  # fmt: skip
-    if writing.chat and writing.system:
-        settings[say("writing.system")] = writing.system
+    settings |= {say(f"writing.{key}"): text for key, text in texts.items() if text}
     shade = shown.same_text
     written = [
-        tag("section", tag("h3", pane.title), tag("p", pane.stats or pane.note, class_="mq-sub"),
+        tag("section", tag("h3", pane.title),
+            tag("p", " · ".join(filter(None, (pane.stats, pane.note))), class_="mq-sub"),
             tag("p", *(_token(t, shade, place == split) for place, t in enumerate(pane.tokens)), class_="text"))
         for pane, split in zip(shown.panes, shown.splits(), strict=True)
     ]  # fmt: skip

@@ -117,7 +117,7 @@ class Panes:
             pane.state, pane.note = "running", ""
             pane.tokens.append(Token.model_validate({key: data[key] for key in Token.model_fields if key in data}))
         elif kind == "done":
-            pane.state, pane.note = "done", say("panes.stopped") if data.get("stopped") else ""
+            pane.state, pane.note = "done", _ending(data)
             count = data.get("tokens")
             pane.timing = Timing(
                 tokens=count if isinstance(count, int) else len(pane.tokens),
@@ -162,6 +162,14 @@ def follow(panes: Panes, events: Iterator[tuple[int, str, dict[str, JsonValue]]]
             last = now
             yield panes.value()
     yield panes.value()
+
+
+def _ending(data: dict[str, JsonValue]) -> str:
+    """Why a text ended before its time: a reader stopped it, or it came to a stop text."""
+    if data.get("stopped"):
+        return say("panes.stopped")
+    ended = data.get("stop_string")
+    return say("panes.ended", text=str(ended).replace("\n", "\\n")) if ended else ""
 
 
 def _seconds(value: JsonValue) -> float | None:

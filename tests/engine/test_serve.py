@@ -85,6 +85,18 @@ def test_the_same_seed_the_same_text(model: str) -> None:
     assert found[:6] == found[6:12] != found[12:]
 
 
+def test_a_stop_text_ends_writing_with_the_token_that_completes_it(model: str) -> None:
+    (_, *tokens, done), (_, *cut, ended) = answers(model, generate()), answers(model, generate(stop_strings=["\0"]))
+    assert cut == tokens
+    assert done["stop_string"] is ended["stop_string"] is None
+    written = [token["text"] for token in tokens]
+    over = written[2] + written[3][:1]  # part of two tokens
+    _, *cut, ended = answers(model, generate(stop_strings=["\0", over]))
+    place = next(n for n in range(1, 7) if over in "".join(written[:n]))
+    assert [token["text"] for token in cut] == written[:place]
+    assert (ended["tokens"], ended["stop_string"]) == (place, over)
+
+
 def test_its_own_text_does_not_diverge(model: str, tmp_path: Path) -> None:
     file = tmp_path / "logprobs.safetensors"
     written = [r for r in answers(model, generate(write=str(file))) if r["event"] == "token"]

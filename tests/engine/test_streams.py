@@ -191,6 +191,7 @@ def test_close_ends_everything(warm: Streams) -> None:
         {"prompt": "a\0b"}, {"max_tokens": 0}, {"max_tokens": 10**9}, {"temperature": float("nan")},
         {"temperature": -1.0}, {"temperature": float("inf")}, {"seed": -1}, {"top_p": 0.0}, {"top_p": float("nan")},
         {"top_k": -1}, {"top_k": 1001}, {"system": "a\0b"}, {"system": "x" * 20_001},
+        {"stop_strings": [""]}, {"stop_strings": ["x" * 81]}, {"stop_strings": ["x"] * 9},
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_at_once(warm: Streams, change: dict) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -131,12 +131,12 @@ class FakeScheduler:
 
     def stream(
         self, sources: list[str], prompt: str, *, max_tokens: int = 48, temperature: float = 0.0, seed: int = 0,
-        same_text: bool = False, top_p: float = 1.0, top_k: int = 0, chat: bool = False, system: str = "",
-        stop: threading.Event | None = None,
+        same_text: bool = False, top_p: float = 1.0, top_k: int = 0, stop_strings: Sequence[str] = (),
+        chat: bool = False, system: str = "", stop: threading.Event | None = None,
     ) -> Iterator[tuple[int, str, dict[str, JsonValue]]]:  # fmt: skip
         self.asked.append((sources, prompt, same_text))
         self.writing.append({"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "top_p": top_p,
-                             "top_k": top_k, "chat": chat, "system": system})  # fmt: skip
+                             "top_k": top_k, "stop_strings": stop_strings, "chat": chat, "system": system})  # fmt: skip
         try:
             for pane in range(len(sources)):
                 yield pane, "loading", {}

@@ -58,8 +58,9 @@ def test_each_text_is_marked_where_it_leaves_the_first(desk: Desk, four: Asked, 
 def test_how_it_is_written_reaches_the_engine(desk: Desk, scheduler: FakeScheduler) -> None:
     small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1).id
     how = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_tokens": 99, "seed": 7, "chat": True, "system": "Rhyme."}
-    list(comparing.stream(desk, ANNA, asked("stored:0", small, "Mara", "free", **how)))
-    assert scheduler.writing == [how]
+    stops = "\\n\r\n\n End"
+    list(comparing.stream(desk, ANNA, asked("stored:0", small, "Mara", "free", **how, stop_strings=stops)))
+    assert scheduler.writing == [{**how, "stop_strings": ("\n", " End")}]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ def test_how_it_is_written_reaches_the_engine(desk: Desk, scheduler: FakeSchedul
         ({"prompt": ["a"]}, "prompt"),
         ({"prompt": "x" * 2001}, "2001 characters"),
         ({"system": "x" * 2001}, "system"),
+        ({"stop_strings": "x" * 1000}, "stop_strings"),
     ],
 )
 def test_settings_out_of_bounds_are_one_line(values: dict[str, object], words: str) -> None:
@@ -85,7 +87,7 @@ def test_settings_out_of_bounds_are_one_line(values: dict[str, object], words: s
 
 
 def test_a_link_says_everything_and_nothing_else_gets_through() -> None:
-    how = {"temperature": 0.5, "chat": True, "system": "a&b=c", "seed": 3}
+    how = {"temperature": 0.5, "chat": True, "system": "a&b=c", "seed": 3, "stop_strings": "\\n\nEnd"}
     whole = asked("stored:0", "0a1b2c3d", "2 + 3 = ?&\n名", "free", "ffff0000", **how)
     import urllib.parse
 

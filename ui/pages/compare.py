@@ -117,6 +117,10 @@ def _texts(first_prompt: str, texts_of: object, differing_of: object) -> _Texts:
             with gr.Row():
                 names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
                 numbers = [_number(name) for name in names]
+                ends = gr.Textbox(
+                    label=say("writing.stop_strings"), info=say("writing.stop_strings.about"), lines=1, max_lines=8,
+                    max_length=Writing.model_fields["stop_strings"].metadata[0].max_length, min_width=240,
+                )  # fmt: skip
         with gr.Row():
             start = gr.Button(say("panes.run"), variant="primary", elem_id="mq-run-both", scale=2, min_width=140)
             stop = gr.Button(say("panes.stop"), elem_id="mq-stop", scale=1, min_width=100)
@@ -128,7 +132,7 @@ def _texts(first_prompt: str, texts_of: object, differing_of: object) -> _Texts:
             votes = [gr.Button(say(f"vote.{name}"), size="sm") for name in ("left", "tie", "right")]
         reveal = gr.HTML(elem_id="mq-vote")
         differing = gr.HTML(differing_of, elem_id="mq-differing")
-    writing: list[Block] = [prompt, mode, chat, system, *numbers]
+    writing: list[Block] = [prompt, mode, chat, system, *numbers, ends]
     return _Texts(writing, prompt, mode, start, stop, output, differing, voting, votes, ballot, reveal, place)
 
 
