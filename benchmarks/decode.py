@@ -1,4 +1,6 @@
-"""Decoding and prefill of a 250 M-parameter Llama shape: `python -m benchmarks.decode [--threads N] [--write]`.
+"""Decoding and prefill of a Llama shape: `python -m benchmarks.decode [--device cuda] [--threads N] [--write]`.
+
+250 M parameters on a CPU; on an NVIDIA GPU 8 B, which takes 45 GiB of it, and a table of its own.
 
 Prefill is bound by arithmetic, decoding by memory: each token reads all weights once, so fewer bytes are less
 time, until what surrounds the products costs as much. One process, one set of random weights, all ways to
@@ -29,10 +31,17 @@ from engine.runtime.linear import Int8Linear, packed_linear
 from engine.runtime.pages import use_large_pages
 
 log = logging.getLogger("decode")
-SHAPE = LlamaConfig(
-    vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16,
-    num_key_value_heads=16, tie_word_embeddings=False, max_position_embeddings=2048,
-)  # fmt: skip
+SHAPES = {
+    "cpu": LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16,
+        num_key_value_heads=16, tie_word_embeddings=False, max_position_embeddings=2048,
+    ),
+    "cuda": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=2048,
+    ),
+}  # fmt: skip
+SECTIONS = {"cpu": "decode", "cuda": "decode-cuda"}
 PROMPT, NEW, GROUP = 32, 32, 64
 BATCHES = (1, 4, 16)
 PREFILL = 512  # tokens
@@ -46,8 +55,15 @@ class Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        self.times.append(now(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def by_transformers(network: PreTrainedModel, prompt: list[int], batch: int) -> list[float]:
@@ -55,7 +71,7 @@ def by_transformers(network: PreTrainedModel, prompt: list[int], batch: int) -> 
     clock = Clock()
     with torch.inference_mode():
         network.generate(
-            torch.tensor([prompt] * batch), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+            torch.tensor([prompt] * batch, device=network.device), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
     return [b - a for a, b in itertools.pairwise(clock.times)]
@@ -65,7 +81,7 @@ def by_maquette(network: PreTrainedModel, prompt: list[int], batch: int) -> list
     """Seconds of each token after the first, through Maquette's own loop."""
     times = []
     for _ in decode(network, prompt, NEW, batch=batch):
-        times.append(time.perf_counter())
+        times.append(now(network.device))
     # The second token also pays for the change of decoders and the check of their first step.
     return [b - a for a, b in itertools.pairwise(times[1:])]
 
@@ -73,15 +89,16 @@ def by_maquette(network: PreTrainedModel, prompt: list[int], batch: int) -> list
 @torch.inference_mode()
 def prefill(network: PreTrainedModel, prompt: list[int]) -> list[float]:
     """Seconds of one forward pass of `transformers` over the prompt."""
-    began = time.perf_counter()
-    network(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-    return [time.perf_counter() - began]
+    ids = torch.tensor([prompt], device=network.device)
+    began = now(network.device)
+    network(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return [now(network.device) - began]
 
 
 def packed(dense: PreTrainedModel, bits: int, group: int | None, integers: bool = False) -> PreTrainedModel:
     """A network of the same shape whose linears in the blocks compute on packed codes; shares all else."""
     with torch.device("meta"):
-        network = LlamaForCausalLM(SHAPE).to(torch.bfloat16)
+        network = LlamaForCausalLM(dense.config).to(torch.bfloat16)
     for name, module in dense.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             network.get_submodule(name)._parameters[leaf] = parameter
@@ -90,11 +107,13 @@ def packed(dense: PreTrainedModel, bits: int, group: int | None, integers: bool 
     for name, module in dense.model.named_modules():
         if isinstance(module, nn.Linear):
             weight = quantized(module.weight, bits, group)
-            linear = Int8Linear(weight) if integers else packed_linear(weight, None, "cpu", torch.bfloat16)
+            how = (weight, None, dense.device)
+            linear = Int8Linear(*how) if integers else packed_linear(*how, torch.bfloat16)
             assert linear is not None
             network.model.set_submodule(name, linear)
     network.generation_config = dense.generation_config
-    use_large_pages(network)
+    if dense.device.type == "cpu":
+        use_large_pages(network)
     return network.eval()
 
 
@@ -118,6 +137,7 @@ def quantized(weight: torch.Tensor, bits: int, group: int | None) -> QuantizedWe
 def main() -> None:
     """Measure and report; with --write also into README.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=tuple(SHAPES), default="cpu")
     parser.add_argument("--threads", type=int, default=hardware.cores())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
@@ -125,10 +145,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    stock = LlamaForCausalLM(SHAPE).to(torch.bfloat16).eval()
+    with torch.device(arguments.device):
+        stock = LlamaForCausalLM._from_config(SHAPES[arguments.device], dtype=torch.bfloat16).eval()
     stock.generation_config.eos_token_id = None
-    dense = copy.deepcopy(stock)
-    use_large_pages(dense)
+    dense = stock
+    if arguments.device == "cpu":
+        dense = copy.deepcopy(stock)
+        use_large_pages(dense)
     networks = {
         "bf16": dense,
         f"4 bit, groups of {GROUP}": packed(dense, 4, GROUP),
@@ -148,10 +171,10 @@ def main() -> None:
     ways = {"bf16, transformers": partial(prefill, stock, long)}
     ways |= {name: partial(prefill, network, long) for name, network in networks.items()}
     tables.append(table(f"Prefill of {PREFILL} tokens through transformers: ms", measure(ways, 3 * arguments.rounds)))
-    text = "\n\n".join([about(stock.num_parameters(), arguments.threads), *tables])
+    text = "\n\n".join([about(stock, arguments.threads), *tables])
     log.info("%s", text)
     if arguments.write:
-        write_section(README, "decode", text)
+        write_section(README, SECTIONS[arguments.device], text)
 
 
 def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
@@ -164,10 +187,12 @@ def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def about(parameters: int, threads: int) -> str:
+def about(network: PreTrainedModel, threads: int) -> str:
     """What was measured, on what."""
+    shape = network.config
     return (
-        f"{parameters / 1e6:.0f} M parameters (12 blocks of 1024, feed-forward 4096, 32,000 tokens), prompt of"
+        f"{network.num_parameters() / 1e6:,.0f} M parameters ({shape.num_hidden_layers} blocks of {shape.hidden_size},"
+        f" feed-forward {shape.intermediate_size}, {shape.vocab_size:,} tokens), prompt of"
         f" {PROMPT}, {NEW} new tokens. {hardware.machine()}; {threads} threads; torch {torch.__version__}."
         f" The embeddings and the head stay bf16. The first line of each table is stock transformers; the others"
         f" decode in Maquette's loop.{priority()}"

@@ -66,7 +66,7 @@ def kernel_for(weight: QuantizedWeight, device: torch.device | str, dtype: torch
         return None
     if kind == "cpu" and rows % 16 == 0:
         return "int4pack-cpu"
-    if kind == "cuda" and rows % 8 == 0 and columns % 128 == 0 and weight.bits <= 4:
+    if kind == "cuda" and rows % 8 == 0 and columns % 128 == 0:
         return "int4pack-cuda"
     return None
 
@@ -187,10 +187,10 @@ class PackedLinear(nn.Module):
         alike = all((p.kernel, p.bits, p.group, p.in_features) == (
             first.kernel, first.bits, first.group, first.in_features) for p in parts)  # fmt: skip
         hooked = any(p._forward_pre_hooks for p in parts)  # what rounds the inputs of one does not see the joined
-        # The 4-bit storage is made of blocks of rows; other numbers of rows have smaller blocks at the end.
-        whole_blocks = first.kernel == "int8pack-cpu" or all(p.out_features % 64 == 0 for p in parts)
+        # The CPU's 4-bit storage is made of blocks of 64 rows; other numbers of rows have smaller blocks at the end.
+        whole_blocks = first.kernel != "int4pack-cpu" or all(p.out_features % 64 == 0 for p in parts)
         biased = [p.bias is not None for p in parts]
-        if first.kernel == "int4pack-cuda" or not alike or hooked or not whole_blocks or any(biased) != all(biased):
+        if not alike or hooked or not whole_blocks or any(biased) != all(biased):
             return None
         return _join(parts, "packed", ("kernel", "bits", "in_features", "group", "_product", "halves", "many_rows"))
 
@@ -301,7 +301,8 @@ def _join(parts: Sequence[Part], matrix: str, alike: Sequence[str]) -> Part:
     if isinstance(first, Int8Linear):
         sums = [part.get_buffer("sums") for part in parts] if first.sums is not None else None
         joined.register_buffer("sums", None if sums is None else torch.cat(sums))
-    for part, view in zip(parts, torch.split(whole, [part.out_features for part in parts]), strict=True):
+    lengths = [part.get_buffer(matrix).shape[0] for part in parts]  # rows, or tiles of them
+    for part, view in zip(parts, torch.split(whole, lengths), strict=True):
         setattr(part, matrix, view)
     vars(first)["_joined"] = joined
     return joined

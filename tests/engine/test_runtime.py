@@ -283,13 +283,26 @@ def test_several_groups_of_modules_with_their_own_bits(four_bits: str, tmp_path:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_the_cuda_kernel_computes_the_grids_product(bits: int, symmetric: bool) -> None:
     weight = make(bits, 2, symmetric=symmetric)
     x = (torch.randn(3, 256) + 0.5).to(torch.bfloat16)
     linear = PackedLinear(weight, device="cuda")
     assert linear.kernel == "int4pack-cuda"
     assert relative_error(linear(x.cuda()), exact_product(x, weight)) < 0.004
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_cuda_linears_are_joined_too(bits: int) -> None:
+    parts = [PackedLinear(make(bits, 2, rows=rows), device="cuda") for rows in (128, 64, 8)]
+    x = torch.randn(3, 256).bfloat16().cuda()
+    before = [part(x) for part in parts]
+    joined = PackedLinear.joined(parts)
+    assert joined is not None
+    torch.testing.assert_close(joined(x), torch.cat(before, dim=1), rtol=0, atol=0)
+    torch.testing.assert_close(parts[1](x), before[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("bits", "groups"), [(4, 4), (3, 2), (8, 1), (8, 2), (6, 2)])
