@@ -31,6 +31,7 @@ from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, embeddings, head, is_large, linears
 from engine.rows import packed_rows
+from engine.runtime.native.moments import add_second_moments
 
 log = logging.getLogger(__name__)
 
@@ -116,17 +117,18 @@ class Accumulator:
         linear = self.linear
         if linear.sample is None:
             linear.sample = inputs[:: max(1, inputs.shape[0] // SAMPLE)][:SAMPLE].float().clone()
-        largest = torch.maximum(inputs.amax(0), -inputs.amin(0)).float()
-        linear.input_max = largest if linear.input_max is None else torch.maximum(linear.input_max, largest)
-        squares = [some.float().square().sum(0) for some in torch.split(inputs, TOKENS)]
-        norm = torch.stack(squares).sum(0).sqrt()
-        linear.input_norm = norm if linear.input_norm is None else torch.hypot(linear.input_norm, norm)
-        if self.collect in ("hessian", "directions"):
+        if self.collect == "norm":
+            largest = torch.maximum(inputs.amax(0), -inputs.amin(0)).float()
+            linear.input_max = largest if linear.input_max is None else torch.maximum(linear.input_max, largest)
+            squares = [some.float().square().sum(0) for some in torch.split(inputs, TOKENS)]
+            norm = torch.stack(squares).sum(0).sqrt()
+            linear.input_norm = norm if linear.input_norm is None else torch.hypot(linear.input_norm, norm)
+        else:
             if linear.hessian is None:
                 linear.hessian = make_empty_hessian(inputs.shape[1], inputs.device)
-            length = torch.linalg.vector_norm(inputs, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
-            weighted = inputs / length if self.collect == "directions" else inputs.float()
-            accumulate_hessian(linear.hessian, linear.tokens, weighted)
+            lengths = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).clamp_min_(1e-12)
+            equal = self.collect == "directions"
+            accumulate_hessian(linear.hessian, linear.tokens, inputs, lengths if equal else None)
         linear.tokens += inputs.shape[0]
 
 
@@ -146,13 +148,17 @@ def make_empty_hessian(size: int, device: torch.device) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.float32).view(size, size)
 
 
-def accumulate_hessian(hessian: Tensor, seen: int, inputs: Tensor) -> None:
+def accumulate_hessian(hessian: Tensor, seen: int, inputs: Tensor, lengths: Tensor | None = None) -> None:
     """Make `hessian` the mean of 2 x xᵀ after `inputs` (tokens, in), given that over the `seen` tokens before.
 
-    It is computed strip by strip from the diagonal to the right, which is half the work and half the memory; `mirror`
-    completes it.
+    Each input is divided by its one of the `lengths` (tokens,). What is computed lies from the diagonal to the right,
+    which is half the work and half the memory; `mirror` completes it. Our own kernel does it where it can; elsewhere
+    float32 products do, strip by strip.
     """
     total, size = seen + inputs.shape[0], hessian.shape[0]
+    if add_second_moments(hessian, inputs, lengths, keep=seen / total, weight=2 / total):
+        return
+    inputs = inputs.float() if lengths is None else inputs / lengths[:, None]
     for start in range(0, size, STRIP):
         strip = hessian[start : start + STRIP, start:]
         strip.mul_(seen / total).addmm_(inputs[:, start : start + STRIP].t(), inputs[:, start:], alpha=2 / total)
@@ -197,7 +203,7 @@ def walk_blocks(
     """Yield the model's blocks in order; what the caller changes in one is kept and seen by the next.
 
     A block has the linears that `params` selects. With `Calibrated` params, calibration text flows through the
-    blocks and each linear comes with what `collect` asks for: `norm`; `hessian`, which includes the norm; or
+    blocks and each linear comes with what `collect` asks for: `norm`, and the largest; `hessian`; or
     `directions`, a Hessian of inputs scaled to length 1. Finished blocks are stored and, in a resumed run, read back
     and not yielded again; without `keep_blocks` this walk only looks, and the caller changes nothing.
     """

@@ -30,12 +30,34 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine.calibration import STRIP, Block, BlockLinear, mirror, stretches
 from engine.fit import SOLVED, SPAN
+from engine.runtime.native.columns import solve_columns
 from engine.sparsity import Pattern, drop, span_of
 
 SLICE = 128  # columns that are solved one by one, and from which zeros are chosen
 PANEL = 512  # columns of a Hessian that are factorized at a time
 
 Nearest = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Rounding of columns to the levels (code - zero) * scale of a grid, code 0..top.
+
+    scale, zero: (G, N), or (G, 1) where all rows share them, in float32; group: (C,), that of each column.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    top: int
+
+    def __call__(self, j: int, wanted: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `Rounding.columns` says; what is kept are codes."""
+        scale, zero = self.scale[self.group[j]], self.zero[self.group[j]]
+        code = (torch.round(wanted / scale) + zero).clamp_(0, self.top)
+        if keep is not None:
+            code = torch.where(keep, code, zero)
+        return code, (code - zero) * scale
 
 
 class Rounding(Protocol):
@@ -172,8 +194,14 @@ def _columns(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Solve columns (C, N) one by one, the columns before them in `part`, which is used up.
 
+    Where they only go onto a grid, our own kernel does it.
     factor: M_kj / M_jj among them, (C, C); diagonal: M_jj, (C, 1). Gives what is kept, and w - q, of each.
     """
+    if kept is None and zeros is None and isinstance(nearest, Levels):
+        scale, zero = (each.expand(-1, wanted.shape[1]) for each in (nearest.scale, nearest.zero))
+        at_once = solve_columns(wanted, part, factor, scale, zero, nearest.group, nearest.top)
+        if at_once is not None:
+            return at_once
     mask, span = kept, len(wanted)
     if zeros is not None:
         mask = torch.empty_like(part, dtype=torch.bool)

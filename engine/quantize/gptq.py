@@ -25,6 +25,7 @@ to. With a pattern, the M columns of a group stay together in activation order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self, get_args
@@ -43,7 +44,7 @@ from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import SOLVED, Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
 from engine.quantize._place import place, walk
-from engine.solver import Nearest, Solver, Zeros
+from engine.solver import Levels, Solver, Zeros
 from engine.sparsity import Pattern, check_pattern
 
 TITLE = "GPTQ"
@@ -185,17 +186,12 @@ class OnGrid:
         """That of some rows."""
         return OnGrid(self.grid.rows(rows), self.size)
 
-    def columns(self, columns: Tensor) -> Nearest:
+    def columns(self, columns: Tensor) -> Levels:
         """As `engine.solver.Rounding` says."""
         group = columns // (self.size // self.grid.scale.shape[1])
-        scale, zero = (each.t().contiguous() for each in self.grid.columns(group))  # (C, N) each, or (C, 1)
-        top = 2**self.grid.bits - 1
+        return Levels(*self._turned, group, 2**self.grid.bits - 1)
 
-        def nearest(j: int, wanted: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-            s, z = scale[j], zero[j]
-            code = (torch.round(wanted / s) + z).clamp_(0, top)
-            if keep is not None:
-                code = torch.where(keep, code, z)
-            return code, (code - z) * s
-
-        return nearest
+    @functools.cached_property
+    def _turned(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points as (G, N), or (G, 1), in float32."""
+        return self.grid.scale.t().float().contiguous(), self.grid.zero.t().float().contiguous()

@@ -80,16 +80,23 @@ def test_later_blocks_see_what_was_done_to_earlier_ones(family: str, context: Co
             torch.testing.assert_close(norm, torch.cat(seen).norm(dim=0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strip", [1000, 3])
-def test_hessian_is_the_mean_over_all_tokens(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hessian_is_the_mean_over_all_tokens(
+    strip: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     monkeypatch.setattr(calibration, "STRIP", strip)
-    inputs = torch.randn(70, 6, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(calibration, "add_second_moments", lambda *_, **__: False)
+    inputs = torch.randn(70, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     hessian, seen = make_empty_hessian(6, torch.device("cpu")), 0
     for part in inputs.split([10, 40, 20]):
         accumulate_hessian(hessian, seen, part)
         seen += len(part)
     mirror(hessian)
-    torch.testing.assert_close(hessian, 2 * inputs.t() @ inputs / 70)
+    torch.testing.assert_close(hessian, 2 * inputs.float().t() @ inputs.float() / 70)
+    lengths = inputs.float().norm(dim=1)
+    accumulate_hessian(hessian, 0, inputs, lengths)
+    assert float(hessian.trace()) == pytest.approx(2, rel=1e-3)  # of inputs of length 1
 
 
 def test_linears_that_are_not_selected_are_left_out(tiny: LoadedModel, context: Context) -> None:

@@ -20,8 +20,10 @@ from engine.packing import InputGrid, QuantizedWeight
 from engine.runtime.lean import LeanDecoder
 from engine.runtime.linear import INT8_NATIVE, Int8Linear, PackedLinear, packed_linear
 from engine.runtime.native import library
+from engine.runtime.native.columns import solve_columns
 from engine.runtime.native.decoder import NativeDecoder
 from engine.runtime.native.linear import MANY_ROWS, NativeLinear, native_kernel
+from engine.runtime.native.moments import add_second_moments
 from engine.runtime.pages import use_large_pages
 from tests.conftest import in_memory, tiny_config
 from tests.engine.test_generate import LEAN, PROMPT
@@ -63,6 +65,60 @@ def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, 
         # Many rows meet weights that are rounded to bfloat16 themselves, as dense ones are.
         limit = 0.0035 if m < MANY_ROWS else 0.005
         assert relative_error(y, exact_product(x, weight) + bias.double()) < limit, m
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("tokens", "size"), [(1, 1), (2, 16), (7, 65), (64, 64), (33, 100), (100, 384), (9, 2048), (10, 2200)]
+)
+def test_second_moments_are_the_exact_ones(tokens: int, size: int) -> None:
+    x = inputs(tokens, size)
+    before = torch.rand(size, size, generator=torch.Generator().manual_seed(1)).triu()
+    total, exact = before.clone(), 0.5 * before.double() + 0.25 * x.double().t() @ x.double()
+    assert add_second_moments(total, x, None, keep=0.5, weight=0.25)
+    torch.testing.assert_close(total.triu().double(), exact.triu(), rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    assert not total.tril(-64).any()
+    torch.set_num_threads(3)
+    again = before.clone()
+    add_second_moments(again, x, None, keep=0.5, weight=0.25)
+    torch.testing.assert_close(again, total, rtol=0, atol=0)
+    lengths = torch.linspace(0.01, 30, tokens)
+    scaled = (x.float() / lengths[:, None]).bfloat16()
+    apart, at_once = before.clone(), before.clone()
+    add_second_moments(apart, scaled, None, keep=0.5, weight=0.25)
+    add_second_moments(at_once, x, lengths, keep=0.5, weight=0.25)
+    torch.testing.assert_close(at_once, apart, rtol=0, atol=0)
+
+
+def test_second_moments_of_other_numbers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = torch.zeros(4, 4)
+    assert not add_second_moments(total, torch.ones(2, 4), None, keep=0.0, weight=1.0)
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert not add_second_moments(total, torch.ones(2, 4, dtype=torch.bfloat16), None, keep=0.0, weight=1.0)
+    assert not total.any()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("columns", "rows", "groups"), [(1, 1, 1), (7, 65, 2), (128, 64, 3), (30, 200, 30)])
+def test_columns_are_solved_as_one_by_one(columns: int, rows: int, groups: int) -> None:
+    dice = torch.Generator().manual_seed(0)
+    wanted = torch.randn(columns, rows, generator=dice)
+    part = wanted + 0.1 * torch.randn(columns, rows, generator=dice)
+    factor = 0.1 * torch.randn(columns, columns, generator=dice).triu(1)
+    scale, zero = torch.rand(groups, rows, generator=dice) * 0.2 + 0.05, torch.full((groups, rows), 7.0)
+    group = torch.randint(0, groups, (columns,), generator=dice)
+    found = solve_columns(wanted, part, factor, scale, zero, group, 15)
+    assert found is not None
+    codes, missed = found
+    for j in range(columns):
+        counts = part[j].double() + factor[:j, j].double() @ missed[:j].double()
+        s, z = scale[group[j]].double(), zero[group[j]].double()
+        nearest = ((counts / s).round() + z).clamp(0, 15)
+        tie = ((counts / s) % 1 - 0.5).abs() < 1e-4  # where either level is as near
+        assert ((codes[j] == nearest) | tie).all()
+        torch.testing.assert_close(
+            missed[j].double(), wanted[j].double() - (codes[j].double() - z) * s, atol=1e-6, rtol=0
+        )
 
 
 @needs_kernels

@@ -35,16 +35,20 @@ FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mprefer-vector-width=512",
     *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
 )  # fmt: skip
-SOURCES = ("products.cpp", "panels.cpp", "decoder.cpp", "codes.h", "products.h", "vectors.h")
+SOURCES = (
+    "products.cpp", "panels.cpp", "decoder.cpp", "moments.cpp", "columns.cpp", "codes.h", "products.h", "vectors.h",
+)  # fmt: skip
 PATIENCE = 300.0  # seconds for the compiler, on a machine that does other work
 
-_POINTERS = {  # arguments of the functions in decoder.cpp
+_POINTERS = {  # arguments of the functions
     "maquette_multiply": (c_void_p, c_void_p, c_int, c_void_p, c_int),
     "maquette_multiply_many": (c_void_p, c_void_p, c_long, c_void_p, c_int),
     "maquette_normalize": (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p),
     "maquette_project": (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int),
     "maquette_attend": (*[c_void_p] * 3, *[c_int] * 6, c_float, c_void_p, c_int),
     "maquette_finish": (c_void_p, c_void_p, c_void_p, c_int, c_int),
+    "maquette_solve_columns": (*[c_void_p] * 6, c_int, c_long, c_float, c_void_p, c_void_p, c_int),
+    "maquette_second_moments": (c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_void_p, c_int),
 }
 
 
