@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from benchmarks.peers.runner import mark, request
 from benchmarks.peers.subjects import LENGTH, SAMPLES
-from engine import pipeline
+from engine import methods, pipeline
 from engine.errors import Cancelled
 from engine.records import EventKind, Recipe
 
@@ -40,6 +40,7 @@ def main() -> None:
             mark("saved")
             raise Cancelled("It is saved.")  # before a process begins that would be counted with this one
 
+    methods.methods()  # imports them all
     mark("loading")
     with suppress(Cancelled):
         pipeline.run(Recipe.model_validate(body), Path(asked["out"]), hear, lambda: None)
