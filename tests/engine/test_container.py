@@ -73,7 +73,7 @@ def test_the_page_answers(place: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    process = sealed(place, "app.py", HOST="0.0.0.0", PORT=port, MAQUETTE_MODE="public")  # noqa: S104
+    process = sealed(place, "app.py", HOST="0.0.0.0", PORT=port, MAQUETTE_MODE="public")
     try:
         deadline = time.monotonic() + 120
         page = b""
