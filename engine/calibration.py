@@ -126,9 +126,10 @@ class Accumulator:
         else:
             if linear.hessian is None:
                 linear.hessian = make_empty_hessian(inputs.shape[1], inputs.device)
-            lengths = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).clamp_min_(1e-12)
-            equal = self.collect == "directions"
-            accumulate_hessian(linear.hessian, linear.tokens, inputs, lengths if equal else None)
+            lengths = None
+            if self.collect == "directions":
+                lengths = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).clamp_min_(1e-12)
+            accumulate_hessian(linear.hessian, linear.tokens, inputs, lengths)
         linear.tokens += inputs.shape[0]
 
 
