@@ -299,13 +299,11 @@ def probing(steps: Sequence[Need]) -> Need:
 def saving(held: Holding, streamed: bool, last: Need) -> Need:
     """Parts beside the blocks are written together; then every part computes once more.
 
-    Of the `last` step half of what solved is still with the process; of a training its weights and moments are.
+    Of the `last` step half of what solved is still with the process.
     """
     _, beside = held.parts()
     if not streamed:
-        moments = last.parts.get("optimizer", 0)
-        weights = held.dense + (last.parts["weights"] if moments else 0)
-        return Need("save", _parts(weights=weights, optimizer=moments, runtime=RUNTIME + LATER))
+        return Need("save", _parts(weights=held.dense, runtime=RUNTIME + LATER))
     small = min(held.width * held.embeddings, max(SAVED_TOGETHER, held.width * beside))
     return Need("save", _parts(weights=small, solver=last.parts.get("solver", 0) // 2, runtime=RUNTIME + LATER))
 

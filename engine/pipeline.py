@@ -107,6 +107,8 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
                 model = ranks.apply(method, params, model, context, processes, original=number == 0)
             else:
                 model = method.apply(model, params, context)
+        if getattr(params, "steps", 0):
+            hardware.give_back_memory()  # gradients and moments of a training
         if number + 1 < len(steps):
             intermediate.keep(model, recipe, source, steps[: number + 1], cache, device)
     return model
