@@ -55,6 +55,16 @@ def test_a_visitor_sees_only_own_runs(desk: Desk, scheduler: FakeScheduler) -> N
     assert {run.id for run in local.runs(ANNA)} == {mine.id, command_line.id}
 
 
+def test_buttons_act_on_the_run_that_is_shown(desk: Desk, scheduler: FakeScheduler) -> None:
+    first = scheduler.submit(fakes.GPTQ, ANNA)
+    journal = Journal(scheduler.store)
+    _, _, now, *_ = runs.refresh(desk, journal, ANNA, "", "", ("", "", ""))
+    scheduler.submit(fakes.GPTQ, ANNA)  # newer than what stands there
+    assert runs.shown("", cast(runs.Shown, now)) == first.id
+    assert runs.shown("0a1b2c3d", cast(runs.Shown, now)) == "0a1b2c3d"
+    assert runs.shown("", ("", "", "")) == ""
+
+
 def test_the_command_lines_owner_cannot_be_claimed() -> None:
     assert edge.visitor(request(ANNA)) == ANNA
     assert edge.visitor(request("", "abc")) == "session-abc"

@@ -101,7 +101,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         @edge
         def handler(run_id: str, needle: str, last: Shown, token: str, request: gr.Request) -> object:
             owner = desk.enter(request, "start") if name == "resume" else visitor(request)
-            run = desk.own(run_id, owner)
+            run = desk.own(shown(run_id, last), owner)
             if name == "resume":
                 desk.scheduler.resume(run.id, owner=run.owner, token=models.clean(token))
             else:
@@ -115,7 +115,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         owner = visitor(request)
         if desk.mode is not Mode.TEAM:
             raise BadParams(say("error.no_team"))
-        run = desk.own(run_id, owner)
+        run = desk.own(shown(run_id, last), owner)
         desk.scheduler.share(run.id, not run.shared, owner=run.owner)
         return [run.id, *look(owner, run.id, needle, last)]
 
@@ -147,6 +147,11 @@ def news(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str) -> 
 def _picked(runs: list[Run], run_id: str) -> Run | None:
     """The run that is shown: the one that was chosen, else the newest."""
     return next((run for run in runs if run.id == run_id), runs[0] if runs and not run_id else None)
+
+
+def shown(run_id: str, last: Shown) -> str:
+    """The run whose page stands there: the one that was chosen, else the newest of when it was painted."""
+    return run_id or str(last[2]).partition(" ")[0]
 
 
 def refresh(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
