@@ -122,16 +122,16 @@ def _wire_load(
     @edge
     def fill(request: gr.Request) -> object:
         owner, query = visitor(request), dict(request.query_params)
-        asked = compare.usual(desk, owner)
+        asked, known = compare.usual(desk, owner), compared.first.writing if compared.first else None
         try:
             if "compare" in query:
                 wanted = read_link(query)
                 tuple(desk.entry(key, owner) for key in wanted.compare)  # refuses what the visitor may not see
-                asked = wanted
+                asked, known = wanted, None
         except Exception as error:
             tell(error)
         drawn = comparing.render(desk, owner, asked, comparing.COSTS[0], comparing.QUALITIES[0])
-        return [*([gr.skip()] * len(both) if asked is None else compare.fill(desk, owner, asked)), *drawn]
+        return [*([gr.skip()] * len(both) if asked is None else compare.fill(desk, owner, asked, known)), *drawn]
 
     @edge
     def read(request: gr.Request) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 
+import gradio as gr
 import pytest
 
 from engine.errors import BadParams, InputError, UnknownName
@@ -13,7 +14,7 @@ from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked
 from tests.ui.fakes import FakeScheduler
 from ui import ballot, cards, charts, comparing, contrast, flips, sets, wording
-from ui.asked import Asked, read_link, read_writing, write_link
+from ui.asked import Asked, Writing, read_link, read_writing, write_link
 from ui.desk import FIRST, Desk
 from ui.pages import compare
 from ui.pages.sets import go_through
@@ -243,3 +244,13 @@ def test_throughput_is_drawn_by_batch_size() -> None:
     assert [row[1] for row in chart.rows] == ["1", "4", "8", "16"]
     assert chart.rows[3][2:] == ("6400 tokens/s ± 17.6 tokens/s", "2.00 ms ± 196 µs", "int4pack x 8")
     assert list(chart.figure.data[0].error_y.array) == [1.96 * 9.0] * 4  # type: ignore[union-attr]
+
+
+def test_an_opening_page_leaves_settings_alone_that_it_has_already(desk: Desk, scheduler: FakeScheduler) -> None:
+    fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    wanted = compare.usual(desk, ANNA)
+    assert wanted is not None
+    other = wanted.writing.model_copy(update={"prompt": "Once"})
+    written = compare.fill(desk, ANNA, wanted, other)[compare.PICKERS : compare.FIELDS]
+    assert written == [wanted.writing.prompt, *[gr.skip()] * (len(Writing.model_fields) - 1)]
+    assert gr.skip() not in compare.fill(desk, ANNA, wanted)[compare.PICKERS : compare.FIELDS]

@@ -41,6 +41,7 @@ class ComparePage:
     cost: gr.Radio
     quality: gr.Radio
     shown: list[Block]
+    first: Asked | None  # what it was laid out with
 
     @property
     def fields(self) -> list[Block]:
@@ -72,7 +73,7 @@ def build(desk: Desk) -> ComparePage:
     cost, quality, figures, numbers = _drawings(figures_of, numbers_of)
     timer = gr.Timer(1.5, active=False)
     shown: list[Block] = [summary, text.output, text.differing, *figures, numbers, link]
-    page = ComparePage(pickers, text.writing, [count, more, fewer], banner, timer, cost, quality, shown)
+    page = ComparePage(pickers, text.writing, [count, more, fewer], banner, timer, cost, quality, shown, first)
     _wire_choice(desk, page, text, more, fewer)
     turns, clicked = Turns(), gr.Number(0, visible=False)
     _wire_texts(desk, page, text, link, turns, clicked)
@@ -185,14 +186,18 @@ def usual(desk: Desk, owner: str) -> Asked | None:
     return None if a is None or b is None else comparing.pair_of(desk.entry(a, owner), desk.entry(b, owner))
 
 
-def fill(desk: Desk, owner: str, asked: Asked) -> list[object]:
-    """Updates of `fields` and `size`, so that they say `asked`."""
+def fill(desk: Desk, owner: str, asked: Asked, known: Writing | None = None) -> list[object]:
+    """Updates of `fields` and `size`, so that they say `asked`.
+
+    Settings that are as in `known` are left alone: the visitor may have changed them since.
+    """
     names = comparing.choices(desk, owner)
     keys = [*asked.compare, *[None] * (PICKERS - len(asked.compare))]
     pickers = [
         gr.update(choices=names, value=key, visible=place < len(asked.compare)) for place, key in enumerate(keys)
     ]
-    written = [getattr(asked.writing, name) for name in Writing.model_fields]
+    settings = [(name, getattr(asked.writing, name)) for name in Writing.model_fields]
+    written = [gr.skip() if known and getattr(known, name) == value else value for name, value in settings]
     return [*pickers, *written, *_size(len(asked.compare))]
 
 
