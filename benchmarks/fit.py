@@ -95,7 +95,7 @@ def watching(process: subprocess.Popen[str]) -> Iterator[list[tuple[float, int]]
                 hurry(group)
             except psutil.Error:
                 return
-            found.append((time.time(), sum(map(larger.resident, group))))
+            found.append((time.time(), larger.resident(group)))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +86,7 @@ def run(recipe: Path, home: Path, *, resume: str = "", kill_at: str = "") -> Wat
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         while process.poll() is None:
             workers = psutil.Process(process.pid).children(recursive=True)
-            peak = max(peak, sum(resident(worker) for worker in workers))
+            peak = max(peak, resident(workers))
             if kill_at and any(home.rglob(kill_at)):
                 for each in [*workers, psutil.Process(process.pid)]:
                     each.send_signal(signal.SIGKILL)
@@ -94,12 +96,17 @@ def run(recipe: Path, home: Path, *, resume: str = "", kill_at: str = "") -> Wat
     return Watched(json.loads(out[-1]) if out else {}, time.monotonic() - began, peak)
 
 
-def resident(process: psutil.Process) -> int:
-    """Resident bytes, 0 where the process has ended."""
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
+def resident(processes: Sequence[psutil.Process]) -> int:
+    """Resident bytes of processes together; those that have ended take none.
+
+    A child that still has its parent's command has only been forked: what it shows is its parent's memory.
+    """
+    found: dict[tuple[str, ...], int] = {}
+    for process in processes:
+        with suppress(psutil.Error):
+            command = tuple(process.cmdline())
+            found[command] = max(found.get(command, 0), process.memory_info().rss)
+    return sum(found.values())
 
 
 def artifact(home: Path) -> Path:
