@@ -1,6 +1,6 @@
 """Decoding and prefill of a Llama shape: `python -m benchmarks.decode [--device cuda] [--threads N] [--write]`.
 
-250 M parameters on a CPU; on an NVIDIA GPU 8 B, which takes 45 GiB of it, and a table of its own.
+250 M parameters on a CPU; on an NVIDIA GPU 8 B, which takes 45 GiB of it by its weights, and a table of its own.
 
 Prefill is bound by arithmetic, decoding by memory: each token reads all weights once, so fewer bytes are less
 time, until what surrounds the products costs as much. One process, one set of random weights, all ways to

@@ -20,6 +20,7 @@ and w_1 = 2 + (1 - 0) * 1/1 = 3 makes up for it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,11 +54,16 @@ class Levels:
 
     def __call__(self, j: int, wanted: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `Rounding.columns` says; what is kept are codes."""
-        scale, zero = self.scale[self.group[j]], self.zero[self.group[j]]
+        scale, zero = (each[j] for each in self._each)
         code = (torch.round(wanted / scale) + zero).clamp_(0, self.top)
         if keep is not None:
             code = torch.where(keep, code, zero)
         return code, (code - zero) * scale
+
+    @functools.cached_property
+    def _each(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each column, (C, N): looked up at once, for a GPU would be waited for at each."""
+        return self.scale[self.group], self.zero[self.group]
 
 
 class Rounding(Protocol):

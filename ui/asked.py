@@ -19,6 +19,7 @@ from ui.wording import say
 
 LONGEST = 2000  # characters of a prompt
 LONGEST_TEXT = 512  # tokens
+LONGEST_STOPS = MOST_STOPS * (LONGEST_STOP + 2)  # characters of all stop texts together
 Mode = Literal["same", "free", "blind"]
 Key = Annotated[str, Field(min_length=1, max_length=80)]
 
@@ -38,7 +39,7 @@ class Writing(Record):
     top_k: int = Field(default=0, ge=0, le=1000)
     max_tokens: int = Field(default=48, ge=1, le=LONGEST_TEXT)
     seed: int = Field(default=0, ge=0, lt=2**31)
-    stop_strings: str = Field(default="", max_length=MOST_STOPS * (LONGEST_STOP + 2))
+    stop_strings: str = Field(default="", max_length=LONGEST_STOPS)
 
     @property
     def stops(self) -> tuple[str, ...]:

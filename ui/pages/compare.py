@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from engine.records import Status
 from ui import ballot, comparing, links, markup, panes, wording
-from ui.asked import LONGEST, Asked, Writing, read_keys, read_writing
+from ui.asked import LONGEST, LONGEST_STOPS, Asked, Writing, read_keys, read_writing
 from ui.comparing import COSTS, QUALITIES
 from ui.desk import STORED, Desk
 from ui.edge import edge, visitor
@@ -120,7 +120,7 @@ def _texts(first_prompt: str, texts_of: object, differing_of: object) -> _Texts:
                 numbers = [_number(name) for name in names]
                 ends = gr.Textbox(
                     label=say("writing.stop_strings"), info=say("writing.stop_strings.about"), lines=1, max_lines=8,
-                    max_length=Writing.model_fields["stop_strings"].metadata[0].max_length, min_width=240,
+                    max_length=LONGEST_STOPS, min_width=240,
                 )  # fmt: skip
         with gr.Row():
             start = gr.Button(say("panes.run"), variant="primary", elem_id="mq-run-both", scale=2, min_width=140)
