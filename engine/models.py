@@ -28,6 +28,7 @@ from transformers import (
 )  # fmt: skip
 from transformers.pytorch_utils import Conv1D
 
+from engine import hardware
 from engine.checkpoint import Checkpoint, attention, empty, part_names, part_of, read_config, shell
 from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, short
@@ -90,6 +91,8 @@ class Parts:
 
     def fill(self, model: LoadedModel, part: str) -> None:
         """Give a part its weights, those too that are another's."""
+        # What the part before has left, which grows with each.
+        hardware.give_back_memory(collect=is_large(model.network.get_submodule(part)))
         self.where[part].fill(model, part)
         names = list(self.where)
         for target, source in self.tied.items():

@@ -15,7 +15,7 @@ from compressed_tensors.utils.match import is_match
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import hardware, models
+from engine import models
 from engine.checkpoint import part_of
 from engine.errors import BadArtifact
 from engine.models import LoadedModel
@@ -45,8 +45,6 @@ class Stranger:
 
     def fill(self, model: LoadedModel, part: str) -> None:
         """Give the part its weights."""
-        # What unpacking the part before has left, which grows with each.
-        hardware.give_back_memory(collect=models.is_large(model.network.get_submodule(part)))
         modules: dict[str, dict[str, Tensor]] = {}
         for key in self._keys[part]:
             path, _, leaf = key.rpartition(".")
