@@ -67,6 +67,20 @@ def drawings(entries: Sequence[Entry]) -> list[Chart]:
     return [draw(named) for draw in (charts.accuracy, charts.latency, charts.memory, charts.batches)]
 
 
+def share(desk: Desk, owner: str, asked: Asked) -> Markup:
+    """Share what is the visitor's own in a comparison, and say what the link gives now.
+
+    Raises:
+        MaquetteError: as `Desk.share`.
+    """
+    entries = [desk.entry(key, owner) for key in asked.compare]
+    own = [each for each in entries if not each.stored and desk.owns(each.run, owner)]
+    for each in own:
+        desk.share(each.run, owner, True)
+    titles = ", ".join(wording.title(each.run.recipe) for each in own)
+    return markup.notice(say("share.comparison.done", titles=titles) if own else say("share.comparison.none"))
+
+
 def front(entries: Sequence[Entry], cost: str, quality: str) -> Chart:
     """All results that a visitor has, the stored ones while there are fewer than two.
 

@@ -1,7 +1,8 @@
 """What one page server knows: the store, the scheduler, the stored comparison, and who may see what.
 
 Every handler of a Gradio page is public HTTP API, so each asks the desk by the visitor's own name and gets
-only what that visitor may see: own runs, in a team also those that others share, which only their owner changes.
+only what that visitor may see: own runs, and those that others share, which only their owner changes. A team sees all
+that is shared in its lists; on a public server a link opens it.
 Runs started on the command line have no owner; they are shown where the page is served to this machine alone.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,8 +19,9 @@ from typing import Literal
 import gradio as gr
 from pydantic import JsonValue, ValidationError
 
-from engine.errors import BadModel, InputError, TooMany, UnknownName
+from engine.errors import BadModel, BadParams, InputError, TooMany, UnknownName
 from engine.modes import Limits, Mode
+from engine.preflight import open_model
 from engine.quotas import check_sources
 from engine.rates import Rates
 from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
@@ -28,6 +30,7 @@ from engine.store import Store
 from ui import language, wording
 from ui.edge import has_cookie, visitor
 from ui.guard import ADDRESS
+from ui.opened import Opened
 from ui.shelf import Shelf
 from ui.wording import say
 
@@ -105,6 +108,7 @@ class Desk:
     stored: StoredComparison | None = None
     mode: Mode = Mode.LOCAL
     shelf: Shelf = field(default_factory=Shelf)
+    opened: Opened = field(default_factory=Opened)
     _finished: dict[tuple[str, int, bool, bool, str], Entry] = field(default_factory=dict)
     _pulse: Pulse = field(default_factory=Pulse)
     _rates: Rates = field(default_factory=Rates)
@@ -160,7 +164,7 @@ class Desk:
             run = self.store.run(run_id)
         except UnknownName:
             return None
-        shared = self.mode is Mode.TEAM and run.shared
+        shared = run.shared and not self.local
         return run if shared or self.owns(run, owner) else None
 
     def owns(self, run: Run, owner: str) -> bool:
@@ -179,6 +183,31 @@ class Desk:
             raise InputError(say("error.not_yours"))
         return run
 
+    def share(self, run: Run, owner: str, shared: bool) -> Run:
+        """Let others look at the visitor's own run, or no more.
+
+        Raises:
+            UnknownName, InputError: as `own`.
+            BadParams: nobody else comes to this server.
+            NeedsToken: the model is gated or private, and whoever has a link would get what was made of it.
+            MaquetteError: the hub cannot be asked whether it is.
+        """
+        mine = self.own(run.id, owner)
+        if self.local:
+            raise BadParams(say("error.no_share"))
+        if shared and self.mode is Mode.PUBLIC:
+            open_model(mine.recipe.model, self.scheduler.hub)
+        return self.scheduler.share(mine.id, shared, owner=mine.owner)
+
+    def open_link(self, keys: Sequence[str], owner: str) -> None:
+        """Let the pickers keep what a link names.
+
+        Raises:
+            UnknownName: nothing the visitor may see.
+        """
+        runs = [entry.run for key in keys if not (entry := self.entry(key, owner)).stored]
+        self.opened.add(owner, [run.id for run in runs if not self.owns(run, owner)])
+
     def now(self) -> Now:
         """The machine and the engine as of the last half second; nobody waits while another visitor asks."""
         return self._pulse.now(self.scheduler)
@@ -195,8 +224,10 @@ class Desk:
         return self._entry(self.run(key, owner))
 
     def entries(self, owner: str) -> list[Entry]:
-        """All that can be compared: finished runs, newest first, then the stored ones."""
-        done = [self._entry(run) for run in self.runs(owner) if run.status is Status.SUCCEEDED]
+        """All that can be compared: finished runs, newest first, what a link has opened, then the stored ones."""
+        runs = {run.id: run for run in self.runs(owner)}
+        linked = [run for each in self.opened.of(owner) if each not in runs and (run := self.find(each, owner))]
+        done = [self._entry(run) for run in (*runs.values(), *linked) if run.status is Status.SUCCEEDED]
         return [*done, *self.stored_entries()]
 
     def stored_entries(self) -> list[Entry]:

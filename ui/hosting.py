@@ -44,7 +44,8 @@ def run_note(run: Run, limits: Limits, mine: bool, now: float) -> Markup:
     """Whose a shared run is, and when its files go, or that they have gone."""
     lines = []
     if run.shared:
-        lines.append(say("share.yours") if mine else say("share.theirs", name=display(run.owner)))
+        name, whose = display(run.owner), "yours" if mine else "theirs"
+        lines.append(say(f"share.{whose}", name=name) if name else say(f"share.{whose}.link"))
     if run.expired is not None:
         lines.append(say("expiry.gone", when=wording.when(run.expired, now)))
     elif limits.keep is not None and run.finished is not None and run.status is not Status.CANCELLED:
@@ -58,5 +59,5 @@ def marks(runs: list[Run], owner: str) -> dict[str, str]:
     found = {}
     for run in runs:
         if run.shared:
-            found[run.id] = say("share.mark") if run.owner == owner else display(run.owner)
+            found[run.id] = say("share.mark") if run.owner == owner else display(run.owner) or say("share.mark")
     return found

@@ -126,7 +126,7 @@ def _wire_load(
         try:
             if "compare" in query:
                 wanted = read_link(query)
-                tuple(desk.entry(key, owner) for key in wanted.compare)  # refuses what the visitor may not see
+                desk.open_link(wanted.compare, owner)  # refuses what the visitor may not see
                 asked, known = wanted, None
         except Exception as error:
             tell(error)

@@ -238,13 +238,20 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "limits.parameters": "Models up to {count} billion parameters.",
         "limits.seconds": "Time of a run: {span}.", "limits.disk": "Disk of all your runs: {size}.",
         "limits.keep": "A run's files are deleted {span} after its end; its numbers stay.",
-        "share.start": "Share with the team", "share.stop": "Stop sharing", "share.mark": "shared",
+        "share.start": "Share", "share.stop": "Stop sharing", "share.mark": "shared",
         "share.yours": "The team can look at this run, compare and download it. Only you can change it.",
         "share.theirs": "{name} shares this run. You can look, compare and download.",
+        "share.yours.link": "Whoever has a link to a comparison with this run can look at it, and download it until "
+        "its files are deleted. Only you can change it.",
+        "share.theirs.link": "This run is shared with you by a link. You can look, compare and download.",
+        "share.comparison": "Let others open this link",
+        "share.comparison.done": "Shared: {titles}. The link above opens this comparison for others too. Runs has the "
+        "button that ends it.",
+        "share.comparison.none": "Nothing of yours is in this comparison; the link opens for others as it is.",
         "expiry.gone": "The files of this run were deleted {when}; its numbers stay. Start it anew for a model.",
         "expiry.left": "The files of this run will be deleted in about {span}. Download what you want to keep.",
         "error.not_yours": "This run is shared with you to look at; only its owner can change it.",
-        "error.no_team": "Runs can be shared on a team server only.",
+        "error.no_share": "Nobody else comes to this page, so there is nobody to share a run with.",
         "error.no_cookie": "Your browser keeps no cookie of this page, so nothing can be started in your name. Allow "
         "its cookies, or open the page in a tab of its own.",
         # models of the hub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from engine.errors import InputError, TooMany
+from engine.errors import InputError, NeedsToken, TooMany, UnknownName
 from engine.modes import LIMITS, Limits, Mode
 from engine.records import Run, Status
 from engine.scheduler import Scheduler
@@ -25,7 +26,7 @@ from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, request
 from tests.ui.fakes import FakeScheduler
 from ui import comparing, hosting, visitors
-from ui.desk import Desk
+from ui.desk import BASELINE, Desk
 from ui.guard import ADDRESS, Guard, House, house, set_cookie
 from ui.login import Door
 from ui.pages import runs
@@ -261,10 +262,52 @@ def test_buttons_are_for_the_owner(teams: Desk, scheduler: FakeScheduler) -> Non
     assert "anna shares this run" in hosting.run_note(shared, Limits(), False, 0)
 
 
-def test_a_shared_run_is_shared_on_a_team_server_only(desk: Desk, scheduler: FakeScheduler) -> None:
+def test_nothing_is_shared_on_a_page_of_ones_own(desk: Desk, scheduler: FakeScheduler) -> None:
     mine = scheduler.share(fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.0, 0.1).id, True, ANNA)
-    assert desk.find(mine.id, BEN) is None
-    assert desk.runs(BEN) == []
+    alone = replace(desk, mode=Mode.LOCAL)
+    assert alone.find(mine.id, BEN) is None
+    assert alone.runs(BEN) == []
+    with pytest.raises(InputError, match="nobody to share"):
+        alone.share(mine, ANNA, True)
+
+
+@pytest.fixture
+def public(scheduler: FakeScheduler) -> Desk:
+    scheduler.limits = LIMITS[Mode.PUBLIC]
+    return Desk(scheduler.store, cast(Scheduler, scheduler), None, Mode.PUBLIC)
+
+
+def test_a_link_opens_what_is_shared_in_public_and_keeps_it_in_the_pickers(
+    public: Desk, scheduler: FakeScheduler
+) -> None:
+    runs_ = [fakes.finished(scheduler, recipe, ANNA, 3.0, 0.1) for recipe in (BASELINE, fakes.GPTQ)]
+    asked = comparing.pair_of(*(public.entry(run.id, ANNA) for run in runs_))
+    with pytest.raises(UnknownName):
+        public.open_link(asked.compare, BEN)
+    assert "Shared: " in comparing.share(public, ANNA, asked)
+    assert public.runs(BEN) == []  # a link is needed: nobody reads the list of what is shared
+    assert public.entries(BEN) == []
+    public.open_link(asked.compare, BEN)
+    assert [entry.key for entry in public.entries(BEN)] == list(asked.compare)
+    assert "shared with you by a link" in hosting.run_note(public.run(runs_[1].id, BEN), Limits(), False, 0)
+    with pytest.raises(InputError, match="only its owner"):
+        public.share(public.run(runs_[1].id, BEN), BEN, False)
+    public.share(runs_[1], ANNA, False)
+    assert [entry.key for entry in public.entries(BEN)] == [runs_[0].id]
+
+
+def test_a_gated_model_is_not_shared_in_public(
+    public: Desk, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.0, 0.1)
+
+    def refuse(*_: object) -> None:
+        raise NeedsToken("acme/secret is gated: accept its conditions and give a token of that account.")
+
+    monkeypatch.setattr("ui.desk.open_model", refuse)
+    with pytest.raises(NeedsToken):
+        public.share(run, ANNA, True)
+    assert not scheduler.store.run(run.id).shared
 
 
 def test_the_page_says_what_may_be_taken_and_when_files_go() -> None:

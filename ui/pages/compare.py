@@ -69,12 +69,17 @@ def build(desk: Desk) -> ComparePage:
         fewer = gr.Button(say("compare.fewer"), size="sm", scale=0, min_width=170, visible=False)
     summary = gr.HTML(summary_of, elem_id="mq-summary")
     link = gr.HTML(link_of, elem_id="mq-link")
+    lend = gr.Button(
+        say("share.comparison"), size="sm", visible=not desk.local, min_width=170, elem_id="mq-lend"
+    )  # fmt: skip
+    lent = gr.HTML()
     text = _texts(first.writing.prompt if first else "", texts_of, differing_of)
     cost, quality, figures, numbers = _drawings(figures_of, numbers_of)
     timer = gr.Timer(1.5, active=False)
     shown: list[Block] = [summary, text.output, text.differing, *figures, numbers, link]
     page = ComparePage(pickers, text.writing, [count, more, fewer], banner, timer, cost, quality, shown, first)
     _wire_choice(desk, page, text, more, fewer)
+    _wire_sharing(desk, page, lend, lent)
     turns, clicked = Turns(), gr.Number(0, visible=False)
     _wire_texts(desk, page, text, link, turns, clicked)
     with text.place:
@@ -205,6 +210,17 @@ def _size(count: int) -> list[object]:
     """The number of pickers that are shown, and the two buttons that change it."""
     label = say("compare.more" if count == 2 else "compare.fourth")
     return [count, gr.update(visible=count < PICKERS, value=label), gr.update(visible=count > 2)]
+
+
+def _wire_sharing(desk: Desk, page: ComparePage, lend: gr.Button, lent: gr.HTML) -> None:
+    """The link of a comparison opens for others once the visitor's own runs in it are shared."""
+
+    @edge
+    def share(request: gr.Request, *values: object) -> object:
+        asked = collect(values)
+        return "" if asked is None else comparing.share(desk, visitor(request), asked)
+
+    on([lend.click], share, page.fields, [lent])
 
 
 def _wire_choice(desk: Desk, page: ComparePage, text: _Texts, more: gr.Button, fewer: gr.Button) -> None:

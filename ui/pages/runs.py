@@ -15,7 +15,6 @@ from gradio.blocks import Block
 from markupsafe import Markup
 
 from engine.errors import BadParams
-from engine.modes import Mode
 from engine.records import Run, Status
 from ui import hosting, markup, views
 from ui.desk import Desk
@@ -66,7 +65,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         resume = gr.Button(say("runs.resume"), interactive=False, size="md", min_width=110)
         delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110)
         share = gr.Button(
-            say("share.start"), interactive=False, size="md", min_width=110, visible=desk.mode is Mode.TEAM,
+            say("share.start"), interactive=False, size="md", min_width=110, visible=not desk.local,
             elem_id="mq-share",
         )  # fmt: skip
     detail = gr.HTML(elem_id="mq-detail")
@@ -113,10 +112,8 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     @edge
     def toggle(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
         owner = visitor(request)
-        if desk.mode is not Mode.TEAM:
-            raise BadParams(say("error.no_team"))
-        run = desk.own(shown(run_id, last), owner)
-        desk.scheduler.share(run.id, not run.shared, owner=run.owner)
+        run = desk.run(shown(run_id, last), owner)
+        desk.share(run, owner, not run.shared)
         return [run.id, *look(owner, run.id, needle, last)]
 
     @edge
