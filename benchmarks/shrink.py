@@ -32,9 +32,9 @@ from engine.models import load
 from engine.records import EventKind, Measurement
 
 DEMO = ROOT / "assets" / "demo"
-DOCUMENTS, SEED = 120_000, 12_345
+DOCUMENTS, LITTLE, SEED = 120_000, 1200, 12_345
 BATCH = 32
-SHORT, MIDDLE, LONG = 600, 1200, 2400  # steps
+SHORT, MIDDLE, LONGEST = 600, 800, 4800  # steps
 QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
 REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 150}}
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
@@ -42,16 +42,16 @@ COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" fo
 log = logging.getLogger("shrink")
 
 
-def text() -> str:
-    """A JSONL file of documents of the demo's world; made where it is not there."""
-    file = CACHE / "world.jsonl"
+def text(documents: int = DOCUMENTS) -> str:
+    """A JSONL file of the first documents that the demo's world tells; made where it is not there."""
+    file = CACHE / f"world-{documents}.jsonl"
     if not file.exists():
         sys.path.insert(0, str(DEMO))
         import world
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        documents = islice(world.stream(world.inhabitants(2000, 0), SEED, world.LAST), DOCUMENTS)
-        file.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+        told = islice(world.stream(world.inhabitants(2000, 0), SEED, world.LAST), documents)
+        file.write_text("".join(json.dumps({"text": each}) + "\n" for each in told))
     return str(file)
 
 
@@ -78,37 +78,36 @@ def shallow(**changes: JsonValue) -> list[object]:
     return [QUARTER, lesson(SHORT, student="current", **changes)]
 
 
-def taught_and_not() -> list[Trial]:
-    """Two students of three of the four blocks: one taught by the original, one given labels alone."""
-    return [
-        trial(f"three of four blocks, distilled, {SHORT} steps", shallow()),
-        trial(f"three of four blocks, labels alone, {SHORT} steps", shallow(label_weight=1.0)),
-    ]
+def slim() -> list[object]:
+    """Three of the four blocks with a little less than half of their neurons, not trained yet."""
+    return [QUARTER, {"prune/width": {"neurons": 0.54, "multiple": 16}}]
 
 
-def narrowed(steps: int, **changes: JsonValue) -> list[object]:
-    """Three of the four blocks with half their heads and five sixths of their neurons."""
-    narrower: dict[str, JsonValue] = {"prune/width": {"heads": 0.5, "neurons": 0.17}}
-    return [QUARTER, narrower, lesson(steps, student="current", **changes)]
+def taught(steps: int, **changes: JsonValue) -> list[object]:
+    """That student, trained on half as many sequences a step as the others: it learns more from as many tokens."""
+    return [*slim(), lesson(steps, student="current", batch=BATCH // 2, **changes)]
 
 
 def students() -> str:
-    """Smaller and smaller students; some with the teacher, and with labels alone, after the same tokens."""
-    name = "three blocks, half the heads, 5/6 of the neurons"
-    narrow = [
-        trial(f"{name}, distilled, {SHORT} steps", narrowed(SHORT)),
-        trial(f"{name}, labels alone, {SHORT} steps", narrowed(SHORT, label_weight=1.0)),
+    """One student with the teacher and with labels alone, for a short and a long time, on much text and on little."""
+    name, few = "three blocks, 46 % of the neurons", text(LITTLE)
+    original, longest = trial("original", []), trial(f"{name}, distilled, {LONGEST:,} steps", taught(LONGEST))
+    much = [
+        trial(f"{name}, distilled, {MIDDLE} steps", taught(MIDDLE)),
+        trial(f"{name}, labels alone, {MIDDLE} steps", taught(MIDDLE, label_weight=1.0)),
     ]
-    shallower = taught_and_not()
-    longer = trial(f"{name}, distilled, {LONG:,} steps", narrowed(LONG))
-    shown = [trial("original", []), longer, shallower[0]]
+    little = [
+        trial(f"{name}, distilled on little text", taught(MIDDLE, text=few, label_weight=0.0)),
+        trial(f"{name}, labels alone on little text", taught(MIDDLE, text=few, label_weight=1.0)),
+    ]
+    shown = [original, longest]
     paces = [Pace(*each) for each in zip(decoding(shown), reading(shown), strict=True)]
-    words = [bar(shown[0], each, paces[0], now) for each, now in zip(shown[1:], paces[1:], strict=True)]
-    words += [
-        f"{found[0].name}: {margin('distilled', found[0], 'labels alone', found[1])}" for found in (narrow, shallower)
+    words = [
+        bar(original, longest, *paces),
+        f"{DOCUMENTS:,} documents: {margin('distilled', much[0], 'labels alone', much[1])}",
+        f"{LITTLE:,} documents: {margin('distilled', little[0], 'labels alone', little[1])}",
     ]
-    listed = [shown[0], longer, *narrow, *shallower]
-    return f"{table(listed, COLUMNS)}\n\n" + "\n".join(f"- {each}" for each in words)
+    return f"{table([*shown, *much, *little], COLUMNS)}\n\n" + "\n".join(f"- {each}" for each in words)
 
 
 class Pace(NamedTuple):
@@ -159,15 +158,25 @@ def reading(trials: Sequence[Trial], turns: int = 30) -> list[float]:
 
 
 def margin(a_name: str, a: Trial, b_name: str, b: Trial) -> str:
-    """How far two models are apart in accuracy and in KL to the original, in standard errors of the difference."""
-    better, worse = ({name: each.measured[name] for name in ("accuracy", "kl")} for each in (a, b))
-    points, nats = ((better[name].value - worse[name].value) for name in ("accuracy", "kl"))
-    errors = [math.hypot(better[name].error or 0, worse[name].error or 0) for name in ("accuracy", "kl")]
+    """How far two models are apart: in accuracy, question by question, and in KL to the original."""
+    points, error = paired(a, b)
+    better, worse = (each.measured["kl"] for each in (a, b))
+    nats = math.hypot(better.error or 0, worse.error or 0)
     return (
-        f"After the same tokens, {a_name} against {b_name}: {100 * points:+.1f} points of accuracy "
-        f"({abs(points) / errors[0]:.1f} standard errors of the difference), KL {better['kl'].value:.3g} against "
-        f"{worse['kl'].value:.3g} ({abs(nats) / errors[1]:.1f} standard errors)."
+        f"after the same tokens, {a_name} against {b_name}: {100 * points:+.1f} points of accuracy "
+        f"({abs(points) / error:.1f} standard errors of the questions' differences), KL {better.value:.3g} against "
+        f"{worse.value:.3g} ({abs(better.value - worse.value) / nats:.1f} standard errors)."
     )
+
+
+def paired(a: Trial, b: Trial) -> tuple[float, float]:
+    """The difference of two models' accuracies and its standard error, for both answered the same questions."""
+    answers = [
+        [int(mark) for task in TASKS for mark in str(each.measured[f"accuracy.{task}"].details["right"])]
+        for each in (a, b)
+    ]
+    apart = [one - other for one, other in zip(*answers, strict=True)]
+    return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
 
 
 def assistant() -> str:
@@ -183,19 +192,25 @@ def assistant() -> str:
 
 
 def ensemble() -> str:
-    """Two students and the mean of their probabilities, distilled into one student of their size."""
-    members = taught_and_not()
+    """Two students that differ by their seed, and the mean of their probabilities, distilled into one of their size.
+
+    The one begins as both did, before they were trained, and is given their probabilities alone.
+    """
+    members = [trial(f"student {seed + 1} of two", taught(MIDDLE), seed=seed) for seed in (0, 1)]
     first, second = (str(each.artifact) for each in members)
-    pupil = trial(
-        "one student, taught by both", [lesson(SHORT, student="current", teachers=second)], FIDELITY[:-1], first
+    fresh = trial("not trained", slim())
+    steps = lesson(
+        2 * MIDDLE, student="folder", folder=str(fresh.artifact), teachers=second, batch=BATCH // 2, label_weight=0.0
     )
+    pupil = trial("one student, taught by both", [steps], FIDELITY[:-1], first)
     together = accuracy_of_mean([each.artifact for each in members])
     share = pupil.measured["accuracy"].value / together.value
     words = (
         f"The mean of both students' probabilities is right in {100 * together.value:.1f} ± "
         f"{100 * (together.error or 0):.1f} %; the one student keeps {share:.1%} of that."
     )
-    return f"{table([*members, pupil], [column for column in COLUMNS if column != 'kl'])}\n\n{words}"
+    listed = [fresh, *members, pupil]
+    return f"{table(listed, [column for column in COLUMNS if column != 'kl'])}\n\n{words}"
 
 
 def accuracy_of_mean(folders: Sequence[Path]) -> Measurement:
@@ -211,7 +226,7 @@ def chain() -> str:
     """Prune, distill back, quantize; beside quantization alone at the nearest sizes."""
     packed: dict[str, JsonValue] = {"head": True, "embeddings": True}
     narrower: dict[str, JsonValue] = {"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64}
-    narrow: list[object] = [{"prune/width": narrower}, lesson(MIDDLE, student="current")]
+    narrow: list[object] = [{"prune/width": narrower}, lesson(2 * SHORT, student="current")]
     trials = [
         trial("original", []),
         trial("half: fewer blocks, distilled, 8 bit", [*shallow(), {"quantize/gptq": {"bits": 8}}]),

@@ -56,9 +56,11 @@ class Trial:
         return f"{found.value:.4g} ± {found.error:.2g}" if found.error is not None else f"{found.value:.3g}"
 
 
-def trial(name: str, steps: Sequence[object], measure: Sequence[str] = FIDELITY, source: str = "demo") -> Trial:
+def trial(
+    name: str, steps: Sequence[object], measure: Sequence[str] = FIDELITY, source: str = "demo", seed: int = 0
+) -> Trial:
     """Run the steps on a model, or read what they gave before."""
-    body = {"model": source, "steps": list(steps), "measure": list(measure)}
+    body = {"model": source, "steps": list(steps), "measure": list(measure), "seed": seed}
     recipe = Recipe.model_validate(body)
     key = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
     file, folder = CACHE / f"{key}.json", CACHE / "home" / "runs" / key / "attempt-1"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from engine.body import Body, eager
@@ -19,7 +19,7 @@ from engine.errors import BadModel
 from engine.losses import Objective, chunk_size, chunked, pieces
 from engine.methods import Context, Params
 from engine.models import LoadedModel
-from engine.preflight import calibration_file, check_text
+from engine.preflight import calibration_file, check_text, whole
 from engine.rows import MOST_HELD, Rows, packed_rows
 from engine.teachers import Answers, Teacher, cached, dtype_of, load_live, shared_vocabulary
 from engine.tokens import check_same_tokenizer
@@ -35,6 +35,10 @@ class TextParams(Params):
 
     sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
     text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
+
+    def rooted(self) -> dict[str, JsonValue]:
+        """The text."""
+        return {**super().rooted(), "text": whole(self.text)}
 
     def check_sources(self, folder: Path) -> None:
         """Refuse a text that cannot be read, or is shorter than one sequence."""

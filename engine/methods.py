@@ -84,6 +84,10 @@ class Params(BaseModel):
         """Whether the inputs of linears are rounded, too, which files cannot say of some families' own linears."""
         return False
 
+    def rooted(self) -> dict[str, JsonValue]:
+        """The settings that name files or folders, with whole paths: a run finds them wherever its worker stands."""
+        return {}
+
     def beyond_blocks(self) -> tuple[bool, bool]:
         """Whether the output head, and whether the embeddings are to be changed beside the blocks."""
         return False, False

@@ -21,7 +21,7 @@ from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
 from engine.sizes import HEADS, NOT_PACKED
-from engine.sources import WAYS, Folder, Repo, classify
+from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, place
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
 
@@ -40,7 +40,7 @@ def resolve(source: str) -> Path:
     if "\0" in source or not source.strip():
         raise BadModel("The model is empty or holds a NUL character. Give `demo` or the path of a folder.")
     try:
-        path = Path(source).expanduser()
+        path = place(source)
         if path.is_dir():
             return path.resolve()
     except (OSError, RuntimeError):  # a name that is too long; a home of nobody
@@ -71,9 +71,31 @@ def pin(model: Model, hub: Hub | None = None, token: str = "") -> Model:
     found = classify(model)
     if isinstance(found, Repo) and hub is not None:
         return hub.pin(model, token)
-    if isinstance(found, Folder) and not found.path.is_absolute():
+    if isinstance(found, Folder) and not Path(model.source).is_absolute():
         return model.model_copy(update={"source": str(resolve(model.source))})
     return model
+
+
+def settle(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Recipe:
+    """The recipe as it is stored with a run: its model pinned, other files and folders by their whole paths.
+
+    Raises:
+        MaquetteError: a step cannot be read, or the model not be found.
+    """
+    steps = []
+    for step, (_, params) in zip(recipe.steps, methods.check(recipe), strict=True):
+        named = {key: value for key, value in params.rooted().items() if key in step.params}
+        steps.append(step.model_copy(update={"params": {**step.params, **named}}))
+    changed = {"model": pin(recipe.model, hub, token), "calibration": whole(recipe.calibration), "steps": tuple(steps)}
+    return recipe.model_copy(update=changed)
+
+
+def whole(source: str) -> str:
+    """The whole path of a file or folder that a recipe names; `demo`, nothing, and what can be no path stay."""
+    try:
+        return source if source in ("", BUNDLED) or "\0" in source else str(place(source))
+    except RuntimeError:  # a home of nobody: refused as a file that is not there
+        return source
 
 
 def open_model(model: Model, hub: Hub | None = None, token: str = "") -> Origin:
@@ -94,7 +116,7 @@ def calibration_file(source: str) -> Path:
         BadText: there is no such file.
     """
     try:
-        path = DEMO / "text.txt" if source == "demo" else Path(source).expanduser()
+        path = DEMO / "text.txt" if source == "demo" else place(source)
         if "\0" not in source and path.is_file():
             return path.resolve()
     except (OSError, RuntimeError):  # a name that is too long; a home of nobody

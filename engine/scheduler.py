@@ -128,7 +128,7 @@ class Scheduler:
             HubError: the hub does not answer.
         """
         check_sources(recipe, self.limits)
-        pinned = recipe.model_copy(update={"model": preflight.pin(recipe.model, self.hub, token)})
+        pinned = preflight.settle(recipe, self.hub, token)
         estimate = preflight.check(pinned, self.hub, token)
         if self._refuses is not None:
             self._refuses(pinned, estimate)

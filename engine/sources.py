@@ -77,10 +77,26 @@ def classify(model: Model, *, folders: bool = True) -> Bundled | Folder | Repo:
     return Repo(_checked(text), _revision(revision))
 
 
+_base: list[Path] = []  # none: where this process stands
+
+
+def stay_in(folder: Path) -> None:
+    """Let relative paths go on from a folder, wherever this process will stand: the page's server leaves its own."""
+    _base[:] = [folder]
+
+
+def place(text: str) -> Path:
+    """The whole path of a file or folder that somebody has named; whether it is there is not said.
+
+    Raises:
+        RuntimeError: it begins with `~` and a name that nobody has here.
+    """
+    return Path(*_base, Path(text).expanduser()).absolute()
+
+
 def _home(text: str) -> Path:
-    """The path with `~` as somebody's home."""
     try:
-        return Path(text).expanduser()
+        return place(text)
     except RuntimeError:
         raise BadModel(f"There is no model folder {short(text)!r}. {WAYS}") from None  # nobody of that name
 
@@ -93,8 +109,8 @@ def is_path(model: Model) -> bool:
 
 def _is_folder(text: str) -> bool:
     try:
-        return Path(text).is_dir()
-    except (OSError, ValueError):
+        return place(text).is_dir()
+    except (OSError, ValueError, RuntimeError):
         return False
 
 

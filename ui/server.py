@@ -14,6 +14,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 
 import gradio as gr
 from starlette.applications import Starlette
@@ -24,6 +25,7 @@ from starlette.routing import Route
 
 from engine.errors import MaquetteError
 from engine.modes import Mode
+from engine.sources import stay_in
 from engine.users import UserFile
 from ui.desk import Desk
 from ui.downloads import Downloads
@@ -79,6 +81,7 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
     remember_signatures(page)
     home = desk.store.home
     with tempfile.TemporaryDirectory(prefix="maquette-") as empty:
+        stay_in(Path.cwd())
         os.chdir(empty)
         page.queue(max_size=2048, default_concurrency_limit=8).launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,

@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from engine import vocabulary
 from engine.errors import BadModel
 from engine.methods import Context
 from engine.methods import Params as Base
 from engine.models import LoadedModel
-from engine.preflight import calibration_file
+from engine.preflight import calibration_file, whole
 from engine.text import read_documents
 from engine.vocabulary import closure, keep_tokens
 
@@ -40,6 +40,10 @@ class Params(Base):
     text: str = Field(
         "demo", max_length=4096, description="Text whose tokens stay: `demo`, or a text or JSONL file. Give much of it."
     )
+
+    def rooted(self) -> dict[str, JsonValue]:
+        """The text."""
+        return {"text": whole(self.text)}
 
     def unfit_for(self, name: str, later: Base) -> str:
         """Distillation: its teacher is the original."""

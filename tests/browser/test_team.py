@@ -46,7 +46,7 @@ def test_login_page_and_logout(team: str, browser: Browser) -> None:
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
     page.locator("#mq-start").click()
     expect(page.locator("#mq-detail .mq-badge")).to_have_text(re.compile("queued|running"), timeout=30_000)
-    page.get_by_role("button", name="Share with the team").click()
+    page.get_by_role("button", name="Share", exact=True).click()
     expect(page.locator("#mq-detail")).to_contain_text("The team can look at this run", timeout=30_000)
     expect(page.get_by_role("button", name="Stop sharing")).to_be_visible()
     assert watch.problems == []

@@ -98,7 +98,7 @@ def test_a_folder_that_could_be_a_repo_has_to_be_written_out(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadModel, match=r"Write \./org/name for the folder, org/name@main for the hub's"):
         classify(model("org/name"))
-    assert classify(model("./org/name")) == Folder(Path("org/name"))
+    assert classify(model("./org/name")) == Folder(tmp_path / "org" / "name")
     assert classify(model("org/name@main")) == Repo("org/name", "main")
     assert classify(model("org/name"), folders=False) == Repo("org/name")  # who may not look learns nothing
     for path in ("/etc", "./org", "~/x", ".."):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import hardware, methods, models, preflight, sizes
+from engine import hardware, methods, models, preflight, sizes, sources
 from engine.errors import BadModel, BadParams, InputError, TooBig
 from engine.kv_cache import read_on
 from engine.records import Recipe
@@ -218,6 +218,27 @@ def test_a_text_that_cannot_calibrate(
     assert words in refuse(recipe(tiny_folder(), wanted, calibration=str(text)))
     # What reads no text is not held up by one.
     preflight.check(recipe(tiny_folder(), {"quantize/rtn": {"group_size": 32}}, calibration=str(text)))
+
+
+def test_a_run_keeps_whole_paths_however_its_files_were_named(
+    tiny_folder: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, elsewhere = tiny_folder(), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence. " * 200)
+    monkeypatch.chdir(tmp_path)
+    named = f"./{folder.relative_to(tmp_path)}"
+    asked = recipe(named, {"distill/logits": {"text": "text.txt"}}, {"quantize/gptq": {}}, calibration="text.txt")
+    told = preflight.settle(asked)
+    assert (told.model.source, told.calibration) == (str(folder), str(text))
+    assert told.steps[0].params == {"text": str(text)}
+    assert told.steps[1].params == {}
+    monkeypatch.setattr(sources, "_base", [])
+    sources.stay_in(tmp_path)  # as the page's server, which goes elsewhere itself
+    monkeypatch.chdir(elsewhere)
+    assert preflight.settle(asked) == told
+    assert preflight.settle(recipe("demo", calibration="~nobody-has-this-name/x")).calibration.startswith("~")
 
 
 def test_a_short_text_is_enough_for_short_sequences(tiny_folder: Maker, tmp_path: Path) -> None:
