@@ -44,7 +44,7 @@ from engine.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds
-BUDGET_SHARE = 0.8  # of the memory that is free when a run starts
+BUDGET_SHARE = 0.8  # of the memory that is free, or the run's own already, when its watch begins
 
 
 class Scheduler:
@@ -302,7 +302,9 @@ class Scheduler:
         self._watch(run, worker, device)
 
     def _watch(self, run: Run, worker: Worker, device: str) -> None:
-        budget = self._memory_budget or int(hardware.free_memory() * BUDGET_SHARE)
+        used, total = hardware.memory()
+        available = min(total, total - used + worker.resident())  # an adopted one holds some of it already
+        budget = self._memory_budget or int(available * BUDGET_SHARE)
         folder = attempt_folder(self.home, run.id, run.attempt)
         self._watches[device] = Watch(self.store, run, worker, folder, budget)
 

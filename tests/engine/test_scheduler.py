@@ -209,6 +209,23 @@ def test_a_live_run_is_adopted(make: Callable[..., Scheduler]) -> None:
     until(lambda: in_group(group or 0) == [])  # it is no child of ours: init buries it
 
 
+def test_what_an_adopted_worker_holds_is_free_for_it(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that has taken three quarters of the memory goes on when its scheduler is started again."""
+    first = make()
+    run = first.submit(does("polite"))
+    working(first, run)
+    crash(first)
+    monkeypatch.setattr(hardware, "memory", lambda: (24 << 30, 32 << 30))
+    monkeypatch.setattr(hardware, "group_memory", lambda group: 24 << 30)
+    second = make()
+    until(lambda: second.store.events(run.id, kinds=("sample",))[-1].data["value"] == 24 << 30)
+    assert second.store.run(run.id).status is Status.RUNNING
+    second.cancel(run.id)
+    assert ended(second, run).status is Status.CANCELLED
+
+
 def test_a_deaf_adopted_worker_and_its_child_are_killed(make: Callable[..., Scheduler]) -> None:
     first = make()
     run = first.submit(does("family"))
