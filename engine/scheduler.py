@@ -44,6 +44,7 @@ from engine.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds
+TROUBLES = (OSError, sqlite3.Error, StoreError)  # a full disk, a locked file
 BUDGET_SHARE = 0.8  # of the memory that is free, or the run's own already, when its watch begins
 
 
@@ -250,17 +251,23 @@ class Scheduler:
                 self._telemetry.sample([*self._watches.values()], self._streams.pids())
                 self._streams.end_idle()
                 self._empty_trash()
-            except (OSError, sqlite3.Error, StoreError):  # a full disk, a locked file: the next tick tries again
+            except TROUBLES:  # the next tick tries again
                 log.exception("the scheduler's tick failed")
                 self._stopping.wait(1.0)
             self._wake.wait(TICK)
             self._wake.clear()
 
     def _look_after(self) -> None:
+        trouble: Exception | None = None
         for device, watch in list(self._watches.items()):
-            if not watch.tick():
-                del self._watches[device]
-                self._clean_up(self.store.run(watch.run.id))
+            try:
+                if not watch.tick():
+                    del self._watches[device]
+                    self._clean_up(self.store.run(watch.run.id))
+            except TROUBLES as error:  # of one; the others are looked after all the same
+                trouble = error
+        if trouble is not None:
+            raise trouble
 
     def _hold_to_limits(self) -> None:
         """End what takes too much; delete the files of runs whose time is over, which they say then."""

@@ -85,22 +85,29 @@ class Watch:
             self._deadline = time.monotonic()
 
     def tick(self) -> bool:
-        """Look after the attempt once; False when it is over."""
+        """Look after the attempt once; False when it is over.
+
+        Raises:
+            StoreError: something could not be stored; memory and deadline were seen to, the next tick stores it.
+        """
         now = time.monotonic()
-        self._carry(now)
         if not self._worker.alive():
             self._end(now)
             return False
+        self._bound(now)  # first: a store that is locked or full must not let a worker go on
+        self._carry(now)
+        if now >= self._next_sample and self._deadline is None:
+            self._store.say(self.run, "sample", {"series": "memory.resident", "value": self.resident, "unit": "B"})
+            self._next_sample = now + SAMPLE_EVERY
+        return True
+
+    def _bound(self, now: float) -> None:
         self.resident = self._worker.resident()
         if self._budget is not None and self.resident > self._budget and self._verdict is None:
             self._verdict = (Status.FAILED, _over_budget(self.resident, self._budget))
             self._deadline = now
         if self._deadline is not None and now >= self._deadline:
             self._worker.kill()
-        elif now >= self._next_sample and self._deadline is None:
-            self._next_sample = now + SAMPLE_EVERY
-            self._store.say(self.run, "sample", {"series": "memory.resident", "value": self.resident, "unit": "B"})
-        return True
 
     def _carry(self, now: float) -> None:
         events = self._reader.read()

@@ -16,7 +16,7 @@ import pytest
 
 from engine import attempts, hardware, preflight, scheduler, supervision
 from engine.attempts import EventWriter, attempt_folder, prepare, read_pid
-from engine.errors import BadModel, InputError, UnknownName
+from engine.errors import BadModel, InputError, StoreError, UnknownName
 from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
@@ -402,6 +402,34 @@ def test_events_that_could_not_be_stored_are_stored_later(
     assert not failures
     assert run.status is Status.SUCCEEDED
     assert [e.data["name"] for e in scheduler.store.events(run.id, kinds=("phase",))] == ["quick"]
+
+
+@pytest.mark.parametrize("behaviour", ["hungry", "deaf"])
+def test_workers_end_in_time_while_nothing_can_be_stored(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
+    """One is over its budget, the other is cancelled and deaf; what happened is stored when it can be again."""
+    scheduler = make(memory_budget=400 << 20)
+    append, broken = Store.append, threading.Event()
+    broken.set()
+
+    def failing(self: Store, events: list) -> None:
+        if broken.is_set():
+            raise StoreError("Another program holds the run store.")
+        append(self, events)
+
+    monkeypatch.setattr(Store, "append", failing)
+    run = scheduler.submit(does(behaviour))
+    folder = attempt_folder(scheduler.home, run.id, 1)
+    until(lambda: "phase" in {event.kind for event in attempts.EventReader(folder).read()})
+    if behaviour == "deaf":
+        scheduler.cancel(run.id)
+    until(lambda: not attempts.is_live(folder))
+    assert scheduler.store.run(run.id).status is Status.RUNNING
+    phases = [event for event in attempts.EventReader(folder).read() if event.kind == "phase"]
+    broken.clear()
+    assert ended(scheduler, run).status is (Status.FAILED if behaviour == "hungry" else Status.CANCELLED)
+    assert [e.data for e in scheduler.store.events(run.id, kinds=("phase",))] == [e.data for e in phases]
 
 
 def test_a_worker_that_cannot_be_started_fails_its_run(tmp_path: Path) -> None:
