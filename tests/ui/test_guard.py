@@ -20,7 +20,7 @@ from engine.errors import InputError, TooMany
 from engine.modes import LIMITS, Limits, Mode
 from engine.records import Run, Status
 from engine.scheduler import Scheduler
-from engine.users import UserFile
+from engine.users import LONGEST, UserFile
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, request
 from tests.ui.fakes import FakeScheduler
@@ -175,6 +175,24 @@ def test_guessing_is_slowed_down_for_the_one_who_guesses(tmp_path: Path, monkeyp
     assert int(answers[-1].headers["retry-after"]) > 0
     assert login(call).status_code == 429
     assert login(call, client="10.0.0.9").status_code == 303
+
+
+def test_a_form_of_too_many_fields_is_one_line_and_counts_as_a_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ui.login.TRIES_BY_ADDRESS", 2)
+    call, _, _ = team(tmp_path)
+    many = {f"field{number}": "x" for number in range(20)}
+    answers = [call("POST", "/login", data=many) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [400, 400, 429]
+    assert "Fill in the form" in answers[0].text
+
+
+def test_the_longest_password_gets_in_whole(tmp_path: Path) -> None:
+    call, _, users = team(tmp_path)
+    users.add("ben", "p" * LONGEST)
+    assert login(call, "ben", "p" * LONGEST).status_code == 303
+    assert login(call, "ben", "p" * (LONGEST - 1)).status_code == 403
 
 
 def test_the_form_escapes_and_keeps_what_was_asked(tmp_path: Path) -> None:
