@@ -86,6 +86,12 @@ def test_of_what_is_forwarded_only_our_proxies_count(environment: dict[str, str]
     assert call("POST", JOIN, headers={"X-Forwarded-For": "9.9.9.9, 1.1.1.1, 2.2.2.2"}).json()["address"] == address
 
 
+def test_a_line_of_the_clients_own_chooses_no_address(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {"SPACE_ID": "a/b"}))
+    lines = [("X-Forwarded-For", "9.9.9.9"), ("X-Forwarded-For", "2.2.2.2")]  # the second is the proxy's
+    assert call("POST", JOIN, headers=lines).json()["address"] == "2.2.2.2"
+
+
 def test_a_flood_hurts_only_its_sender(signed: Signed) -> None:
     call = calls(house(Mode.PUBLIC, Limits(requests=75, crowd=4), signed, {}))  # five at once
     ada, ben = visitor(signed), visitor(signed)
