@@ -19,6 +19,7 @@ import gradio as gr
 from pydantic import JsonValue, ValidationError
 
 from engine.errors import BadModel, InputError, TooMany, UnknownName
+from engine.hub import Hub
 from engine.modes import Limits, Mode
 from engine.quotas import check_sources
 from engine.rates import Rates
@@ -128,12 +129,29 @@ class Desk:
         owner = visitor(request)
         if self.mode is Mode.PUBLIC and not has_cookie(request):
             raise TooMany(say("error.no_cookie"))
-        most = self.limits.streams if what == "stream" else self.limits.starts
+        self._count(request, what, self.limits.streams if what == "stream" else self.limits.starts)
+        return owner
+
+    def hub(self, request: gr.Request) -> Hub:
+        """The hub for one handler of a visitor, which counts as one question where it has to be asked.
+
+        It raises TooMany where this visitor, or the address, asked too often.
+        """
+        counted = False
+
+        def allow() -> None:
+            nonlocal counted
+            if not counted:
+                self._count(request, "question", self.limits.questions)
+                counted = True
+
+        return self.scheduler.hub.allowing(allow)
+
+    def _count(self, request: gr.Request, what: str, most: int | None) -> None:
         address = str(dict(getattr(request, "headers", {})).get(ADDRESS, ""))
-        self._rates.require(what, owner, most)  # first: what is refused here is not held against the address
+        self._rates.require(what, visitor(request), most)  # first: what is refused is not held against the address
         if most is not None and address:
             self._rates.require(what, f"at {address}", most * self.limits.crowd)
-        return owner
 
     def runs(self, owner: str) -> list[Run]:
         """The visitor's runs and those shared with the team, newest first; on a local page also the command line's."""
