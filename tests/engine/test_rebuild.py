@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -34,7 +35,7 @@ def add(store: Store, owner: str, *endings: str) -> Run:
         if ending == "succeeded":
             (folder / "artifact").mkdir()
             (folder / "artifact" / "weights").write_text("four")
-            manifest = {"files": {"weights": {"bytes": 4}}}
+            manifest = {"files": {"weights": {"bytes": 4, "sha256": hashlib.sha256(b"four").hexdigest()}}}
             (folder / "artifact" / "MANIFEST.json").write_text(json.dumps(manifest))
             writer.emit("artifact", {"path": "artifact"})
             writer.emit("measurement", {"name": "kl", "value": 0.5, "error": 0.1, "unit": "nat"})
@@ -107,13 +108,26 @@ def test_a_worker_that_said_nothing_final_is_concluded_by_the_next_scheduler(tmp
         assert scheduler.store.run(cancelled.id).status is Status.CANCELLED
 
 
-def test_success_is_not_believed_without_its_artifact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["lo", "fout"])
+def test_success_is_not_believed_without_its_artifact(tmp_path: Path, content: str) -> None:
     with Store(tmp_path / DB) as store:
         run = add(store, "ada", "succeeded")
-    (Path(str(run.artifact)) / "weights").write_text("lo")
+    (Path(str(run.artifact)) / "weights").write_text(content)
     lose(tmp_path)
     with Store(tmp_path / DB) as store:
         assert (store.run(run.id).status, store.run(run.id).reason) == (Status.FAILED, rebuild.DAMAGED)
+
+
+def test_more_than_can_be_read_in_time_is_believed_by_its_sizes(tmp_path: Path) -> None:
+    with Store(tmp_path / DB) as store:
+        artifact = Path(str(add(store, "ada", "succeeded").artifact))
+    contents = rebuild.Contents(left=7)
+    assert contents.are(artifact)
+    (artifact / "weights").write_text("fout")
+    assert not rebuild.Contents(left=7).are(artifact)
+    assert contents.are(artifact)
+    (artifact / "weights").write_text("lo")
+    assert not contents.are(artifact)
 
 
 def test_what_cannot_be_made_out_is_left_alone(tmp_path: Path) -> None:
