@@ -1,7 +1,8 @@
 """A lost run store, made again from the files of its runs.
 
-    HOME/runs/<run>/run.json                      who asked for what, and when: written when a run is queued
+    HOME/runs/<run>/run.json                      who asked for what, when, and whether it is shared
     HOME/runs/<run>/attempt-<n>/events.jsonl      what its workers said: measurements, the artifact, how it ended
+    HOME/runs/<run>/attempt-<n>/ending.json       how it ended where the scheduler had to say so
     HOME/runs/<run>/attempt-<n>/artifact/MANIFEST.json      what the artifact must hold
 
 What only the database knew is lost: blind votes, memory samples, and cancelled runs, whose files were deleted. A run
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engine.attempts import EventReader
+from engine.attempts import EventReader, read_ending
 from engine.files import digest, publish
 from engine.records import RUN_ID, Event, Recipe, Run, Status
 
@@ -42,7 +43,7 @@ class Found:
 
 
 def note(home: Path, run: Run) -> None:
-    """Write down who asked for what, durably.
+    """Write down who asked for what, and whether it is shared, durably.
 
     Raises:
         OSError: the disk is full or broken.
@@ -72,7 +73,9 @@ def _asked(folder: Path) -> Run | None:
         file = folder / NAME
         if file.is_file():
             known = Run.model_validate_json(file.read_text())
-            return Run(id=folder.name, recipe=known.recipe, owner=known.owner, created=known.created)
+            return Run(
+                id=folder.name, recipe=known.recipe, owner=known.owner, created=known.created, shared=known.shared
+            )
         # Of a version that wrote no such file: what the worker was asked says all but the owner.
         request = max(folder.glob("attempt-*/request.json"), key=lambda each: each.stat().st_mtime)
         recipe = Recipe.model_validate(json.loads(request.read_text())["recipe"])
@@ -85,7 +88,9 @@ def _asked(folder: Path) -> Run | None:
 def _said(number: int, folder: Path, contents: Contents) -> tuple[int, float, tuple[Event, ...]]:
     events = [event for event in EventReader(folder).read() if event.attempt == number]
     begun = events[0].time if events else folder.stat().st_mtime
-    return number, begun, tuple(_believed(event, folder, contents) for event in events)
+    said = tuple(_believed(event, folder, contents) for event in events)
+    ending = read_ending(folder)
+    return number, begun, said if ending is None else (*said, ending)
 
 
 def _believed(event: Event, folder: Path, contents: Contents) -> Event:

@@ -38,7 +38,7 @@ from engine.runners.local import LocalRunner
 from engine.sources import Repo, classify
 from engine.store import Store
 from engine.streams import Streams
-from engine.supervision import Watch, conclude
+from engine.supervision import Watch, conclude, finish
 from engine.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ class Scheduler:
             worker = self._runner.start(request, device, self._tokens.pop(run.id, ""))
         except OSError as error:
             reason = f"The worker could not be started. {os_reason(error)}"
-            self.store.say(run, "finished", {"status": str(Status.FAILED), "reason": reason})
+            finish(self.store, run, attempt_folder(self.home, run.id, run.attempt), Status.FAILED, reason)
             return
         self._watch(run, worker, device)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from engine.attempts import EventReader, is_cancelled, mark_cancelled
+from engine.attempts import EventReader, is_cancelled, mark_cancelled, note_ending, read_ending
 from engine.records import Event, Run, Status
 from engine.runners import Worker
 from engine.store import Store
@@ -125,16 +125,25 @@ class Watch:
         self._worker.kill()  # children that outlived it
         self._carry(now)
         if not self._store.run(self.run.id).status.final:
-            status, reason = self._verdict or _verdict(code, is_cancelled(self.folder))
-            self._store.say(self.run, "finished", {"status": str(status), "reason": reason})
+            finish(self._store, self.run, self.folder, *(self._verdict or _verdict(code, is_cancelled(self.folder))))
 
 
 def conclude(store: Store, run: Run, folder: Path) -> None:
     """Say how an attempt ended whose worker died unseen: what it said itself counts, else it is interrupted."""
     store.append(EventReader(folder).read())
     if not store.run(run.id).status.final:
-        status, reason = _verdict(None, is_cancelled(folder))
-        store.say(run, "finished", {"status": str(status), "reason": reason})
+        noted = read_ending(folder)  # by a scheduler that could not store it any more
+        if noted is not None:
+            store.say(run, "finished", noted.data)
+        else:
+            finish(store, run, folder, *_verdict(None, is_cancelled(folder)))
+
+
+def finish(store: Store, run: Run, folder: Path, status: Status, reason: str) -> None:
+    """Say how an attempt ended whose worker did not, in its folder and in the store."""
+    data: dict[str, JsonValue] = {"status": str(status), "reason": reason}
+    note_ending(folder, run.id, run.attempt, data)
+    store.say(run, "finished", data)
 
 
 def _verdict(code: int | None, cancelled: bool) -> tuple[Status, str]:

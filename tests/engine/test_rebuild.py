@@ -6,8 +6,10 @@ import hashlib
 import json
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,6 +20,7 @@ from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
 from engine.store import Store
+from engine.supervision import finish
 
 DB = "maquette.db"
 
@@ -106,6 +109,37 @@ def test_a_worker_that_said_nothing_final_is_concluded_by_the_next_scheduler(tmp
     with Scheduler(tmp_path, runner=LocalRunner(("/no/such/program",))) as scheduler:
         assert scheduler.store.run(dead.id).status is Status.INTERRUPTED
         assert scheduler.store.run(cancelled.id).status is Status.CANCELLED
+
+
+def test_what_the_scheduler_decided_and_what_is_shared_come_back(tmp_path: Path) -> None:
+    with Scheduler(tmp_path, runner=LocalRunner(("/no/such/program",))) as scheduler:
+        run = scheduler.submit(Recipe(), "ada")
+        shared, private = add(scheduler.store, "ben", "succeeded"), add(scheduler.store, "ben", "succeeded")
+        for each, is_shared in ((shared, True), (private, True), (private, False)):
+            scheduler.share(each.id, is_shared, "ben")
+        while not scheduler.store.run(run.id).status.final:
+            time.sleep(0.01)
+        before = scheduler.store.run(run.id)
+    assert before.status is Status.FAILED
+    lose(tmp_path)
+    with Store(tmp_path / DB) as store:
+        after = store.run(run.id)
+        assert (after.status, after.reason, after.attempt) == (before.status, before.reason, 1)
+        assert [store.run(each.id).shared for each in (shared, private)] == [True, False]
+
+
+def test_an_ending_that_could_not_be_stored_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store was locked when the worker was ended, and then the scheduler died."""
+    with Store(tmp_path / DB) as store:
+        run = add(store, "ada", "")
+        folder = tmp_path / "runs" / run.id / "attempt-1"
+        with monkeypatch.context() as locked:
+            locked.setattr(Store, "say", Mock(side_effect=StoreError("locked")))
+            with pytest.raises(StoreError):
+                finish(store, run, folder, Status.FAILED, "Out of memory.")
+    with Scheduler(tmp_path, runner=LocalRunner(("/no/such/program",))) as scheduler:
+        ended = scheduler.store.run(run.id)
+        assert (ended.status, ended.reason) == (Status.FAILED, "Out of memory.")
 
 
 @pytest.mark.parametrize("content", ["lo", "fout"])
