@@ -25,7 +25,7 @@ from pydantic import JsonValue
 
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
-from engine.errors import BadModel, InputError, StoreError, TooMany, UnknownName, os_reason
+from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName, os_reason
 from engine.fit import Estimate
 from engine.hub import Hub
 from engine.modes import Limits
@@ -130,7 +130,7 @@ class Scheduler:
         """
         check_sources(recipe, self.limits)
         pinned = recipe.model_copy(update={"model": preflight.pin(recipe.model, self.hub, token)})
-        estimate = preflight.check(pinned, self.hub, token)
+        estimate = self._check(pinned, token)
         if self._refuses is not None:
             self._refuses(pinned, estimate)
         self._quotas.check(pinned, owner, token)
@@ -380,6 +380,14 @@ class Scheduler:
 
     def _watch_of(self, run_id: str) -> Watch | None:
         return next((watch for watch in self._watches.values() if watch.run.id == run_id), None)
+
+    def _check(self, recipe: Recipe, token: str) -> Estimate:
+        try:
+            return preflight.check(recipe, self.hub, token)
+        except TooBig:
+            if not self._streams.end_unused():  # warm models are kept only as long as nothing else needs their room
+                raise
+            return preflight.check(recipe, self.hub, token)
 
     def _check_queue(self, owner: str) -> None:
         if (waiting := self.store.waiting(owner)) >= self.limits.queued:

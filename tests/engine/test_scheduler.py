@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine import attempts, hardware, preflight, scheduler, supervision
+from engine import attempts, hardware, preflight, scheduler, streams, supervision
 from engine.attempts import EventWriter, attempt_folder, prepare, read_pid
-from engine.errors import BadModel, InputError, StoreError, UnknownName
+from engine.errors import BadModel, InputError, StoreError, TooBig, UnknownName
 from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
@@ -117,6 +117,24 @@ def test_a_bad_recipe_is_refused_before_it_is_a_run(
     with pytest.raises(BadModel):
         scheduler.submit(does("quick"))
     assert scheduler.store.runs() == []
+
+
+def test_warm_models_that_nobody_uses_make_room_for_a_run(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "COMMAND", (sys.executable, str(Path(__file__).with_name("fake_serve.py"))))
+    scheduler = make()
+
+    def check(recipe: Recipe, *asked: object) -> None:
+        if scheduler._streams.pids() or recipe.calibration == "huge":
+            raise TooBig("The run needs more.")
+
+    monkeypatch.setattr(preflight, "check", check)
+    list(scheduler.stream(["demo"], "Hi", max_tokens=1))
+    assert scheduler._streams.pids() != []
+    assert ended(scheduler, scheduler.submit(does("quick"))).status is Status.SUCCEEDED
+    with pytest.raises(TooBig):
+        scheduler.submit(does("huge"))
 
 
 @pytest.mark.parametrize("behaviour", ["polite", "deaf", "native", "family", "downloads"])
