@@ -7,7 +7,6 @@ manifest names each file with its SHA-256; one rename publishes the folder.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from engine.bitmask import MASK, SPARSE_KEY
 from engine.checkpoint import part_names
 from engine.errors import BadArtifact
 from engine.files import MANIFEST as MANIFEST
-from engine.files import publish, sync
+from engine.files import digest, publish, sync
 from engine.fit import SAVED_TOGETHER
 from engine.headers import OWN_KEYS, read_header
 from engine.low_rank import RANKS_KEY
@@ -207,9 +206,3 @@ def verify(folder: Path) -> None:
         file = folder / name
         if file.stat().st_size != entry["bytes"] or digest(file) != entry["sha256"]:
             raise BadArtifact(f"{folder.name}: {name} is not what the manifest says.")
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

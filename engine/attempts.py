@@ -6,6 +6,7 @@
         events.jsonl   what it said, one Event a line; only its worker writes it
         lock           locked by the worker for its whole life, so the kernel tells when it has died; holds its pid
         cancel         exists once the user cancelled: a signal then means "cancelled", else "interrupted"
+        ending.json    how the scheduler ended it, where its worker could not say; the store's copy counts
         worker.log     what the worker wrote to stdout and stderr
         blocks/        finished blocks, moved on to the next attempt
         artifact/      the result, renamed into place when complete
@@ -30,7 +31,7 @@ from typing import BinaryIO
 
 from pydantic import JsonValue, ValidationError
 
-from engine.files import sync
+from engine.files import publish, sync
 from engine.records import Event, EventKind
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,25 @@ def mark_cancelled(folder: Path) -> None:
 def is_cancelled(folder: Path) -> bool:
     """Whether the user cancelled this attempt."""
     return (folder / "cancel").exists()
+
+
+def note_ending(folder: Path, run: str, attempt: int, data: dict[str, JsonValue]) -> None:
+    """Note how an attempt ended whose worker did not say so, for a store that is lost; a full disk keeps no note."""
+    event = Event(run=run, attempt=attempt, number=-1, time=time.time(), kind="finished", data=data)
+    temporary = folder / "ending.tmp"
+    try:
+        temporary.write_text(event.model_dump_json())
+        publish(temporary, folder / "ending.json")
+    except OSError as error:
+        log.warning("%s: how it ended stands in the store alone: %s", folder, error)
+
+
+def read_ending(folder: Path) -> Event | None:
+    """What `note_ending` noted; None where nothing was."""
+    try:
+        return Event.model_validate_json((folder / "ending.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def is_live(folder: Path) -> bool:

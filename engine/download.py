@@ -115,17 +115,20 @@ def work(
                 "Delete old runs, or choose another folder with MAQUETTE_HOME."
             )
         here.want(repo, sizes, listing.restricted)
-        total, before, came = sum(sizes.values()), 0, 0
+        total, before, came, gained = sum(sizes.values()), 0, 0, 0
+        furthest = dict.fromkeys(sizes, 0)
 
-        def count(written: int, piece: int) -> None:
-            nonlocal came
+        def count(name: str, written: int, piece: int) -> None:
+            nonlocal came, gained
             came += piece
-            tried.heard(came)
+            gained += max(0, min(piece, written - furthest[name]))  # not what comes again, from a hub without ranges
+            furthest[name] = max(furthest[name], written)
+            tried.heard(gained)
             done(before + written, total, came)
 
         for name, size in sizes.items():
             if bytes_of(here.place(repo) / "snapshots" / repo.revision / name) != size:
-                tried(partial(transfer, hub, listing, name, token, count))
+                tried(partial(transfer, hub, listing, name, token, partial(count, name)))
             before += size
             done(before, total, came)
 
@@ -136,12 +139,12 @@ class Tries:
     def __init__(self, patience: Patience, tell: Callable[[Json], None]) -> None:
         self._patience, self._tell, self._failed = patience, tell, 0
         self._damaged = False
-        self._mark = 0  # bytes that had come when the count began
+        self._mark = 0  # bytes that had been gained when the count began
 
-    def heard(self, came: int) -> None:
-        """So many bytes have come: where it is enough since a failure, the count begins again."""
-        if came - self._mark >= self._patience.enough or not self._failed:
-            self._mark, self._failed = came, 0
+    def heard(self, gained: int) -> None:
+        """So many bytes have come that were not here before: where it is enough, the count begins again."""
+        if gained - self._mark >= self._patience.enough or not self._failed:
+            self._mark, self._failed = gained, 0
 
     def __call__(self, work: Callable[[], T]) -> T:
         while True:

@@ -51,14 +51,15 @@ def fetch(
         "source": model.source, "revision": model.revision, "folder": str(hub.here.folder.absolute()),
         "endpoint": hub.endpoint, "patience": asdict(patience),
     }  # fmt: skip
-    failed = 0
+    failed = furthest = 0
     while True:
         pace = Pace(emit, patience)
         try:
             _child({**order, "token": token}, pace, check_cancelled)
         except (Stalled, HubError) as error:
             check_cancelled()
-            failed = 1 if pace.moved else failed + 1
+            failed = 1 if pace.done - furthest >= patience.enough else failed + 1
+            furthest = max(furthest, pace.done)
             if isinstance(error, HubError) or failed >= patience.tries:
                 raise HubError(str(error)) from None
             emit("log", {"text": f"{error} Trying again."})
@@ -79,15 +80,10 @@ class Pace:
 
     def __init__(self, emit: Emit, patience: Patience) -> None:
         self._emit, self._patience = emit, patience
-        self._done = self._total = self._came = 0
+        self.done = self._total = 0  # bytes
         self._points: deque[tuple[float, int]] = deque()  # when how much had come: the last window, and one before
         self._since = time.monotonic() + STARTING  # before, nothing is expected
         self._said = 0.0
-
-    @property
-    def moved(self) -> bool:
-        """Whether more came than a stalled connection gives."""
-        return self._came >= self._patience.enough
 
     def follow(self, body: Json) -> None:
         """Take in what the process said."""
@@ -99,7 +95,7 @@ class Pace:
             self._points.clear()
         done, total, came = body.get("done"), body.get("total"), body.get("came")
         if isinstance(done, int) and isinstance(total, int) and isinstance(came, int):
-            self._done, self._total, self._came = done, total, came
+            self.done, self._total = done, total
             self._points.append((now, came))
             if now - self._said >= SAY or done == total:
                 self._said = now
@@ -123,9 +119,9 @@ class Pace:
     def _say(self) -> None:
         (first, begun), (last, came) = self._points[0], self._points[-1]
         speed = (came - begun) / (last - first) if last > first else 0.0
-        told: Json = {"done": self._done, "total": self._total, "unit": "B"}
+        told: Json = {"done": self.done, "total": self._total, "unit": "B"}
         if speed > 0:
-            told["eta"] = (self._total - self._done) / speed
+            told["eta"] = (self._total - self.done) / speed
             self._emit("sample", {"series": "download.speed", "value": speed, "unit": "B/s"})
         self._emit("progress", told)
 

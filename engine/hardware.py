@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+CGROUP = Path("/sys/fs/cgroup")  # of this process, as version 2 shows it inside a container
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -37,13 +39,16 @@ def worker_threads() -> int:
 
 
 def memory() -> tuple[int, int]:
-    """(used, total) bytes of main memory, within the control group's limit where there is one."""
+    """(used, total) bytes of main memory, within the control group's limit where there is one.
+
+    Cached files count as free in both: the kernel gives them up before it refuses memory.
+    """
     machine = psutil.virtual_memory()
     used, total = machine.total - machine.available, machine.total
     limit = _cgroup_number("memory.max")
     current = _cgroup_number("memory.current")
     if limit is not None and current is not None and limit < total:
-        return min(current, limit), limit
+        return min(max(0, current - _cached()), limit), limit
     return used, total
 
 
@@ -66,10 +71,20 @@ def give_back_memory(*, collect: bool = True) -> None:
 
 def _cgroup_number(name: str) -> int | None:
     try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
+        text = (CGROUP / name).read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def _cached() -> int:
+    """Bytes of files in the control group's memory; active ones too, as in MemAvailable: a download is read again."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    pairs = (line.partition(" ") for line in lines)
+    return sum(int(number) for name, _, number in pairs if name in ("inactive_file", "active_file"))
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,9 @@ BITS = {  # of the dtypes of safetensors
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16), **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }  # fmt: skip
+PACKED = ("U8", "I32", "U32")  # dtypes in which files hold several weights in a number
+BESIDE = ("g_idx", "zeros", "zero_point", "absmax", "quant_map")  # what has them too, and holds no weights
+USUAL_BITS = 4  # of packed weights whose config does not say: MXFP4, NF4
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -37,7 +40,8 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 class Shape:
     """What a model's headers say.
 
-    linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all.
+    linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all. packed: how many
+    weights each tensor holds that has several in a number.
     here: whether `folder` is on this machine; else it is only the model's name, and all that is known stands here.
     """
 
@@ -46,10 +50,11 @@ class Shape:
     tensors: Tensors
     bytes: int
     here: bool = True
+    packed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensors.values())
+        return sum(self.packed.get(name, math.prod(shape)) for name, shape in self.tensors.items())
 
     @property
     def parts(self) -> dict[str, int]:
@@ -59,7 +64,7 @@ class Shape:
             *path, _ = name.split(".")
             number = next((place for place, word in enumerate(path) if word.isdigit()), None)
             part = ".".join(path if number is None else path[: number + 1])
-            found[part] = found.get(part, 0) + math.prod(shape)
+            found[part] = found.get(part, 0) + self.packed.get(name, math.prod(shape))
         return found
 
     @property
@@ -88,13 +93,15 @@ def inspect(place: Path | Origin) -> Shape:
     """
     origin = FolderOrigin(place) if isinstance(place, Path) else place
     config = _config(origin)
-    tensors: Tensors = {}
+    headers: dict[str, Header] = {}
     total = 0
     for name in weight_names(origin):
         found = header_of(origin, name)
         total += sum(header.length for header in found.values())
-        tensors |= {tensor: header.shape for tensor, header in _plain(found, origin, name).items()}
-    return Shape(origin.folder or Path(origin.name), config, tensors, total, here=origin.folder is not None)
+        headers |= _plain(found, origin, name)
+    tensors = {name: header.shape for name, header in headers.items()}
+    folder = origin.folder or Path(origin.name)
+    return Shape(folder, config, tensors, total, origin.folder is not None, _packed(headers, config))
 
 
 def is_own(config: Mapping[str, JsonValue]) -> bool:
@@ -169,6 +176,34 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
         raise BadModel(f"{name}: a {kind} model is not a causal language model.")
     check_numbers(config, name)
     return config
+
+
+def _packed(found: Mapping[str, Header], config: Mapping[str, JsonValue]) -> dict[str, int]:
+    """Weights of each packed tensor, by the bits that config.json gives it: the fewest where it names several."""
+    scheme = config.get("quantization_config") or config.get("quantization")  # as MLX calls it
+    if not isinstance(scheme, dict):
+        return {}
+    own: dict[str, list[JsonValue]] = {}
+    for group in _objects(scheme.get("config_groups")):
+        weights, targets = group.get("weights"), group.get("targets")
+        if isinstance(weights, dict) and isinstance(targets, list):
+            for target in targets:
+                own.setdefault(str(target), []).append(weights.get("num_bits"))
+    others = [each.get("bits") for each in (scheme, *_objects(scheme), *_objects(scheme.get("dynamic")))]
+    others += [number for numbers in own.values() for number in numbers]
+    return {
+        name: header.length * 8 // _fewest(own.get(name.rpartition(".")[0], others))
+        for name, header in found.items()
+        if header.dtype in PACKED and not name.endswith(BESIDE)
+    }
+
+
+def _objects(value: JsonValue) -> list[dict[str, JsonValue]]:
+    return [each for each in value.values() if isinstance(each, dict)] if isinstance(value, dict) else []
+
+
+def _fewest(bits: Collection[JsonValue]) -> int:
+    return min((number for number in bits if isinstance(number, int) and 1 <= number <= 8), default=USUAL_BITS)
 
 
 def plain(found: Mapping[str, Header], file: Path) -> dict[str, Header]:

@@ -6,6 +6,7 @@ to call. Nothing here keeps it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -101,6 +102,13 @@ class Hub:
         self.trusting = trusting
         self._answers: dict[tuple[str, ...], tuple[float, object]] = {}
         self._guard = threading.Lock()
+        self._allow: Callable[[], None] = lambda: None
+
+    def allowing(self, allow: Callable[[], None]) -> Hub:
+        """This hub for one asker: before each question that no kept answer answers, `allow` may raise."""
+        hub = copy.copy(self)
+        hub._allow = allow
+        return hub
 
     # What the hub says
 
@@ -264,6 +272,7 @@ class Hub:
             if isinstance(known, MaquetteError):
                 raise known.with_traceback(None)
             return known  # type: ignore[return-value]
+        self._allow()
         try:
             found: object = ask()
         except MaquetteError as error:

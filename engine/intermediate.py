@@ -22,6 +22,7 @@ from pathlib import Path
 
 from engine import artifacts, headers, models
 from engine.errors import BadArtifact
+from engine.files import digest
 from engine.methods import Method, Params
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
@@ -97,7 +98,7 @@ def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
         "dtype": recipe.model.dtype,
         "device": device,
         "seed": recipe.seed,
-        "calibration": artifacts.digest(calibration_file(recipe.calibration)),
+        "calibration": digest(calibration_file(recipe.calibration)),
         "steps": [[method.name, params.model_dump(mode="json"), _read_by(params)] for method, params in steps],
         "versions": [version("torch"), version("transformers"), _code()],
     }
@@ -109,7 +110,7 @@ def _read_by(params: Params) -> list[object]:
     texts = [value for value in params.model_dump().values() if isinstance(value, str)]
     words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split()) if word)
     found = [Path(word).expanduser() for word in words if "\0" not in word and len(word) < 4096]
-    return [artifacts.digest(path) if path.is_file() else _files(path) for path in found if path.exists()]
+    return [digest(path) if path.is_file() else _files(path) for path in found if path.exists()]
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:

@@ -40,8 +40,8 @@ class Limits:
     running, queued: runs. seconds: of one start of a run. disk: bytes below the visitor's runs. floor: bytes that stay
     free on the disk, whoever asks. keep: seconds after which the files of a run that has ended are deleted.
     parameters, model_bytes: of a model that is compressed. folders: whether folders and texts of the server may be
-    named. organisations: whose models of the hub may be. starts, streams, requests: in a minute, of one visitor;
-    `crowd` times as many of one address, behind which there may be several.
+    named. organisations: whose models of the hub may be. starts, streams, questions, requests: in a minute, of one
+    visitor; `crowd` times as many of one address, behind which there may be several. questions: of the hub.
     """
 
     running: int = 1
@@ -56,16 +56,18 @@ class Limits:
     organisations: tuple[str, ...] | None = None
     starts: int | None = None
     streams: int | None = None
+    questions: int | None = None
     requests: int | None = None
     crowd: int = 8
 
 
 LIMITS: Mapping[Mode, Limits] = {
     Mode.LOCAL: Limits(),
-    Mode.TEAM: Limits(floor=2 * GIB, folders=False, starts=30, streams=30, requests=1200),
+    Mode.TEAM: Limits(floor=2 * GIB, folders=False, starts=30, streams=30, questions=60, requests=1200),
     Mode.PUBLIC: Limits(
         queued=2, seconds=1800, disk=4 * GIB, floor=2 * GIB, keep=86_400, parameters=1_500_000_000,
-        model_bytes=4 * GIB, folders=False, organisations=ORGANISATIONS, starts=6, streams=12, requests=600,
+        model_bytes=4 * GIB, folders=False, organisations=ORGANISATIONS, starts=6, streams=12, questions=60,
+        requests=600,
     ),
 }  # fmt: skip
 SETTINGS: Mapping[str, tuple[str, float]] = {  # variable: the limit it sets, and the unit it is given in

@@ -25,7 +25,7 @@ from pydantic import JsonValue
 
 from engine import hardware, preflight
 from engine.attempts import attempt_folder, is_cancelled, prepare
-from engine.errors import BadModel, InputError, StoreError, TooMany, UnknownName, os_reason
+from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName, os_reason
 from engine.fit import Estimate
 from engine.hub import Hub
 from engine.modes import Limits
@@ -38,13 +38,14 @@ from engine.runners.local import LocalRunner
 from engine.sources import Repo, classify
 from engine.store import Store
 from engine.streams import Streams
-from engine.supervision import Watch, conclude
+from engine.supervision import Watch, conclude, finish
 from engine.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds
-BUDGET_SHARE = 0.8  # of the memory that is free when a run starts
+TROUBLES = (OSError, sqlite3.Error, StoreError)  # a full disk, a locked file
+BUDGET_SHARE = 0.8  # of the memory that is free, or the run's own already, when its watch begins
 
 
 class Scheduler:
@@ -129,7 +130,7 @@ class Scheduler:
         """
         check_sources(recipe, self.limits)
         pinned = preflight.settle(recipe, self.hub, token)
-        estimate = preflight.check(pinned, self.hub, token)
+        estimate = self._check(pinned, token)
         if self._refuses is not None:
             self._refuses(pinned, estimate)
         self._quotas.check(pinned, owner, token)
@@ -250,17 +251,23 @@ class Scheduler:
                 self._telemetry.sample([*self._watches.values()], self._streams.pids())
                 self._streams.end_idle()
                 self._empty_trash()
-            except (OSError, sqlite3.Error, StoreError):  # a full disk, a locked file: the next tick tries again
+            except TROUBLES:  # the next tick tries again
                 log.exception("the scheduler's tick failed")
                 self._stopping.wait(1.0)
             self._wake.wait(TICK)
             self._wake.clear()
 
     def _look_after(self) -> None:
+        trouble: Exception | None = None
         for device, watch in list(self._watches.items()):
-            if not watch.tick():
-                del self._watches[device]
-                self._clean_up(self.store.run(watch.run.id))
+            try:
+                if not watch.tick():
+                    del self._watches[device]
+                    self._clean_up(self.store.run(watch.run.id))
+            except TROUBLES as error:  # of one; the others are looked after all the same
+                trouble = error
+        if trouble is not None:
+            raise trouble
 
     def _hold_to_limits(self) -> None:
         """End what takes too much; delete the files of runs whose time is over, which they say then."""
@@ -297,12 +304,14 @@ class Scheduler:
             worker = self._runner.start(request, device, self._tokens.pop(run.id, ""))
         except OSError as error:
             reason = f"The worker could not be started. {os_reason(error)}"
-            self.store.say(run, "finished", {"status": str(Status.FAILED), "reason": reason})
+            finish(self.store, run, attempt_folder(self.home, run.id, run.attempt), Status.FAILED, reason)
             return
         self._watch(run, worker, device)
 
     def _watch(self, run: Run, worker: Worker, device: str) -> None:
-        budget = self._memory_budget or int(hardware.free_memory() * BUDGET_SHARE)
+        used, total = hardware.memory()
+        available = min(total, total - used + worker.resident())  # an adopted one holds some of it already
+        budget = self._memory_budget or int(available * BUDGET_SHARE)
         folder = attempt_folder(self.home, run.id, run.attempt)
         self._watches[device] = Watch(self.store, run, worker, folder, budget)
 
@@ -371,6 +380,14 @@ class Scheduler:
 
     def _watch_of(self, run_id: str) -> Watch | None:
         return next((watch for watch in self._watches.values() if watch.run.id == run_id), None)
+
+    def _check(self, recipe: Recipe, token: str) -> Estimate:
+        try:
+            return preflight.check(recipe, self.hub, token)
+        except TooBig:
+            if not self._streams.end_unused():  # warm models are kept only as long as nothing else needs their room
+                raise
+            return preflight.check(recipe, self.hub, token)
 
     def _check_queue(self, owner: str) -> None:
         if (waiting := self.store.waiting(owner)) >= self.limits.queued:

@@ -158,11 +158,7 @@ class Store:
     def add_run(self, recipe: Recipe, owner: str = "") -> Run:
         """A new queued run."""
         run = Run(id=secrets.token_hex(4), recipe=recipe, owner=owner, created=time.time())
-        try:
-            rebuild.note(self.home, run)
-        except OSError as error:
-            full = error.errno == errno.ENOSPC
-            raise (DiskFull if full else StoreError)(os_reason(error)) from error
+        self._note(run)
         with self._write() as db:
             db.execute(
                 "INSERT INTO runs (id, owner, recipe, status, created) VALUES (?, ?, ?, ?, ?)",
@@ -203,6 +199,9 @@ class Store:
 
     def share(self, run_id: str, shared: bool) -> Run:
         """Let others look at a run, or no more."""
+        run = self.run(run_id).model_copy(update={"shared": shared})
+        if (self.home / "runs" / run_id / rebuild.NAME).exists():  # else its files are gone, and nothing comes back
+            self._note(run)
         with self._write() as db:
             db.execute("UPDATE runs SET shared = ? WHERE id = ?", (shared, run_id))
         return self.run(run_id)
@@ -374,14 +373,21 @@ class Store:
                 if self._writer.in_transaction:  # a full disk ends it by itself, and not always
                     self._writer.execute("ROLLBACK")
 
+    def _note(self, run: Run) -> None:
+        try:
+            rebuild.note(self.home, run)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            raise (DiskFull if full else StoreError)(os_reason(error)) from error
+
     def _restore(self) -> None:
         """Take in the runs of which files are left."""
         for found in rebuild.find(self.home):
             run = found.run
             with self._write() as db:
                 db.execute(
-                    "INSERT INTO runs (id, owner, recipe, status, created) VALUES (?, ?, ?, ?, ?)",
-                    (run.id, run.owner, run.recipe.model_dump_json(), Status.QUEUED, run.created),
+                    "INSERT INTO runs (id, owner, recipe, status, created, shared) VALUES (?, ?, ?, ?, ?, ?)",
+                    (run.id, run.owner, run.recipe.model_dump_json(), Status.QUEUED, run.created, run.shared),
                 )
             for number, begun, events in found.attempts:
                 with self._write() as db:

@@ -42,10 +42,11 @@ MOST_STOPS, LONGEST_STOP = 8, 80  # texts that end writing, and the characters o
 
 
 class Warm:
-    """A worker process that holds one model; `busy` while it is lent."""
+    """A worker process that holds one model; `busy` while it is lent, `loaded` once it has taken its memory."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        self.busy, self.used, self.ready = False, time.monotonic(), False
+        self.busy, self.used, self.ready, self.loaded = False, time.monotonic(), False, False
+        self.needed = memory_of(model)
         device = "cuda" if hardware.gpu() is not None else "cpu"
         request = folder / "request.json"
         folder.mkdir(parents=True)
@@ -64,6 +65,10 @@ class Warm:
 
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def reserved(self) -> int:
+        """Bytes that are not taken yet and will be: while it loads, all that it needs."""
+        return self.needed if not self.loaded and self.alive() else 0
 
     def close(self) -> None:
         """End the process and its children, at once."""
@@ -135,8 +140,14 @@ class Warm:
                 with suppress(ValueError):  # a library's own words
                     reply = json.loads(line)
                     if isinstance(reply, dict) and "event" in reply:
+                        self.loaded = True  # also where nobody waits for it any more
                         self._replies.put(reply)
         self._replies.put(None)
+
+
+def memory_of(model: Path) -> int:
+    """Bytes that a worker with this model takes."""
+    return RUNTIME + sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
 class Streams:
@@ -203,6 +214,14 @@ class Streams:
             for model, warm in list(self._warm.items()):
                 if not warm.busy and now - warm.used > IDLE:
                     self._end(model)
+
+    def end_unused(self) -> bool:
+        """End the workers that nobody uses now; whether there were any."""
+        with self._guard:
+            found = False
+            while self._make_room():
+                found = True
+            return found
 
     def close(self) -> None:
         """End all workers; streams that are being read end with an error."""
@@ -298,8 +317,8 @@ class Streams:
         Raises:
             TooBig: it does not fit beside those that write, which none of them waits for.
         """
-        needed = RUNTIME + sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        while len(self._warm) >= MOST or hardware.free_memory() < needed:
+        needed = memory_of(model)
+        while len(self._warm) >= MOST or hardware.free_memory() < needed + self._reserved():
             if self._make_room():
                 continue
             if not self._warm:
@@ -309,6 +328,9 @@ class Streams:
                 )
             return False
         return True
+
+    def _reserved(self) -> int:
+        return sum(warm.reserved() for warm in self._warm.values())
 
     def _make_room(self) -> bool:
         unused = [model for model, warm in self._warm.items() if not warm.busy]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from engine.attempts import EventReader, is_cancelled, mark_cancelled
+from engine.attempts import EventReader, is_cancelled, mark_cancelled, note_ending, read_ending
 from engine.records import Event, Run, Status
 from engine.runners import Worker
 from engine.store import Store
@@ -85,22 +85,29 @@ class Watch:
             self._deadline = time.monotonic()
 
     def tick(self) -> bool:
-        """Look after the attempt once; False when it is over."""
+        """Look after the attempt once; False when it is over.
+
+        Raises:
+            StoreError: something could not be stored; memory and deadline were seen to, the next tick stores it.
+        """
         now = time.monotonic()
-        self._carry(now)
         if not self._worker.alive():
             self._end(now)
             return False
+        self._bound(now)  # first: a store that is locked or full must not let a worker go on
+        self._carry(now)
+        if now >= self._next_sample and self._deadline is None:
+            self._store.say(self.run, "sample", {"series": "memory.resident", "value": self.resident, "unit": "B"})
+            self._next_sample = now + SAMPLE_EVERY
+        return True
+
+    def _bound(self, now: float) -> None:
         self.resident = self._worker.resident()
         if self._budget is not None and self.resident > self._budget and self._verdict is None:
             self._verdict = (Status.FAILED, _over_budget(self.resident, self._budget))
             self._deadline = now
         if self._deadline is not None and now >= self._deadline:
             self._worker.kill()
-        elif now >= self._next_sample and self._deadline is None:
-            self._next_sample = now + SAMPLE_EVERY
-            self._store.say(self.run, "sample", {"series": "memory.resident", "value": self.resident, "unit": "B"})
-        return True
 
     def _carry(self, now: float) -> None:
         events = self._reader.read()
@@ -118,16 +125,25 @@ class Watch:
         self._worker.kill()  # children that outlived it
         self._carry(now)
         if not self._store.run(self.run.id).status.final:
-            status, reason = self._verdict or _verdict(code, is_cancelled(self.folder))
-            self._store.say(self.run, "finished", {"status": str(status), "reason": reason})
+            finish(self._store, self.run, self.folder, *(self._verdict or _verdict(code, is_cancelled(self.folder))))
 
 
 def conclude(store: Store, run: Run, folder: Path) -> None:
     """Say how an attempt ended whose worker died unseen: what it said itself counts, else it is interrupted."""
     store.append(EventReader(folder).read())
     if not store.run(run.id).status.final:
-        status, reason = _verdict(None, is_cancelled(folder))
-        store.say(run, "finished", {"status": str(status), "reason": reason})
+        noted = read_ending(folder)  # by a scheduler that could not store it any more
+        if noted is not None:
+            store.say(run, "finished", noted.data)
+        else:
+            finish(store, run, folder, *_verdict(None, is_cancelled(folder)))
+
+
+def finish(store: Store, run: Run, folder: Path, status: Status, reason: str) -> None:
+    """Say how an attempt ended whose worker did not, in its folder and in the store."""
+    data: dict[str, JsonValue] = {"status": str(status), "reason": reason}
+    note_ending(folder, run.id, run.attempt, data)
+    store.say(run, "finished", data)
 
 
 def _verdict(code: int | None, cancelled: bool) -> tuple[Status, str]:

@@ -103,6 +103,7 @@ class Hub:
         self.requests: list[Asked] = []
         self.elsewhere: list[Asked] = []
         self.sent = 0  # bytes of files
+        self.ranges = True  # whether a part of a file can be asked for
         self.closed = threading.Event()
         self.guard = threading.Lock()
         self._servers = [self._server(self.requests), self._server(self.elsewhere)]
@@ -263,7 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(302, {"Location": f"{self.hub.other}{self.path}", "Content-Length": "0", **linked})
             return
         begin, end = 0, size
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        asked = self.headers.get("Range", "") if self.hub.ranges else ""
+        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", asked):
             begin, end = int(found[1]), min(size, int(found[2]) + 1 if found[2] else size)
             if begin >= size:
                 self._head(416, {"Content-Range": f"bytes */{size}", "Content-Length": "0"})

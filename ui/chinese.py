@@ -236,6 +236,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "login.name": "用户名", "login.password": "密码", "login.enter": "登录",
         "login.wrong": "用户名与密码不符。请重试。",
         "login.often": "尝试过于频繁。请在 {seconds} 秒后重试。",
+        "login.fields": "提交的字段比表单多。请填写表单后重试。",
         "login.broken": "无法读取该服务器的用户文件。请告知管理员。",
         "who.name": "已登录：{name}。", "who.leave": "退出登录",
         "limits.title": "每位访客在此的限额",

@@ -13,6 +13,7 @@ import gradio as gr
 from markupsafe import Markup
 
 from engine.errors import BadParams, MaquetteError
+from engine.hub import Hub
 from engine.records import Output, Run, Status
 from ui import cards, charts, contrast, links, markup, panes, wording
 from ui.asked import Asked, Writing, check_prompt
@@ -67,7 +68,7 @@ def drawings(entries: Sequence[Entry]) -> list[Chart]:
     return [draw(named) for draw in (charts.accuracy, charts.latency, charts.memory, charts.batches)]
 
 
-def share(desk: Desk, owner: str, asked: Asked) -> Markup:
+def share(desk: Desk, owner: str, asked: Asked, hub: Hub) -> Markup:
     """Share what is the visitor's own in a comparison, and say what the link gives now.
 
     Raises:
@@ -76,7 +77,7 @@ def share(desk: Desk, owner: str, asked: Asked) -> Markup:
     entries = [desk.entry(key, owner) for key in asked.compare]
     own = [each for each in entries if not each.stored and desk.owns(each.run, owner)]
     for each in own:
-        desk.share(each.run, owner, True)
+        desk.share(each.run, owner, True, hub)
     titles = ", ".join(wording.title(each.run.recipe) for each in own)
     return markup.notice(say("share.comparison.done", titles=titles) if own else say("share.comparison.none"))
 

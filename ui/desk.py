@@ -20,6 +20,7 @@ import gradio as gr
 from pydantic import JsonValue, ValidationError
 
 from engine.errors import BadModel, BadParams, InputError, TooMany, UnknownName
+from engine.hub import Hub
 from engine.modes import Limits, Mode
 from engine.preflight import open_model
 from engine.quotas import check_sources
@@ -132,12 +133,29 @@ class Desk:
         owner = visitor(request)
         if self.mode is Mode.PUBLIC and not has_cookie(request):
             raise TooMany(say("error.no_cookie"))
-        most = self.limits.streams if what == "stream" else self.limits.starts
+        self._count(request, what, self.limits.streams if what == "stream" else self.limits.starts)
+        return owner
+
+    def hub(self, request: gr.Request) -> Hub:
+        """The hub for one handler of a visitor, which counts as one question where it has to be asked.
+
+        It raises TooMany where this visitor, or the address, asked too often.
+        """
+        counted = False
+
+        def allow() -> None:
+            nonlocal counted
+            if not counted:
+                self._count(request, "question", self.limits.questions)
+                counted = True
+
+        return self.scheduler.hub.allowing(allow)
+
+    def _count(self, request: gr.Request, what: str, most: int | None) -> None:
         address = str(dict(getattr(request, "headers", {})).get(ADDRESS, ""))
-        self._rates.require(what, owner, most)  # first: what is refused here is not held against the address
+        self._rates.require(what, visitor(request), most)  # first: what is refused is not held against the address
         if most is not None and address:
             self._rates.require(what, f"at {address}", most * self.limits.crowd)
-        return owner
 
     def runs(self, owner: str) -> list[Run]:
         """The visitor's runs and those shared with the team, newest first; on a local page also the command line's."""
@@ -183,7 +201,7 @@ class Desk:
             raise InputError(say("error.not_yours"))
         return run
 
-    def share(self, run: Run, owner: str, shared: bool) -> Run:
+    def share(self, run: Run, owner: str, shared: bool, hub: Hub) -> Run:
         """Let others look at the visitor's own run, or no more.
 
         Raises:
@@ -196,7 +214,7 @@ class Desk:
         if self.local:
             raise BadParams(say("error.no_share"))
         if shared and self.mode is Mode.PUBLIC:
-            open_model(mine.recipe.model, self.scheduler.hub)
+            open_model(mine.recipe.model, hub)
         return self.scheduler.share(mine.id, shared, owner=mine.owner)
 
     def open_link(self, keys: Sequence[str], owner: str) -> None:

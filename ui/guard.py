@@ -223,7 +223,8 @@ class Guard:
 
     def _address(self, request: Request) -> str:
         """Where a request comes from; of what is forwarded only that which our own proxies have added."""
-        chain = [part.strip() for part in request.headers.get("x-forwarded-for", "").split(",") if part.strip()]
+        lines = ",".join(request.headers.getlist("x-forwarded-for"))  # the client's own line may be the first of them
+        chain = [part.strip() for part in lines.split(",") if part.strip()]
         if 0 < self._house.proxies <= len(chain):
             return chain[-self._house.proxies][:64]
         return request.client.host if request.client else "nowhere"

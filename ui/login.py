@@ -22,6 +22,7 @@ from ui.wording import say
 log = logging.getLogger(__name__)
 
 TRIES_BY_ADDRESS, TRIES_BY_NAME = 10, 30  # a minute; a name may be tried by somebody else, so it is not locked soon
+MOST_FIELDS, LONGEST_NAME = 10, 256  # of a form, and the characters of a name that are remembered
 AT_ONCE = 2  # passwords that are checked at a time: each takes memory and a core
 
 
@@ -48,14 +49,18 @@ class Door:
 
     async def login(self, request: Request) -> Response:
         """Let in who gives a name and its password."""
-        fields = urllib.parse.parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=10)
-        name, password = (fields.get(key, [""])[0][:256] for key in ("name", "password"))
         address = request.headers.get(ADDRESS, "")
-        wait = self._rates.take("address", address, TRIES_BY_ADDRESS) or self._rates.take("name", name, TRIES_BY_NAME)
-        if wait:
-            answer = _form(request, say("login.often", seconds=round(wait) + 1), 429)
-            answer.headers["Retry-After"] = str(round(wait) + 1)
-            return answer
+        if wait := self._rates.take("address", address, TRIES_BY_ADDRESS):
+            return _too_often(request, wait)
+        try:
+            fields = urllib.parse.parse_qs(
+                (await request.body()).decode("utf-8", "replace"), max_num_fields=MOST_FIELDS
+            )
+        except ValueError:
+            return _form(request, say("login.fields"), 400)
+        name, password = (fields.get(key, [""])[0] for key in ("name", "password"))
+        if wait := self._rates.take("name", name[:LONGEST_NAME], TRIES_BY_NAME):
+            return _too_often(request, wait)
         async with self._checking:
             try:
                 token = await asyncio.to_thread(self._members.begin, name.strip().lower(), password)
@@ -80,6 +85,12 @@ class Door:
 def _page(request: Request) -> str:
     """The page, with what was asked of it: a link to a recipe or a comparison survives the login."""
     return f"./?{request.url.query}" if request.url.query else "./"
+
+
+def _too_often(request: Request, wait: float) -> Response:
+    answer = _form(request, say("login.often", seconds=round(wait) + 1), 429)
+    answer.headers["Retry-After"] = str(round(wait) + 1)
+    return answer
 
 
 def _form(request: Request, problem: str = "", status: int = 200) -> Response:

@@ -231,6 +231,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "login.name": "Name", "login.password": "Password", "login.enter": "Log in",
         "login.wrong": "Name and password do not belong together. Try again.",
         "login.often": "That was too often. Try again in {seconds} seconds.",
+        "login.fields": "These are more fields than the form has. Fill in the form and try again.",
         "login.broken": "The users file of this server cannot be read. Tell whoever runs it.",
         "who.name": "Logged in as {name}.", "who.leave": "Log out",
         "limits.title": "What one visitor may take here",

@@ -146,6 +146,24 @@ def test_a_hub_that_does_not_deliver(
     assert not [each for each in psutil.Process().children() if "engine.download" in each.cmdline()]
 
 
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"truncate": 3_000_000}, "broke off at 3,000,000"),
+        ({"stall": 3_000_000, "rate": 6_000_000}, r"The hub sent [\d,]+ bytes in 1 s"),
+    ],
+)
+def test_a_mirror_that_begins_again_and_gets_no_further_is_given_up(
+    hub: Hub, server: loopback.Hub, how: dict[str, int], words: str
+) -> None:
+    pinned = hub.pin(Model(source=NAME))
+    server.ranges = False
+    server.fail(NAME, file=WEIGHTS, method="GET", times=6, **how)  # type: ignore[arg-type]
+    with pytest.raises(HubError, match=words):
+        fetch(pinned, hub, "", Recorder(), lambda: None, QUICK)
+    assert len(ranges(server)) < 6
+
+
 def test_content_that_is_not_what_its_name_says_is_thrown_away(hub: Hub, server: loopback.Hub) -> None:
     path = DEMO / "model" / WEIGHTS
     server.repos[NAME].hashes[str(path), path.stat().st_mtime_ns] = "0" * 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from engine import cli, hardware, quotas
 from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName
@@ -25,6 +28,7 @@ from engine.users import UserFile
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 PUBLIC = LIMITS[Mode.PUBLIC]
 PASSWORD = "correct horse battery"
+MLP = "model.layers.0.mlp"
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,39 @@ def test_too_much_is_refused_before_work(limits: Limits, free: int, words: str, 
         Quotas(store.home, store, limits, lambda: free).check(Recipe(), "ada")
     enough = Limits(parameters=10**9, model_bytes=GIB, disk=GIB, floor=GIB)
     Quotas(store.home, store, enough, lambda: 2 * GIB).check(Recipe(), "ada")
+
+
+def _group(bits: int, *targets: str) -> dict[str, object]:
+    return {"targets": list(targets), "weights": {"num_bits": bits}}
+
+
+@pytest.mark.parametrize(
+    ("leaf", "dtype", "bits", "scheme"),
+    [
+        ("qweight", torch.int32, (4, 4), {"quant_method": "gptq", "bits": 4}),
+        ("qweight", torch.int32, (4, 4), {"quant_method": "gptq", "bits": 8, "dynamic": {"+:.*": {"bits": 4}}}),
+        ("weight", torch.uint8, (4, 4), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("weight", torch.int8, (8, 8), {"quant_method": "compressed-tensors", "config_groups": 3}),
+        (
+            "weight_packed", torch.int32, (2, 8),
+            {"config_groups": {"a": _group(2, f"{MLP}.up_proj"), "b": _group(8, f"{MLP}.down_proj")}},
+        ),
+    ],
+)  # fmt: skip
+def test_a_packed_model_is_as_large_as_what_it_was_made_of(
+    tiny_folder: Callable[..., Path], leaf: str, dtype: torch.dtype, bits: tuple[int, int], scheme: dict
+) -> None:
+    folder = tiny_folder()
+    size = quotas.model_size(recipe({"model": str(folder)}))
+    tensors = load_file(folder / "model.safetensors")
+    for name, each in zip(("up_proj", "down_proj"), bits, strict=True):
+        module = f"{MLP}.{name}"
+        count = tensors.pop(f"{module}.weight").numel() * each // (8 * dtype.itemsize)
+        tensors[f"{module}.{leaf}"] = torch.zeros(count, 1, dtype=dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}))
+    assert quotas.model_size(recipe({"model": str(folder)})) == size
 
 
 def test_the_disk_of_a_visitor_is_that_of_own_runs(store: Store) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,6 +20,7 @@ from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
 from engine.store import Store
+from engine.supervision import finish
 
 DB = "maquette.db"
 
@@ -34,7 +38,7 @@ def add(store: Store, owner: str, *endings: str) -> Run:
         if ending == "succeeded":
             (folder / "artifact").mkdir()
             (folder / "artifact" / "weights").write_text("four")
-            manifest = {"files": {"weights": {"bytes": 4}}}
+            manifest = {"files": {"weights": {"bytes": 4, "sha256": hashlib.sha256(b"four").hexdigest()}}}
             (folder / "artifact" / "MANIFEST.json").write_text(json.dumps(manifest))
             writer.emit("artifact", {"path": "artifact"})
             writer.emit("measurement", {"name": "kl", "value": 0.5, "error": 0.1, "unit": "nat"})
@@ -107,13 +111,57 @@ def test_a_worker_that_said_nothing_final_is_concluded_by_the_next_scheduler(tmp
         assert scheduler.store.run(cancelled.id).status is Status.CANCELLED
 
 
-def test_success_is_not_believed_without_its_artifact(tmp_path: Path) -> None:
+def test_what_the_scheduler_decided_and_what_is_shared_come_back(tmp_path: Path) -> None:
+    with Scheduler(tmp_path, runner=LocalRunner(("/no/such/program",))) as scheduler:
+        run = scheduler.submit(Recipe(), "ada")
+        shared, private = add(scheduler.store, "ben", "succeeded"), add(scheduler.store, "ben", "succeeded")
+        for each, is_shared in ((shared, True), (private, True), (private, False)):
+            scheduler.share(each.id, is_shared, "ben")
+        while not scheduler.store.run(run.id).status.final:
+            time.sleep(0.01)
+        before = scheduler.store.run(run.id)
+    assert before.status is Status.FAILED
+    lose(tmp_path)
+    with Store(tmp_path / DB) as store:
+        after = store.run(run.id)
+        assert (after.status, after.reason, after.attempt) == (before.status, before.reason, 1)
+        assert [store.run(each.id).shared for each in (shared, private)] == [True, False]
+
+
+def test_an_ending_that_could_not_be_stored_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store was locked when the worker was ended, and then the scheduler died."""
+    with Store(tmp_path / DB) as store:
+        run = add(store, "ada", "")
+        folder = tmp_path / "runs" / run.id / "attempt-1"
+        with monkeypatch.context() as locked:
+            locked.setattr(Store, "say", Mock(side_effect=StoreError("locked")))
+            with pytest.raises(StoreError):
+                finish(store, run, folder, Status.FAILED, "Out of memory.")
+    with Scheduler(tmp_path, runner=LocalRunner(("/no/such/program",))) as scheduler:
+        ended = scheduler.store.run(run.id)
+        assert (ended.status, ended.reason) == (Status.FAILED, "Out of memory.")
+
+
+@pytest.mark.parametrize("content", ["lo", "fout"])
+def test_success_is_not_believed_without_its_artifact(tmp_path: Path, content: str) -> None:
     with Store(tmp_path / DB) as store:
         run = add(store, "ada", "succeeded")
-    (Path(str(run.artifact)) / "weights").write_text("lo")
+    (Path(str(run.artifact)) / "weights").write_text(content)
     lose(tmp_path)
     with Store(tmp_path / DB) as store:
         assert (store.run(run.id).status, store.run(run.id).reason) == (Status.FAILED, rebuild.DAMAGED)
+
+
+def test_more_than_can_be_read_in_time_is_believed_by_its_sizes(tmp_path: Path) -> None:
+    with Store(tmp_path / DB) as store:
+        artifact = Path(str(add(store, "ada", "succeeded").artifact))
+    contents = rebuild.Contents(left=7)
+    assert contents.are(artifact)
+    (artifact / "weights").write_text("fout")
+    assert not rebuild.Contents(left=7).are(artifact)
+    assert contents.are(artifact)
+    (artifact / "weights").write_text("lo")
+    assert not contents.are(artifact)
 
 
 def test_what_cannot_be_made_out_is_left_alone(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine import attempts, hardware, preflight, scheduler, supervision
+from engine import attempts, hardware, preflight, scheduler, streams, supervision
 from engine.attempts import EventWriter, attempt_folder, prepare, read_pid
-from engine.errors import BadModel, InputError, UnknownName
+from engine.errors import BadModel, InputError, StoreError, TooBig, UnknownName
 from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
@@ -119,6 +119,24 @@ def test_a_bad_recipe_is_refused_before_it_is_a_run(
     assert scheduler.store.runs() == []
 
 
+def test_warm_models_that_nobody_uses_make_room_for_a_run(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "COMMAND", (sys.executable, str(Path(__file__).with_name("fake_serve.py"))))
+    scheduler = make()
+
+    def check(recipe: Recipe, *asked: object) -> None:
+        if scheduler._streams.pids() or recipe.calibration == "huge":
+            raise TooBig("The run needs more.")
+
+    monkeypatch.setattr(preflight, "check", check)
+    list(scheduler.stream(["demo"], "Hi", max_tokens=1))
+    assert scheduler._streams.pids() != []
+    assert ended(scheduler, scheduler.submit(does("quick"))).status is Status.SUCCEEDED
+    with pytest.raises(TooBig):
+        scheduler.submit(does("huge"))
+
+
 @pytest.mark.parametrize("behaviour", ["polite", "deaf", "native", "family", "downloads"])
 def test_cancel_takes_the_whole_family_and_the_files(make: Callable[..., Scheduler], behaviour: str) -> None:
     scheduler = make()
@@ -207,6 +225,23 @@ def test_a_live_run_is_adopted(make: Callable[..., Scheduler]) -> None:
     second.cancel(run.id)
     assert ended(second, run).status is Status.CANCELLED
     until(lambda: in_group(group or 0) == [])  # it is no child of ours: init buries it
+
+
+def test_what_an_adopted_worker_holds_is_free_for_it(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that has taken three quarters of the memory goes on when its scheduler is started again."""
+    first = make()
+    run = first.submit(does("polite"))
+    working(first, run)
+    crash(first)
+    monkeypatch.setattr(hardware, "memory", lambda: (24 << 30, 32 << 30))
+    monkeypatch.setattr(hardware, "group_memory", lambda group: 24 << 30)
+    second = make()
+    until(lambda: second.store.events(run.id, kinds=("sample",))[-1].data["value"] == 24 << 30)
+    assert second.store.run(run.id).status is Status.RUNNING
+    second.cancel(run.id)
+    assert ended(second, run).status is Status.CANCELLED
 
 
 def test_a_deaf_adopted_worker_and_its_child_are_killed(make: Callable[..., Scheduler]) -> None:
@@ -385,6 +420,34 @@ def test_events_that_could_not_be_stored_are_stored_later(
     assert not failures
     assert run.status is Status.SUCCEEDED
     assert [e.data["name"] for e in scheduler.store.events(run.id, kinds=("phase",))] == ["quick"]
+
+
+@pytest.mark.parametrize("behaviour", ["hungry", "deaf"])
+def test_workers_end_in_time_while_nothing_can_be_stored(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
+    """One is over its budget, the other is cancelled and deaf; what happened is stored when it can be again."""
+    scheduler = make(memory_budget=400 << 20)
+    append, broken = Store.append, threading.Event()
+    broken.set()
+
+    def failing(self: Store, events: list) -> None:
+        if broken.is_set():
+            raise StoreError("Another program holds the run store.")
+        append(self, events)
+
+    monkeypatch.setattr(Store, "append", failing)
+    run = scheduler.submit(does(behaviour))
+    folder = attempt_folder(scheduler.home, run.id, 1)
+    until(lambda: "phase" in {event.kind for event in attempts.EventReader(folder).read()})
+    if behaviour == "deaf":
+        scheduler.cancel(run.id)
+    until(lambda: not attempts.is_live(folder))
+    assert scheduler.store.run(run.id).status is Status.RUNNING
+    phases = [event for event in attempts.EventReader(folder).read() if event.kind == "phase"]
+    broken.clear()
+    assert ended(scheduler, run).status is (Status.FAILED if behaviour == "hungry" else Status.CANCELLED)
+    assert [e.data for e in scheduler.store.events(run.id, kinds=("phase",))] == [e.data for e in phases]
 
 
 def test_a_worker_that_cannot_be_started_fails_its_run(tmp_path: Path) -> None:

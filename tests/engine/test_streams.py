@@ -162,6 +162,29 @@ def test_no_more_than_four_are_warm(warm: Streams) -> None:
     assert [path.name for path in warm._warm] == ["2", "3", "4", "5"]
 
 
+def test_a_model_waits_while_the_memory_it_needs_is_still_being_taken(
+    warm: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two panes begin together; there is room for both only once it is known what the first has left."""
+    monkeypatch.setattr(hardware, "free_memory", lambda: streams.RUNTIME * 3 // 2)
+    monkeypatch.setattr(streams.Warm, "_listen", _no_replies)
+    first = warm._try_borrow(A)
+    assert first is not None
+    assert warm._try_borrow(B) is None
+    assert len(warm.pids()) == 1
+    first.loaded = True
+    assert warm._try_borrow(B) is not None
+    assert len(warm.pids()) == 2
+
+
+def _no_replies(self: streams.Warm) -> None:
+    """As a model that is being loaded."""
+    assert self._process.stdout is not None
+    with self._process.stdout as lines:
+        for _ in lines:
+            pass
+
+
 def test_idle_workers_end(warm: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     list(write(warm, [A], max_tokens=1))
     warm.end_idle()

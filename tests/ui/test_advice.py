@@ -102,7 +102,7 @@ asked = ["latency", 0.7, compress.as_draft(FIRST), 4, "", *Assumptions().model_d
 assert len(answer.inputs) == len(asked)
 found, count = answer.fn(*special_args(answer.fn, [*asked], request(ANNA))[0])  # as Gradio fills the request in
 (way,) = [function for function in page.fns.values() if function.name == "take_way"]
-assert way.fn(compress.as_draft(FIRST), 1, "") == [compress.as_draft(FIRST), 2]  # it fits as it is
+assert way.fn(compress.as_draft(FIRST), 1, "", request(ANNA)) == [compress.as_draft(FIRST), 2]  # it fits as it is
 print(count, next(each.name for each in found.advices if each.first))
 """
 

@@ -21,7 +21,7 @@ from engine.errors import InputError, NeedsToken, TooMany, UnknownName
 from engine.modes import LIMITS, Limits, Mode
 from engine.records import Run, Status
 from engine.scheduler import Scheduler
-from engine.users import UserFile
+from engine.users import LONGEST, UserFile
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, request
 from tests.ui.fakes import FakeScheduler
@@ -85,6 +85,12 @@ def test_the_app_behind_sees_the_name_that_was_proved(signed: Signed) -> None:
 def test_of_what_is_forwarded_only_our_proxies_count(environment: dict[str, str], address: str, signed: Signed) -> None:
     call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, environment))
     assert call("POST", JOIN, headers={"X-Forwarded-For": "9.9.9.9, 1.1.1.1, 2.2.2.2"}).json()["address"] == address
+
+
+def test_a_line_of_the_clients_own_chooses_no_address(signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {"SPACE_ID": "a/b"}))
+    lines = [("X-Forwarded-For", "9.9.9.9"), ("X-Forwarded-For", "2.2.2.2")]  # the second is the proxy's
+    assert call("POST", JOIN, headers=lines).json()["address"] == "2.2.2.2"
 
 
 def test_a_flood_hurts_only_its_sender(signed: Signed) -> None:
@@ -178,6 +184,24 @@ def test_guessing_is_slowed_down_for_the_one_who_guesses(tmp_path: Path, monkeyp
     assert login(call, client="10.0.0.9").status_code == 303
 
 
+def test_a_form_of_too_many_fields_is_one_line_and_counts_as_a_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ui.login.TRIES_BY_ADDRESS", 2)
+    call, _, _ = team(tmp_path)
+    many = {f"field{number}": "x" for number in range(20)}
+    answers = [call("POST", "/login", data=many) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [400, 400, 429]
+    assert "Fill in the form" in answers[0].text
+
+
+def test_the_longest_password_gets_in_whole(tmp_path: Path) -> None:
+    call, _, users = team(tmp_path)
+    users.add("ben", "p" * LONGEST)
+    assert login(call, "ben", "p" * LONGEST).status_code == 303
+    assert login(call, "ben", "p" * (LONGEST - 1)).status_code == 403
+
+
 def test_the_form_escapes_and_keeps_what_was_asked(tmp_path: Path) -> None:
     call, _, _ = team(tmp_path)
     page = call("GET", '/login?recipe="><script>alert(1)</script>')
@@ -268,7 +292,7 @@ def test_nothing_is_shared_on_a_page_of_ones_own(desk: Desk, scheduler: FakeSche
     assert alone.find(mine.id, BEN) is None
     assert alone.runs(BEN) == []
     with pytest.raises(InputError, match="nobody to share"):
-        alone.share(mine, ANNA, True)
+        alone.share(mine, ANNA, True, scheduler.hub)
 
 
 @pytest.fixture
@@ -284,15 +308,15 @@ def test_a_link_opens_what_is_shared_in_public_and_keeps_it_in_the_pickers(
     asked = comparing.pair_of(*(public.entry(run.id, ANNA) for run in runs_))
     with pytest.raises(UnknownName):
         public.open_link(asked.compare, BEN)
-    assert "Shared: " in comparing.share(public, ANNA, asked)
+    assert "Shared: " in comparing.share(public, ANNA, asked, scheduler.hub)
     assert public.runs(BEN) == []  # a link is needed: nobody reads the list of what is shared
     assert public.entries(BEN) == []
     public.open_link(asked.compare, BEN)
     assert [entry.key for entry in public.entries(BEN)] == list(asked.compare)
     assert "shared with you by a link" in hosting.run_note(public.run(runs_[1].id, BEN), Limits(), False, 0)
     with pytest.raises(InputError, match="only its owner"):
-        public.share(public.run(runs_[1].id, BEN), BEN, False)
-    public.share(runs_[1], ANNA, False)
+        public.share(public.run(runs_[1].id, BEN), BEN, False, scheduler.hub)
+    public.share(runs_[1], ANNA, False, scheduler.hub)
     assert [entry.key for entry in public.entries(BEN)] == [runs_[0].id]
 
 
@@ -306,7 +330,7 @@ def test_a_gated_model_is_not_shared_in_public(
 
     monkeypatch.setattr("ui.desk.open_model", refuse)
     with pytest.raises(NeedsToken):
-        public.share(run, ANNA, True)
+        public.share(run, ANNA, True, scheduler.hub)
     assert not scheduler.store.run(run.id).shared
 
 

@@ -1,6 +1,7 @@
 """The model picker and what the page asks of the hub, through the handlers' own functions and a hub on loopback."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,24 @@ def test_search_as_one_types(desk: Desk, server: loopback.Hub) -> None:
     assert "has &lt;b&gt; in its name" in str([*models.search(desk, "<b>", "")][-1][0])
     server.fail(file="search", status=503)
     assert "out of order" in str([*models.search(desk, "other", "")][-1][0])
+
+
+def test_questions_to_the_hub_are_counted_and_what_it_said_lately_is_not(desk: Desk, server: loopback.Hub) -> None:
+    desk.scheduler.limits = replace(desk.scheduler.limits, questions=2)
+
+    def judged(text: str, owner: str) -> str:
+        return str(compress._assess(desk, draft(text), owner, "", desk.hub(request(owner)))[0])
+
+    def found(text: str, owner: str) -> str:
+        return str([*models.search(desk, text, "", desk.hub(request(owner)))][-1])
+
+    for _ in range(5):
+        assert "llama" in judged(NAME, ANNA)
+        assert NAME in found("tin", ANNA)
+    asked = len(server.requests)
+    assert "too often in a short time. Try again in" in found("tiny", ANNA)
+    assert "too often in a short time. Try again in" in judged(f"{NAME}@v1", ANNA)
+    assert len(server.requests) == asked
+    assert "llama" in judged(NAME, ANNA)
+    assert NAME in found("tiny", BEN)
+    assert "llama" in judged(f"{NAME}@v1", BEN)

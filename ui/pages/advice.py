@@ -12,6 +12,7 @@ from engine import adviser, headers, preflight
 from engine.adviser import KINDS, Advice, Advised, Figures, Goal
 from engine.assumptions import Assumptions
 from engine.errors import BadParams
+from engine.hub import Hub
 from engine.methods import bounds
 from engine.records import Measurement, Recipe
 from ui import markup, wording
@@ -55,7 +56,8 @@ def build(
     def answer(
         request: gr.Request, goal: str, number: object, draft: Draft, count: int, token: str, *values: object
     ) -> object:  # fmt: skip
-        return [advise(desk, read(draft), goal, number, values, visitor(request), models.clean(token)), count + 1]
+        hub = desk.hub(request)
+        return [advise(desk, read(draft), goal, number, values, visitor(request), models.clean(token), hub), count + 1]
 
     @edge
     def draw(advised: Advised | None) -> None:
@@ -68,8 +70,9 @@ def build(
 
 
 def advise(
-    desk: Desk, recipe: Recipe, goal: str, number: object, values: tuple[object, ...], owner: str, token: str = ""
-) -> Advised:
+    desk: Desk, recipe: Recipe, goal: str, number: object, values: tuple[object, ...], owner: str, token: str = "",
+    hub: Hub | None = None,
+) -> Advised:  # fmt: skip
     """What to do with the model of a recipe, by the visitor's own runs where some have measured it.
 
     Raises:
@@ -78,7 +81,7 @@ def advise(
     desk.check_sources(recipe)
     wanted = Goal.of(goal, _number(number) * FACTORS[goal] if goal in FACTORS and number is not None else None)
     body = dict(zip(Assumptions.model_fields, values, strict=True))
-    shape = headers.inspect(preflight.open_model(recipe.model, desk.scheduler.hub, token))
+    shape = headers.inspect(preflight.open_model(recipe.model, hub or desk.scheduler.hub, token))
     runs = [(entry.run, _look(entry.measured)) for entry in desk.entries(owner) if not entry.stored]
     return adviser.advise(wanted, recipe.model, shape, Assumptions.model_validate(body), adviser.of_runs(runs))
 

@@ -218,7 +218,7 @@ def _wire_sharing(desk: Desk, page: ComparePage, lend: gr.Button, lent: gr.HTML)
     @edge
     def share(request: gr.Request, *values: object) -> object:
         asked = collect(values)
-        return "" if asked is None else comparing.share(desk, visitor(request), asked)
+        return "" if asked is None else comparing.share(desk, visitor(request), asked, desk.hub(request))
 
     on([lend.click], share, page.fields, [lent])
 

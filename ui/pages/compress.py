@@ -18,6 +18,7 @@ from pydantic import JsonValue, ValidationError
 
 from engine import preflight
 from engine.errors import BadParams, BadRecipe, MaquetteError
+from engine.hub import Hub
 from engine.methods import get, methods
 from engine.recipes import dump_recipe, load_recipe
 from engine.records import Recipe, Step
@@ -127,15 +128,16 @@ def build(desk: Desk, opened: Callable[..., object]) -> CompressPage:
         beside = [describe(draft), bearing(desk, draft, request), preset_of(draft)]
         if asks_hub(desk, draft):
             yield [markup.notice(say("models.asking")), gr.update(visible=False), *beside]
-        yield [*_assess(desk, draft, visitor(request), token), *beside]
+        yield [*_assess(desk, draft, visitor(request), token, desk.hub(request)), *beside]
 
     @edge
     def begin(shape: int) -> object:
         return shape or 1
 
     @edge
-    def take_way(draft: Draft, shape: int, token: str) -> object:
-        return [as_draft(fitting.changed(desk, as_recipe(draft), models.clean(token))), shape + 1]
+    def take_way(draft: Draft, shape: int, token: str, request: gr.Request) -> object:
+        changed = fitting.changed(desk, as_recipe(draft), models.clean(token), desk.hub(request))
+        return [as_draft(changed), shape + 1]
 
     on([preset.input], choose, [preset, draft, shape], [draft, shape])
     on([add.click], append, [method, draft, shape], [draft, shape])
@@ -251,10 +253,12 @@ def judge(desk: Desk, draft: Draft, token: str = "") -> Markup:
     return _assess(desk, draft, "", token)[0]
 
 
-def _assess(desk: Desk, draft: Draft, owner: str, token: str = "") -> tuple[Markup, object]:
+def _assess(
+    desk: Desk, draft: Draft, owner: str, token: str = "", hub: Hub | None = None
+) -> tuple[Markup, object]:  # fmt: skip
     """The meter, and the button that changes a recipe that does not fit."""
     try:
-        shown, way = fitting.look(desk, as_recipe(draft), owner, models.clean(token))
+        shown, way = fitting.look(desk, as_recipe(draft), owner, models.clean(token), hub)
     except Exception as error:
         return markup.notice(line(error), "bad"), fitting.button(None)
     return shown, fitting.button(way)

@@ -6,6 +6,7 @@ import gradio as gr
 from markupsafe import Markup
 
 from engine import preflight, speeds
+from engine.hub import Hub
 from engine.methods import check
 from engine.records import Recipe
 from engine.ways import Way
@@ -14,7 +15,9 @@ from ui.desk import Desk
 from ui.pages import models
 
 
-def look(desk: Desk, recipe: Recipe, owner: str = "", token: str = "") -> tuple[Markup, Way | None]:
+def look(
+    desk: Desk, recipe: Recipe, owner: str = "", token: str = "", hub: Hub | None = None
+) -> tuple[Markup, Way | None]:  # fmt: skip
     """What is known of the model, the meter with the speeds that the visitor's runs found, and what to change.
 
     Raises:
@@ -22,12 +25,12 @@ def look(desk: Desk, recipe: Recipe, owner: str = "", token: str = "") -> tuple[
     """
     check(recipe)
     desk.check_sources(recipe)
-    hub = desk.scheduler.hub
+    hub = hub or desk.scheduler.hub
     estimate = preflight.estimate(recipe, hub, token, speeds.probed(desk.store, desk.runs(owner)))
     way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token)
     if estimate.fits:
         preflight.check(recipe, hub, token)
-    return markup.join((models.facts(desk, recipe.model, token), meter.fit_meter(estimate, way))), way
+    return markup.join((models.facts(desk, recipe.model, token, hub), meter.fit_meter(estimate, way))), way
 
 
 def button(way: Way | None) -> object:
@@ -35,14 +38,14 @@ def button(way: Way | None) -> object:
     return gr.update(visible=way is not None, value=meter.way_label(way) if way else "")
 
 
-def changed(desk: Desk, recipe: Recipe, token: str = "") -> Recipe:
+def changed(desk: Desk, recipe: Recipe, token: str = "", hub: Hub | None = None) -> Recipe:
     """The recipe with the change that makes it fit, or take least; found again, for the visitor's word is not taken.
 
     Raises:
         InputError: the recipe or its model cannot be used.
     """
     desk.check_sources(recipe)
-    hub = desk.scheduler.hub
+    hub = hub or desk.scheduler.hub
     estimate = preflight.estimate(recipe, hub, token)
     way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token)
     return recipe if way is None else way.recipe

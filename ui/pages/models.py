@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from engine import headers, preflight
 from engine.errors import BadModel, MaquetteError
-from engine.hub import RepoOrigin
+from engine.hub import Hub, RepoOrigin
 from engine.records import Model
 from engine.repos import Found, check_token
 from engine.sources import BUNDLED, Bundled, Folder, Repo, classify
@@ -56,8 +56,8 @@ def build(desk: Desk, opened: Callable[..., object]) -> Picker:
         )  # fmt: skip
 
     @edge
-    def hunt(text: str, token: str) -> Iterator[object]:
-        yield from search(desk, text, token)
+    def hunt(text: str, token: str, request: gr.Request) -> Iterator[object]:
+        yield from search(desk, text, token, desk.hub(request))
 
     @edge
     def choose(name: str) -> object:
@@ -78,7 +78,7 @@ def build(desk: Desk, opened: Callable[..., object]) -> Picker:
     return Picker(source, token)
 
 
-def search(desk: Desk, text: object, token: object) -> Iterator[list[object]]:
+def search(desk: Desk, text: object, token: object, hub: Hub | None = None) -> Iterator[list[object]]:
     """What is said of a search and the hits to choose from: at once that it goes on, then what came."""
     wanted = str(text or "").strip()[:LONGEST]
     if len(wanted) < SHORTEST:
@@ -86,7 +86,7 @@ def search(desk: Desk, text: object, token: object) -> Iterator[list[object]]:
         return
     yield [markup.notice(say("models.searching")), gr.skip()]
     try:
-        found = desk.scheduler.hub.search(wanted, clean(token))
+        found = (hub or desk.scheduler.hub).search(wanted, clean(token))
     except MaquetteError as error:
         yield [markup.notice(line(error), "warn"), gr.update(choices=[], value=None, visible=False)]
         return
@@ -147,13 +147,13 @@ def known(desk: Desk, model: Model) -> Model:
     return model.model_copy(update={"source": found.name, "revision": commit}) if commit else model
 
 
-def facts(desk: Desk, model: Model, token: str) -> Markup:
+def facts(desk: Desk, model: Model, token: str, hub: Hub) -> Markup:
     """What the headers of a model say: architecture, parameters, bytes, licence.
 
     Raises:
         MaquetteError: it cannot be used, or the hub does not answer.
     """
-    origin = preflight.open_model(model, desk.scheduler.hub, token)
+    origin = preflight.open_model(model, hub, token)
     shape = headers.inspect(origin)
     pairs: dict[str, str] = {}
     named = classify(model, folders=desk.local)
@@ -163,7 +163,7 @@ def facts(desk: Desk, model: Model, token: str) -> Markup:
     pairs[say("models.parameters")] = f"{shape.parameters:,}"
     pairs[say("models.size")] = wording.size(shape.bytes)
     if isinstance(origin, RepoOrigin):
-        missing = desk.scheduler.hub.missing(desk.scheduler.hub.pin(model, token), origin)
+        missing = hub.missing(hub.pin(model, token), origin)
         pairs[say("models.download")] = wording.size(missing)
         pairs[say("models.revision")] = origin.listing.commit[:12]
         pairs[say("models.licence")] = origin.listing.licence or say("models.licence.unknown")

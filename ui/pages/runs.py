@@ -113,7 +113,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     def toggle(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
         owner = visitor(request)
         run = desk.run(shown(run_id, last), owner)
-        desk.share(run, owner, not run.shared)
+        desk.share(run, owner, not run.shared, desk.hub(request))
         return [run.id, *look(owner, run.id, needle, last)]
 
     @edge
