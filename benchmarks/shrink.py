@@ -44,7 +44,7 @@ log = logging.getLogger("shrink")
 
 def text(documents: int = DOCUMENTS) -> str:
     """A JSONL file of the first documents that the demo's world tells; made where it is not there."""
-    file = CACHE / f"world-{documents}.jsonl"
+    file = CACHE / ("world.jsonl" if documents == DOCUMENTS else f"world-{documents}.jsonl")
     if not file.exists():
         sys.path.insert(0, str(DEMO))
         import world

@@ -91,10 +91,11 @@ def settle(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Recipe:
 
 
 def whole(source: str) -> str:
-    """The whole path of a file or folder that a recipe names; `demo`, nothing, and what can be no path stay."""
+    """The whole path of a file or folder that a recipe names; `demo`, and what is not there, stay as they are."""
     try:
-        return source if source in ("", BUNDLED) or "\0" in source else str(place(source))
-    except RuntimeError:  # a home of nobody: refused as a file that is not there
+        path = place(source)
+        return str(path) if source not in ("", BUNDLED) and path.exists() else source
+    except (OSError, RuntimeError, ValueError):  # a name that is too long or holds a NUL; a home of nobody
         return source
 
 

@@ -45,7 +45,7 @@ def model(text: str) -> Model:
 MEANT = [
     ("demo", Bundled()),
     ("/models/a", Folder(Path("/models/a"))),
-    ("./a@b", Folder(Path("a@b"))),
+    ("./a@b", Folder(Path("a@b").absolute())),
     ("org/name", Repo("org/name")),
     ("gpt2", Repo("gpt2")),
     ("org/name@v1.0", Repo("org/name", "v1.0")),

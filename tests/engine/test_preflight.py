@@ -238,7 +238,8 @@ def test_a_run_keeps_whole_paths_however_its_files_were_named(
     sources.stay_in(tmp_path)  # as the page's server, which goes elsewhere itself
     monkeypatch.chdir(elsewhere)
     assert preflight.settle(asked) == told
-    assert preflight.settle(recipe("demo", calibration="~nobody-has-this-name/x")).calibration.startswith("~")
+    for absent in ("~nobody-has-this-name/x", "not there.txt", "a" * 300):
+        assert preflight.settle(recipe("demo", calibration=absent)).calibration == absent
 
 
 def test_a_short_text_is_enough_for_short_sequences(tiny_folder: Maker, tmp_path: Path) -> None:
