@@ -601,7 +601,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "{family} is a mixture of experts": "{family} 是混合专家模型",
         "it has {theirs} tokens, the model {ours}": "它有 {theirs} 个词元，模型有 {ours} 个",
         "token {token} has the id {there} there and {here} here": "词元 {token} 在那里的编号为 {there}，在这里为 {here}",
-        "the loss is {value}": "损失为 {value}", "a gradient is not finite": "梯度不是有限值",
+        "the loss is {value}": "损失为 {value}", "the held-out KL is {value}": "留出文本上的 KL 为 {value}", "a gradient is not finite": "梯度不是有限值",
         "weights are not finite": "权重不是有限值",
         "The checkpoint of step {step} is kept.": "第 {step} 步的检查点已保留。",
         "No checkpoint was written yet.": "尚未写入检查点。",

@@ -142,6 +142,14 @@ def test_divergence_stops_with_its_reason(context: Context) -> None:
     assert params.dtype == torch.bfloat16
 
 
+def test_what_the_last_step_did_is_judged_where_no_rows_are_held_out(context: Context) -> None:
+    model = in_memory(tiny_config())
+    rows = torch.randint(1280, (4, 24), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Diverged, match=r"diverged at step 1: the loss is .*No checkpoint was written yet"):
+        train(model, rows, lambda batch: cross_entropy(model, batch), Schedule(steps=1, batch=4, rate=10.0), context)
+    assert not (context.folder / "training.safetensors").exists()
+
+
 def test_an_epoch_draws_every_row_once() -> None:
     rows = torch.arange(12)[:, None]
     drawn = torch.cat([draw(rows, 4, step, seed=0) for step in range(3)]).flatten().tolist()

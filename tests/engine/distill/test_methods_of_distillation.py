@@ -318,11 +318,26 @@ def test_bad_input_is_one_line_before_any_work(
     assert "\n" not in str(caught.value)
 
 
-def test_a_learning_rate_of_a_milliard_stops_as_diverged(context: Context) -> None:
+JS = {"divergence": "js", "label_weight": 0.0}  # at most ln 2
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("distill/logits", {"learning_rate": 1e9, "steps": 40}),
+        ("distill/logits", {"learning_rate": 1e9, "steps": 1}),  # the only loss is the one before it
+        ("distill/logits", {"learning_rate": 1e9, "steps": 40, **JS}),
+        ("distill/logits", {"learning_rate": 1.0, "steps": 40, **JS}),
+        ("distill/on_policy", {"learning_rate": 1e9, "steps": 40, "prompt_tokens": 14}),
+        ("distill/on_policy", {"learning_rate": 1.0, "steps": 40, "prompt_tokens": 14}),
+    ],
+)
+def test_a_learning_rate_far_too_high_stops_as_diverged(name: str, params: dict[str, object], context: Context) -> None:
     from engine.errors import Diverged
 
     with pytest.raises(Diverged, match=r"diverged at step \d+: .*Use a lower learning_rate"):
-        apply("distill/logits", in_memory(tiny_config()), context, learning_rate=1e9, steps=40)
+        apply(name, in_memory(tiny_config()), context, **params)
+    assert not (context.folder / "training.safetensors").exists()
 
 
 @pytest.mark.parametrize(
