@@ -108,8 +108,18 @@ def _read_by(params: Params) -> list[object]:
     """What stands in the files and folders that a setting names, the whole of it or its words."""
     texts = [value for value in params.model_dump().values() if isinstance(value, str)]
     words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split()) if word)
-    found = [Path(word).expanduser() for word in words if "\0" not in word and len(word) < 4096]
-    return [artifacts.digest(path) if path.is_file() else _files(path) for path in found if path.exists()]
+    return [found for word in words if (found := _standing_in(word)) is not None]
+
+
+def _standing_in(word: str) -> object:
+    """What stands in a file or folder; None where a word is no path of one: most are patterns, or no paths at all."""
+    try:
+        path = Path(word).expanduser()
+        if path.is_file():
+            return artifacts.digest(path)
+        return _files(path) if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name; a home of nobody; a NUL
+        return None
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:

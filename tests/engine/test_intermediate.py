@@ -113,3 +113,8 @@ def test_a_file_with_spaces_in_its_name_enters_the_key(tmp_path: Path) -> None:
     before = intermediate._read_by(params)
     text.write_text("two")
     assert before != intermediate._read_by(params) != []
+
+
+@pytest.mark.parametrize("ignore", ["x" * 300, "~nobody-of-that-name", "a/" * 900 + "b"])
+def test_settings_that_cannot_be_paths_are_words(ignore: str) -> None:
+    assert intermediate._read_by(methods.get("prune/wanda").check({"ignore": ignore})) == []
