@@ -88,8 +88,7 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
         BadModel: the widths of this family are not known.
         BadParams: this model cannot lose what is missing.
     """
-    if low_rank.ranks(model.network):
-        raise BadParams("linears that are products of two cannot be made narrower. Put low rank after width pruning.")
+    assert not low_rank.ranks(model.network), "`widths` refuses them"
     config = copy.deepcopy(model.network.config)
     body = anatomy.of(config)
     check(body, kept)
@@ -107,9 +106,24 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
     return assemble(model, config, narrower)
 
 
+def widths(config: Mapping[str, JsonValue]) -> Anatomy:
+    """The widths of a model with this config.json, where they can be made narrower.
+
+    Raises:
+        BadModel: they are not known.
+        BadParams: linears of it are products of two.
+    """
+    if config.get(low_rank.RANKS_KEY):
+        raise BadParams(
+            "linears that are products of two cannot be made narrower. Start from the model that prune/low_rank was "
+            "applied to, and put it after prune/width."
+        )
+    return anatomy.of_dict(config)
+
+
 def narrowed(config: Mapping[str, JsonValue], sizes: Mapping[Axis, int]) -> dict[str, JsonValue]:
     """The config.json of a model that keeps so many units along these axes."""
-    body = anatomy.of_dict(config)
+    body = widths(config)
     each = {axis: [range(size)] * body.blocks for axis, size in sizes.items()}
     made = anatomy.read(config)
     channels = range(sizes["channels"]) if "channels" in sizes else None
@@ -195,6 +209,7 @@ def assemble(
     model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], renamed: Renamed = dict
 ) -> LoadedModel:
     """A model of that config with these weights, and all else of `model`, by the names that modules have now."""
+    vars(config).pop(low_rank.RANKS_KEY, None)  # as the source's file has it, by the names of before
     network = shell(config, model.network.dtype, model.device)
     low_rank.factor(network, renamed(low_rank.ranks(model.network)))
     network.load_state_dict(dict(weights), assign=True)

@@ -201,8 +201,11 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "a share of {share} of {size} {said} is none in steps of {step}; {least} is the smallest share that does, "
         "or use a smaller multiple.":
             "以 {step} 为步长时，{size} 个{said}的 {share} 不足一步；最小可用比例为 {least}，或用更小的 multiple。",
-        "linears that are products of two cannot be made narrower. Put low rank after width pruning.":
-            "由两个线性层相乘而成的线性层无法变窄。请把低秩分解放在宽度剪枝之后。",
+        "linears that are products of two cannot be made narrower. Start from the model that prune/low_rank was applied to, "
+        "and put it after prune/width.":
+            "由两个线性层相乘而成的线性层无法变窄。请从应用 prune/low_rank 之前的模型开始，并把它放在 prune/width 之后。",
+        "the model is of low rank already. Start from the one that prune/low_rank was applied to.":
+            "该模型已经是低秩的。请从应用 prune/low_rank 之前的模型开始。",
         "a {family} model has as many channels as its heads have numbers: {heads} heads of {size} and {channels} channels do not fit. "
         "Remove the same share of both.":
             "{family} 模型的通道数等于各头维度之和：{heads} 个维度为 {size} 的头与 {channels} 个通道不符。请按相同比例移除二者。",
