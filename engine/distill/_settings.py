@@ -16,6 +16,7 @@ from engine.losses import Divergence, Objective
 from engine.methods import Params
 from engine.preflight import resolve
 from engine.sizes import attention_sizes, blocks_of, hidden_size
+from engine.surgery import check_blocks
 from engine.tokens import check_same_files
 
 
@@ -103,6 +104,8 @@ class StudentParams(Params):
         count = integer(config.get("num_hidden_layers")) or integer(config.get("n_layer"))
         if self.student == "blocks" and count and self.keep_every > count:
             raise BadParams(f"keep_every {self.keep_every} leaves no block of {count}. Use {count} or less.")
+        if self.student == "blocks" and self.keep_every > 1:
+            check_blocks(config)
         hidden = integer(config.get("hidden_size")) or integer(config.get("n_embd"))
         heads = integer(config.get("num_attention_heads")) or integer(config.get("n_head"))
         size = integer(config.get("head_dim")) or (hidden // heads if heads else 0)

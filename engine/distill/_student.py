@@ -57,7 +57,7 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
         BadParams: the model has fewer blocks than `keep_every`.
     """
     count = len(blocks(model.network)[1])
-    kept = list(range(keep_every - 1, count, keep_every))
+    kept = list(range(keep_every - 1 + count % keep_every, count, keep_every))
     if not kept:
         raise BadParams(f"keep_every {keep_every} leaves no block of {count}. Use {count} or less.")
     return keep_blocks(model, kept)
