@@ -259,7 +259,7 @@ def test_repair_of_norms_and_scales_may_follow_quantization_and_nothing_else_may
 def test_a_chain_of_assistants_is_taught_one_by_the_other(context: Context, recorder: Recorder) -> None:
     params = methods.get("distill/logits").params
     made = params.model_validate({"student": "size", "hidden_size": 16, "num_blocks": 1})
-    assert list(assistants(in_memory(tiny_config()), made, 1)) == [(32, 2)]  # type: ignore[arg-type]
+    assert list(assistants(64, 3, 16, made, 1)) == [(32, 2)]  # type: ignore[arg-type]
     settings = {"student": "blocks", "keep_every": 3, "assistants": 1}
     first = apply("distill/logits", in_memory(tiny_config()), context, **settings)
     assert "assistant 1 of 1: 2 blocks of 64" in recorder.logs()
