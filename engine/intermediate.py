@@ -22,6 +22,7 @@ from pathlib import Path
 
 from engine import artifacts, headers, models
 from engine.errors import BadArtifact
+from engine.files import make_room
 from engine.methods import Method, Params
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
@@ -40,7 +41,7 @@ def keep(model: LoadedModel, recipe: Recipe, source: Path, steps: Steps, cache: 
         return
     folder = cache / "steps" / key(recipe, source, steps, device)
     needed = model.network.num_parameters() * model.network.dtype.itemsize
-    if folder.exists() or not make_room(folder.parent, needed):
+    if folder.exists() or not make_room(folder.parent, "*", needed, SHARE):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     artifacts.write(model, recipe.model_copy(update={"steps": recipe.steps[: len(steps)]}), folder)
@@ -75,19 +76,6 @@ def read(folder: Path, dtype: str, device: str, source: Path) -> LoadedModel:
         model.pruned |= Shard(file).pruned()
         model.sparse |= Shard(file).sparse()
     return model
-
-
-def make_room(folder: Path, needed: int) -> bool:
-    """Delete the models used longest ago until `needed` bytes more are within the share; whether they can be."""
-    kept = sorted((each for each in folder.glob("*") if each.is_dir()), key=lambda each: each.stat().st_mtime)
-    sizes = {each: sum(file.stat().st_size for file in each.iterdir()) for each in kept}
-    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    limit = SHARE * (shutil.disk_usage(disk).free + sum(sizes.values()))
-    while kept and sum(sizes.values()) + needed > limit:
-        oldest = kept.pop(0)
-        shutil.rmtree(oldest, ignore_errors=True)
-        del sizes[oldest]
-    return needed <= limit
 
 
 def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
