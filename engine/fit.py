@@ -19,6 +19,7 @@ from engine.methods import Calibrated, Method, Params
 from engine.pace import Rates
 from engine.records import Recipe
 from engine.sizes import WIDTHS, Holding
+from engine.sources import split
 
 Situation = Literal["probe", "compress", "save", "verify", "measure", "serve"]
 PARTS = (
@@ -274,7 +275,7 @@ def _training(held: Holding, method: Method, params: Params, first: Holding) -> 
     scope = str(getattr(params, "scope", "all"))
     trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
     batch, length = integer(getattr(params, "batch", 16)), integer(getattr(params, "sequence_length", 128))
-    folders = 1 + len(str(getattr(params, "teachers", "")).split())
+    folders = 1 + len(split(str(getattr(params, "teachers", ""))))
     teaches = hasattr(params, "teachers")
     live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
     found = []

@@ -28,6 +28,7 @@ from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.records import Recipe
 from engine.shards import Shard
+from engine.sources import split
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,16 @@ def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
 def _read_by(params: Params) -> list[object]:
     """What stands in the files and folders that a setting names, the whole of it or its words."""
     texts = [value for value in params.model_dump().values() if isinstance(value, str)]
-    words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split()) if word)
+    words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split(), *_quoted(text)) if word)
     return [found for word in words if (found := _standing_in(word)) is not None]
+
+
+def _quoted(text: str) -> list[str]:
+    """The names in a setting of several; none where its quotes are no quotes."""
+    try:
+        return split(text)
+    except ValueError:
+        return []
 
 
 def _standing_in(word: str) -> object:

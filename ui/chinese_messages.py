@@ -685,6 +685,8 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "String should have at most {count} characters": "至多 {count} 个字符",
         "Tuple should have at most {count} items after validation, not {got}": "至多 {count} 项，而不是 {got} 项",
         "Tuple should have at most {count} items after validation, not more": "至多 {count} 项",
+        "a quote is not closed. Put a name that holds spaces or quotes in quotes":
+            "引号没有闭合。含空格或引号的名称请加引号",
         "{pattern} is no regular expression ({error})": "{pattern} 不是正则表达式（{error}）",
         "{pattern} is no pattern with 2 to 8 bits, as in `*.down_proj=8`":
             "{pattern} 不是带有 2 到 8 位的模式，例如 `*.down_proj=8`",

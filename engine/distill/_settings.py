@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from engine import headers
 from engine.errors import BadModel, BadParams, short
@@ -16,6 +16,7 @@ from engine.losses import Divergence, Objective
 from engine.methods import Params
 from engine.preflight import resolve
 from engine.sizes import attention_sizes, blocks_of, hidden_size
+from engine.sources import split
 from engine.surgery import check_blocks
 from engine.tokens import check_same_files
 
@@ -25,12 +26,18 @@ class TeacherParams(Params):
 
     teachers: str = Field(
         "", max_length=4000,
-        description="Folders of more teachers, separated by spaces; probabilities are averaged.",
+        description="Folders of more teachers, separated by spaces, or in quotes; probabilities are averaged.",
     )  # fmt: skip
+
+    @field_validator("teachers")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        split(value)
+        return value
 
     def folders(self, original: Path) -> list[Path]:
         """The teachers' folders, the original first."""
-        return [original, *(resolve(each) for each in self.teachers.split())]
+        return [original, *(resolve(each) for each in split(self.teachers))]
 
     def check_sources(self, folder: Path) -> None:
         """Refuse teachers that are not there, or speak of other tokens."""

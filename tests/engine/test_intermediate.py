@@ -114,6 +114,9 @@ def test_a_file_with_spaces_in_its_name_enters_the_key(tmp_path: Path) -> None:
     before = intermediate._read_by(params)
     text.write_text("two")
     assert before != intermediate._read_by(params) != []
+    (tmp_path / "my teacher").mkdir()
+    params = methods.get("distill/logits").check({"teachers": f"/no/where '{tmp_path / 'my teacher'}'"})
+    assert intermediate._read_by(params) == [[]]  # a folder without files
 
 
 @pytest.mark.parametrize("ignore", ["x" * 300, "~nobody-of-that-name", "a/" * 900 + "b"])
