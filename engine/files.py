@@ -1,9 +1,15 @@
-"""Files that survive a power cut: written beside their place, made durable, renamed into it."""
+"""Files that survive a power cut: written beside their place, made durable, renamed into it; and files that runs share.
+
+A shared file is a link of what a run has in a folder of its own. The ones used longest ago make room: who uses one has
+a link too, so that nothing is taken from under it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"  # of an artifact: the size and SHA-256 of each file
@@ -29,3 +35,51 @@ def publish(temporary: Path, path: Path) -> None:
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
+
+
+def fetch(own: Path, shared: Path) -> bool:
+    """Whether a shared file could be linked to a run's `own` place."""
+    own.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(shared, own)
+        os.utime(shared)
+    except FileExistsError:  # another process of the run was first
+        return True
+    except OSError:  # gone, or on a disk without links
+        return own.exists()
+    return True
+
+
+def give(own: Path, shared: Path, room: Path, share: float) -> None:
+    """Share a run's own file in a folder of `room`, where its size is within that share of the free disk."""
+    if make_room(room, "*/*", own.stat().st_size, share):
+        with suppress(OSError):  # a disk without links; a folder that another run has just removed
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            shared.unlink(missing_ok=True)
+            os.link(own, shared)
+
+
+def make_room(folder: Path, pattern: str, needed: int, share: float) -> bool:
+    """Make `needed` bytes more fit in a share of the free disk; whether they can.
+
+    Deletes the files and folders that `pattern` names, the ones used longest ago first.
+    """
+    found = []
+    for each in folder.glob(pattern):
+        with suppress(OSError):  # another run makes room, too
+            files = each.iterdir() if each.is_dir() else [each]
+            found.append((each.stat().st_mtime, each, sum(file.stat().st_size for file in files)))
+    found.sort()
+    held = sum(size for _, _, size in found)
+    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    limit = share * (shutil.disk_usage(disk).free + held)
+    while found and held + needed > limit:
+        _, oldest, size = found.pop(0)
+        held -= size
+        if oldest.is_dir():
+            shutil.rmtree(oldest, ignore_errors=True)
+        else:
+            oldest.unlink(missing_ok=True)
+            with suppress(OSError):  # other files are in it
+                oldest.parent.rmdir()
+    return needed <= limit

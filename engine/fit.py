@@ -19,6 +19,7 @@ from engine.methods import Calibrated, Method, Params
 from engine.pace import Rates
 from engine.records import Recipe
 from engine.sizes import WIDTHS, Holding
+from engine.sources import split
 
 Situation = Literal["probe", "compress", "save", "verify", "measure", "serve"]
 PARTS = (
@@ -180,6 +181,8 @@ def compressing(held: Holding, method: Method, params: Params, first: Holding, s
     """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
     if integer(getattr(params, "steps", 0)):
         return _training(held, method, params, first)
+    if isinstance(params, Calibrated) and getattr(params, "by", "") == "taylor":
+        return [Need("compress", _differentiating(held, params), method.title)]
     block, beside = (held.width * size if streamed else held.dense for size in held.parts())
     chosen = params.stored_bits(1024, 1024)
     codes = 0 if chosen is None else round(held.parts()[0] * (1 + chosen.stored / 8))  # as found, and as written
@@ -206,9 +209,8 @@ def _calibrating(held: Holding, params: Calibrated, rounding: dict[str, int]) ->
     """
     shape, states = held.shape, _states(held, params)
     hidden, inputs = sizes.hidden_size(shape.config), sizes.readers(shape) or [0]
-    at_once = min(params.samples * params.sequence_length, FLOW_TOKENS, FLOW_ROWS * params.sequence_length)
     # Of the widest input: itself in float32 and its lengths' copy; and what the block computes beside it.
-    active = at_once * (12 * inputs[0] + 4 * held.width * hidden)
+    active = _at_once(params) * (12 * inputs[0] + 4 * held.width * hidden)
     if str(getattr(params, "collect", "norm")) not in STATISTICS:
         return [{"calibration": states + 8 * sum(inputs), "activations": active, **rounding}]
     largest = max(_linear_sizes(shape), default=0)
@@ -218,6 +220,32 @@ def _calibrating(held: Holding, params: Calibrated, rounding: dict[str, int]) ->
     if params.stored_bits(1024, 1024) is not None and not experts(shape.config):
         last["weights"] = held.width * largest  # the block's others are put aside by then; their codes are there
     return [{"calibration": states + 4 * sum(size * size for size in inputs), "activations": active}, last]
+
+
+def _differentiating(held: Holding, params: Calibrated) -> dict[str, int]:
+    """All weights in float32 with their gradients, and what the backward pass needs of each token, in float32 too.
+
+    Of a block: 15 times its hidden state (norms, queries, keys, values, their rotation), 4 times its widest input; of
+    the logits themselves, their logarithm, and the gradient.
+    """
+    config = held.shape.config
+    hidden, vocabulary = sizes.hidden_size(config), sizes.vocabulary_size(held.shape)
+    each = sizes.blocks_of(config) * (60 * hidden + 16 * _widest(held)) + 12 * vocabulary
+    weights = 4 * held.shape.parameters
+    return _parts(
+        weights=weights, gradients=weights, activations=_at_once(params) * each, runtime=RUNTIME + LEARNING
+    )  # fmt: skip
+
+
+def _at_once(params: Calibrated) -> int:
+    """Tokens of calibration that pass a block, or the model, at a time."""
+    return min(params.samples * params.sequence_length, FLOW_TOKENS, FLOW_ROWS * params.sequence_length)
+
+
+def _widest(held: Holding) -> int:
+    """Numbers of the widest input of a block's linears."""
+    hidden = sizes.hidden_size(held.shape.config)
+    return max((inputs for _, inputs in sizes.first_block(held.shape)), default=4 * hidden)
 
 
 def _states(held: Holding, params: Calibrated) -> int:
@@ -238,14 +266,16 @@ def _linear_sizes(shape: Shape) -> list[int]:
 
 
 def _training(held: Holding, method: Method, params: Params, first: Holding) -> list[Need]:
-    """A student in float32 with its gradients and two moments; before, where it is asked once, its teacher."""
-    student = held.after(params) if hasattr(params, "student") else held
-    vocabulary = sizes.vocabulary_size(student.shape)
-    parameters = student.shape.parameters + _new_blocks(params)
+    """A student in float32 with its gradients and two moments; before, where it is asked once, its teacher.
+
+    Of assistants and student, which are trained one after the other, the largest counts.
+    """
+    student = max(held.trained(params), key=lambda each: each.parameters)
+    vocabulary, parameters = sizes.vocabulary_size(student.shape), student.parameters
     scope = str(getattr(params, "scope", "all"))
     trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
     batch, length = integer(getattr(params, "batch", 16)), integer(getattr(params, "sequence_length", 128))
-    folders = 1 + len(str(getattr(params, "teachers", "")).split())
+    folders = 1 + len(split(str(getattr(params, "teachers", ""))))
     teaches = hasattr(params, "teachers")
     live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
     found = []
@@ -270,7 +300,7 @@ def _remembered(student: Holding, batch: int, length: int, trained: int, vocabul
     """What the backward pass needs of the forward one: of each token its states in every block, and 16-bit weights."""
     config = student.shape.config
     blocks, hidden = sizes.blocks_of(config), sizes.hidden_size(config)
-    wide = max((inputs for _, inputs in sizes.first_block(student.shape)), default=4 * hidden)
+    wide = _widest(student)
     maps = sizes.query_heads(config) * length * 8 if length <= 256 else 0  # attention of short rows is written out
     each = blocks * (24 * hidden + 12 * wide + maps)
     return batch * length * each + 2 * trained + 12 * max(1 << 18, 128 * vocabulary)
@@ -281,13 +311,6 @@ def _adapters(shape: Shape, rank: int, scope: str) -> int:
     if scope == "lora":
         return sum(rank * (outputs + inputs) for outputs, inputs in shape.linears.values())
     return shape.parameters // 50
-
-
-def _new_blocks(params: Params) -> int:
-    """Weights of the blocks of a new network, which no header names yet: 4 h² of attention and 8 h² beside it."""
-    if getattr(params, "student", "") != "size":
-        return 0
-    return 12 * integer(getattr(params, "hidden_size", 0)) ** 2 * integer(getattr(params, "num_blocks", 0))
 
 
 def probing(steps: Sequence[Need]) -> Need:
@@ -327,10 +350,7 @@ def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need
     both = original is not None and bool(wanted & {"accuracy", "divergence", "outputs"})
     tokens = LOGIT_TOKENS if "accuracy" in wanted else min(LOGIT_TOKENS, share(parameters, DOCUMENTS) * DOCUMENT_TOKENS)
     reads = bool(wanted & {"perplexity", "accuracy", "divergence"})
-    wide = max(
-        (inputs for _, inputs in sizes.first_block(held.shape)), default=4 * sizes.hidden_size(held.shape.config)
-    )
-    forward = width * (3 * wide + 4 * sizes.hidden_size(held.shape.config))
+    forward = width * (3 * _widest(held) + 4 * sizes.hidden_size(held.shape.config))
     logits = (PAIR if both and "divergence" in wanted else LOGITS) * vocabulary
     active = max(tokens * (logits + forward) if reads else 0, MOVED * held.largest)
     return Need("measure", _parts(

@@ -22,12 +22,13 @@ from pathlib import Path
 
 from engine import artifacts, headers, models
 from engine.errors import BadArtifact
-from engine.files import digest
+from engine.files import digest, make_room
 from engine.methods import Method, Params
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.records import Recipe
 from engine.shards import Shard
+from engine.sources import place, split
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def keep(model: LoadedModel, recipe: Recipe, source: Path, steps: Steps, cache: 
         return
     folder = cache / "steps" / key(recipe, source, steps, device)
     needed = model.network.num_parameters() * model.network.dtype.itemsize
-    if folder.exists() or not make_room(folder.parent, needed):
+    if folder.exists() or not make_room(folder.parent, "*", needed, SHARE):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     artifacts.write(model, recipe.model_copy(update={"steps": recipe.steps[: len(steps)]}), folder)
@@ -78,19 +79,6 @@ def read(folder: Path, dtype: str, device: str, source: Path) -> LoadedModel:
     return model
 
 
-def make_room(folder: Path, needed: int) -> bool:
-    """Delete the models used longest ago until `needed` bytes more are within the share; whether they can be."""
-    kept = sorted((each for each in folder.glob("*") if each.is_dir()), key=lambda each: each.stat().st_mtime)
-    sizes = {each: sum(file.stat().st_size for file in each.iterdir()) for each in kept}
-    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    limit = SHARE * (shutil.disk_usage(disk).free + sum(sizes.values()))
-    while kept and sum(sizes.values()) + needed > limit:
-        oldest = kept.pop(0)
-        shutil.rmtree(oldest, ignore_errors=True)
-        del sizes[oldest]
-    return needed <= limit
-
-
 def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
     """What the model in `source` after these steps follows from, as 24 hexadecimal digits."""
     body = {
@@ -108,9 +96,27 @@ def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
 def _read_by(params: Params) -> list[object]:
     """What stands in the files and folders that a setting names, the whole of it or its words."""
     texts = [value for value in params.model_dump().values() if isinstance(value, str)]
-    words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split()) if word)
-    found = [Path(word).expanduser() for word in words if "\0" not in word and len(word) < 4096]
-    return [digest(path) if path.is_file() else _files(path) for path in found if path.exists()]
+    words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split(), *_quoted(text)) if word)
+    return [found for word in words if (found := _standing_in(word)) is not None]
+
+
+def _quoted(text: str) -> list[str]:
+    """The names in a setting of several; none where its quotes are no quotes."""
+    try:
+        return split(text)
+    except ValueError:
+        return []
+
+
+def _standing_in(word: str) -> object:
+    """What stands in a file or folder; None where a word is no path of one: most are patterns, or no paths at all."""
+    try:
+        path = place(word)
+        if path.is_file():
+            return digest(path)
+        return _files(path) if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name; a home of nobody; a NUL
+        return None
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:

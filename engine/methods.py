@@ -132,6 +132,12 @@ class Params(BaseModel):
         """The config.json and the tensors' shapes of what the step makes: the next step is checked on them."""
         return config, tensors
 
+    def trained(
+        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
+    ) -> Sequence[tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]]:
+        """As `reshaped`, of every model that is trained, each the teacher of the next; the last is what comes out."""
+        return [self.reshaped(config, tensors)]
+
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
         """How a chosen linear (out, in) is stored after the step; None: as before."""
         return None

@@ -62,7 +62,10 @@ def step_seconds(held: Holding, params: Params, rates: Rates) -> float:
             work += _solving(held)
     if steps := integer(getattr(params, "steps", 0)):
         tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
-        work += 8.0 * steps * tokens * parameters
+        teacher = parameters
+        for each in held.trained(params):  # each learns from the one before
+            work += steps * tokens * (6.0 * each.parameters + 2.0 * teacher)
+            teacher = each.parameters
     return 4 * held.dense / rates.disk + work / rates.arithmetic
 
 

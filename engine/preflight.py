@@ -269,8 +269,8 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
     try:
         if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
             raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
-        params.check_model({name: linears[name] for name in names}, shape.parameters)
         params.check_config(shape.config)
+        params.check_model({name: linears[name] for name in names}, shape.parameters)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
 

@@ -124,6 +124,13 @@ class Holding:
         return self.shape.parameters * self.width
 
     @property
+    def parameters(self) -> int:
+        """All weights; of a new network also its blocks', which no header names: 4 h² of attention, 8 h² beside it."""
+        config = self.shape.config
+        new = 0 if self.shape.linears else 12 * hidden_size(config) ** 2 * blocks_of(config)
+        return self.shape.parameters + new
+
+    @property
     def embeddings(self) -> int:
         """Parameters of the embeddings, and of the head where it has its own."""
         return sum(math.prod(shape) for name, shape in self.shape.tensors.items() if name.endswith(EMBEDDINGS + HEADS))
@@ -172,6 +179,11 @@ class Holding:
             self, shape=replace(shape, config=config, tensors=tensors), bits=bits,
             grid=params.cache_grid() or self.grid,
         )  # fmt: skip
+
+    def trained(self, params: Params) -> list[Holding]:
+        """The models that a step with these settings trains, each the teacher of the next."""
+        found = params.trained(self.shape.config, self.shape.tensors)
+        return [replace(self, shape=replace(self.shape, config=config, tensors=tensors)) for config, tensors in found]
 
     def _beyond(self, params: Params) -> dict[str, StoredBits]:
         """The head and the embeddings, where they are chosen too; tied ones are parted then."""

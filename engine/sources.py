@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -43,6 +44,18 @@ class Repo:
     def pinned(self) -> bool:
         """Whether the revision is a commit, which never changes."""
         return COMMIT.fullmatch(self.revision) is not None
+
+
+def split(text: str) -> list[str]:
+    """The names of several, separated by spaces; one that holds a space stands in quotes, as in a shell.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise ValueError("a quote is not closed. Put a name that holds spaces or quotes in quotes") from None
 
 
 def classify(model: Model, *, folders: bool = True) -> Bundled | Folder | Repo:

@@ -20,11 +20,19 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from engine import anatomy, low_rank
 from engine.anatomy import NEURONS, OFFSET_NORMS, Anatomy, Axis
 from engine.checkpoint import attention, part_names, part_of, shell
-from engine.errors import BadParams
+from engine.errors import BadModel, BadParams
 from engine.experts import separate
 from engine.models import LoadedModel, blocks, embeddings
 
 Renamed = Callable[[Mapping[str, int]], Mapping[str, int]]
+BY_NUMBER = {  # what blocks compute depends on their number, by these keys of a config, unless they have the value
+    "scale_attn_by_inverse_layer_idx": False, "attention_types": None, "num_kv_shared_layers": 0,
+    "first_k_dense_replace": 0, "decoder_sparse_step": 1,
+}  # fmt: skip
+OF_EACH_BLOCK = (  # keys of configs with an entry for each block
+    "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
+    "intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_attention_heads_per_layer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,17 @@ class Kept:
         return None if kept is None or block is None else kept[block]
 
 
+def check_blocks(config: Mapping[str, JsonValue]) -> None:
+    """Refuse to take blocks from a model with this config.json that would compute otherwise in another place.
+
+    Raises:
+        BadModel: one line that says by which key.
+    """
+    for key, harmless in BY_NUMBER.items():
+        if config.get(key, harmless) not in (harmless, None):
+            raise BadModel(f"config.json says {key}: what a block computes depends on its number, so none can go.")
+
+
 def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     """A model that has the blocks with these numbers alone, in this order; all else is the model's.
 
@@ -54,8 +73,9 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     prefix, modules = blocks(model.network)
     config = copy.deepcopy(model.network.config)
     text = config.get_text_config()
-    for key, value in list(vars(text).items()):  # layer_types, no_rope_layers, ...: an entry for each block
-        if isinstance(value, list | tuple) and len(value) == len(modules) and key != "architectures":
+    for key in OF_EACH_BLOCK:
+        value = getattr(text, key, None)
+        if isinstance(value, list | tuple) and len(value) == len(modules):
             setattr(text, key, [value[number] for number in kept])
     if getattr(text, "mlp_only_layers", None):  # of mixtures: numbers of blocks
         text.mlp_only_layers = [new for new, number in enumerate(kept) if number in text.mlp_only_layers]
@@ -88,8 +108,7 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
         BadModel: the widths of this family are not known.
         BadParams: this model cannot lose what is missing.
     """
-    if low_rank.ranks(model.network):
-        raise BadParams("linears that are products of two cannot be made narrower. Put low rank after width pruning.")
+    assert not low_rank.ranks(model.network), "`widths` refuses them"
     config = copy.deepcopy(model.network.config)
     body = anatomy.of(config)
     check(body, kept)
@@ -107,9 +126,24 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
     return assemble(model, config, narrower)
 
 
+def widths(config: Mapping[str, JsonValue]) -> Anatomy:
+    """The widths of a model with this config.json, where they can be made narrower.
+
+    Raises:
+        BadModel: they are not known.
+        BadParams: linears of it are products of two.
+    """
+    if config.get(low_rank.RANKS_KEY):
+        raise BadParams(
+            "linears that are products of two cannot be made narrower. Start from the model that prune/low_rank was "
+            "applied to, and put it after prune/width."
+        )
+    return anatomy.of_dict(config)
+
+
 def narrowed(config: Mapping[str, JsonValue], sizes: Mapping[Axis, int]) -> dict[str, JsonValue]:
     """The config.json of a model that keeps so many units along these axes."""
-    body = anatomy.of_dict(config)
+    body = widths(config)
     each = {axis: [range(size)] * body.blocks for axis, size in sizes.items()}
     made = anatomy.read(config)
     channels = range(sizes["channels"]) if "channels" in sizes else None
@@ -195,6 +229,7 @@ def assemble(
     model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], renamed: Renamed = dict
 ) -> LoadedModel:
     """A model of that config with these weights, and all else of `model`, by the names that modules have now."""
+    vars(config).pop(low_rank.RANKS_KEY, None)  # as the source's file has it, by the names of before
     network = shell(config, model.network.dtype, model.device)
     low_rank.factor(network, renamed(low_rank.ranks(model.network)))
     network.load_state_dict(dict(weights), assign=True)

@@ -7,7 +7,8 @@ ids fit in 16 bits. Training then needs no teacher in memory, and other runs on 
 
 The fingerprint is that of the teachers' weights, configs and tokenizers and of k; <rows> that of the token ids and
 positions in a file. So an answer is found again exactly where the same question was asked, however many rows another
-run reads, and a cache that is not finished is gone on with. Several teachers answer with the mean of their
+run reads, and a cache that is not finished is gone on with. A run has links of its own to the files: those used
+longest ago make room for others. Several teachers answer with the mean of their
 probabilities.
 """
 
@@ -34,13 +35,14 @@ from engine import distributed, hardware, headers, models
 from engine.body import Body
 from engine.checkpoint import read_config
 from engine.errors import BadModel, TooBig, short
-from engine.files import publish
+from engine.files import fetch, give, publish
 from engine.losses import Full, Target, TopK, averaged, chunk_size, pieces, top_k
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.rows import Rows
 
 FILE_TOKENS = 1 << 16  # in one file of a cache
+SHARE = 0.1  # of the free disk that answers may take
 KEY = "maquette_teacher"  # of a file's metadata: whose answers these are, to what
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -138,19 +140,24 @@ def cached(
     width = rows.ids.shape[1]
     each = max(1, FILE_TOKENS // width)
     spans = [(piece.start, piece.stop) for piece in pieces(len(rows), each)]
-    folder = context.cache / "teachers" / whose[:32]
-    files = [folder / f"{rows.digest(*span)[:32]}.safetensors" for span in spans]
-    missing = [place for place, file in enumerate(files) if not _is_of(file, whose)]
+    room, own = context.cache / "teachers", context.folder / "answers" / whose[:32]
+    files = [own / f"{rows.digest(*span)[:32]}.safetensors" for span in spans]
+    shared = [room / whose[:32] / file.name for file in files]
+    missing = [
+        place
+        for place, (file, kept) in enumerate(zip(files, shared, strict=True))
+        if not (_is_of(file, whose) or (_is_of(kept, whose) and fetch(file, kept)))
+    ]
     if missing:
         tokens = sum(spans[place][1] - spans[place][0] for place in missing) * (width - 1)
-        _check_room(context.cache, tokens * bytes_per_token(k, vocabulary))
-        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(own, tokens * bytes_per_token(k, vocabulary))
         mine = [place for place in missing if place % distributed.count() == distributed.rank()]
         live = load() if mine else None
         for done, place in enumerate(mine):
             assert live is not None
             context.progress(done, len(mine), "files of the teacher's answers")
             write_answers(live, rows, spans[place], k, files[place], whose, context)
+            give(files[place], shared[place], room, SHARE)
         context.progress(len(mine), len(mine), "files of the teacher's answers")
         context.log(
             f"the teacher answered for {tokens:,} tokens; {len(files) - len(missing)} of {len(files)} files reused"

@@ -4,7 +4,9 @@ Distillation trains with it, and pruning that lets the model recover.
 
 What a step does depends on the seed and its number alone: the rows that are drawn and what dropout drops. So a
 checkpoint needs the weights, the optimizer's two moments and the number of the step. It is written once the loss *with
-its weights* is known to be good, so a training that diverges never replaces a good checkpoint by a bad one.
+its weights* is known to be good, so a training that diverges never replaces a good checkpoint by a bad one. A loss may
+be bounded (Jensen-Shannon is, by ln 2) and so never far above where it began: the KL on held-out rows, which is not,
+is judged like it at each look.
 
 The loop is the same in each of several processes that `engine.distributed` joined: each takes its share of the batch's
 rows, loss and gradient are those of the batch, the first process says and writes everything. A checkpoint holds whole
@@ -39,6 +41,7 @@ BETAS, DECAY = (0.9, 0.95), 0.01
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 SAID_EVERY = 10  # steps
 LOOKS = 20  # at the held-out rows in one training
+MARGIN = 15  # nats by which a training may get worse: who knows nothing of 256,000 tokens is 12.5 from the truth
 T = TypeVar("T")
 
 
@@ -91,7 +94,8 @@ def train(
     network comes back in its own dtype; several processes, which train all parameters and those alone, get a new one.
 
     Raises:
-        Diverged: the loss or a gradient is not finite, or the loss far above where it began.
+        Diverged: the loss, the held-out KL or a gradient is not finite, or one of the first two far above where it
+            began.
     """
     extras = extras or Extras()
     network, dtype = student.network, student.network.dtype
@@ -119,7 +123,7 @@ def train(
         done = step + 1 - first
         if (step + 1) % SAID_EVERY == 0 or step + 1 == schedule.steps:
             run.say(step, value, rows_each * min(schedule.batch, len(rows)) * done, done, time.monotonic() - began)
-    run.finish()
+    run.finish(draw(rows, schedule.batch, schedule.steps - 1, context.seed).to(student.device), loss_of)
     if shards is None:
         cast(trained.values(), dtype)
     else:
@@ -149,7 +153,7 @@ class Training:
         self._context, self._extras = context, extras
         self._saved = context.folder / "training.safetensors"
         self._optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=DECAY, fused=True)
-        self._highest, self._kept = math.inf, 0
+        self._highest, self._furthest, self._kept = math.inf, math.inf, 0
         self._zeros: list[tuple[Tensor, Tensor]] = []
 
     def resume(self) -> int:
@@ -157,6 +161,7 @@ class Training:
         if self._saved.exists():
             state = read_checkpoint(self._saved, self.parameters, self._optimizer)
             self._highest, self._kept = state["highest"], int(state["step"])
+            self._furthest = state.get("furthest", math.inf)
             self._context.log(f"resumed at step {self._kept} of {self._schedule.steps}")
         self._look_for_zeros()
         return self._kept
@@ -169,18 +174,12 @@ class Training:
         torch.manual_seed(self._context.seed * 1_000_003 + step)
         if self._extras.begin is not None:
             self._extras.begin(step)
-        rows, weight = distributed.share(batch)
         with torch.enable_grad():
-            loss = weight * self._with_network(lambda: loss_of(rows))
-        value = distributed.mean(loss.item(), loss.device)
-        if math.isinf(self._highest):
-            self._highest = 3 * abs(value) + 10
-        if not math.isfinite(value) or value > self._highest:
-            raise self.diverged(step, f"the loss is {value:.3g}")
+            loss, value = self._loss(step, batch, loss_of)
+        if self._extras.held_out is not None and step % max(SAID_EVERY, schedule.steps // LOOKS) == 0:
+            self.look(step)
         if step > self._kept and step % schedule.checkpoint_every == 0:
             self.keep(step)
-        if self._extras.held_out is not None and step % max(SAID_EVERY, schedule.steps // LOOKS) == 0:
-            self.look()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = gathered(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP))
         if not math.isfinite(norm):
@@ -195,28 +194,34 @@ class Training:
                 self._look_for_zeros()
         return value
 
-    def finish(self) -> None:
-        """The last look and the last checkpoint."""
+    def finish(self, batch: Tensor, loss_of: Loss) -> None:
+        """The last look, or the loss of a last batch where no rows are held out, and the last checkpoint."""
         steps = self._schedule.steps
         bad = sum(not bool(local(each).isfinite().all()) for each in self.parameters.values())
         if distributed.mean(float(bad), self._student.device) > 0:
             raise self.diverged(steps - 1, "weights are not finite")
         if self._extras.held_out is not None:
-            self.look()
+            self.look(steps - 1)
+        else:
+            with torch.no_grad():
+                self._loss(steps - 1, batch, loss_of)
         if self._kept < steps:
             self.keep(steps)
 
     def keep(self, step: int) -> None:
         """Write the checkpoint of so many steps."""
-        write_checkpoint(self._saved, self.parameters, self._optimizer, {"step": step, "highest": self._highest})
+        state = {"step": step, "highest": self._highest, "furthest": self._furthest}
+        write_checkpoint(self._saved, self.parameters, self._optimizer, state)
         self._kept = step
 
-    def look(self) -> None:
-        """Say the KL on held-out rows."""
+    def look(self, step: int) -> None:
+        """Say the KL on held-out rows, and judge it."""
         assert self._extras.held_out is not None
         self._student.network.eval()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            self._context.sample("kl_heldout", self._with_network(self._extras.held_out), "nats")
+            value = self._with_network(self._extras.held_out)
+        self._furthest = self._judged(step, "the held-out KL", value, self._furthest)
+        self._context.sample("kl_heldout", value, "nats")
         self._student.network.train()
 
     def say(self, step: int, loss: float, tokens: int, steps: int, seconds: float) -> None:
@@ -231,6 +236,21 @@ class Training:
         """What to say of a training that went wrong in that step."""
         kept = f"The checkpoint of step {self._kept} is kept." if self._kept else "No checkpoint was written yet."
         return Diverged(f"Training diverged at step {step + 1}: {why}. Use a lower learning_rate. {kept}")
+
+    def _loss(self, step: int, batch: Tensor, loss_of: Loss) -> tuple[Tensor, float]:
+        """The loss of this process's share of a batch, and that of the whole batch, judged."""
+        rows, weight = distributed.share(batch)
+        loss = weight * self._with_network(lambda: loss_of(rows))
+        value = distributed.mean(loss.item(), loss.device)
+        self._highest = self._judged(step, "the loss", value, self._highest)
+        return loss, value
+
+    def _judged(self, step: int, what: str, value: float, highest: float) -> float:
+        """The highest value that is not yet divergence, which the first one says."""
+        highest = 3 * abs(value) + MARGIN if math.isinf(highest) else highest
+        if not math.isfinite(value) or value > highest:
+            raise self.diverged(step, f"{what} is {value:.3g}")
+        return highest
 
     def _look_for_zeros(self) -> None:
         weights = [self.parameters.get(f"{name}.weight") for name in sorted(self._student.pruned)]

@@ -201,8 +201,11 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "a share of {share} of {size} {said} is none in steps of {step}; {least} is the smallest share that does, "
         "or use a smaller multiple.":
             "以 {step} 为步长时，{size} 个{said}的 {share} 不足一步；最小可用比例为 {least}，或用更小的 multiple。",
-        "linears that are products of two cannot be made narrower. Put low rank after width pruning.":
-            "由两个线性层相乘而成的线性层无法变窄。请把低秩分解放在宽度剪枝之后。",
+        "linears that are products of two cannot be made narrower. Start from the model that prune/low_rank was applied to, "
+        "and put it after prune/width.":
+            "由两个线性层相乘而成的线性层无法变窄。请从应用 prune/low_rank 之前的模型开始，并把它放在 prune/width 之后。",
+        "the model is of low rank already. Start from the one that prune/low_rank was applied to.":
+            "该模型已经是低秩的。请从应用 prune/low_rank 之前的模型开始。",
         "a {family} model has as many channels as its heads have numbers: {heads} heads of {size} and {channels} channels do not fit. "
         "Remove the same share of both.":
             "{family} 模型的通道数等于各头维度之和：{heads} 个维度为 {size} 的头与 {channels} 个通道不符。请按相同比例移除二者。",
@@ -601,7 +604,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "{family} is a mixture of experts": "{family} 是混合专家模型",
         "it has {theirs} tokens, the model {ours}": "它有 {theirs} 个词元，模型有 {ours} 个",
         "token {token} has the id {there} there and {here} here": "词元 {token} 在那里的编号为 {there}，在这里为 {here}",
-        "the loss is {value}": "损失为 {value}", "a gradient is not finite": "梯度不是有限值",
+        "the loss is {value}": "损失为 {value}", "the held-out KL is {value}": "留出文本上的 KL 为 {value}", "a gradient is not finite": "梯度不是有限值",
         "weights are not finite": "权重不是有限值",
         "The checkpoint of step {step} is kept.": "第 {step} 步的检查点已保留。",
         "No checkpoint was written yet.": "尚未写入检查点。",
@@ -682,6 +685,8 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "String should have at most {count} characters": "至多 {count} 个字符",
         "Tuple should have at most {count} items after validation, not {got}": "至多 {count} 项，而不是 {got} 项",
         "Tuple should have at most {count} items after validation, not more": "至多 {count} 项",
+        "a quote is not closed. Put a name that holds spaces or quotes in quotes":
+            "引号没有闭合。含空格或引号的名称请加引号",
         "{pattern} is no regular expression ({error})": "{pattern} 不是正则表达式（{error}）",
         "{pattern} is no pattern with 2 to 8 bits, as in `*.down_proj=8`":
             "{pattern} 不是带有 2 到 8 位的模式，例如 `*.down_proj=8`",

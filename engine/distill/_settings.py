@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from engine import headers
 from engine.errors import BadModel, BadParams, short
@@ -14,8 +15,10 @@ from engine.headers import integer
 from engine.lesson import TextParams
 from engine.losses import Divergence, Objective
 from engine.methods import Params
-from engine.preflight import resolve
+from engine.preflight import resolve, whole
 from engine.sizes import attention_sizes, blocks_of, hidden_size
+from engine.sources import split
+from engine.surgery import check_blocks
 from engine.tokens import check_same_files
 
 
@@ -24,12 +27,22 @@ class TeacherParams(Params):
 
     teachers: str = Field(
         "", max_length=4000,
-        description="Folders of more teachers, separated by spaces; probabilities are averaged.",
+        description="Folders of more teachers, separated by spaces, or in quotes; probabilities are averaged.",
     )  # fmt: skip
+
+    @field_validator("teachers")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        split(value)
+        return value
 
     def folders(self, original: Path) -> list[Path]:
         """The teachers' folders, the original first."""
-        return [original, *(resolve(each) for each in self.teachers.split())]
+        return [original, *(resolve(each) for each in split(self.teachers))]
+
+    def rooted(self) -> dict[str, JsonValue]:
+        """The teachers' folders."""
+        return {**super().rooted(), "teachers": shlex.join(map(whole, split(self.teachers)))}
 
     def check_sources(self, folder: Path) -> None:
         """Refuse teachers that are not there, or speak of other tokens."""
@@ -103,11 +116,17 @@ class StudentParams(Params):
         count = integer(config.get("num_hidden_layers")) or integer(config.get("n_layer"))
         if self.student == "blocks" and count and self.keep_every > count:
             raise BadParams(f"keep_every {self.keep_every} leaves no block of {count}. Use {count} or less.")
+        if self.student == "blocks" and self.keep_every > 1:
+            check_blocks(config)
         hidden = integer(config.get("hidden_size")) or integer(config.get("n_embd"))
         heads = integer(config.get("num_attention_heads")) or integer(config.get("n_head"))
         size = integer(config.get("head_dim")) or (hidden // heads if heads else 0)
         if self.student == "size" and size and self.hidden_size % size:
             raise BadParams(f"hidden_size {self.hidden_size} is not a multiple of the head size {size} of this model.")
+
+    def rooted(self) -> dict[str, JsonValue]:
+        """The checkpoint's folder."""
+        return {**super().rooted(), "folder": whole(self.folder)}
 
     def check_sources(self, folder: Path) -> None:
         """Refuse a checkpoint that is not there, is quantized, or speaks of other tokens."""

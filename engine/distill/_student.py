@@ -57,7 +57,7 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
         BadParams: the model has fewer blocks than `keep_every`.
     """
     count = len(blocks(model.network)[1])
-    kept = list(range(keep_every - 1, count, keep_every))
+    kept = list(range(keep_every - 1 + count % keep_every, count, keep_every))
     if not kept:
         raise BadParams(f"keep_every {keep_every} leaves no block of {count}. Use {count} or less.")
     return keep_blocks(model, kept)
@@ -73,18 +73,16 @@ def between(large: int, small: int, steps: int) -> list[int]:
     return [round(large * (small / large) ** (place / (steps + 1))) for place in range(1, steps + 1)]
 
 
-def assistants(model: LoadedModel, params: StudentParams, count: int) -> Sequence[tuple[int, int]]:
+def assistants(width: int, depth: int, head: int, params: StudentParams, count: int) -> Sequence[tuple[int, int]]:
     """Width and blocks of each teacher assistant, the largest first; only sizes that lie between model and student.
 
-    Mirzadeh et al., 2019, arXiv 1902.03393. Sizes fall in equal ratios from the teacher's to the student's.
+    Mirzadeh et al., 2019, arXiv 1902.03393. Sizes fall in equal ratios from the teacher's, of `width` with `depth`
+    blocks and `head` numbers of a head, to the student's.
     """
-    text = model.network.config.get_text_config()
-    width, depth = text.hidden_size, text.num_hidden_layers
     if params.student == "blocks":
         goal = depth // params.keep_every
         found = [(width, each) for each in between(depth, goal, count)]
         return [each for each in dict.fromkeys(found) if goal < each[1] < depth]
-    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
     widths = [max(1, round(each / head)) * head for each in between(width, params.hidden_size, count)]
     found = list(zip(widths, between(depth, params.num_blocks, count), strict=True))
     ends = ((width, depth), (params.hidden_size, params.num_blocks))

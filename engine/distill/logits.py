@@ -22,11 +22,12 @@ With several GPUs a process on each takes its share of every batch and holds its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from engine import artifacts, distributed
+from engine import artifacts, distributed, headers
 from engine.distill._settings import CacheParams, StudentParams
 from engine.distill._student import assistants, choose, of_size, spread
 from engine.distill._teachers import beneath, teachers_of
@@ -35,6 +36,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.records import Recipe
+from engine.sizes import attention_sizes, hidden_size
 from engine.surgery import keep_blocks
 from engine.teachers import shared_vocabulary
 
@@ -57,6 +59,21 @@ class Params(TrainingParams, CacheParams, StudentParams):
         """Each needs a row of the batch."""
         return self.batch
 
+    def trained(
+        self, config: dict[str, JsonValue], tensors: headers.Tensors
+    ) -> Sequence[tuple[dict[str, JsonValue], headers.Tensors]]:
+        """The assistants, then the student."""
+        found = []
+        if self.assistants:
+            width, (depth, _, head) = hidden_size(config), attention_sizes(config)
+            for wide, deep in assistants(width, depth, head, self, self.assistants):
+                if self.student == "blocks":
+                    found.append(headers.fewer_blocks(config, tensors, deep))
+                else:
+                    between = self.model_copy(update={"hidden_size": wide, "num_blocks": deep})
+                    found.append(between.reshaped(config, tensors))
+        return [*found, self.reshaped(config, tensors)]
+
     @model_validator(mode="after")
     def _sizes(self) -> Params:
         if self.assistants and self.student not in ("blocks", "size"):
@@ -68,7 +85,9 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train the assistants, where any are wanted, and the student."""
     folders = params.folders(model.source)
     if params.assistants:
-        sizes = assistants(model, params, params.assistants)
+        text = model.network.config.get_text_config()
+        width, head = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        sizes = assistants(width, text.num_hidden_layers, head, params, params.assistants)
         if len(sizes) < params.assistants:
             context.log(f"warning: only {len(sizes)} sizes lie between the model and the student")
         for number, (width, depth) in enumerate(sizes, 1):

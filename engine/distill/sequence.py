@@ -26,7 +26,7 @@ from engine import hardware
 from engine.distill._settings import StudentParams, TeacherParams, WritingParams
 from engine.distill._student import choose
 from engine.distill._teachers import check_tokenizers
-from engine.files import publish
+from engine.files import fetch, give, publish
 from engine.kv_cache import read_on
 from engine.lesson import Lesson, Text, TrainingParams, judge_of, read, token_loss
 from engine.losses import Objective, pieces
@@ -40,6 +40,7 @@ TITLE = "Sequence distillation"
 CHANGES = ("disk", "memory", "latency")
 WHOLE = True
 TOGETHER = 32  # sequences that are written at a time, and in one file
+SHARE = 0.1  # of the free disk that sequences may take
 LABELS = Objective(label_weight=1.0)
 
 
@@ -94,24 +95,28 @@ def written(
     """Token ids (sequences, length), int32: from disk where they are, else as the teacher writes them now."""
     whose = fingerprint(folders, dtype_of(model), vocabulary=vocabulary)
     how = f"{params.sequence_length} {params.sampling_temperature} {context.seed}"
-    folder = context.cache / "sequences" / whose[:32]
+    room, own = context.cache / "sequences", context.folder / "sequences"
     found: list[Tensor] = []
     live: Live | None = None
     parts = pieces(len(prompts), TOGETHER)
     for done, piece in enumerate(parts):
         context.check_cancelled()
         asked = hashlib.sha256(how.encode() + prompts[piece].numpy().tobytes()).hexdigest()
-        path = folder / f"{asked[:32]}.safetensors"
-        ids = _read(path, {"teacher": whose, "asked": asked})
+        about = {"teacher": whose, "asked": asked}
+        path = own / whose[:32] / f"{asked[:32]}.safetensors"
+        shared = room / whose[:32] / path.name
+        ids = _read(path, about)
+        if ids is None and fetch(path, shared):
+            ids = _read(path, about)
         if ids is None:
             if live is None:
                 live = load_live(folders, vocabulary, context, dtype_of(model))
             dice = torch.Generator().manual_seed(int(asked[:12], 16) + context.seed)
             ids = continuations(live, prompts[piece], params.sequence_length, params.sampling_temperature, dice)
-            folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            save_file({"ids": ids}, temporary, metadata={"maquette": json.dumps({"teacher": whose, "asked": asked})})
+            save_file({"ids": ids}, temporary, metadata={"maquette": json.dumps(about)})
             publish(temporary, path)
+            give(path, shared, room, SHARE)
         found.append(ids)
         context.progress(done + 1, len(parts), "files of sequences")
     context.log(

@@ -22,20 +22,16 @@ from torch import Tensor
 
 from engine import headers, influence, scores
 from engine.calibration import token_rows
-from engine.errors import BadModel, BadParams
+from engine.errors import BadParams
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel, blocks
 from engine.sizes import attention_sizes
-from engine.surgery import keep_blocks
+from engine.surgery import check_blocks, keep_blocks
 
 TITLE = "Depth pruning"
 CHANGES = ("disk", "memory", "latency")
 WHOLE = True
 VERSION = 1  # of what is kept; raise it when the measuring changes
-BY_NUMBER = {  # what blocks compute depends on their number, by these keys of a config, unless they have the value
-    "scale_attn_by_inverse_layer_idx": False, "attention_types": None, "num_kv_shared_layers": 0,
-    "first_k_dense_replace": 0, "decoder_sparse_step": 1,
-}  # fmt: skip
 
 
 class Params(Calibrated):
@@ -64,9 +60,7 @@ class Params(Calibrated):
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
         """Refuse to remove none or all, and blocks that would compute otherwise in another place."""
         self.removed(attention_sizes(config)[0])
-        for key, harmless in BY_NUMBER.items():
-            if config.get(key, harmless) not in (harmless, None):
-                raise BadModel(f"config.json says {key}: what a block computes depends on its number, so none can go.")
+        check_blocks(config)
 
     def reshaped(
         self, config: dict[str, JsonValue], tensors: headers.Tensors

@@ -32,7 +32,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from engine import methods, scores
 from engine.calibration import Block, BlockLinear, Moments, walk_blocks
 from engine.errors import BadParams
-from engine.low_rank import empty_factors, pays
+from engine.low_rank import RANKS_KEY, empty_factors, pays
 from engine.methods import Context, Selection
 from engine.models import LoadedModel
 from engine.solver import turned_factor
@@ -62,6 +62,11 @@ class Params(Selection, Moments):
         if name.startswith("quantize/") and getattr(later, "granularity", "group") == "group" and self.multiple % size:
             return f"ranks are multiples of {self.multiple}, which groups of {size} do not divide. Use multiple {size}."
         return ""
+
+    def check_config(self, config: Mapping[str, JsonValue]) -> None:
+        """Refuse a model whose linears are two each already."""
+        if config.get(RANKS_KEY):
+            raise BadParams("the model is of low rank already. Start from the one that prune/low_rank was applied to.")
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse a ratio that leaves a linear less than the smallest rank."""

@@ -93,13 +93,13 @@ class Params(Calibrated):
 
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
         """Refuse families whose widths are tied, and shares that leave nothing or no multiple."""
-        self.sizes(anatomy.of_dict(config))
+        self.sizes(surgery.widths(config))
 
     def reshaped(
         self, config: dict[str, JsonValue], tensors: headers.Tensors
     ) -> tuple[dict[str, JsonValue], headers.Tensors]:
         """Narrower linears; which units stay, is not known yet, but how many."""
-        body = anatomy.of_dict(config)
+        body = surgery.widths(config)
         sizes = self.sizes(body)
         found = {}
         alike: dict[tuple[object, ...], tuple[int, ...]] = {}  # of tensors that differ in their block's number alone

@@ -183,6 +183,31 @@ def test_training_holds_weights_gradients_and_two_moments_in_float32() -> None:
     assert small.total < found.total
 
 
+def test_of_assistants_the_largest_is_held_and_all_take_time() -> None:
+    shape, body = llama(8, 256, 512), {"student": "blocks", "keep_every": 4, "steps": 5, "batch": 2}
+    alone, chain = (estimate(shape, {"distill/logits": {**body, "assistants": n}}) for n in (0, 2))
+    block = shape.parts["model.layers.0"]
+    # Between 8 blocks and 2, in equal ratios: 5 and 3.
+    assert step(alone).parts["optimizer"] == 8 * (shape.parameters - 6 * block)
+    assert step(chain).parts["optimizer"] == 8 * (shape.parameters - 3 * block)
+    sizes_of = [shape.parameters - gone * block for gone in (0, 3, 5, 6)]
+    more = 6 * sum(sizes_of[1:3]) + 2 * sum(sizes_of[1:3])  # trained, and asked by the next
+    assert chain.working - alone.working == pytest.approx(5 * 2 * 128 * more / Rates().arithmetic)
+    wide = {"student": "size", "hidden_size": 64, "num_blocks": 2, "steps": 5, "assistants": 1}
+    found = step(estimate(shape, {"distill/logits": wide}))  # of width 128 with 4 blocks
+    beside = shape.parameters - 8 * block
+    assert found.parts["optimizer"] == 8 * (beside + 12 * 128**2 * 4)
+
+
+def test_taylor_holds_all_weights_in_float32_with_gradients_and_what_leads_back() -> None:
+    shape = llama(8, 256, 512)
+    found = step(estimate(shape, {"prune/width": {"by": "taylor", "samples": 4, "sequence_length": 64}}))
+    assert found.parts["weights"] == found.parts["gradients"] == 4 * shape.parameters
+    assert found.parts["activations"] == 4 * 64 * (8 * (60 * 256 + 16 * 512) + 12 * 1000)
+    norms = step(estimate(shape, {"prune/width": {"samples": 4, "sequence_length": 64}}))
+    assert "gradients" not in norms.parts
+
+
 def test_measuring_counts_logits_and_the_original_beside_it() -> None:
     shape, rtn = llama(8, 256, 512, words=50_000), {"quantize/rtn": {"group_size": 64}}
     alone = situation(estimate(shape, rtn, measure=["perplexity"]), "measure").parts

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine import intermediate, methods, pipeline
+from engine.files import make_room
 from engine.models import LoadedModel
 from engine.records import Recipe
 from tests.conftest import Recorder
@@ -101,9 +102,9 @@ def test_the_one_used_longest_ago_makes_room(tmp_path: Path, monkeypatch: pytest
         (folder / "file").write_bytes(b"0" * 1000)
         os.utime(folder, (number, number))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 12_000}))
-    assert intermediate.make_room(tmp_path, 1000)  # a fifth of 15,000
+    assert make_room(tmp_path, "*", 1000, intermediate.SHARE)  # a fifth of 15,000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key-1", "key-2"]
-    assert not intermediate.make_room(tmp_path, 4000)
+    assert not make_room(tmp_path, "*", 4000, intermediate.SHARE)
 
 
 def test_a_file_with_spaces_in_its_name_enters_the_key(tmp_path: Path) -> None:
@@ -113,3 +114,11 @@ def test_a_file_with_spaces_in_its_name_enters_the_key(tmp_path: Path) -> None:
     before = intermediate._read_by(params)
     text.write_text("two")
     assert before != intermediate._read_by(params) != []
+    (tmp_path / "my teacher").mkdir()
+    params = methods.get("distill/logits").check({"teachers": f"/no/where '{tmp_path / 'my teacher'}'"})
+    assert intermediate._read_by(params) == [[]]  # a folder without files
+
+
+@pytest.mark.parametrize("ignore", ["x" * 300, "~nobody-of-that-name", "a/" * 900 + "b"])
+def test_settings_that_cannot_be_paths_are_words(ignore: str) -> None:
+    assert intermediate._read_by(methods.get("prune/wanda").check({"ignore": ignore})) == []

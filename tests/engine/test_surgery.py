@@ -205,3 +205,9 @@ def test_dropped_blocks_are_as_if_they_were_skipped(family: str, tmp_path: Path)
         assert smaller.network.config.layer_types == [types[number] for number in kept]
     if family in ("gemma3", "smollm3", "bloom"):
         meet_a_stranger(smaller, tmp_path / "artifact")
+
+
+def test_lists_that_are_of_no_block_stay() -> None:
+    model = in_memory(tiny_config(num_hidden_layers=2))
+    model.network.config.eos_token_id = [0, 5]
+    assert keep_blocks(model, [1]).network.config.eos_token_id == [0, 5]

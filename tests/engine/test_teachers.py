@@ -1,7 +1,10 @@
 """Teachers: cached answers against live ones, ensembles, fingerprints, a cache that is gone on with, tokenizers."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from engine.methods import Context
 from engine.models import load_tokenizer
 from engine.preflight import DEMO
 from engine.rows import Rows, packed_rows
-from engine.teachers import Live, cached, fingerprint, load_live
+from engine.teachers import Cached, Live, cached, fingerprint, load_live
 from engine.tokens import check_same_files, check_same_tokenizer
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES
@@ -147,6 +150,32 @@ def test_a_cache_is_gone_on_with_and_grows_with_the_text(
     asked.clear()
     cached([folder], rows_of(8), 5, 1280, context, lambda: live, DTYPE)
     assert asked == [(6, 8)]
+
+
+def test_answers_make_room_and_who_uses_them_keeps_them(
+    tiny_folder: Callable[..., Path], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, room = tiny_folder(), context.cache / "teachers"
+    live = load_live([folder], 1280, context, DTYPE)
+
+    def ask(run: int, k: int) -> Cached:
+        own = replace(context, folder=context.folder / f"run-{run}")
+        return cached([folder], rows_of(), k, 1280, own, lambda: live, DTYPE)
+
+    first = ask(1, 5)
+    (kept,) = room.glob("*/*")
+    os.utime(kept, (1, 1))
+    size = kept.stat().st_size
+    free = int(size * 1.5 / teachers.SHARE) - size  # room for one and a half
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    ask(2, 5)  # is a use
+    assert kept.stat().st_mtime > 1
+    ask(3, 6)
+    assert [len(list(each.glob("*"))) for each in room.iterdir()] == [1]
+    assert not kept.exists()
+    assert len(first.answers(rows_of(), torch.tensor([0, 5]))(slice(0, 30)).logp) == 30
+    ask(4, 20)  # more than there is room for: with the run alone
+    assert len(list(room.glob("*/*"))) <= 1
 
 
 def test_a_cache_of_another_teacher_is_refused(tiny_folder: Callable[..., Path], context: Context) -> None:

@@ -13,7 +13,7 @@ from engine import anatomy, artifacts
 from engine.distill import logits
 from engine.distill._student import every_kth, of_size
 from engine.distill.logits import Params
-from engine.errors import BadParams, Cancelled, Diverged
+from engine.errors import BadModel, BadParams, Cancelled, Diverged
 from engine.losses import Full, Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, load
@@ -47,6 +47,23 @@ def test_every_second_block_keeps_the_last_ones_weights() -> None:
         )
     assert student.pruned == {"model.layers.1.mlp.up_proj"}
     assert teacher.network.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(("keep_every", "kept"), [(1, [0, 1, 2, 3, 4]), (2, [2, 4]), (3, [4]), (5, [4])])
+def test_the_last_block_is_always_kept(keep_every: int, kept: list[int]) -> None:
+    teacher = in_memory(tiny_config(num_hidden_layers=5))
+    student = blocks(every_kth(teacher, keep_every).network)[1]
+    assert len(student) == len(kept)
+    for new, old in zip(student, kept, strict=True):
+        torch.testing.assert_close(new.state_dict(), blocks(teacher.network)[1][old].state_dict(), rtol=0, atol=0)
+
+
+def test_blocks_that_compute_by_their_number_make_no_student() -> None:
+    config = {"num_hidden_layers": 4, "decoder_sparse_step": 2}
+    with pytest.raises(BadModel, match="decoder_sparse_step: what a block computes"):
+        Params().check_config(config)
+    for settings in ({"keep_every": 1}, {"student": "current"}):
+        Params.model_validate(settings).check_config(config)
 
 
 def test_keeping_no_block_is_refused(tiny: LoadedModel) -> None:
@@ -140,6 +157,14 @@ def test_divergence_stops_with_its_reason(context: Context) -> None:
     with pytest.raises(Diverged, match=r"diverged at step 2: .*Use a lower learning_rate"):
         train(model, rows, loss_of, Schedule(steps=50, batch=4, rate=1e9), context)
     assert params.dtype == torch.bfloat16
+
+
+def test_what_the_last_step_did_is_judged_where_no_rows_are_held_out(context: Context) -> None:
+    model = in_memory(tiny_config())
+    rows = torch.randint(1280, (4, 24), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Diverged, match=r"diverged at step 1: the loss is .*No checkpoint was written yet"):
+        train(model, rows, lambda batch: cross_entropy(model, batch), Schedule(steps=1, batch=4, rate=10.0), context)
+    assert not (context.folder / "training.safetensors").exists()
 
 
 def test_an_epoch_draws_every_row_once() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import artifacts, headers, methods
+from engine import artifacts, headers, methods, models
 from engine.distill import features, on_policy, repair, sequence
 from engine.distill._student import assistants, between, spread
 from engine.errors import BadRecipe, InputError
@@ -259,7 +259,7 @@ def test_repair_of_norms_and_scales_may_follow_quantization_and_nothing_else_may
 def test_a_chain_of_assistants_is_taught_one_by_the_other(context: Context, recorder: Recorder) -> None:
     params = methods.get("distill/logits").params
     made = params.model_validate({"student": "size", "hidden_size": 16, "num_blocks": 1})
-    assert list(assistants(in_memory(tiny_config()), made, 1)) == [(32, 2)]  # type: ignore[arg-type]
+    assert list(assistants(64, 3, 16, made, 1)) == [(32, 2)]  # type: ignore[arg-type]
     settings = {"student": "blocks", "keep_every": 3, "assistants": 1}
     first = apply("distill/logits", in_memory(tiny_config()), context, **settings)
     assert "assistant 1 of 1: 2 blocks of 64" in recorder.logs()
@@ -295,6 +295,7 @@ def test_a_checkpoint_can_be_the_student_and_vocabularies_may_differ_by_padding(
         ({"student": "current", "assistants": 1}, "assistants need a student"),
         ({"student": "folder"}, "The model is empty"),
         ({"teachers": "/nowhere/at/all"}, "There is no model folder"),
+        ({"teachers": "'/nowhere at/all"}, "a quote is not closed"),
         ({"text": "/nowhere.txt"}, "There is no calibration file"),
         ({"text": "EMPTY"}, "is empty"),
         ({"text": "SHORT"}, "one sequence needs 128"),
@@ -318,11 +319,98 @@ def test_bad_input_is_one_line_before_any_work(
     assert "\n" not in str(caught.value)
 
 
-def test_a_learning_rate_of_a_milliard_stops_as_diverged(context: Context) -> None:
+def test_two_teachers_answer_with_their_mean_and_a_name_may_hold_a_space(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder
+) -> None:
+    source = tiny_folder()
+    other = tiny_folder(num_hidden_layers=2)
+    spaced = other.rename(other.with_name("my other teacher"))
+    for teachers in ("", f"'{spaced}'"):
+        own = dataclasses.replace(context, folder=context.folder / f"run-{len(teachers)}")
+        settings = {"student": "current", "label_weight": 0.0, "teacher_logits": "live", "teachers": teachers}
+        apply("distill/logits", load(source), own, steps=20, learning_rate=3e-3, **settings)
+    looks = [float(str(data["value"])) for _, data in recorder.said if data.get("series") == "kl_heldout"]
+    alone, both = looks[: len(looks) // 2], looks[len(looks) // 2 :]
+    assert alone[0] < both[0] / 10, looks  # a student that is its only teacher
+    assert both[-1] < both[0]
+
+
+def test_a_student_that_is_the_teacher_or_larger_is_said(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder
+) -> None:
+    source, large = tiny_folder(), tiny_folder(num_hidden_layers=4)
+    shape = headers.inspect(source)
+
+    def notes(**given: object) -> str:
+        return " ".join(methods.get("distill/logits").check(given).notes(shape, "cpu"))  # type: ignore[arg-type]
+
+    assert "The student is the teacher itself." in notes(student="folder", folder=str(source))
+    assert "as large as the teacher, or larger" in notes(student="folder", folder=str(large))
+    assert "begins as the teacher itself" in notes(keep_every=1)
+    assert notes() == notes(student="current") == ""
+    apply("distill/logits", models.stream(source, "bfloat16", "cpu"), context, student="current")
+    assert any("the student is the teacher itself" in line for line in recorder.logs())
+
+
+@pytest.mark.parametrize("learn_prompts", [True, False])
+def test_what_the_teacher_wrote_counts_up_to_its_end_and_prompts_where_they_are_wanted(
+    learn_prompts: bool, tiny_folder: Callable[..., Path], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_folder())
+    end = model.tokenizer.eos_token_id
+    ids = torch.arange(100, 132).view(2, 16).int()
+    ids[0, 2] = ids[0, 9] = ids[0, 12] = end  # one in the prompt ends nothing; the first that was written does
+    learned: list[int] = []
+    token_loss = sequence.token_loss
+
+    def watched(body: object, hidden: torch.Tensor, labels: torch.Tensor, *rest: object) -> torch.Tensor:
+        learned.extend(labels.tolist())
+        return token_loss(body, hidden, labels, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sequence, "written", lambda *asked: ids)
+    monkeypatch.setattr(sequence, "token_loss", watched)
+    settings = {"prompt_tokens": 6, "sequences": 2, "student": "current", "learn_prompts": learn_prompts}
+    apply("distill/sequence", model, context, steps=1, **settings)
+    first = 1 if learn_prompts else 6
+    assert sorted(learned) == sorted([*ids[0, first:10].tolist(), *ids[1, first:].tolist()])
+
+
+def test_what_a_teacher_samples_follows_from_its_dice(tiny_folder: Callable[..., Path], context: Context) -> None:
+    live = sequence.load_live([tiny_folder()], 1280, context, "bfloat16")
+    prompts = torch.arange(10, 22).view(2, 6)
+    first, second, other, greedy = (
+        sequence.continuations(live, prompts, 12, heat, torch.Generator().manual_seed(seed))
+        for seed, heat in ((1, 1.0), (1, 1.0), (2, 1.0), (1, 0.0))
+    )
+    assert first.equal(second)
+    assert not first.equal(other)
+    assert not first.equal(greedy)
+    assert first[:, :6].tolist() == prompts.tolist()
+    live.bodies[0].network.get_input_embeddings().weight.data.mul_(20)  # so that one token stands out
+    cold = sequence.continuations(live, prompts, 7, 0.05, torch.Generator().manual_seed(3))
+    assert cold.equal(sequence.continuations(live, prompts, 7, 0.0, torch.Generator()))
+
+
+JS = {"divergence": "js", "label_weight": 0.0}  # at most ln 2
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("distill/logits", {"learning_rate": 1e9, "steps": 40}),
+        ("distill/logits", {"learning_rate": 1e9, "steps": 1}),  # the only loss is the one before it
+        ("distill/logits", {"learning_rate": 1e9, "steps": 40, **JS}),
+        ("distill/logits", {"learning_rate": 1.0, "steps": 40, **JS}),
+        ("distill/on_policy", {"learning_rate": 1e9, "steps": 40, "prompt_tokens": 14}),
+        ("distill/on_policy", {"learning_rate": 1.0, "steps": 40, "prompt_tokens": 14}),
+    ],
+)
+def test_a_learning_rate_far_too_high_stops_as_diverged(name: str, params: dict[str, object], context: Context) -> None:
     from engine.errors import Diverged
 
     with pytest.raises(Diverged, match=r"diverged at step \d+: .*Use a lower learning_rate"):
-        apply("distill/logits", in_memory(tiny_config()), context, learning_rate=1e9, steps=40)
+        apply(name, in_memory(tiny_config()), context, **params)
+    assert not (context.folder / "training.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from engine import artifacts, export, headers, models, runtime, verify
+from engine import artifacts, export, headers, models, preflight, runtime, verify
 from engine.errors import BadModel, BadParams
 from engine.low_rank import ranks
 from engine.methods import Context
@@ -185,6 +185,22 @@ def test_a_config_that_lies_is_refused(tiny: LoadedModel, context: Context, tmp_
         (folder / "config.json").write_text(json.dumps(config | {"maquette_low_rank": wrong}))
         with pytest.raises(BadModel, match="maquette_low_rank"):
             models.load(folder)
+
+
+def test_a_model_of_low_rank_loses_blocks_and_never_widths_or_ranks(
+    tiny: LoadedModel, context: Context, tmp_path: Path
+) -> None:
+    low_rank.apply(tiny, SMALL, context)
+    folder = saved(tiny, tmp_path / "artifact")
+    before = ranks(tiny.network)
+    model = models.load(folder)
+    fewer = keep_blocks(model, [0, 2])
+    kept = {name.replace(".2.", ".1."): rank for name, rank in before.items() if ".1." not in name}
+    assert ranks(models.load(saved(fewer, tmp_path / "fewer")).network) == kept
+    for method, words in (("prune/width", "cannot be made narrower"), ("prune/low_rank", "of low rank already")):
+        recipe = Recipe.model_validate({"model": str(folder), "steps": [method], "measure": ["size"]})
+        with pytest.raises(BadParams, match=f"{method}: .*{words}"):
+            preflight.check(recipe)
 
 
 def test_recipe_is_kept_by_the_export(tiny: LoadedModel, context: Context, tmp_path: Path) -> None:
