@@ -151,6 +151,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{method}: {said} Choose other settings, or ignore `*.experts.*`.": "{method}：{said}请选择其他设置，或忽略 `*.experts.*`。",
         "{method}: no linear is left by targets {targets} and ignore {ignore}. Names are as in {linear}.":
             "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
+        "{pattern} takes too long to match. Write it without repeats inside repeats.":
+            "{pattern} 的匹配耗时过长。请不要在重复中嵌套重复。",
         "no linear is left by targets and ignore. Names are as in {linear}.": "按目标和忽略没有剩下线性层。名称形如 {linear}。",
         "{method}: Gemma 3 has embeddings of its own kind, which can only stay as they are.":
             "{method}：Gemma 3 的词嵌入是特殊类型，只能保持不变。",
@@ -683,6 +685,9 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "Tuple should have at most {count} items after validation, not {got}": "至多 {count} 项，而不是 {got} 项",
         "Tuple should have at most {count} items after validation, not more": "至多 {count} 项",
         "{pattern} is no regular expression ({error})": "{pattern} 不是正则表达式（{error}）",
+        "{pattern} has {count} characters; at most {limit} are read": "{pattern} 有 {count} 个字符；最多读取 {limit} 个",
+        "{pattern} has braces that are no counts, or counts of more than {limit} repeats in all":
+            "{pattern} 中的花括号不是次数，或次数合计超过 {limit} 次",
         "{pattern} is no pattern with 2 to 8 bits, as in `*.down_proj=8`":
             "{pattern} 不是带有 2 到 8 位的模式，例如 `*.down_proj=8`",
         # YAML

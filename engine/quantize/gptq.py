@@ -35,11 +35,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine import hardware, shards, solver
+from engine import hardware, patterns, shards, solver
 from engine.calibration import Block, BlockLinear, Moments
 from engine.errors import short
 from engine.headers import Shape
-from engine.methods import Context, matches
+from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import SOLVED, Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
@@ -84,7 +84,7 @@ class Params(SolverParams, GridParams):
         """The settings for one linear: other bits where a pattern says so."""
         for each in self.overrides.split():
             pattern, _, bits = each.rpartition("=")
-            if matches(pattern, name):
+            if patterns.matches(pattern, name):
                 return self.model_copy(update={"bits": int(bits)})
         return self
 
