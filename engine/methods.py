@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -63,6 +63,7 @@ class Params(BaseModel):
     """A method's typed settings: every field has a default, a bound where it is a number, a description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    PATTERNS: ClassVar[frozenset[str]] = frozenset()  # settings that are patterns of linears, and name no file
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
         """Refuse what cannot work on a model with these (out, in) linears to change and so many parameters in all.
@@ -70,6 +71,10 @@ class Params(BaseModel):
         Raises:
             BadParams: one line that names the linear and what would work.
         """
+
+    def patterns(self) -> Mapping[str, Sequence[str]]:
+        """By setting, the patterns each of which is to fit a linear that is changed."""
+        return {}
 
     def of(self, name: str) -> Self:
         """The settings for one linear, where they differ between linears."""
@@ -147,6 +152,8 @@ class Selection(Params):
     from the start of the name. Several are separated by spaces. Names are those of the network, or of its files.
     """
 
+    PATTERNS: ClassVar[frozenset[str]] = frozenset({"targets", "ignore"})
+
     targets: str = Field("", max_length=2000, description="Which linears: patterns such as `*.mlp.*`; empty: all.")
     ignore: str = Field("", max_length=2000, description="Linears to leave as they are, patterns as above.")
 
@@ -155,6 +162,9 @@ class Selection(Params):
     def _compile(cls, value: str) -> str:
         patterns.check(value)
         return value
+
+    def patterns(self) -> Mapping[str, Sequence[str]]:
+        return {"targets": self.targets.split()}
 
     def selects(self, name: str) -> bool:
         """Whether the linear of that full name is to be changed."""

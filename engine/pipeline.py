@@ -47,6 +47,8 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     estimate = preflight.check(recipe, hub)
     do = within if alone else child
     emit("estimate", {"memory": estimate.total, "seconds": estimate.seconds})
+    for note in estimate.notes:
+        emit("log", {"text": note})
     device = choose_device(recipe.device)
     source = preflight.locate(recipe.model, hub)
     check_cancelled()

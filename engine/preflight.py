@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from engine import fit, hardware, headers, methods, ways
+from engine import fit, hardware, headers, methods, patterns, ways
 from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
@@ -148,8 +148,20 @@ def _estimate(
     where = machine(recipe)
     where = where if rates is None else replace(where, rates=rates)
     found = fit.estimate(recipe, shape, steps, where, download=download)
-    said = [f"{method.title}: {note}" for method, params in steps for note in params.notes(shape, where.device)]
+    said = [
+        f"{method.title}: {note}"
+        for method, params in steps
+        for note in (*params.notes(shape, where.device), *_ignored_for_nothing(params, shape))
+    ]
     return replace(found, notes=(*said, *found.notes))
+
+
+def _ignored_for_nothing(params: Params, shape: Shape) -> list[str]:
+    """That patterns of `ignore` fit no linear of the blocks; a misspelt one would leave none alone in silence."""
+    asked = params.ignore.split() if isinstance(params, Selection) else ()
+    linears = shape.linears
+    unfit = [short(each) for each in asked if not any(patterns.matches(each, name) for name in linears)]
+    return [f"`{' '.join(unfit)}` of ignore fits no linear of the blocks, so it leaves none alone."] if unfit else []
 
 
 def way_out(recipe: Recipe, found: Estimate, hub: Hub | None = None, token: str = "") -> Way | None:
@@ -242,6 +254,13 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
             f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
             f"{short(params.ignore)!r}. Names are as in {next(iter(linears))}."
         )
+    for key, some in params.patterns().items():
+        for pattern in some:
+            if linears and not any(patterns.matches(pattern, name) for name in names):
+                raise BadParams(
+                    f"{method.name}: {short(pattern)!r} of {key} fits no linear that is chosen. Names are as in "
+                    f"{next(iter(linears))}."
+                )
     _check_beyond_blocks(method, params, shape)
     try:
         if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:

@@ -151,6 +151,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{method}: {said} Choose other settings, or ignore `*.experts.*`.": "{method}：{said}请选择其他设置，或忽略 `*.experts.*`。",
         "{method}: no linear is left by targets {targets} and ignore {ignore}. Names are as in {linear}.":
             "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
+        "{method}: {pattern} of {setting} fits no linear that is chosen. Names are as in {linear}.":
+            "{method}：{setting} 中的 {pattern} 不匹配任何选中的线性层。名称形如 {linear}。",
+        "{patterns} of ignore fits no linear of the blocks, so it leaves none alone.":
+            "忽略中的 {patterns} 不匹配各层的任何线性层，因此没有线性层会保持不变。",
         "{pattern} takes too long to match. Write it without repeats inside repeats.":
             "{pattern} 的匹配耗时过长。请不要在重复中嵌套重复。",
         "no linear is left by targets and ignore. Names are as in {linear}.": "按目标和忽略没有剩下线性层。名称形如 {linear}。",

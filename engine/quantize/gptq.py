@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import ClassVar, Self, get_args
 
 import torch
 from pydantic import Field, field_validator
@@ -67,6 +67,8 @@ class Params(SolverParams, GridParams):
         0.0, ge=0.0, lt=1.0, description="Fraction of weights set to zero meanwhile; with a pattern always half."
     )
     pattern: Pattern = Field("unstructured", description="Where these zeros may fall: anywhere, or N in each M inputs.")
+    PATTERNS: ClassVar[frozenset[str]] = GridParams.PATTERNS | {"overrides"}
+
     overrides: str = Field(
         "", max_length=2000, description="Other bits for some linears, the first that fits: `*.down_proj=8 *.0.*=6`."
     )
@@ -76,9 +78,13 @@ class Params(SolverParams, GridParams):
     def _read(cls, value: str) -> str:
         for each in value.split():
             pattern, _, bits = each.rpartition("=")
+            patterns.check(pattern)
             if not pattern or bits not in map(str, get_args(Bits)):
                 raise ValueError(f"{short(each)} is no pattern with 2 to 8 bits, as in `*.down_proj=8`")
         return value
+
+    def patterns(self) -> Mapping[str, Sequence[str]]:
+        return {**super().patterns(), "overrides": [each.rpartition("=")[0] for each in self.overrides.split()]}
 
     def of(self, name: str) -> Self:
         """The settings for one linear: other bits where a pattern says so."""

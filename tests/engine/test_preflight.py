@@ -122,6 +122,9 @@ def test_damaged_weights_are_refused_when_loading(tiny_folder: Maker, damage: st
         ({"quantize/gptq": {"group_size": 0}}, "group_size"),
         ({"quantize/gptq": {"group_size": 48}}, "does not divide the 128 inputs of model.layers.0.mlp.down_proj"),
         ({"quantize/gptq": {"targets": "*.nothing"}}, "no linear is left by targets '*.nothing'"),
+        ({"quantize/gptq": {"targets": "*.q_proj *.donw_proj", "group_size": 32}}, "'*.donw_proj' of targets fits no"),
+        ({"quantize/gptq": {"overrides": "*.donw_proj=8", "group_size": 32}}, "'*.donw_proj' of overrides fits no"),
+        ({"quantize/gptq": {"overrides": "*.k_proj=8", "ignore": "*.k_proj", "group_size": 32}}, "of overrides fits"),
         ({"quantize/gptq": {"group_size": 48}}, "Sizes that do: 8, 16, 32, 64, 128"),
         ({"quantize/gptq": {"bitz": 4}}, "Did you mean bits"),
         ({"quantize/kv_cache": {"bits": 3}}, "bits"),
@@ -286,6 +289,12 @@ def test_what_zeros_bring_is_said_before_the_run(
     notes = preflight.estimate(recipe(tiny_folder(), step)).notes
     assert words in " ".join(notes)
     assert bool(words) == bool(notes)
+
+
+def test_what_is_ignored_for_nothing_is_said_before_the_run(tiny_folder: Maker) -> None:
+    ignore = "*.q_proj *.donw_proj"
+    found = preflight.check(recipe(tiny_folder(), {"quantize/gptq": {"group_size": 32, "ignore": ignore}}))
+    assert found.notes == ("GPTQ: `*.donw_proj` of ignore fits no linear of the blocks, so it leaves none alone.",)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "wanda"])
