@@ -71,6 +71,8 @@ def test_the_same_recipe_gives_the_same_manifest_also_when_interrupted(tiny_fold
         pipeline.run(wanted, broken, said, stop_in_the_last_block)
     second = pipeline.run(wanted, broken, said, lambda: None)
     assert "reused 2 finished blocks" in said.logs()
+    left = [data for kind, data in said.said if kind == "kept"]
+    assert left == [{"modules": {"16": ["model.embed_tokens", "lm_head"]}}]
     manifests = [(folder / artifacts.MANIFEST).read_bytes() for folder in (first, second)]
     assert manifests[0] == manifests[1]
 
