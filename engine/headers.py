@@ -30,6 +30,7 @@ BITS = {  # of the dtypes of safetensors
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16), **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }  # fmt: skip
+ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight")  # which are no linears of the networks
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -37,7 +38,7 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 class Shape:
     """What a model's headers say.
 
-    linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all.
+    linears: (out, in) of each linear in the blocks by module name, without routers. parameters: how many, in all.
     here: whether `folder` is on this machine; else it is only the model's name, and all that is known stands here.
     """
 
@@ -70,10 +71,11 @@ class Shape:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         transposed = self.config.get("model_type") == "gpt2"
+        routers = ROUTERS if experts(self.config) > 1 else ()
         found = {}
         for name, shape in self.tensors.items():
             inside = any(part.isdigit() for part in name.split("."))
-            if inside and name.endswith(".weight") and len(shape) == 2:
+            if inside and name.endswith(".weight") and len(shape) == 2 and not name.endswith(routers):
                 out, into = shape[::-1] if transposed else shape
                 found[name.removesuffix(".weight")] = (out, into)
         return found

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from engine import hardware, methods, models, preflight, sizes
 from engine.errors import BadModel, BadParams, InputError, TooBig
 from engine.kv_cache import read_on
+from engine.models import LoadedModel
 from engine.records import Recipe
 from tests.conftest import in_memory
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MIXTURES
 
 Maker = Callable[..., Path]
 
@@ -317,3 +318,15 @@ def test_no_method_takes_an_impossible_sparsity(method: str, sparsity: float) ->
 )
 def test_pruning_that_cannot_work_is_refused(step: dict[str, object], words: str, tiny_folder: Maker) -> None:
     assert words in refuse(recipe(tiny_folder(intermediate_size=130), step))
+
+
+def test_routers_are_no_linears(tmp_path: Path) -> None:
+    folder = save(in_memory(MIXTURES["mixtral"]), tmp_path / "mixtral")
+    wanted = {"quantize/bitsandbytes": {"scheme": "nf4", "ignore": "*.experts.*"}}
+    preflight.check(recipe(folder, wanted))  # the router has 4 outputs, which the library could not take
+
+
+def save(model: LoadedModel, folder: Path) -> Path:
+    model.network.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
