@@ -20,7 +20,7 @@ from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
-from engine.sizes import HEADS, NOT_PACKED
+from engine.sizes import EMBEDDINGS, HEADS, NOT_PACKED
 from engine.sources import WAYS, Folder, Repo, classify
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
@@ -265,10 +265,19 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
     try:
         if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
             raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
-        params.check_model({name: linears[name] for name in names}, shape.parameters)
+        params.check_model({name: linears[name] for name in names} | _head(params, shape), shape.parameters)
         params.check_config(shape.config)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
+
+
+def _head(params: Params, shape: Shape) -> dict[str, tuple[int, int]]:
+    """(out, in) of the output head where it is to be changed, by its name, or by that of the embeddings it is."""
+    if not params.beyond_blocks()[0]:
+        return {}
+    own = [name for name in shape.tensors if name.endswith(HEADS)]
+    found = own or [name for name in shape.tensors if name.endswith(EMBEDDINGS)]
+    return {name.removesuffix(".weight"): (shape.tensors[name][0], shape.tensors[name][1]) for name in found}
 
 
 def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:

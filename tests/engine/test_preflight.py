@@ -320,6 +320,15 @@ def test_pruning_that_cannot_work_is_refused(step: dict[str, object], words: str
     assert words in refuse(recipe(tiny_folder(intermediate_size=130), step))
 
 
+@pytest.mark.parametrize(("tied", "name"), [(False, "lm_head"), (True, "model.embed_tokens")])
+def test_the_head_is_checked_before_any_work(tiny_folder: Maker, tied: bool, name: str) -> None:
+    folder = tiny_folder(tie_word_embeddings=tied)  # its inputs are 64, those of down_proj 128
+    step = {"targets": "*.down_proj", "group_size": 128, "head": True, "embeddings": tied}
+    said = refuse(recipe(folder, {"quantize/rtn": step}))
+    assert f"group_size 128 does not divide the 64 inputs of {name}. Sizes that do: 8, 16, 32, 64" in said
+    preflight.check(recipe(folder, {"quantize/rtn": step | {"head": False, "embeddings": False}}))
+
+
 def test_routers_are_no_linears(tmp_path: Path) -> None:
     folder = save(in_memory(MIXTURES["mixtral"]), tmp_path / "mixtral")
     wanted = {"quantize/bitsandbytes": {"scheme": "nf4", "ignore": "*.experts.*"}}
