@@ -65,8 +65,10 @@ class Params(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     PATTERNS: ClassVar[frozenset[str]] = frozenset()  # settings that are patterns of linears, and name no file
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse what cannot work on a model with these (out, in) linears to change and so many parameters in all.
+
+        width: bits of each parameter that stays as it is, and of scales.
 
         Raises:
             BadParams: one line that names the linear and what would work.

@@ -20,7 +20,7 @@ from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
-from engine.sizes import EMBEDDINGS, HEADS, NOT_PACKED
+from engine.sizes import EMBEDDINGS, HEADS, NOT_PACKED, WIDTHS
 from engine.sources import WAYS, Folder, Repo, classify
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
@@ -115,7 +115,7 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
     check_tokenizer(origin)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
-    check_steps(steps, shape)
+    check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
     for _, params in steps:
         if shape.here:  # else the worker does, once the model is
             params.check_sources(shape.folder)
@@ -191,8 +191,10 @@ def _too_big(recipe: Recipe, shape: Shape, found: Estimate) -> str:
     return f"{said}: {way.phrase}.{'' if way.fits else f' That is too much, too. {close}'}"
 
 
-def check_steps(steps: list[tuple[Method, Params]], shape: Shape) -> None:
+def check_steps(steps: list[tuple[Method, Params]], shape: Shape, width: int = 16) -> None:
     """Refuse settings that cannot work on a model of this shape, each on what the steps before it leave.
+
+    width: bits of a weight as it is loaded.
 
     Raises:
         InputError: one line that names the method and what would work.
@@ -201,7 +203,7 @@ def check_steps(steps: list[tuple[Method, Params]], shape: Shape) -> None:
         _check_experts(steps, shape)
     becoming = shape
     for method, params in steps:
-        _check_shapes(method, params, becoming)
+        _check_shapes(method, params, becoming, width)
         config, tensors = params.reshaped(becoming.config, becoming.tensors)
         becoming = replace(becoming, config=config, tensors=tensors)
 
@@ -246,7 +248,7 @@ def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
             raise BadParams(f"{method.name}: {reason} Choose other settings, or ignore `*.experts.*`.")
 
 
-def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
+def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> None:
     linears = shape.linears  # made anew each time it is asked for
     names = [name for name in linears if not isinstance(params, Selection) or params.selects(name)]
     if not names and linears and isinstance(params, Selection):
@@ -265,7 +267,8 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
     try:
         if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
             raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
-        params.check_model({name: linears[name] for name in names} | _head(params, shape), shape.parameters)
+        chosen = {name: linears[name] for name in names} | _head(params, shape)
+        params.check_model(chosen, shape.parameters, width)
         params.check_config(shape.config)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None

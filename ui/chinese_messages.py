@@ -237,6 +237,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{budget} bits a weight are below the smallest that is possible, {least}.": "每权重 {budget} 位低于可能的最小值 {least}。",
         "a budget of {budget} bits a weight is below the smallest that is possible, {least}.": "每权重 {budget} 位的预算低于可能的最小值 {least}。",
         "a budget of {budget} MiB is below the smallest that is possible, {least}.": "{budget} MiB 的预算低于可能的最小值 {least}。",
+        "files hold the linears of {kind} as they are, so a budget of {unit} cannot be kept. "
+        "Use the unit bits: what is rounded is then simulated.":
+            "文件按原样保存 {kind} 的线性层，因此无法遵守以 {unit} 计的预算。请使用单位 bits：此时舍入只是模拟。",
         "a budget of {budget} MiB of memory is below the smallest that is possible, {least}.": "{budget} MiB 的内存预算低于可能的最小值 {least}。",
         # texts
         "The text {name} has {tokens} tokens, one sequence needs {length}. Give a longer text or a smaller sequence_length.":

@@ -63,7 +63,7 @@ class Params(Selection, Moments):
             return f"ranks are multiples of {self.multiple}, which groups of {size} do not divide. Use multiple {size}."
         return ""
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a ratio that leaves a linear less than the smallest rank."""
         groups = [linears] if self.allocation == "water-filling" else [{name: linears[name]} for name in linears]
         for group in groups:

@@ -97,9 +97,9 @@ class Params(SolverParams, GridParams):
     def unfit_for_experts(self) -> str:
         return "experts are stored with the same bits, all of them." if self.overrides else super().unfit_for_experts()
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a group size or a pattern that does not divide a linear's inputs."""
-        super().check_model(linears, parameters)
+        super().check_model(linears, parameters, width)
         check_pattern(self.pattern, linears)
 
     def notes(self, shape: Shape, device: str) -> Sequence[str]:
