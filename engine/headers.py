@@ -31,6 +31,9 @@ BITS = {  # of the dtypes of safetensors
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }  # fmt: skip
 ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight")  # which are no linears of the networks
+MEDIA = (  # of config.json: the parts of a model that reads or makes more than text
+    "text_config", "vision_config", "audio_config", "vq_config", "text_encoder", "audio_encoder_config",
+)  # fmt: skip
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -149,7 +152,7 @@ def header_of(origin: Origin, file: str) -> dict[str, Header]:
 
 
 def _config(origin: Origin) -> dict[str, JsonValue]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name, files = short(origin.name), origin.sizes
@@ -169,6 +172,11 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
         raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
     if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadModel(f"{name}: a {kind} model is not a causal language model.")
+    if any(part in CONFIG_MAPPING[kind].sub_configs or isinstance(config.get(part), dict) for part in MEDIA):
+        raise BadModel(
+            f"{name} is a {kind} model, which wraps a language model together with other media; Maquette compresses "
+            "language models alone. Choose a text-only checkpoint of it."
+        )
     check_numbers(config, name)
     return config
 

@@ -59,6 +59,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has no config.json: it is not a model folder.": "{name} 没有 config.json：它不是模型文件夹。",
         "{name}: model type {kind} is unknown to the installed transformers.": "{name}：已安装的 transformers 不认识模型类型 {kind}。",
         "{name}: a {kind} model is not a causal language model.": "{name}：{kind} 模型不是因果语言模型。",
+        "{name} is a {kind} model, which wraps a language model together with other media; "
+        "Maquette compresses language models alone. Choose a text-only checkpoint of it.":
+            "{name} 是 {kind} 模型，把语言模型与其他媒体包装在一起；Maquette 只压缩单独的语言模型。请选择其纯文本的检查点。",
         "{name}: config.json says {key} = {value}; that cannot be right.": "{name}：config.json 中 {key} = {value}，这不可能正确。",
         "{name}: {heads} attention heads do not divide a hidden size of {hidden}.": "{name}：{heads} 个注意力头不能整除隐藏维度 {hidden}。",
         "{name}: the bitmask of {linear} is incomplete. Download it again.": "{name}：{linear} 的位图不完整。请重新下载。",
