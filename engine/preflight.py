@@ -151,9 +151,24 @@ def _estimate(
     said = [
         f"{method.title}: {note}"
         for method, params in steps
-        for note in (*params.notes(shape, where.device), *_ignored_for_nothing(params, shape))
+        for note in (
+            *params.notes(shape, where.device),
+            *_simulated(params, shape),
+            *_ignored_for_nothing(params, shape),
+        )
     ]
     return replace(found, notes=(*said, *found.notes))
+
+
+def _simulated(params: Params, shape: Shape) -> list[str]:
+    """That the files of a family hold what codes stand for, and no codes."""
+    kind = shape.config.get("model_type")
+    if kind not in NOT_PACKED or not params.leaves_codes() or params.stored_bits(1024, 1024) is None:
+        return []
+    return [
+        f"No smaller and no faster: files hold the linears of {kind} as they are. What rounding costs is measured all "
+        "the same."
+    ]
 
 
 def _ignored_for_nothing(params: Params, shape: Shape) -> list[str]:

@@ -156,6 +156,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
         "{method}: {pattern} of {setting} fits no linear that is chosen. Names are as in {linear}.":
             "{method}：{setting} 中的 {pattern} 不匹配任何选中的线性层。名称形如 {linear}。",
+        "No smaller and no faster: files hold the linears of {kind} as they are. "
+        "What rounding costs is measured all the same.":
+            "不会更小也不会更快：文件按原样保存 {kind} 的线性层。舍入的代价仍会测量。",
         "{patterns} of ignore fits no linear of the blocks, so it leaves none alone.":
             "忽略中的 {patterns} 不匹配各层的任何线性层，因此没有线性层会保持不变。",
         "{pattern} takes too long to match. Write it without repeats inside repeats.":

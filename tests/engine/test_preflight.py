@@ -295,6 +295,19 @@ def test_what_zeros_bring_is_said_before_the_run(
     assert bool(words) == bool(notes)
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "simulated"),
+    [("gpt2", "rtn", True), ("falcon", "gptq", True), ("gpt2", "bitsandbytes", False), ("llama", "rtn", False)],
+)
+def test_what_files_cannot_pack_is_said_before_the_run(
+    family: str, method: str, simulated: bool, tmp_path: Path
+) -> None:
+    step = {} if method == "bitsandbytes" else {"group_size": 32}
+    folder = save(in_memory(FAMILIES[family]), tmp_path / family)
+    notes = preflight.check(recipe(folder, {f"quantize/{method}": step})).notes
+    assert any("No smaller and no faster: files hold the linears" in note for note in notes) == simulated
+
+
 def test_what_is_ignored_for_nothing_is_said_before_the_run(tiny_folder: Maker) -> None:
     ignore = "*.q_proj *.donw_proj"
     found = preflight.check(recipe(tiny_folder(), {"quantize/gptq": {"group_size": 32, "ignore": ignore}}))
