@@ -649,6 +649,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
         "The student is the teacher itself.": "学生就是教师本身。",
         # notes on linears
+        "{said_note}; only {tokens} tokens reached it": "{said_note}；只有 {tokens} 个词元到达它",
         "only {tokens} tokens reached it": "只有 {tokens} 个词元到达它", "no token reached it": "没有词元到达它",
         "damping raised from {low} to {high}": "阻尼从 {low} 提高到 {high}",
         "rounded to nearest instead, the smallest weights set to zero, {said}": "改为就近舍入并把最小的权重置零，{said}",

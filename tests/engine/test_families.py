@@ -17,7 +17,7 @@ from engine.errors import BadModel, BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears, load_tokenizer
 from engine.packing import QuantizedWeight
-from engine.quantize import gptq, rtn
+from engine.quantize import awq, gptq, rtn
 from engine.records import Recipe
 from engine.verify import distance_of
 from tests.conftest import Recorder, in_memory
@@ -114,6 +114,20 @@ def test_every_expert_is_calibrated_or_reported(context: Context, recorder: Reco
     assert len(notes) == 3 * (4 + 4 * 3)
     unseen = {name for name, note in notes.items() if note == "rounded to nearest instead, no token reached it"}
     assert unseen == {f"model.layers.0.mlp.experts.3.{leaf}" for leaf in ("w1", "w2", "w3")}
+
+
+def test_awq_scales_mixtures_and_keeps_every_note_on_experts(
+    context: Context, recorder: Recorder, tmp_path: Path
+) -> None:
+    model = models.stream(mixture(tmp_path))
+    before = logits(model.network)
+    awq.apply(model, awq.Params(bits=8, group_size=32, samples=4, sequence_length=32), context)
+    assert distance_of(logits(model.network).flatten(0, 1), before.flatten(0, 1), mixture=True) < 0.02
+    found = [data for kind, data in recorder.said if kind == "linear" and ".experts." in str(data["name"])]
+    assert len(found) == 3 * 4 * 3
+    assert all(str(each["note"]).endswith(f"only {each['tokens']} tokens reached it") for each in found)
+    both = [str(each["note"]) for each in found if str(each["note"]).startswith("no scale: ")]
+    assert 0 < len(both) < len(found)
 
 
 @pytest.mark.parametrize(
