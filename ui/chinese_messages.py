@@ -278,6 +278,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "Training diverged at step {step}: {said}. Use a lower learning_rate. {said_kept}": "训练在第 {step} 步发散：{said}。请降低 learning_rate。{said_kept}",
         "The cache {name} was made by another teacher or tokenizer, or is damaged. Delete the folder {folder} below cache/teachers.":
             "缓存 {name} 由其他教师或分词器生成，或已损坏。请删除 cache/teachers 下的文件夹 {folder}。",
+        "Number {number} of the {name} in the saved model computes something else than the one in memory: "
+        "{distance} apart, {tolerance} is allowed.":
+            "保存的模型中 {name} 的第 {number} 个与内存中的结果不同：相差 {distance}，允许 {tolerance}。",
         "The saved model computes other logits than the one in memory: {distance} apart, {tolerance} is allowed.":
             "保存的模型与内存中的模型算出的 logits 不同：相差 {distance}，允许 {tolerance}。",
         "A process that trained was ended from outside; memory may have run out. Use a smaller batch.":

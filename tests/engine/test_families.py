@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import JsonValue
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, methods, models, preflight, runtime
-from engine.errors import BadModel, BadParams
+from engine import artifacts, methods, models, preflight, runtime, verify
+from engine.errors import BadArtifact, BadModel, BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears, load_tokenizer
 from engine.packing import QuantizedWeight
@@ -161,3 +162,30 @@ def test_mixtures_of_an_unknown_layout_are_refused_by_name(tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
     with pytest.raises(BadModel, match=r"mixture of 4 experts of the type gpt_oss"):
         preflight.check(Recipe.model_validate({"model": str(folder), "steps": [{"quantize/rtn": {}}]}))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_an_expert_or_a_router_that_is_not_the_saved_one_is_found(
+    family: str, streamed: bool, context: Context, tmp_path: Path
+) -> None:
+    model = models.stream(mixture(tmp_path, family))
+    rtn.apply(model, rtn.Params(group_size=32), context)
+    artifact = tmp_path / "artifact"
+    artifacts.write(model, Recipe(), artifact)
+    expected = verify.probe(model)
+    request: dict[str, JsonValue] = {
+        "folder": str(artifact), "expected": str(tmp_path / "expected"), "device": "cpu", "streamed": streamed,
+        "bytes": (1 << 50) * streamed,
+    }  # fmt: skip
+    save_file(expected, tmp_path / "expected")
+    assert "read back" in verify.verify(request)
+    file = sorted(artifact.glob("model-*"))[2]  # a block
+    saved = load_file(file)
+    for part, words in (("experts.2.", "Number 2 of the experts of model.layers."), (".gate.weight", "the router of")):
+        name = next(key for key in saved if part in key and key.endswith(("weight_scale", ".gate.weight")))
+        save_file(saved | {name: -saved[name]}, file, metadata={"format": "pt"})
+        (artifact / artifacts.MANIFEST).unlink()
+        artifacts.write_manifest(artifact, Recipe())
+        with pytest.raises(BadArtifact, match=words):
+            verify.verify(request)
