@@ -33,6 +33,10 @@ BITS = {  # of the dtypes of safetensors
 PACKED = ("U8", "I32", "U32")  # dtypes in which files hold several weights in a number
 BESIDE = ("g_idx", "zeros", "zero_point", "absmax", "quant_map")  # what has them too, and holds no weights
 USUAL_BITS = 4  # of packed weights whose config does not say: MXFP4, NF4
+ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight")  # which are no linears of the networks
+MEDIA = (  # of config.json: the parts of a model that reads or makes more than text
+    "text_config", "vision_config", "audio_config", "vq_config", "text_encoder", "audio_encoder_config",
+)  # fmt: skip
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -40,8 +44,8 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 class Shape:
     """What a model's headers say.
 
-    linears: (out, in) of each linear in the blocks by module name. parameters: how many, in all. packed: how many
-    weights each tensor holds that has several in a number.
+    linears: (out, in) of each linear in the blocks by module name, without routers. parameters: how many, in all.
+    packed: how many weights each tensor holds that has several in a number.
     here: whether `folder` is on this machine; else it is only the model's name, and all that is known stands here.
     """
 
@@ -75,10 +79,11 @@ class Shape:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         transposed = self.config.get("model_type") == "gpt2"
+        routers = ROUTERS if experts(self.config) > 1 else ()
         found = {}
         for name, shape in self.tensors.items():
             inside = any(part.isdigit() for part in name.split("."))
-            if inside and name.endswith(".weight") and len(shape) == 2:
+            if inside and name.endswith(".weight") and len(shape) == 2 and not name.endswith(routers):
                 out, into = shape[::-1] if transposed else shape
                 found[name.removesuffix(".weight")] = (out, into)
         return found
@@ -154,7 +159,7 @@ def header_of(origin: Origin, file: str) -> dict[str, Header]:
 
 
 def _config(origin: Origin) -> dict[str, JsonValue]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name, files = short(origin.name), origin.sizes
@@ -174,6 +179,11 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
         raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
     if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BadModel(f"{name}: a {kind} model is not a causal language model.")
+    if any(part in CONFIG_MAPPING[kind].sub_configs or isinstance(config.get(part), dict) for part in MEDIA):
+        raise BadModel(
+            f"{name} is a {kind} model, which wraps a language model together with other media; Maquette compresses "
+            "language models alone. Choose a text-only checkpoint of it."
+        )
     check_numbers(config, name)
     return config
 

@@ -11,19 +11,18 @@ import importlib
 import itertools
 import json
 import pkgutil
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
+from engine import patterns
 from engine.errors import BadParams, BadRecipe, UnknownName, short
 from engine.records import MEASURES, EventKind, Recipe, Step
 
@@ -64,13 +63,20 @@ class Params(BaseModel):
     """A method's typed settings: every field has a default, a bound where it is a number, a description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    PATTERNS: ClassVar[frozenset[str]] = frozenset()  # settings that are patterns of linears, and name no file
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse what cannot work on a model with these (out, in) linears to change and so many parameters in all.
+
+        width: bits of each parameter that stays as it is, and of scales.
 
         Raises:
             BadParams: one line that names the linear and what would work.
         """
+
+    def patterns(self) -> Mapping[str, Sequence[str]]:
+        """By setting, the patterns each of which is to fit a linear that is changed."""
+        return {}
 
     def of(self, name: str) -> Self:
         """The settings for one linear, where they differ between linears."""
@@ -151,10 +157,6 @@ class Params(BaseModel):
         return None
 
 
-BODIES = ("model", "transformer", "gpt_neox")
-IN_FILES, IN_NETWORKS = ".block_sparse_moe.", ".mlp."  # of Mixtral
-
-
 class Selection(Params):
     """Params of a method that works on some linears of the blocks: those of `targets` that `ignore` does not name.
 
@@ -162,44 +164,24 @@ class Selection(Params):
     from the start of the name. Several are separated by spaces. Names are those of the network, or of its files.
     """
 
+    PATTERNS: ClassVar[frozenset[str]] = frozenset({"targets", "ignore"})
+
     targets: str = Field("", max_length=2000, description="Which linears: patterns such as `*.mlp.*`; empty: all.")
     ignore: str = Field("", max_length=2000, description="Linears to leave as they are, patterns as above.")
 
     @field_validator("targets", "ignore")
     @classmethod
     def _compile(cls, value: str) -> str:
-        for pattern in value.split():
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise ValueError(f"{short(pattern)} is no regular expression ({error})") from None
+        patterns.check(value)
         return value
+
+    def patterns(self) -> Mapping[str, Sequence[str]]:
+        return {"targets": self.targets.split()}
 
     def selects(self, name: str) -> bool:
         """Whether the linear of that full name is to be changed."""
-        return (not self.targets.split() or matches(self.targets, name)) and not matches(self.ignore, name)
-
-
-def matches(patterns: str, name: str) -> bool:
-    """Whether one of the patterns, as `Selection` has them, fits a linear's name."""
-    return any(
-        re.match(pattern[3:], each) if pattern.startswith("re:") else fnmatchcase(each, pattern)
-        for pattern in patterns.split()
-        for each in _names(name)
-    )
-
-
-def _names(name: str) -> set[str]:
-    """A linear's name as networks and as files have it: some files leave the body's name out, or call mixtures else."""
-    body, _, inside = name.partition(".")
-    bare = inside if body in BODIES else name
-    found = {name, bare, *(f"{body}.{bare}" for body in BODIES)}
-    return (
-        found
-        | {each.replace(IN_FILES, IN_NETWORKS) for each in found}
-        | {each.replace(IN_NETWORKS, IN_FILES) for each in found}
-    )
+        chosen = not self.targets.split() or patterns.matches(self.targets, name)
+        return chosen and not patterns.matches(self.ignore, name)
 
 
 class Calibrated(Params):

@@ -18,7 +18,7 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, ranks, verify
+from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, ranks, untouched, verify
 from engine.attempts import cache_folder
 from engine.children import event_kind, lines
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
@@ -47,6 +47,8 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     estimate = preflight.check(recipe, hub)
     do = within if alone else child
     emit("estimate", {"memory": estimate.total, "seconds": estimate.seconds})
+    for note in estimate.notes:
+        emit("log", {"text": note})
     device = choose_device(recipe.device)
     source = preflight.locate(recipe.model, hub)
     check_cancelled()
@@ -111,6 +113,8 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
             hardware.give_back_memory()  # gradients and moments of a training
         if number + 1 < len(steps):
             intermediate.keep(model, recipe, source, steps[: number + 1], cache, device)
+    if any(method.family == "quantize" and params.cache_grid() is None for method, params in steps):
+        emit("kept", untouched.kept(model))
     return model
 
 

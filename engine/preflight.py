@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from engine import fit, hardware, headers, methods, ways
+from engine import fit, hardware, headers, methods, patterns, ways
 from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, BadParams, BadText, TooBig, short
 from engine.experts import NAMES
@@ -20,7 +20,7 @@ from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
-from engine.sizes import HEADS, NOT_PACKED
+from engine.sizes import EMBEDDINGS, HEADS, NOT_PACKED, WIDTHS
 from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, place
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
@@ -138,7 +138,7 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
     check_tokenizer(origin)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
-    check_steps(steps, shape)
+    check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
     for _, params in steps:
         if shape.here:  # else the worker does, once the model is
             params.check_sources(shape.folder)
@@ -171,8 +171,35 @@ def _estimate(
     where = machine(recipe)
     where = where if rates is None else replace(where, rates=rates)
     found = fit.estimate(recipe, shape, steps, where, download=download)
-    said = [f"{method.title}: {note}" for method, params in steps for note in params.notes(shape, where.device)]
+    said = [
+        f"{method.title}: {note}"
+        for method, params in steps
+        for note in (
+            *params.notes(shape, where.device),
+            *_simulated(params, shape),
+            *_ignored_for_nothing(params, shape),
+        )
+    ]
     return replace(found, notes=(*said, *found.notes))
+
+
+def _simulated(params: Params, shape: Shape) -> list[str]:
+    """That the files of a family hold what codes stand for, and no codes."""
+    kind = shape.config.get("model_type")
+    if kind not in NOT_PACKED or not params.leaves_codes() or params.stored_bits(1024, 1024) is None:
+        return []
+    return [
+        f"No smaller and no faster: files hold the linears of {kind} as they are. What rounding costs is measured all "
+        "the same."
+    ]
+
+
+def _ignored_for_nothing(params: Params, shape: Shape) -> list[str]:
+    """That patterns of `ignore` fit no linear of the blocks; a misspelt one would leave none alone in silence."""
+    asked = params.ignore.split() if isinstance(params, Selection) else ()
+    linears = shape.linears
+    unfit = [short(each) for each in asked if not any(patterns.matches(each, name) for name in linears)]
+    return [f"`{' '.join(unfit)}` of ignore fits no linear of the blocks, so it leaves none alone."] if unfit else []
 
 
 def way_out(recipe: Recipe, found: Estimate, hub: Hub | None = None, token: str = "") -> Way | None:
@@ -202,8 +229,10 @@ def _too_big(recipe: Recipe, shape: Shape, found: Estimate) -> str:
     return f"{said}: {way.phrase}.{'' if way.fits else f' That is too much, too. {close}'}"
 
 
-def check_steps(steps: list[tuple[Method, Params]], shape: Shape) -> None:
+def check_steps(steps: list[tuple[Method, Params]], shape: Shape, width: int = 16) -> None:
     """Refuse settings that cannot work on a model of this shape, each on what the steps before it leave.
+
+    width: bits of a weight as it is loaded.
 
     Raises:
         InputError: one line that names the method and what would work.
@@ -212,7 +241,7 @@ def check_steps(steps: list[tuple[Method, Params]], shape: Shape) -> None:
         _check_experts(steps, shape)
     becoming = shape
     for method, params in steps:
-        _check_shapes(method, params, becoming)
+        _check_shapes(method, params, becoming, width)
         config, tensors = params.reshaped(becoming.config, becoming.tensors)
         becoming = replace(becoming, config=config, tensors=tensors)
 
@@ -257,7 +286,7 @@ def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
             raise BadParams(f"{method.name}: {reason} Choose other settings, or ignore `*.experts.*`.")
 
 
-def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
+def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> None:
     linears = shape.linears  # made anew each time it is asked for
     names = [name for name in linears if not isinstance(params, Selection) or params.selects(name)]
     if not names and linears and isinstance(params, Selection):
@@ -265,14 +294,31 @@ def _check_shapes(method: Method, params: Params, shape: Shape) -> None:
             f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
             f"{short(params.ignore)!r}. Names are as in {next(iter(linears))}."
         )
+    for key, some in params.patterns().items():
+        for pattern in some:
+            if linears and not any(patterns.matches(pattern, name) for name in names):
+                raise BadParams(
+                    f"{method.name}: {short(pattern)!r} of {key} fits no linear that is chosen. Names are as in "
+                    f"{next(iter(linears))}."
+                )
     _check_beyond_blocks(method, params, shape)
     try:
         if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
             raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
         params.check_config(shape.config)
-        params.check_model({name: linears[name] for name in names}, shape.parameters)
+        chosen = {name: linears[name] for name in names} | _head(params, shape)
+        params.check_model(chosen, shape.parameters, width)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
+
+
+def _head(params: Params, shape: Shape) -> dict[str, tuple[int, int]]:
+    """(out, in) of the output head where it is to be changed, by its name, or by that of the embeddings it is."""
+    if not params.beyond_blocks()[0]:
+        return {}
+    own = [name for name in shape.tensors if name.endswith(HEADS)]
+    found = own or [name for name in shape.tensors if name.endswith(EMBEDDINGS)]
+    return {name.removesuffix(".weight"): (shape.tensors[name][0], shape.tensors[name][1]) for name in found}
 
 
 def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:

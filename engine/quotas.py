@@ -18,7 +18,7 @@ from pathlib import Path
 from engine import headers, preflight
 from engine.errors import BadModel, TooBig, short
 from engine.hub import Hub
-from engine.methods import Selection, field_kind, get
+from engine.methods import field_kind, get
 from engine.modes import GIB, Limits
 from engine.records import Recipe, Run
 from engine.sizes import WIDTHS
@@ -159,8 +159,9 @@ def check_sources(recipe: Recipe, limits: Limits) -> None:
         return
     texts = [recipe.calibration]
     for step in recipe.steps:
-        fields = get(step.method).params.model_fields
-        named = {k for k in fields if field_kind(fields[k]) == "str"} - set(Selection.model_fields)  # no patterns
+        params = get(step.method).params
+        fields = params.model_fields
+        named = {k for k in fields if field_kind(fields[k]) == "str"} - params.PATTERNS
         texts += [str(value) for key, value in step.params.items() if key in named]
     for text in texts:
         if text not in BUNDLED:

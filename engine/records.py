@@ -130,6 +130,7 @@ EventKind = Literal[
     "sample",
     "log",
     "linear",
+    "kept",
     "budget",
     "measurement",
     "output",

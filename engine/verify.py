@@ -3,21 +3,27 @@
 Where that takes a small part of the memory, stock `transformers` loads the folder as anybody would. Else the network
 reads one part at a time (`engine.stranger`), and so it does where weights are in a format of Maquette's own, which
 stock `transformers` refuses (`engine.bitmask`, `engine.low_rank`).
+
+Of a mixture the logits say little: a router that sees two experts as equals may choose either, and an expert that no
+token of the probe gets is not seen at all. So each router and each expert is asked for its answer to the same input.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from pydantic import JsonValue
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import artifacts, hardware, headers, models
 from engine.errors import BadArtifact
+from engine.experts import Experts
 from engine.fit import ROOM
 from engine.models import LoadedModel
 
@@ -30,8 +36,34 @@ def probe(model: LoadedModel) -> dict[str, Tensor]:
     """Token ids drawn from a fixed seed and the model's logits for them, in float32."""
     size = model.network.config.get_text_config().vocab_size
     ids = torch.randint(size, (1, PROBE), generator=torch.Generator().manual_seed(0))
-    logits = model.network(input_ids=ids.to(model.device), use_cache=False).logits
-    return {"ids": ids, "logits": logits[0].float().cpu().contiguous()}
+    with asked(model) as answers:
+        logits = model.network(input_ids=ids.to(model.device), use_cache=False).logits
+    return {"ids": ids, "logits": logits[0].float().cpu().contiguous(), **answers}
+
+
+@contextlib.contextmanager
+def asked(model: LoadedModel) -> Iterator[dict[str, Tensor]]:
+    """The answers of each block's router (1, experts) and of its experts (experts, channels), each to the same input.
+
+    By the experts' name; they are there once the network has computed within.
+    """
+    answers: dict[str, Tensor] = {}
+    state = torch.randn(model.network.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(1))
+
+    def ask(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        count = len(module) if isinstance(module, Experts) else module.get_parameter("gate_up_proj").shape[0]
+        inputs = state.to(args[0]).expand(count, -1)  # a token for each
+        chosen, weights = torch.arange(count, device=inputs.device)[:, None], inputs.new_ones(count, 1)
+        router = model.network.get_submodule(f"{name.rpartition('.')[0]}.gate").get_parameter("weight")
+        answers[f"router of {name}"] = (inputs[:1] @ router.t().to(inputs)).cpu().contiguous()
+        answers[f"experts of {name}"] = module.forward(inputs, chosen, weights).cpu().contiguous()
+
+    with contextlib.ExitStack() as stack:
+        for name, module in model.network.named_modules():
+            if isinstance(module, Experts) or getattr(module, "gate_up_proj", torch.empty(0)).dim() == 3:
+                hook = module.register_forward_pre_hook(functools.partial(ask, name))
+                stack.callback(hook.remove)
+        yield answers
 
 
 def verify(request: Mapping[str, JsonValue]) -> str:
@@ -53,8 +85,9 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     else:
         model = models.load(folder, dtype, device)
     expected = load_file(Path(str(request["expected"])))
-    with torch.inference_mode():
+    with torch.inference_mode(), asked(model) as answers:
         logits = model.network(input_ids=expected["ids"].to(model.device), use_cache=False).logits[0].float().cpu()
+    check_answers(answers, {name: each for name, each in expected.items() if name not in ("ids", "logits")})
     distance = distance_of(logits, expected["logits"], mixture=headers.experts(config) > 1)
     if not distance <= TOLERANCE:
         raise BadArtifact(
@@ -67,11 +100,28 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     return f"read back {how}: logits {distance:.2%} apart"
 
 
+def check_answers(answers: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse routers and experts that answer otherwise than those in memory did.
+
+    Raises:
+        BadArtifact: one line that names the first.
+    """
+    for name, wanted in expected.items():
+        found, wanted = answers[name].float(), wanted.float()
+        apart = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-12)
+        for number, distance in enumerate(apart.tolist()):
+            if not distance <= TOLERANCE:
+                raise BadArtifact(
+                    f"Number {number} of the {name} in the saved model computes something else than the one in "
+                    f"memory: {distance:.1%} apart, {TOLERANCE:.0%} is allowed."
+                )
+
+
 def distance_of(logits: Tensor, expected: Tensor, *, mixture: bool) -> float:
     """The relative distance of logits (T, V); of a mixture of experts that of the middle token.
 
     Where two experts are nearly equal in a router's eyes, the last bit of a product decides which one a token gets: a
-    few tokens may come out otherwise although every weight is right.
+    few tokens may come out otherwise although every weight is right. The experts are asked apart (`asked`).
     """
     difference = logits - expected
     if mixture:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pydantic import JsonValue
 
 from ui import markup, wording
@@ -23,8 +23,13 @@ TICK = 9  # height of the mark below a histogram that stands for a level of the 
 SHOWN, MOST = 3, 300  # histograms: of the worst, and of all once the run is done
 
 
-def report(linears: Sequence[Audit], budget: Audit | None, whole: float | None = None) -> Markup | None:
-    """The whole section of a run's page; None where nothing was quantized. `whole`: bits a weight of the whole file."""
+def report(
+    linears: Sequence[Audit], budget: Audit | None, whole: float | None = None, left: Audit | None = None
+) -> Markup | None:
+    """The whole section of a run's page; None where nothing was quantized.
+
+    whole: bits a weight of the whole file. left: the modules that were left as they are.
+    """
     if not linears:
         return None
     parts: list[Markup | None] = [
@@ -33,7 +38,13 @@ def report(linears: Sequence[Audit], budget: Audit | None, whole: float | None =
         tag("p", storage(linears, whole), class_="mq-sub"),
         heat_map(linears),
     ]
-    parts += [outlier_map(linears), notes(linears), curve(budget) if budget else None, histograms(linears)]
+    parts += [
+        outlier_map(linears),
+        notes(linears),
+        kept(left) if left else None,
+        curve(budget) if budget else None,
+        histograms(linears),
+    ]
     parts.append(None if whole is None else all_histograms(linears))  # not at each tick of a run that works
     return tag("section", *parts, class_="mq-audit")
 
@@ -146,6 +157,17 @@ def notes(linears: Sequence[Audit]) -> Markup:
     ]
     summary = say("audit.odd" if len(odd) > 1 else "audit.odd_one", count=len(odd))
     return markup.details(summary, tag("ul", *listed, class_="mq-notes"))
+
+
+def kept(left: Audit) -> Markup | None:
+    """Every module that was left as it is, by the width of its weights; None where there is none."""
+    modules = left.get("modules")
+    found = [(bits, _list(names)) for bits, names in modules.items()] if isinstance(modules, dict) else []
+    lines = []
+    for bits, names in found:
+        listed = Markup(escape(say("list.comma"))).join(tag("code", str(name)) for name in names)
+        lines.append(tag("p", say("audit.kept", bits=bits), listed, class_="mq-sub"))
+    return markup.join(lines) if lines else None
 
 
 def histograms(linears: Sequence[Audit]) -> Markup | None:

@@ -59,6 +59,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has no config.json: it is not a model folder.": "{name} 没有 config.json：它不是模型文件夹。",
         "{name}: model type {kind} is unknown to the installed transformers.": "{name}：已安装的 transformers 不认识模型类型 {kind}。",
         "{name}: a {kind} model is not a causal language model.": "{name}：{kind} 模型不是因果语言模型。",
+        "{name} is a {kind} model, which wraps a language model together with other media; "
+        "Maquette compresses language models alone. Choose a text-only checkpoint of it.":
+            "{name} 是 {kind} 模型，把语言模型与其他媒体包装在一起；Maquette 只压缩单独的语言模型。请选择其纯文本的检查点。",
         "{name}: config.json says {key} = {value}; that cannot be right.": "{name}：config.json 中 {key} = {value}，这不可能正确。",
         "{name}: {heads} attention heads do not divide a hidden size of {hidden}.": "{name}：{heads} 个注意力头不能整除隐藏维度 {hidden}。",
         "{name}: the bitmask of {linear} is incomplete. Download it again.": "{name}：{linear} 的位图不完整。请重新下载。",
@@ -151,6 +154,15 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{method}: {said} Choose other settings, or ignore `*.experts.*`.": "{method}：{said}请选择其他设置，或忽略 `*.experts.*`。",
         "{method}: no linear is left by targets {targets} and ignore {ignore}. Names are as in {linear}.":
             "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
+        "{method}: {pattern} of {setting} fits no linear that is chosen. Names are as in {linear}.":
+            "{method}：{setting} 中的 {pattern} 不匹配任何选中的线性层。名称形如 {linear}。",
+        "No smaller and no faster: files hold the linears of {kind} as they are. "
+        "What rounding costs is measured all the same.":
+            "不会更小也不会更快：文件按原样保存 {kind} 的线性层。舍入的代价仍会测量。",
+        "{patterns} of ignore fits no linear of the blocks, so it leaves none alone.":
+            "忽略中的 {patterns} 不匹配各层的任何线性层，因此没有线性层会保持不变。",
+        "{pattern} takes too long to match. Write it without repeats inside repeats.":
+            "{pattern} 的匹配耗时过长。请不要在重复中嵌套重复。",
         "no linear is left by targets and ignore. Names are as in {linear}.": "按目标和忽略没有剩下线性层。名称形如 {linear}。",
         "{method}: Gemma 3 has embeddings of its own kind, which can only stay as they are.":
             "{method}：Gemma 3 的词嵌入是特殊类型，只能保持不变。",
@@ -234,6 +246,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{budget} bits a weight are below the smallest that is possible, {least}.": "每权重 {budget} 位低于可能的最小值 {least}。",
         "a budget of {budget} bits a weight is below the smallest that is possible, {least}.": "每权重 {budget} 位的预算低于可能的最小值 {least}。",
         "a budget of {budget} MiB is below the smallest that is possible, {least}.": "{budget} MiB 的预算低于可能的最小值 {least}。",
+        "files hold the linears of {kind} as they are, so a budget of {unit} cannot be kept. "
+        "Use the unit bits: what is rounded is then simulated.":
+            "文件按原样保存 {kind} 的线性层，因此无法遵守以 {unit} 计的预算。请使用单位 bits：此时舍入只是模拟。",
         "a budget of {budget} MiB of memory is below the smallest that is possible, {least}.": "{budget} MiB 的内存预算低于可能的最小值 {least}。",
         # texts
         "The text {name} has {tokens} tokens, one sequence needs {length}. Give a longer text or a smaller sequence_length.":
@@ -266,6 +281,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "Training diverged at step {step}: {said}. Use a lower learning_rate. {said_kept}": "训练在第 {step} 步发散：{said}。请降低 learning_rate。{said_kept}",
         "The cache {name} was made by another teacher or tokenizer, or is damaged. Delete the folder {folder} below cache/teachers.":
             "缓存 {name} 由其他教师或分词器生成，或已损坏。请删除 cache/teachers 下的文件夹 {folder}。",
+        "Number {number} of the {name} in the saved model computes something else than the one in memory: "
+        "{distance} apart, {tolerance} is allowed.":
+            "保存的模型中 {name} 的第 {number} 个与内存中的结果不同：相差 {distance}，允许 {tolerance}。",
         "The saved model computes other logits than the one in memory: {distance} apart, {tolerance} is allowed.":
             "保存的模型与内存中的模型算出的 logits 不同：相差 {distance}，允许 {tolerance}。",
         "A process that trained was ended from outside; memory may have run out. Use a smaller batch.":
@@ -637,6 +655,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
         "The student is the teacher itself.": "学生就是教师本身。",
         # notes on linears
+        "{said_note}; only {tokens} tokens reached it": "{said_note}；只有 {tokens} 个词元到达它",
         "only {tokens} tokens reached it": "只有 {tokens} 个词元到达它", "no token reached it": "没有词元到达它",
         "damping raised from {low} to {high}": "阻尼从 {low} 提高到 {high}",
         "rounded to nearest instead, the smallest weights set to zero, {said}": "改为就近舍入并把最小的权重置零，{said}",
@@ -688,6 +707,9 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "a quote is not closed. Put a name that holds spaces or quotes in quotes":
             "引号没有闭合。含空格或引号的名称请加引号",
         "{pattern} is no regular expression ({error})": "{pattern} 不是正则表达式（{error}）",
+        "{pattern} has {count} characters; at most {limit} are read": "{pattern} 有 {count} 个字符；最多读取 {limit} 个",
+        "{pattern} has braces that are no counts, or counts of more than {limit} repeats in all":
+            "{pattern} 中的花括号不是次数，或次数合计超过 {limit} 次",
         "{pattern} is no pattern with 2 to 8 bits, as in `*.down_proj=8`":
             "{pattern} 不是带有 2 到 8 位的模式，例如 `*.down_proj=8`",
         # YAML

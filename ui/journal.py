@@ -16,7 +16,7 @@ from engine.records import Event, EventKind, Run
 from engine.store import Store
 from ui.live import Point, Series, thin
 
-KINDS: tuple[EventKind, ...] = ("estimate", "phase", "progress", "sample", "log", "linear", "budget")
+KINDS: tuple[EventKind, ...] = ("estimate", "phase", "progress", "sample", "log", "linear", "kept", "budget")
 KEPT = 1000
 
 
@@ -31,13 +31,14 @@ class Story:
     series: dict[str, tuple[str, list[Point]]] = field(default_factory=dict)
     log: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=200))
     linears: dict[str, dict[str, JsonValue]] = field(default_factory=dict)  # by name; also those of earlier attempts
+    kept: dict[str, JsonValue] | None = None  # what quantization left as it is
     budget: dict[str, JsonValue] | None = None
     progress: dict[str, object] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         """Take one event in."""
         self.seen = max(self.seen, event.number)
-        if event.attempt < self.attempt and event.kind not in ("linear", "budget"):
+        if event.attempt < self.attempt and event.kind not in ("linear", "kept", "budget"):
             return
         if event.attempt > self.attempt:
             self.attempt = event.attempt
@@ -51,6 +52,8 @@ class Story:
             self.progress = {}
         elif event.kind == "linear":
             self.linears[str(data.get("name"))] = dict(data)
+        elif event.kind == "kept":
+            self.kept = dict(data)
         elif event.kind == "budget":
             self.budget = dict(data)
         elif event.kind == "progress":

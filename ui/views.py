@@ -174,7 +174,7 @@ def run_detail(
             tag("section", tag("h3", say("sensitivity.title")), sensitivity.table(entry.measured[sensitivity.NAME]))
         )
     whole = entry.measured.get("size.bits_per_weight") if entry is not None else None
-    parts.append(audit.report([*story.linears.values()], story.budget, whole.value if whole else None))
+    parts.append(audit.report([*story.linears.values()], story.budget, whole.value if whole else None, story.kept))
     if run.status is Status.SUCCEEDED:
         names = ("recipe.yaml", "measurements.csv", "report.md", *(("README.md", "model.zip") if run.artifact else ()))
         files = [

@@ -164,7 +164,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "audit.outliers": "Input channels with outliers, %",
         "audit.outlier_share": "On average {share} % of a linear's input channels held an outlier somewhere in the "
         "calibration text; such channels are computed in 16 bit.",
-        "audit.clean": "Every linear that was chosen was solved as asked: nothing fell back.",
+        "audit.clean": "Of the linears that were chosen none fell back: each was solved as asked.",
+        "audit.kept": "Not chosen, kept in {bits} bit: ",
         "audit.odd": "{count} linears were not solved as asked",
         "audit.odd_one": "One linear was not solved as asked",
         "audit.histograms.all": "Weights of all {count} linears, block by block",

@@ -39,7 +39,7 @@ class SparsityParams(Selection):
             return ["The file becomes smaller; memory and speed do not."]
         return ["No smaller and no faster here: the zeros stay dense."]
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a pattern that does not divide a linear's inputs."""
         check_pattern(self.pattern, linears)
 

@@ -68,7 +68,7 @@ class Params(Selection, Moments):
         if config.get(RANKS_KEY):
             raise BadParams("the model is of low rank already. Start from the one that prune/low_rank was applied to.")
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a ratio that leaves a linear less than the smallest rank."""
         groups = [linears] if self.allocation == "water-filling" else [{name: linears[name]} for name in linears]
         for group in groups:

@@ -56,7 +56,7 @@ class GridParams(Range, Levels):
     head: bool = Field(False, description="The output head, too.")
     embeddings: bool = Field(False, description="The embeddings, too: 8 bits, one scale for each token's row.")
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a group size that does not divide a linear's inputs."""
         for name, (_, inputs) in linears.items():
             if self.granularity == "group" and inputs % self.group_size:

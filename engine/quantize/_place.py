@@ -56,7 +56,7 @@ def place(
 ) -> None:
     """Give the linear the weight that its codes stand for, and forget its statistics; emits `linear`."""
     if linear.tokens and linear.tokens < FEW_TOKENS:
-        note = note or f"only {linear.tokens} tokens reached it"
+        note += f"{'; ' if note else ''}only {linear.tokens} tokens reached it"
 
     def after(rows: slice) -> Tensor:
         return quantized.rows(rows.start, rows.stop).dequantize()

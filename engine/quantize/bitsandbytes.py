@@ -41,7 +41,7 @@ class Params(Selection, Calibrated):
     double_quant: bool = Field(True, description="With 4 bits: quantize the scales of the blocks, too.")
     threshold: float = Field(6.0, gt=0.0, le=1e4, description="With int8: inputs above it stay 16 bit.")
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse the shapes that 4-bit products damage."""
         if self.scheme != "int8":
             for name, (outputs, inputs) in linears.items():

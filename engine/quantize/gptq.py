@@ -28,18 +28,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import ClassVar, Self, get_args
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine import hardware, shards, solver
+from engine import hardware, patterns, shards, solver
 from engine.calibration import Block, BlockLinear, Moments
 from engine.errors import short
 from engine.headers import Shape
-from engine.methods import Context, matches
+from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import SOLVED, Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
@@ -67,6 +67,8 @@ class Params(SolverParams, GridParams):
         0.0, ge=0.0, lt=1.0, description="Fraction of weights set to zero meanwhile; with a pattern always half."
     )
     pattern: Pattern = Field("unstructured", description="Where these zeros may fall: anywhere, or N in each M inputs.")
+    PATTERNS: ClassVar[frozenset[str]] = GridParams.PATTERNS | {"overrides"}
+
     overrides: str = Field(
         "", max_length=2000, description="Other bits for some linears, the first that fits: `*.down_proj=8 *.0.*=6`."
     )
@@ -76,24 +78,28 @@ class Params(SolverParams, GridParams):
     def _read(cls, value: str) -> str:
         for each in value.split():
             pattern, _, bits = each.rpartition("=")
+            patterns.check(pattern)
             if not pattern or bits not in map(str, get_args(Bits)):
                 raise ValueError(f"{short(each)} is no pattern with 2 to 8 bits, as in `*.down_proj=8`")
         return value
+
+    def patterns(self) -> Mapping[str, Sequence[str]]:
+        return {**super().patterns(), "overrides": [each.rpartition("=")[0] for each in self.overrides.split()]}
 
     def of(self, name: str) -> Self:
         """The settings for one linear: other bits where a pattern says so."""
         for each in self.overrides.split():
             pattern, _, bits = each.rpartition("=")
-            if matches(pattern, name):
+            if patterns.matches(pattern, name):
                 return self.model_copy(update={"bits": int(bits)})
         return self
 
     def unfit_for_experts(self) -> str:
         return "experts are stored with the same bits, all of them." if self.overrides else super().unfit_for_experts()
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a group size or a pattern that does not divide a linear's inputs."""
-        super().check_model(linears, parameters)
+        super().check_model(linears, parameters, width)
         check_pattern(self.pattern, linears)
 
     def notes(self, shape: Shape, device: str) -> Sequence[str]:

@@ -37,6 +37,7 @@ from engine.methods import Context, StoredBits
 from engine.models import LoadedModel
 from engine.quantize import gptq
 from engine.quantize._grid import SOLVED, Bits, GridParams, Range, round_to_nearest
+from engine.sizes import NOT_PACKED
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
@@ -67,7 +68,7 @@ class Params(gptq.SolverParams, Range):
             return self.budget
         return (self.budget * 2**23 - width * (parameters - weights)) / weights
 
-    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int) -> None:
+    def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse linears that no group size divides, and a budget below the smallest options."""
         weights, least = 0, 0.0
         for name, (outputs, inputs) in linears.items():
@@ -77,14 +78,23 @@ class Params(gptq.SolverParams, Range):
                     f"groups of {', '.join(map(str, GROUP_SIZES))} do not divide the {inputs} inputs of {name}."
                 )
             weights += outputs * inputs
-            least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead / max(sizes))
-        if weights and least > self.budget_bits(weights, parameters) * weights:
+            least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead(width) / max(sizes))
+        if weights and least > self.budget_bits(weights, parameters, width) * weights:
             smallest = least / weights
             if self.unit != "bits":
-                smallest = (least + 16 * (parameters - weights)) / 2**23
+                smallest = (least + width * (parameters - weights)) / 2**23
             raise BadParams(
                 f"a budget of {self.budget:g} {UNITS[self.unit]} is below the smallest that is possible, "
                 f"{math.ceil(smallest * 1000) / 1000:g}."
+            )
+
+    def check_config(self, config: Mapping[str, JsonValue]) -> None:
+        """Refuse a budget of the whole model for families whose linears no packed file can hold."""
+        super().check_config(config)
+        if self.unit != "bits" and (kind := config.get("model_type")) in NOT_PACKED:
+            raise BadParams(
+                f"files hold the linears of {kind} as they are, so a budget of {UNITS[self.unit]} cannot be kept. Use "
+                "the unit bits: what is rounded is then simulated."
             )
 
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
@@ -111,10 +121,9 @@ class Params(gptq.SolverParams, Range):
         body = {"bits": bits, "group_size": group_size, "symmetric": self.symmetric, "clipping": self.clipping}
         return GridParams.model_validate(body)
 
-    @property
-    def overhead(self) -> int:
-        """Bits that a group stores beside its codes: the scale and, on asymmetric grids, the zero point."""
-        return 16 if self.symmetric else 16 + WIDTHS[0]
+    def overhead(self, width: int) -> int:
+        """Bits that a group of the smallest codes stores beside them: a scale of `width` bits and any zero point."""
+        return width if self.symmetric else width + WIDTHS[0]
 
 
 @dataclass(frozen=True)

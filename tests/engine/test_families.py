@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import JsonValue
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, methods, models, preflight, runtime
-from engine.errors import BadModel, BadParams
+from engine import artifacts, methods, models, preflight, runtime, verify
+from engine.errors import BadArtifact, BadModel, BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears, load_tokenizer
 from engine.packing import QuantizedWeight
-from engine.quantize import gptq, rtn
+from engine.quantize import awq, gptq, rtn
 from engine.records import Recipe
 from engine.verify import distance_of
 from tests.conftest import Recorder, in_memory
@@ -116,6 +117,20 @@ def test_every_expert_is_calibrated_or_reported(context: Context, recorder: Reco
     assert unseen == {f"model.layers.0.mlp.experts.3.{leaf}" for leaf in ("w1", "w2", "w3")}
 
 
+def test_awq_scales_mixtures_and_keeps_every_note_on_experts(
+    context: Context, recorder: Recorder, tmp_path: Path
+) -> None:
+    model = models.stream(mixture(tmp_path))
+    before = logits(model.network)
+    awq.apply(model, awq.Params(bits=8, group_size=32, samples=4, sequence_length=32), context)
+    assert distance_of(logits(model.network).flatten(0, 1), before.flatten(0, 1), mixture=True) < 0.02
+    found = [data for kind, data in recorder.said if kind == "linear" and ".experts." in str(data["name"])]
+    assert len(found) == 3 * 4 * 3
+    assert all(str(each["note"]).endswith(f"only {each['tokens']} tokens reached it") for each in found)
+    both = [str(each["note"]) for each in found if str(each["note"]).startswith("no scale: ")]
+    assert 0 < len(both) < len(found)
+
+
 @pytest.mark.parametrize(
     ("step", "words"),
     [
@@ -147,3 +162,30 @@ def test_mixtures_of_an_unknown_layout_are_refused_by_name(tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
     with pytest.raises(BadModel, match=r"mixture of 4 experts of the type gpt_oss"):
         preflight.check(Recipe.model_validate({"model": str(folder), "steps": [{"quantize/rtn": {}}]}))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_an_expert_or_a_router_that_is_not_the_saved_one_is_found(
+    family: str, streamed: bool, context: Context, tmp_path: Path
+) -> None:
+    model = models.stream(mixture(tmp_path, family))
+    rtn.apply(model, rtn.Params(group_size=32), context)
+    artifact = tmp_path / "artifact"
+    artifacts.write(model, Recipe(), artifact)
+    expected = verify.probe(model)
+    request: dict[str, JsonValue] = {
+        "folder": str(artifact), "expected": str(tmp_path / "expected"), "device": "cpu", "streamed": streamed,
+        "bytes": (1 << 50) * streamed,
+    }  # fmt: skip
+    save_file(expected, tmp_path / "expected")
+    assert "read back" in verify.verify(request)
+    file = sorted(artifact.glob("model-*"))[2]  # a block
+    saved = load_file(file)
+    for part, words in (("experts.2.", "Number 2 of the experts of model.layers."), (".gate.weight", "the router of")):
+        name = next(key for key in saved if part in key and key.endswith(("weight_scale", ".gate.weight")))
+        save_file(saved | {name: -saved[name]}, file, metadata={"format": "pt"})
+        (artifact / artifacts.MANIFEST).unlink()
+        artifacts.write_manifest(artifact, Recipe())
+        with pytest.raises(BadArtifact, match=words):
+            verify.verify(request)

@@ -161,7 +161,8 @@ def test_what_a_visitor_may_not_name(body: object, words: str) -> None:
 def test_what_a_visitor_may_name() -> None:
     for source in ("demo", "Qwen/Qwen3-0.6B", "qwen/x"):
         quotas.check_sources(recipe({"model": source}), PUBLIC)
-    quotas.check_sources(recipe({"steps": [{"quantize/gptq": {"targets": "*.mlp.*"}}]}), PUBLIC)
+    patterns = {"targets": "*.mlp.*", "ignore": "*.0.*", "overrides": "*.down_proj=8"}
+    quotas.check_sources(recipe({"steps": [{"quantize/gptq": patterns}]}), PUBLIC)
 
 
 @pytest.fixture

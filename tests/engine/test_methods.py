@@ -1,13 +1,14 @@
 """The contract of every method file, and the loud refusal of incomplete ones."""
 
 import json
+import time
 import types
 
 import pytest
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 
-from engine import methods
+from engine import methods, patterns
 from engine.errors import BadParams, InputError, UnknownName
 from engine.methods import Context, Params, bounds, field_kind
 from engine.models import LoadedModel
@@ -161,6 +162,37 @@ def test_targets_and_ignore_choose_linears(targets: str, ignore: str, chosen: li
 def test_names_are_those_of_files_and_of_networks(pattern: str, name: str) -> None:
     assert methods.Selection(targets=pattern).selects(name)
     assert not methods.Selection(targets="other.*").selects(name)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("re:([a-z0-9_.]|[a-z0-9_.])+[^a-z0-9_.]", "takes too long to match"),
+        ("re:(?:(?:a{1000}){1000}){1000}", "counts of more than 100 repeats"),
+        (f"re:{'a' * 201}", "at most 200 are read"),
+        ("re:(", "is no regular expression"),
+    ],
+)
+def test_a_pattern_is_refused_before_it_takes_time_or_memory(pattern: str, words: str) -> None:
+    began = time.thread_time()
+    with pytest.raises(BadParams, match=words):
+        chosen({"targets": f"*.q {pattern}"})
+    assert time.thread_time() - began < 1
+
+
+def chosen(params: dict[str, JsonValue]) -> bool:
+    found = methods.get("quantize/rtn").check(params)
+    assert isinstance(found, methods.Selection)
+    return found.selects("model.layers.0.mlp.down_proj")
+
+
+def test_what_is_slow_on_each_name_is_refused_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SLOW", 0.0)  # every match counts
+    monkeypatch.setattr(patterns, "PATIENCE_IN_ALL", 1e-9)
+    expression = patterns.Expression("a+b")
+    expression.matches("aaab")
+    with pytest.raises(BadParams, match="takes too long"):
+        expression.matches("aaab")
 
 
 def test_a_walk_that_would_change_nothing_is_no_success(tiny: LoadedModel, context: Context) -> None:

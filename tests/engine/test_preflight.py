@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from engine import hardware, methods, models, preflight, sizes, sources
 from engine.errors import BadModel, BadParams, InputError, TooBig
 from engine.kv_cache import read_on
+from engine.models import LoadedModel
 from engine.records import Recipe
 from tests.conftest import in_memory
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MIXTURES
 
 Maker = Callable[..., Path]
 
@@ -45,6 +46,9 @@ def test_sources_that_are_no_model_folder(source: str) -> None:
         ({"model_type": "nonsense"}, "unknown"),
         ({"model_type": None}, "unknown"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "not a causal language model"),
+        ({"model_type": "gemma3"}, "is a gemma3 model, which wraps a language model together with other media"),
+        ({"model_type": "llama4"}, "text-only checkpoint"),
+        ({"vision_config": {"hidden_size": 8}}, "is a llama model, which wraps"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"hidden_size": "64"}, "hidden_size"),
@@ -122,6 +126,9 @@ def test_damaged_weights_are_refused_when_loading(tiny_folder: Maker, damage: st
         ({"quantize/gptq": {"group_size": 0}}, "group_size"),
         ({"quantize/gptq": {"group_size": 48}}, "does not divide the 128 inputs of model.layers.0.mlp.down_proj"),
         ({"quantize/gptq": {"targets": "*.nothing"}}, "no linear is left by targets '*.nothing'"),
+        ({"quantize/gptq": {"targets": "*.q_proj *.donw_proj", "group_size": 32}}, "'*.donw_proj' of targets fits no"),
+        ({"quantize/gptq": {"overrides": "*.donw_proj=8", "group_size": 32}}, "'*.donw_proj' of overrides fits no"),
+        ({"quantize/gptq": {"overrides": "*.k_proj=8", "ignore": "*.k_proj", "group_size": 32}}, "of overrides fits"),
         ({"quantize/gptq": {"group_size": 48}}, "Sizes that do: 8, 16, 32, 64, 128"),
         ({"quantize/gptq": {"bitz": 4}}, "Did you mean bits"),
         ({"quantize/kv_cache": {"bits": 3}}, "bits"),
@@ -310,6 +317,25 @@ def test_what_zeros_bring_is_said_before_the_run(
     assert bool(words) == bool(notes)
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "simulated"),
+    [("gpt2", "rtn", True), ("falcon", "gptq", True), ("gpt2", "bitsandbytes", False), ("llama", "rtn", False)],
+)
+def test_what_files_cannot_pack_is_said_before_the_run(
+    family: str, method: str, simulated: bool, tmp_path: Path
+) -> None:
+    step = {} if method == "bitsandbytes" else {"group_size": 32}
+    folder = save(in_memory(FAMILIES[family]), tmp_path / family)
+    notes = preflight.check(recipe(folder, {f"quantize/{method}": step})).notes
+    assert any("No smaller and no faster: files hold the linears" in note for note in notes) == simulated
+
+
+def test_what_is_ignored_for_nothing_is_said_before_the_run(tiny_folder: Maker) -> None:
+    ignore = "*.q_proj *.donw_proj"
+    found = preflight.check(recipe(tiny_folder(), {"quantize/gptq": {"group_size": 32, "ignore": ignore}}))
+    assert found.notes == ("GPTQ: `*.donw_proj` of ignore fits no linear of the blocks, so it leaves none alone.",)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "wanda"])
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan")])
 def test_no_method_takes_an_impossible_sparsity(method: str, sparsity: float) -> None:
@@ -330,3 +356,24 @@ def test_no_method_takes_an_impossible_sparsity(method: str, sparsity: float) ->
 )
 def test_pruning_that_cannot_work_is_refused(step: dict[str, object], words: str, tiny_folder: Maker) -> None:
     assert words in refuse(recipe(tiny_folder(intermediate_size=130), step))
+
+
+@pytest.mark.parametrize(("tied", "name"), [(False, "lm_head"), (True, "model.embed_tokens")])
+def test_the_head_is_checked_before_any_work(tiny_folder: Maker, tied: bool, name: str) -> None:
+    folder = tiny_folder(tie_word_embeddings=tied)  # its inputs are 64, those of down_proj 128
+    step = {"targets": "*.down_proj", "group_size": 128, "head": True, "embeddings": tied}
+    said = refuse(recipe(folder, {"quantize/rtn": step}))
+    assert f"group_size 128 does not divide the 64 inputs of {name}. Sizes that do: 8, 16, 32, 64" in said
+    preflight.check(recipe(folder, {"quantize/rtn": step | {"head": False, "embeddings": False}}))
+
+
+def test_routers_are_no_linears(tmp_path: Path) -> None:
+    folder = save(in_memory(MIXTURES["mixtral"]), tmp_path / "mixtral")
+    wanted = {"quantize/bitsandbytes": {"scheme": "nf4", "ignore": "*.experts.*"}}
+    preflight.check(recipe(folder, wanted))  # the router has 4 outputs, which the library could not take
+
+
+def save(model: LoadedModel, folder: Path) -> Path:
+    model.network.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder

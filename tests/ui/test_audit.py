@@ -77,7 +77,16 @@ def test_what_was_unusual_is_listed_and_escaped() -> None:
     assert "One linear was not solved as asked" in html
     assert "<img" not in html
     assert audit.report([], None) is None
-    assert "nothing fell back" in str(audit.report([linear("a.0.q")], None))
+    assert "none fell back" in str(audit.report([linear("a.0.q")], None))
+
+
+def test_what_was_left_as_it_is_is_listed_by_its_width() -> None:
+    left: dict[str, JsonValue] = {"modules": {"16": ["lm_head", f"model.layers.*.{EVIL}"], "32": ["model.gate"]}}
+    html = str(audit.report([linear("a.0.q")], None, left=left))
+    assert "kept in 16 bit: <code>lm_head</code>, <code>model.layers.*.&lt;img" in html
+    assert "kept in 32 bit: <code>model.gate</code></p>" in html
+    for nothing in ({}, {"modules": {}}, {"modules": []}):
+        assert "kept in" not in str(audit.report([linear("a.0.q")], None, left=nothing))
 
 
 def test_the_curve_marks_what_was_chosen() -> None:

@@ -246,6 +246,13 @@ def test_a_line_that_nobody_knows_and_a_hostile_one_stay_as_they_are() -> None:
         assert translate(name) == "未知的方法“<b>{said}</b>”。可用：quantize/rtn。"
 
 
+def test_two_notes_on_a_linear_are_both_said() -> None:
+    with language.use("zh-CN"):
+        assert translate("damping raised from 0.01 to 0.1; only 12 tokens reached it") == (
+            "阻尼从 0.01 提高到 0.1；只有 12 个词元到达它"
+        )
+
+
 def test_recipes_are_named_in_chinese() -> None:
     steps = [
         {"prune/depth": {"share": 0.25}},

@@ -142,6 +142,7 @@ def test_runs_and_their_pictures_are_chinese(desk: Desk, scheduler: FakeSchedule
     odd: JsonValue = "rounded to nearest instead, its Hessian is not positive definite (order 3)"
     fakes.say(
         scheduler, works, ("linear", linear("model.layers.0.q_proj", note=str(odd))), ("budget", BUDGET),
+        ("kept", {"modules": {"16": ["lm_head"]}}),
         ("log", {"text": "calibrating on 64 sequences of 128 tokens"}), ("phase", {"name": "Logit distillation"}),
         start=300,
     )  # fmt: skip

@@ -184,3 +184,5 @@ def test_some_linears_get_other_bits(tiny: LoadedModel, context: Context) -> Non
     for wrong in ("*.down_proj", "*.down_proj=9", "=4", "*.down_proj=four"):
         with pytest.raises(ValidationError, match="is no pattern with 2 to 8 bits"):
             Params.model_validate({"overrides": wrong})
+    with pytest.raises(ValidationError, match="is no regular expression"):
+        Params.model_validate({"overrides": "re:(=4"})

@@ -1,10 +1,13 @@
 """Mixed precision: the knapsack against trying everything, the budget kept, the measurement reused."""
 
+import contextlib
 import itertools
 import random
 
 import pytest
+import torch
 
+from engine.calibration import BlockLinear
 from engine.errors import BadParams
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -91,6 +94,30 @@ def test_a_budget_that_is_too_small_is_refused_before_work(given: dict, message:
     params = mixed.Params.model_validate(given)
     with pytest.raises(BadParams, match=message):
         params.check_model({"up": (256, 128)}, 100_000)
+
+
+@pytest.mark.parametrize(("symmetric", "unit"), [(True, "bits"), (False, "bits"), (False, "memory")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_smallest_budget_is_what_the_options_store(dtype: torch.dtype, symmetric: bool, unit: str) -> None:
+    params = mixed.Params.model_validate({"symmetric": symmetric, "unit": unit, "budget": 1e-3})
+    linear = BlockLinear("up", torch.nn.Linear(128, 32, dtype=dtype))
+    found, _ = mixed.options_of(linear, params)
+    candidate = Candidate("up", 32 * 128, tuple(Option(bits, size, stored, 0.0) for bits, size, stored, _ in found))
+    width = 8 * dtype.itemsize
+    least = min(option.stored for option in params.counted(candidate).options)
+    for budget, ends in ((least + 1, True), (least - 1, False)):
+        body = {"budget": (budget + width * 1000 * (unit != "bits")) / (2**23 if unit != "bits" else 32 * 128)}
+        asked = params.model_copy(update=body)
+        with contextlib.nullcontext() if ends else pytest.raises(BadParams, match="below the smallest"):
+            asked.check_model({"up": (32, 128)}, 32 * 128 + 1000, width)
+
+
+@pytest.mark.parametrize("unit", ["mib", "memory"])
+def test_a_budget_of_the_whole_is_refused_where_files_cannot_keep_it(unit: str) -> None:
+    params = mixed.Params.model_validate({"budget": 100.0, "unit": unit})
+    with pytest.raises(BadParams, match="the linears of gpt2 as they are"):
+        params.check_config({"model_type": "gpt2"})
+    params.check_config({"model_type": "llama"})
 
 
 def test_a_budget_in_mebibytes_counts_what_is_not_quantized() -> None:
