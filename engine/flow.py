@@ -41,8 +41,8 @@ class States:
     """
 
     def __init__(self, ids: Sequence[Tensor], folder: Path) -> None:
+        self._ids, self._folder = ids, folder
         self._tokens = sum(batch.numel() for batch in ids)
-        self._folder = folder
         self._held: list[Tensor | torch.device] = [batch.device for batch in ids]  # those in files: where they belong
 
     def __len__(self) -> int:
@@ -61,6 +61,10 @@ class States:
         self._held[number] = states.device
         self._folder.mkdir(parents=True, exist_ok=True)
         save_file({"states": states.contiguous()}, self._file(number))
+
+    def like(self, name: str) -> States:
+        """Room for states of the same batches under another name."""
+        return States(self._ids, self._folder.with_name(name))
 
     def close(self) -> None:
         """Delete the files."""

@@ -166,6 +166,17 @@ def test_a_hessian_for_each_input_that_is_read() -> None:
     assert many.parts["calibration"] == (1 << 30) + 8 * (14336 + 3 * 4096)  # more stand in a file
 
 
+def test_a_block_that_learns_stands_in_float32_beside_itself_with_what_it_gave() -> None:
+    body = {"distill_steps": 5, "samples": 512, "sequence_length": 2048}
+    found = step(estimate(LARGE, {"quantize/zeroquant": body})).parts
+    block = max(size for name, size in LARGE.parts.items() if name.endswith(".0"))
+    assert found["weights"] == 2 * block + 4 * block + 2 * block  # as it is, as it learns, as it is rounded
+    assert (found["gradients"], found["optimizer"]) == (4 * block, 8 * block)
+    assert found["calibration"] == 2 * fit.HELD  # what enters the block, and what it gave; more stands in files
+    few = step(estimate(LARGE, {"quantize/zeroquant": body | {"samples": 1}})).parts
+    assert few["calibration"] == 2 * 2048 * 4096 * 2
+
+
 def test_training_holds_weights_gradients_and_two_moments_in_float32() -> None:
     shape = llama(8, 256, 512)
     body = {"student": "current", "steps": 5, "batch": 2}
