@@ -183,19 +183,18 @@ def compressing(held: Holding, method: Method, params: Params, first: Holding, s
         return _training(held, method, params, first)
     largest, beside = held.parts()
     weights, others = (held.width * size if streamed else held.dense for size in (largest, beside))
-    chosen, codes = params.stored_bits(1024, 1024), 0
+    chosen, codes, earlier = params.stored_bits(1024, 1024), 0, 0
     if chosen is not None:
         codes = round(largest * (1 + chosen.stored / 8))  # as found, and as written
-    if chosen is not None and not streamed:
-        codes = sum(_linear_sizes(held.shape))  # of all blocks
+        earlier = 0 if streamed else max(0, sum(_linear_sizes(held.shape)) - largest)  # of all blocks before
     calibrated = isinstance(params, Calibrated)
     rounding = {
-        "weights": weights, "codes": codes,
+        "weights": weights, "codes": earlier + codes,
         "solver": 0 if chosen is None and not calibrated else _rounding(held.shape, params),
     }  # fmt: skip
     phases = [rounding]
     if isinstance(params, Calibrated):
-        observing = {"weights": weights}
+        observing = {"weights": weights, "codes": earlier}
         phases = _calibrating(held, params, observing, rounding)
         phases.append({"weights": others, "calibration": _states(held, params)})
         if integer(getattr(params, "distill_steps", 0)):
@@ -224,7 +223,7 @@ def _calibrating(
     solver = rounding["solver"] + 4 * min(SOLVED, largest) + 2 * largest + 12 * SPAN * inputs[0]
     last = {**rounding, "calibration": states + 4 * inputs[0] ** 2, "solver": solver}
     if params.stored_bits(1024, 1024) is not None and not experts(shape.config):
-        last["weights"] = held.width * largest  # the block's others are put aside by then; their codes are there
+        last["weights"] -= held.width * (held.parts()[0] - largest)  # the block's others are put aside by then
     gathered = states + 4 * sum(size * size for size in inputs)
     return [{**observing, "calibration": gathered, "activations": active}, last]
 

@@ -166,6 +166,18 @@ def test_a_hessian_for_each_input_that_is_read() -> None:
     assert many.parts["calibration"] == (1 << 30) + 8 * (14336 + 3 * 4096)  # more stand in a file
 
 
+def test_a_model_that_is_whole_in_memory_keeps_the_codes_of_all_its_blocks() -> None:
+    linears, block = sum(a * b for a, b in LARGE.linears.values()), LARGE.parts["model.layers.0"]
+    learned = {"distill/logits": {"student": "current", "steps": 1, "batch": 1}}
+    for *earlier, last in (["prune/l1", "quantize/gptq"], [learned, "quantize/gptq"], ["quantize/mixed"]):
+        need = [n for n in estimate(LARGE, *earlier, last).needs if n.situation == "compress"][-1]
+        together = need.parts["weights"] + need.parts["codes"]
+        # While the last block is observed all weights and the codes before it; of its last linear what was put aside.
+        assert 2 * (LARGE.parameters - block) + linears < together < 2 * LARGE.parameters + linears + block
+    streamed = step(estimate(LARGE, "quantize/gptq")).parts
+    assert streamed.get("weights", 0) + streamed.get("codes", 0) < 4 * block
+
+
 def test_a_block_that_learns_stands_in_float32_beside_itself_with_what_it_gave() -> None:
     body = {"distill_steps": 5, "samples": 512, "sequence_length": 2048}
     found = step(estimate(LARGE, {"quantize/zeroquant": body})).parts
