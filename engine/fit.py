@@ -181,7 +181,7 @@ def compressing(held: Holding, method: Method, params: Params, first: Holding, s
     """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
     if integer(getattr(params, "steps", 0)):
         return _training(held, method, params, first)
-    largest, beside = held.parts()
+    params, (largest, beside) = params.on(held.shape, held.width), held.parts()
     weights, others = (held.width * size if streamed else held.dense for size in (largest, beside))
     chosen, codes, earlier = params.stored_bits(1024, 1024), 0, 0
     if chosen is not None:
@@ -196,6 +196,10 @@ def compressing(held: Holding, method: Method, params: Params, first: Holding, s
     if isinstance(params, Calibrated):
         observing = {"weights": weights, "codes": earlier}
         phases = _calibrating(held, params, observing, rounding)
+        if survey := params.survey(held.shape):
+            gathered = phases[0]["calibration"]
+            phases.append({"weights": weights, "calibration": gathered, "solver": survey.weighing})
+            phases.append({"weights": weights, "activations": survey.reading})
         phases.append({"weights": others, "calibration": _states(held, params)})
         if integer(getattr(params, "distill_steps", 0)):
             phases.append(_distilling(held, params, observing))

@@ -159,7 +159,7 @@ class Holding:
 
     def after(self, params: Params) -> Holding:
         """What a step with these settings makes of it."""
-        shape = self.shape
+        shape, params = self.shape, params.on(self.shape, self.width)
         bits = dict(self.bits)
         names = shape.linears if shape.config.get("model_type") not in NOT_PACKED else {}
         for name, (outputs, inputs) in names.items():

@@ -30,10 +30,11 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from engine import scores
+from engine import scores, sizes
 from engine.calibration import BlockLinear, mirror, token_rows, walk_blocks
 from engine.errors import BadParams
-from engine.methods import Context, StoredBits
+from engine.headers import Shape
+from engine.methods import Context, StoredBits, Survey
 from engine.models import LoadedModel
 from engine.quantize import gptq
 from engine.quantize._grid import SOLVED, Bits, GridParams, Range, round_to_nearest
@@ -49,6 +50,8 @@ HELD = (4, 8)  # bits of a code as kernels hold it
 PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
 PROBE_LOGITS = 1 << 26  # that are held of the original at most
+WEIGHED = 17  # bytes of a weight while an option is weighed: itself, its code, what it is off, and two products of that
+LOGIT = 10  # bytes of a logit as it is predicted: in 16 bit, in float32, and its logarithm
 CELLS = 4000
 VERSION = 3  # of what is kept; raise it when steps 1 or 2 change
 
@@ -71,13 +74,13 @@ class Params(gptq.SolverParams, Range):
         """Refuse linears that no group size divides, and a budget below the smallest options."""
         weights, least = 0, 0.0
         for name, (outputs, inputs) in linears.items():
-            sizes = [size for size in GROUP_SIZES if inputs % size == 0]
-            if not sizes:
+            fitting = [size for size in GROUP_SIZES if inputs % size == 0]
+            if not fitting:
                 raise BadParams(
                     f"groups of {', '.join(map(str, GROUP_SIZES))} do not divide the {inputs} inputs of {name}."
                 )
             weights += outputs * inputs
-            least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead / max(sizes))
+            least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead / max(fitting))
         if weights and least > self.budget_bits(weights, parameters) * weights:
             smallest = least / weights
             if self.unit != "bits":
@@ -88,8 +91,36 @@ class Params(gptq.SolverParams, Range):
             )
 
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
-        """On average, where the budget says so: scales included; of a budget in MiB the model's size is not known."""
+        """On average, where the budget says so: scales included; of a budget in MiB the model must be known (`on`)."""
         return StoredBits(self.budget, 0) if self.unit == "bits" else None
+
+    def on(self, shape: Shape, width: int) -> Params:
+        """With the bits that the budget leaves each weight of this model."""
+        if self.unit == "bits":
+            return self
+        weights = sum(outputs * inputs for outputs, inputs in self._chosen(shape).values())
+        bits = self.budget_bits(weights, shape.parameters, 8 * width) if weights else 0.0
+        most = WIDTHS[-1] + self.overhead / GROUP_SIZES[0]
+        return _Known.model_validate(self.model_dump() | {"average": min(max(bits, 0.0), most)})
+
+    def survey(self, shape: Shape) -> Survey:
+        """Steps 1 and 2: calibration once more; each linear in each option; the model read with each one rounded."""
+        found = self._chosen(shape)
+        vocabulary = sizes.vocabulary_size(shape)
+        length, rows = probe_rows(self.sequence_length, vocabulary)
+        options = sum(
+            2.0 * len(WIDTHS) * sum(inputs % size == 0 for size in GROUP_SIZES) * outputs * inputs * inputs
+            for outputs, inputs in found.values()
+        )
+        calibration = 6.0 * self.samples * self.sequence_length * shape.parameters
+        reading = 2.0 * rows * length * shape.parameters * (1 + len(found))
+        largest = max((outputs * inputs for outputs, inputs in found.values()), default=0)
+        logits = length * vocabulary
+        return Survey(calibration + options + reading, WEIGHED * largest, (4 * rows + LOGIT) * logits)
+
+    def _chosen(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """The linears that are to be quantized."""
+        return {name: linear for name, linear in shape.linears.items() if self.selects(name)}
 
     def width(self, bits: Bits) -> int:
         """Bits of a code as the budget counts them."""
@@ -115,6 +146,15 @@ class Params(gptq.SolverParams, Range):
     def overhead(self) -> int:
         """Bits that a group stores beside its codes: the scale and, on asymmetric grids, the zero point."""
         return 16 if self.symmetric else 16 + WIDTHS[0]
+
+
+class _Known(Params):
+    """The settings for a model that is known. average: bits of a weight, as the budget counts them."""
+
+    average: float
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
+        return StoredBits(self.average, 0, self.average if self.unit == "memory" else None)
 
 
 @dataclass(frozen=True)
@@ -217,8 +257,7 @@ def _energy(weight: Tensor, moments: Tensor | None) -> float:
 @torch.inference_mode()
 def probe_costs(model: LoadedModel, params: Params, context: Context, names: Sequence[str]) -> dict[str, float]:
     """Step 2: the KL (nats a token) of the model's predictions when one linear alone is rounded to `PROBE_BITS`."""
-    length = min(params.sequence_length, PROBE_LENGTH)
-    count = min(PROBE_ROWS, max(1, PROBE_LOGITS // (length * model.network.config.get_text_config().vocab_size)))
+    length, count = probe_rows(params.sequence_length, model.network.config.get_text_config().vocab_size)
     rows = token_rows(model.tokenizer, context.calibration, length, count).to(model.device)
 
     def predictions(row: Tensor) -> Tensor:
@@ -244,6 +283,12 @@ def probe_costs(model: LoadedModel, params: Params, context: Context, names: Seq
         found[name] = max(sum(apart) / (len(rows) * length), 1e-12)
         context.progress(number + 1, len(names), "linears probed")
     return found
+
+
+def probe_rows(length: int, vocabulary: int) -> tuple[int, int]:
+    """Tokens of a row of step 2, and how many rows, for calibration sequences of that length."""
+    length = min(length, PROBE_LENGTH)
+    return length, min(PROBE_ROWS, max(1, PROBE_LOGITS // (length * max(1, vocabulary))))
 
 
 def choose(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:
