@@ -20,6 +20,7 @@ Steps 1 and 2 do not depend on the budget. They are kept, and another budget sta
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +36,7 @@ from engine.calibration import BlockLinear, mirror, token_rows, walk_blocks
 from engine.errors import BadParams
 from engine.headers import Shape
 from engine.methods import Context, StoredBits, Survey
-from engine.models import LoadedModel
+from engine.models import LoadedModel, blocks, linears
 from engine.quantize import gptq
 from engine.quantize._grid import SOLVED, Bits, GridParams, Range, round_to_nearest
 
@@ -184,7 +185,9 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """
     model.load_all()
     candidates = from_json(
-        scores.measured(model, context, "mixed", about(params), lambda: as_json(measure(model, params, context)))
+        scores.measured(
+            model, context, "mixed", about(params), lambda kept: as_json(measure(model, params, context, kept))
+        )
     )
     candidates = [params.counted(candidate) for candidate in candidates]
     weights = sum(candidate.weights for candidate in candidates)
@@ -201,29 +204,30 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     return gptq.solve(model, params, context, grid_of)
 
 
-def measure(model: LoadedModel, params: Params, context: Context) -> list[Candidate]:
-    """Steps 1 and 2: every selected linear with the cost of each option."""
-    errors: dict[str, list[tuple[Bits, int, float, float]]] = {}
-    probes: dict[str, float] = {}
-    weights: dict[str, int] = {}
-    for block in walk_blocks(model, context, params, params.collect, keep_blocks=False):
-        for linear in block.linears:
-            context.check_cancelled()
-            found, probe = options_of(linear, params)
-            errors[linear.name], probes[linear.name] = found, probe
-            weights[linear.name] = linear.weight.numel()
-            linear.hessian = linear.sample = None
-    costs = probe_costs(model, params, context, list(errors))
-    return [
-        Candidate(
-            name,
-            weights[name],
-            tuple(
-                Option(bits, size, stored, costs[name] * error / probes[name]) for bits, size, stored, error in found
-            ),
-        )
-        for name, found in errors.items()
-    ]
+def measure(model: LoadedModel, params: Params, context: Context, kept: scores.Pieces) -> list[Candidate]:
+    """Steps 1 and 2: every selected linear with the cost of each option; what is `kept` is not measured again."""
+    prefix, modules = blocks(model.network)
+    named = [f"{prefix}.{number}.{path}" for number, module in enumerate(modules) for path, _ in linears(module)]
+    names = [name for name in named if params.selects(name)]
+    if not names or any(name not in kept for name in names):  # the walk says what is wrong where there are none
+        for block in walk_blocks(model, context, params, params.collect, keep_blocks=False, known=kept):
+            for linear in block.linears:
+                context.check_cancelled()
+                kept.of(linear.name, functools.partial(_weighed, linear, params))
+                linear.hessian = linear.sample = None
+    costs = probe_costs(model, params, context, names, kept)
+    found = []
+    for name in names:
+        weights, options, probe = cast(tuple[int, list[tuple[Bits, int, float, float]], float], kept[name])
+        each = [Option(bits, size, stored, costs[name] * error / probe) for bits, size, stored, error in options]
+        found.append(Candidate(name, weights, tuple(each)))
+    return found
+
+
+def _weighed(linear: BlockLinear, params: Params) -> JsonValue:
+    """How many weights a linear has, its options and the error of the probe, as they are kept."""
+    options, probe = options_of(linear, params)
+    return [linear.weight.numel(), [list(option) for option in options], probe]
 
 
 def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, int, float, float]], float]:
@@ -255,7 +259,9 @@ def _energy(weight: Tensor, moments: Tensor | None) -> float:
 
 
 @torch.inference_mode()
-def probe_costs(model: LoadedModel, params: Params, context: Context, names: Sequence[str]) -> dict[str, float]:
+def probe_costs(
+    model: LoadedModel, params: Params, context: Context, names: Sequence[str], kept: scores.Pieces
+) -> dict[str, float]:  # fmt: skip
     """Step 2: the KL (nats a token) of the model's predictions when one linear alone is rounded to `PROBE_BITS`."""
     length, count = probe_rows(params.sequence_length, model.network.config.get_text_config().vocab_size)
     rows = token_rows(model.tokenizer, context.calibration, length, count).to(model.device)
@@ -265,22 +271,26 @@ def probe_costs(model: LoadedModel, params: Params, context: Context, names: Seq
         return found
 
     reference = [predictions(row) for row in rows]  # one at a time, for a large vocabulary is a large tensor
-    found: dict[str, float] = {}
-    for number, name in enumerate(names):
-        context.check_cancelled()
+
+    def cost(name: str) -> float:
         linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
-        kept = linear.weight.clone()
-        size = next(size for size in GROUP_SIZES if kept.shape[1] % size == 0)
+        exact = linear.weight.clone()
+        size = next(size for size in GROUP_SIZES if exact.shape[1] % size == 0)
         grid = params.grid(PROBE_BITS, size)
-        linear.weight.copy_(round_to_nearest(kept, grid, name, kept.dtype, least=SOLVED).dequantize())
+        linear.weight.copy_(round_to_nearest(exact, grid, name, exact.dtype, least=SOLVED).dequantize())
         try:
             apart = [
                 float(kl_div(predictions(row), known, reduction="sum", log_target=True))
                 for row, known in zip(rows, reference, strict=True)
             ]
         finally:
-            linear.weight.copy_(kept)
-        found[name] = max(sum(apart) / (len(rows) * length), 1e-12)
+            linear.weight.copy_(exact)
+        return max(sum(apart) / (len(rows) * length), 1e-12)
+
+    found: dict[str, float] = {}
+    for number, name in enumerate(names):
+        context.check_cancelled()
+        found[name] = float(cast(float, kept.of(f"{name} rounded", functools.partial(cost, name))))
         context.progress(number + 1, len(names), "linears probed")
     return found
 
