@@ -221,7 +221,7 @@ def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor
 
     The lean decoder knows no packed cache.
     """
-    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network):
+    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network, room):
         kind = NativeDecoder if NativeDecoder.supports(network, len(ids)) else LeanDecoder
         lean: _Decoder = kind(network, cache, room)
         seen = lean.step(ids[:, -1:])

@@ -27,17 +27,21 @@ class LeanDecoder:
     """
 
     @staticmethod
-    def supports(network: PreTrainedModel) -> bool:
-        """Whether the network is built of exactly the parts that `step` computes."""
+    def supports(network: PreTrainedModel, tokens: int) -> bool:
+        """Whether the network is built of exactly the parts that `step` computes, for sequences of `tokens` at most.
+
+        Within a sliding window attention is that to all tokens.
+        """
         config = network.config
+        window = getattr(config, "sliding_window", None)
         rope = getattr(getattr(network.base_model, "rotary_emb", None), "rope_type", None)
         return (
             type(network).__name__ in FAMILIES
             and type(network).__module__.startswith("transformers.models.")
             and config.hidden_act == "silu"
             and rope in ROPE_TYPES
-            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-            and getattr(config, "sliding_window", None) is None
+            and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+            and (window is None or tokens < window)
         )
 
     @torch.inference_mode()

@@ -34,6 +34,8 @@ LEAN: dict[str, PretrainedConfig] = {
     "llama without groups": tiny_config(num_key_value_heads=4),
     "llama3 rope": tiny_config(rope_parameters=LLAMA3),
     "mistral": MistralConfig(**GROUPED, sliding_window=None),
+    "mistral within its window": MistralConfig(**GROUPED, sliding_window=32),
+    "qwen2 within its window": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=32, max_window_layers=1),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=32),
 }
@@ -92,6 +94,16 @@ def test_the_lean_decoder_is_taken_where_it_is_right_and_nowhere_else(
     model = make((LEAN | OTHERS)[name])
     list(generate(model, PROMPT, max_new_tokens=5))
     assert len(used) == (5 if name in LEAN else 0)  # one that is checked, four that count
+
+
+@pytest.mark.parametrize(("window", "taken"), [(13, True), (12, False), (7, False)])
+def test_a_window_that_all_tokens_are_in_is_none(window: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    step = LeanDecoder.step
+    monkeypatch.setattr(LeanDecoder, "step", lambda self, ids: used.append(1) or step(self, ids))
+    model = make(MistralConfig(**GROUPED, sliding_window=window))
+    assert [found.token_id for found in generate(model, PROMPT, max_new_tokens=5)] == by_transformers(model, 5)[0]
+    assert bool(used) == taken
 
 
 def test_a_lean_decoder_that_disagrees_is_dropped(
