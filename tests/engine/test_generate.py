@@ -13,9 +13,11 @@ from transformers import (
     GPTNeoXConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from engine.generate import allowed, decode, end_tokens, generate, score
@@ -36,12 +38,19 @@ LEAN: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**GROUPED, sliding_window=None),
     "mistral within its window": MistralConfig(**GROUPED, sliding_window=32),
     "qwen2 within its window": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=32, max_window_layers=1),
+    "phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=64),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=32),
+    "smollm3": SmolLM3Config(**GROUPED, pad_token_id=0, no_rope_layers=[1, 0]),
 }
 OTHERS: dict[str, PretrainedConfig] = {
     "sliding mistral": MistralConfig(**GROUPED, sliding_window=8),
     "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    "phi3 that turns in part": Phi3Config(
+        **GROUPED,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    ),
     "gelu llama": tiny_config(hidden_act="gelu"),
     "gemma": GemmaConfig(**GROUPED, head_dim=16),
     "neox": GPTNeoXConfig(**SMALL, intermediate_size=128),
