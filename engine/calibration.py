@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -199,14 +199,16 @@ def check_ids(model: LoadedModel, rows: Tensor) -> None:
 
 
 def walk_blocks(
-    model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing", *, keep_blocks: bool = True
-) -> Iterator[Block]:
+    model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing", *, keep_blocks: bool = True,
+    known: Container[str] = (),
+) -> Iterator[Block]:  # fmt: skip
     """Yield the model's blocks in order; what the caller changes in one is kept and seen by the next.
 
     A block has the linears that `params` selects. With `Calibrated` params, calibration text flows through the
     blocks and each linear comes with what `collect` asks for: `norm`, and the largest; `hessian`; or
     `directions`, a Hessian of inputs scaled to length 1. Finished blocks are stored and, in a resumed run, read back
-    and not yielded again; without `keep_blocks` this walk only looks, and the caller changes nothing.
+    and not yielded again; without `keep_blocks` this walk only looks, and the caller changes nothing. Linears that are
+    `known`, by name, are left out.
     """
     name, modules = blocks(model.network)
     flow: Flow | None = None
@@ -236,7 +238,7 @@ def walk_blocks(
                     model.prefetch(following.name)
                 if not done:
                     model.untie(block.name)
-                    yield from _visit(block, params, flow, collect)
+                    yield from _visit(block, params, flow, collect, known)
                     if keep_blocks:
                         shards.write(model, [block.name], saved)
                         shards.place(model, block.name, saved)
@@ -265,13 +267,16 @@ def _say_what_is_left(stations: Sequence[Block], params: Params, context: Contex
         context.log(f"left as they are: {', '.join(left)}")
 
 
-def _visit(block: Block, params: Params, flow: Flow | None, collect: Collect) -> Iterator[Block]:
+def _visit(
+    block: Block, params: Params, flow: Flow | None, collect: Collect, known: Container[str]
+) -> Iterator[Block]:  # fmt: skip
     """Yield the block with what its linears' inputs were."""
     if isinstance(block.module, nn.Linear):
         block.linears = [BlockLinear(block.name, block.module)]
     else:
         named = [BlockLinear(f"{block.name}.{path}", linear) for path, linear in linears(block.module)]
-        block.linears = [each for each in named if not isinstance(params, Selection) or params.selects(each.name)]
+        chosen = [each for each in named if not isinstance(params, Selection) or params.selects(each.name)]
+        block.linears = [each for each in chosen if each.name not in known]
     if flow is not None:
         block.batches = Batches(flow.states, flow.calls[block.number])
         if collect != "nothing":

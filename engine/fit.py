@@ -51,6 +51,7 @@ WRITTEN = 64  # tokens of each of sixteen sequences, prompt included, when laten
 BATCHES, LENGTHS = (1, 4, 16, 64), (1024, 4096, 16_384, 65_536)  # for which serving is estimated
 LARGE = "Larger than memory: one block at a time."
 ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
+ROUNDED_STRAIGHT = 13  # and while a block learns: the code, the level, what it is off, and the weight that learns
 TOGETHER = 13  # where the whole matrix has one scale
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
@@ -183,26 +184,37 @@ def compressing(held: Holding, method: Method, params: Params, first: Holding, s
         return _training(held, method, params, first)
     if isinstance(params, Calibrated) and getattr(params, "by", "") == "taylor":
         return [Need("compress", _differentiating(held, params), method.title)]
-    block, beside = (held.width * size if streamed else held.dense for size in held.parts())
-    chosen = params.stored_bits(1024, 1024)
-    codes = 0 if chosen is None else round(held.parts()[0] * (1 + chosen.stored / 8))  # as found, and as written
-    if chosen is not None and not streamed:
-        codes = sum(_linear_sizes(held.shape))  # of all blocks
-    parts = {"runtime": RUNTIME + COMPUTING}
-    if integer(getattr(params, "distill_steps", 0)):
-        parts |= {"gradients": 4 * held.parts()[0], "optimizer": 8 * held.parts()[0]}
+    params, (largest, beside) = params.on(held.shape, held.width), held.parts()
+    weights, others = (held.width * size if streamed else held.dense for size in (largest, beside))
+    chosen, codes, earlier = params.stored_bits(1024, 1024), 0, 0
+    if chosen is not None:
+        codes = round(largest * (1 + chosen.stored / 8))  # as found, and as written
+        earlier = 0 if streamed else max(0, sum(_linear_sizes(held.shape)) - largest)  # of all blocks before
     calibrated = isinstance(params, Calibrated)
-    rounding = {"codes": codes, "solver": 0 if chosen is None and not calibrated else _rounding(held.shape, params)}
-    phases = [{"weights": block, **rounding}]
+    rounding = {
+        "weights": weights, "codes": earlier + codes,
+        "solver": 0 if chosen is None and not calibrated else _rounding(held.shape, params),
+    }  # fmt: skip
+    phases = [rounding]
     if isinstance(params, Calibrated):
-        phases = [{"weights": block, **phase} for phase in _calibrating(held, params, rounding)]
-        phases.append({"weights": beside, "calibration": _states(held, params)})
+        observing = {"weights": weights, "codes": earlier}
+        phases = _calibrating(held, params, observing, rounding)
+        if survey := params.survey(held.shape):
+            gathered = phases[0]["calibration"]
+            phases.append({"weights": weights, "calibration": gathered, "solver": survey.weighing})
+            phases.append({"weights": weights, "activations": survey.reading})
+        phases.append({"weights": others, "calibration": _states(held, params)})
+        if integer(getattr(params, "distill_steps", 0)):
+            phases.append(_distilling(held, params, observing))
     if any(params.beyond_blocks()):
-        phases.append({"weights": beside, **rounding})
-    return [Need("compress", _parts(**parts, **max(phases, key=lambda phase: sum(phase.values()))), method.title)]
+        phases.append({**rounding, "weights": others})
+    most = max(phases, key=lambda phase: sum(phase.values()))
+    return [Need("compress", _parts(**most, runtime=RUNTIME + COMPUTING), method.title)]
 
 
-def _calibrating(held: Holding, params: Calibrated, rounding: dict[str, int]) -> list[dict[str, int]]:
+def _calibrating(
+    held: Holding, params: Calibrated, observing: dict[str, int], rounding: dict[str, int]
+) -> list[dict[str, int]]:
     """Hidden states with the statistics of each input of a block, as it computes; and with those of its last linear.
 
     What computed is gone by then, and what `rounding` takes is there.
@@ -212,14 +224,27 @@ def _calibrating(held: Holding, params: Calibrated, rounding: dict[str, int]) ->
     # Of the widest input: itself in float32 and its lengths' copy; and what the block computes beside it.
     active = _at_once(params) * (12 * inputs[0] + 4 * held.width * hidden)
     if str(getattr(params, "collect", "norm")) not in STATISTICS:
-        return [{"calibration": states + 8 * sum(inputs), "activations": active, **rounding}]
+        return [{**rounding, "calibration": states + 8 * sum(inputs), "activations": active}]
     largest = max(_linear_sizes(shape), default=0)
     # Of the weights solved at a time what was missed; the codes of all, twice; three pieces of the factor.
     solver = rounding["solver"] + 4 * min(SOLVED, largest) + 2 * largest + 12 * SPAN * inputs[0]
-    last = {"calibration": states + 4 * inputs[0] ** 2, **rounding, "solver": solver}
+    last = {**rounding, "calibration": states + 4 * inputs[0] ** 2, "solver": solver}
     if params.stored_bits(1024, 1024) is not None and not experts(shape.config):
-        last["weights"] = held.width * largest  # the block's others are put aside by then; their codes are there
-    return [{"calibration": states + 4 * sum(size * size for size in inputs), "activations": active}, last]
+        last["weights"] -= held.width * (held.parts()[0] - largest)  # the block's others are put aside by then
+    gathered = states + 4 * sum(size * size for size in inputs)
+    return [{**observing, "calibration": gathered, "activations": active}, last]
+
+
+def _distilling(held: Holding, params: Calibrated, observing: dict[str, int]) -> dict[str, int]:
+    """A block that learns from its original: its weights in float32, and rounded; what enters it, and what it gave."""
+    largest, _ = held.parts()
+    read = sum(inputs for _, inputs in sizes.first_block(held.shape))  # each linear rounds its own copy of its input
+    return {
+        **observing, "weights": observing["weights"] + (4 + held.width) * largest, "gradients": 4 * largest,
+        "optimizer": 8 * largest, "calibration": 2 * _states(held, params),
+        "activations": _at_once(params) * (_remembered(held, params.sequence_length) + held.width * read),
+        "solver": ROUNDED_STRAIGHT * max(_linear_sizes(held.shape), default=0),
+    }  # fmt: skip
 
 
 def _differentiating(held: Holding, params: Calibrated) -> dict[str, int]:
@@ -290,20 +315,23 @@ def _training(held: Holding, method: Method, params: Params, first: Holding) -> 
     frozen = student.width * (parameters - trained)
     training = _parts(
         weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
-        activations=_remembered(student, batch, length, trained, vocabulary),
+        activations=_learning(student, batch, length, trained, vocabulary),
         teacher=folders * first.dense if live else 0, runtime=RUNTIME + LEARNING,
     )  # fmt: skip
     return [*found, Need("compress", training, method.title)]
 
 
-def _remembered(student: Holding, batch: int, length: int, trained: int, vocabulary: int) -> int:
-    """What the backward pass needs of the forward one: of each token its states in every block, and 16-bit weights."""
-    config = student.shape.config
-    blocks, hidden = sizes.blocks_of(config), sizes.hidden_size(config)
-    wide = _widest(student)
-    maps = sizes.query_heads(config) * length * 8 if length <= 256 else 0  # attention of short rows is written out
-    each = blocks * (24 * hidden + 12 * wide + maps)
+def _learning(student: Holding, batch: int, length: int, trained: int, vocabulary: int) -> int:
+    """What the backward pass needs of all blocks and of the logits, and 16-bit weights."""
+    each = sizes.blocks_of(student.shape.config) * _remembered(student, length)
     return batch * length * each + 2 * trained + 12 * max(1 << 18, 128 * vocabulary)
+
+
+def _remembered(held: Holding, length: int) -> int:
+    """What the backward pass needs of the forward one: of a token of rows of that length its states in a block."""
+    config = held.shape.config
+    maps = sizes.query_heads(config) * length * 8 if length <= 256 else 0  # attention of short rows is written out
+    return 24 * sizes.hidden_size(config) + 12 * _widest(held) + maps
 
 
 def _adapters(shape: Shape, rank: int, scope: str) -> int:

@@ -35,37 +35,42 @@ class Call:
 
 
 class States:
-    """The hidden states of all batches, (B, T, hidden) each: in memory, or in a file where they are many."""
+    """The hidden states (B, T, hidden) of all batches of `ids` (B, T): in memory, or in files where they are many.
 
-    def __init__(self, first: Sequence[Tensor], folder: Path) -> None:
-        total = sum(states.numel() * states.element_size() for states in first)
-        self._device = first[0].device
-        self._folder = folder / "states" if total > HELD else None
-        self._held: list[Tensor | None] = [None] * len(first)
-        for number, states in enumerate(first):
-            self[number] = states
+    They are written as they come, so that what goes to files never stands in memory together.
+    """
+
+    def __init__(self, ids: Sequence[Tensor], folder: Path) -> None:
+        self._ids, self._folder = ids, folder
+        self._tokens = sum(batch.numel() for batch in ids)
+        self._held: list[Tensor | torch.device] = [batch.device for batch in ids]  # those in files: where they belong
 
     def __len__(self) -> int:
         return len(self._held)
 
     def __getitem__(self, number: int) -> Tensor:
         held = self._held[number]
-        return load_file(self._file(number), str(self._device), backend="pread")["states"] if held is None else held
+        if isinstance(held, Tensor):
+            return held
+        return load_file(self._file(number), str(held), backend="pread")["states"]
 
     def __setitem__(self, number: int, states: Tensor) -> None:
-        if self._folder is None:
+        if self._tokens * states.shape[-1] * states.element_size() <= HELD:
             self._held[number] = states
-        else:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({"states": states.contiguous()}, self._file(number))
+            return
+        self._held[number] = states.device
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save_file({"states": states.contiguous()}, self._file(number))
+
+    def like(self, name: str) -> States:
+        """Room for states of the same batches under another name."""
+        return States(self._ids, self._folder.with_name(name))
 
     def close(self) -> None:
-        """Delete the file."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """Delete the files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
-        assert self._folder is not None
         return self._folder / f"{number:05d}.safetensors"
 
 
@@ -169,7 +174,7 @@ def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Fl
     Arguments that are equal from batch to batch, or from block to block, are kept once. The head gets none.
     """
     _, modules = blocks(model.network)
-    hidden: list[Tensor] = []
+    hidden = States(batches, folder / "states")
     calls: list[list[Call]] = [[] for _ in modules]
     tuples: list[bool] = []  # seen once, from the first block
 
@@ -179,7 +184,7 @@ def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Fl
         known = calls[number][0] if calls[number] else (calls[number - 1][0] if number else None)
         calls[number].append(known if known is not None and _same(known, call) else call)
         if number == 0:
-            hidden.append(states.clone())
+            hidden[len(calls[0]) - 1] = states.clone()
         if not tuples:
             modules[0], stand_in = originals[0], modules[0]  # in its place, where its weights will be looked for
             tuples.append(isinstance(modules[0](states, *rest, **others), tuple))
@@ -190,7 +195,7 @@ def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Fl
         for batch in batches:
             model.network.base_model(input_ids=batch, use_cache=False)
     of_head = [Call((), {})] * len(batches)
-    return Flow(States(hidden, folder), [*calls, of_head], batches, tuples[0])
+    return Flow(hidden, [*calls, of_head], batches, tuples[0])
 
 
 def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, tuple[object, ...], dict[str, object]]:

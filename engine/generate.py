@@ -1,7 +1,7 @@
 """Tokens of one model, streamed with their log-probabilities; and a given text as the model sees it.
 
 A token of a packed model costs a few milliseconds, so what surrounds the products counts. The prompt runs
-through `transformers` as always. For the Llama family the tokens after it run through `LeanDecoder`: the
+through `transformers` as always. For families of Llama's kind the tokens after it run through `LeanDecoder`: the
 same modules, with preallocated keys and values and nothing else around them; or, where our own kernels
 know all products of the blocks, through their `NativeDecoder`. The first step repeats the last token of the
 prompt and is compared with what `transformers` said; where the two disagree, and for every other family,
@@ -221,7 +221,7 @@ def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor
 
     The lean decoder knows no packed cache.
     """
-    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network):
+    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network, room):
         kind = NativeDecoder if NativeDecoder.supports(network, len(ids)) else LeanDecoder
         lean: _Decoder = kind(network, cache, room)
         seen = lean.step(ids[:, -1:])

@@ -41,7 +41,7 @@ class StoredBits:
     """How a weight of a linear is stored: bits of its code, and its share of scales and zero points.
 
     Kernels hold codes of 2 to 4 bits in 4 and others in 8: memory can be more than the file. `dense`: bits of each in
-    memory where no kernel computes on the codes.
+    memory where no kernel computes on the codes, or where they are known.
     """
 
     code: float
@@ -57,6 +57,18 @@ class StoredBits:
     def held(self) -> float:
         """Bits in the memory of a process that computes on them."""
         return (4 if self.code <= 4 else 8) + self.share if self.dense is None else self.dense
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a step measures of a whole model before it changes anything, in floating-point operations, and its bytes.
+
+    weighing: bytes beside the model and the statistics of a block; reading: those beside the model alone, later.
+    """
+
+    operations: float
+    weighing: int
+    reading: int
 
 
 class Params(BaseModel):
@@ -146,6 +158,14 @@ class Params(BaseModel):
 
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
         """How a chosen linear (out, in) is stored after the step; None: as before."""
+        return None
+
+    def on(self, shape: Shape, width: int) -> Params:
+        """These settings for a model of that shape and so many bytes a dense weight: bits may follow from its size."""
+        return self
+
+    def survey(self, shape: Shape) -> Survey | None:
+        """What the step measures of a whole model of that shape before it changes anything."""
         return None
 
     def processes(self) -> int:

@@ -60,6 +60,8 @@ def step_seconds(held: Holding, params: Params, rates: Rates) -> float:
         work += 6.0 * params.samples * params.sequence_length * parameters
         if getattr(params, "collect", "norm") in ("hessian", "directions"):
             work += _solving(held)
+    if survey := params.survey(held.shape):
+        work += survey.operations
     if steps := integer(getattr(params, "steps", 0)):
         tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
         teacher = parameters

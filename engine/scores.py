@@ -5,6 +5,7 @@ Kept in the cache that runs share, under a fingerprint of all that the measuring
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -19,21 +20,56 @@ from engine.models import LoadedModel
 SAMPLED = 4096  # weights of each tensor that enter the fingerprint
 
 
+class Pieces:
+    """What a measuring found so far, a line of JSON for each piece: one that was killed goes on where it was."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._found: dict[str, JsonValue] = {}
+        for line in file.read_text().splitlines() if file.exists() else []:
+            with contextlib.suppress(ValueError):  # the line that was being written
+                self._found |= json.loads(line)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __getitem__(self, name: str) -> JsonValue:
+        return self._found[name]
+
+    def of(self, name: str, find: Callable[[], JsonValue]) -> JsonValue:
+        """The piece of that name: as it was found before, or as `find` finds it now, which is kept."""
+        if name not in self._found:
+            self._found[name] = find()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as file:
+                file.write("\n" + json.dumps({name: self._found[name]}))  # first: a torn line takes no other with it
+        return self._found[name]
+
+
 def measured(
-    model: LoadedModel, context: Context, kind: str, about: Mapping[str, JsonValue], measure: Callable[[], JsonValue]
-) -> JsonValue:
+    model: LoadedModel, context: Context, kind: str, about: Mapping[str, JsonValue],
+    measure: Callable[[Pieces], JsonValue],
+) -> JsonValue:  # fmt: skip
     """What `measure` finds, or what it found before for the same weights, calibration text and `about`.
 
     kind: what is measured, in a word; it names the file. about: the settings that enter, and a version to raise when
-    the measuring changes.
+    the measuring changes. `measure` may find piece by piece what takes long.
     """
     file = context.cache / f"{kind.replace(' ', '-')}-{fingerprint(model, context, about)}.json"
     found = read(file)
     if found is not None:
         context.log(f"{kind}: measured before, now reused")
         return found
-    found = measure()
+    partly = file.with_suffix(".pieces")
+    pieces = Pieces(partly)
+    if len(pieces):
+        context.log(f"{kind}: {len(pieces)} pieces were measured before, the others follow")
+    found = measure(pieces)
     keep(found, file)
+    partly.unlink(missing_ok=True)
     return found
 
 

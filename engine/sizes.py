@@ -27,7 +27,7 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 OWN_INPUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "w2", "fc2", "dense_4h_to_h")
 NOT_PACKED = ("gpt2", "falcon")  # families whose linears no packed file can hold
 # Families whose decoder keeps a copy of the prompt's keys and values with room for the new ones.
-DECODED_BY_US = ("llama", "mistral", "qwen2", "qwen3")
+DECODED_BY_US = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
 
 def weight_bytes(parameters: int, bits: float) -> int:
@@ -166,7 +166,7 @@ class Holding:
 
     def after(self, params: Params) -> Holding:
         """What a step with these settings makes of it."""
-        shape = self.shape
+        shape, params = self.shape, params.on(self.shape, self.width)
         bits = dict(self.bits)
         names = shape.linears if shape.config.get("model_type") not in NOT_PACKED else {}
         for name, (outputs, inputs) in names.items():

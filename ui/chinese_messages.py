@@ -586,6 +586,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "this assistant is finished": "该助教已完成",
         "the teacher's {count} sequences: written now": "教师的 {count} 条序列：刚刚写成",
         "the teacher's {count} sequences: reused, it is not loaded": "教师的 {count} 条序列：复用，不加载教师",
+        "{said}: {count} pieces were measured before, the others follow": "{said}：先前已测量 {count} 项，继续其余部分",
         "{said}: measured before, now reused": "{said}：先前已测量，直接复用",
         "block {number}: {said_by} {cost}, removed": "第 {number} 层：{said_by} {cost}，已移除",
         "block {number}: {said_by} {cost}": "第 {number} 层：{said_by} {cost}",

@@ -99,11 +99,11 @@ def judge(
         about |= {"span": len(runs[0])}
         found = scores.measured(
             model, context, "losses without blocks", about,
-            lambda: list[JsonValue](influence.losses_without(model, rows, runs, context)),
+            lambda _: list[JsonValue](influence.losses_without(model, rows, runs, context)),
         )  # fmt: skip
         return cast(list[float], found)
     found = scores.measured(
-        model, context, "distances of blocks", about, lambda: asdict(influence.distances(model, rows, context))
+        model, context, "distances of blocks", about, lambda _: asdict(influence.distances(model, rows, context))
     )
     kept = influence.Distances(**cast(dict[str, list[list[float]]], found))
     table = kept.cosine if params.by == "influence" else kept.angle

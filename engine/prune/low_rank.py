@@ -160,7 +160,7 @@ def spectra(
     """The squared singular values of W S of each linear as a share of its output's energy, and its (out, in)."""
     about = params.model_dump(include={"samples", "sequence_length", "equal_tokens", "damping", "targets", "ignore"})
     found = scores.measured(
-        model, context, "singular values", {"version": VERSION, **about}, lambda: _spectra(model, params, context)
+        model, context, "singular values", {"version": VERSION, **about}, lambda _: _spectra(model, params, context)
     )
     named = cast(dict[str, tuple[int, int, list[float]]], found)
     values = {name: torch.tensor(shares, dtype=torch.float64) for name, (_, _, shares) in named.items()}

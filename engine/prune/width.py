@@ -141,7 +141,7 @@ def measure(model: LoadedModel, params: Params, context: Context) -> Importance:
         "version": VERSION, "samples": params.samples, "sequence_length": params.sequence_length,
     }  # fmt: skip
 
-    def look() -> JsonValue:
+    def look(_: scores.Pieces) -> JsonValue:
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
         return asdict(MEASURES[params.by](model, rows.to(model.device), context))

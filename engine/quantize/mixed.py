@@ -20,6 +20,7 @@ Steps 1 and 2 do not depend on the budget. They are kept, and another budget sta
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,14 +31,14 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from engine import scores
+from engine import scores, sizes
 from engine.calibration import BlockLinear, mirror, token_rows, walk_blocks
 from engine.errors import BadParams
-from engine.methods import Context, StoredBits
-from engine.models import LoadedModel
+from engine.headers import Shape
+from engine.methods import Context, StoredBits, Survey
+from engine.models import LoadedModel, blocks, linears
 from engine.quantize import gptq
 from engine.quantize._grid import SOLVED, Bits, GridParams, Range, round_to_nearest
-from engine.sizes import NOT_PACKED
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
@@ -50,6 +51,8 @@ HELD = (4, 8)  # bits of a code as kernels hold it
 PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
 PROBE_LOGITS = 1 << 26  # that are held of the original at most
+WEIGHED = 17  # bytes of a weight while an option is weighed: itself, its code, what it is off, and two products of that
+LOGIT = 10  # bytes of a logit as it is predicted: in 16 bit, in float32, and its logarithm
 CELLS = 4000
 VERSION = 3  # of what is kept; raise it when steps 1 or 2 change
 
@@ -72,13 +75,13 @@ class Params(gptq.SolverParams, Range):
         """Refuse linears that no group size divides, and a budget below the smallest options."""
         weights, least = 0, 0.0
         for name, (outputs, inputs) in linears.items():
-            sizes = [size for size in GROUP_SIZES if inputs % size == 0]
-            if not sizes:
+            fitting = [size for size in GROUP_SIZES if inputs % size == 0]
+            if not fitting:
                 raise BadParams(
                     f"groups of {', '.join(map(str, GROUP_SIZES))} do not divide the {inputs} inputs of {name}."
                 )
             weights += outputs * inputs
-            least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead(width) / max(sizes))
+            least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead(width) / max(fitting))
         if weights and least > self.budget_bits(weights, parameters, width) * weights:
             smallest = least / weights
             if self.unit != "bits":
@@ -91,15 +94,43 @@ class Params(gptq.SolverParams, Range):
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
         """Refuse a budget of the whole model for families whose linears no packed file can hold."""
         super().check_config(config)
-        if self.unit != "bits" and (kind := config.get("model_type")) in NOT_PACKED:
+        if self.unit != "bits" and (kind := config.get("model_type")) in sizes.NOT_PACKED:
             raise BadParams(
                 f"files hold the linears of {kind} as they are, so a budget of {UNITS[self.unit]} cannot be kept. Use "
                 "the unit bits: what is rounded is then simulated."
             )
 
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
-        """On average, where the budget says so: scales included; of a budget in MiB the model's size is not known."""
+        """On average, where the budget says so: scales included; of a budget in MiB the model must be known (`on`)."""
         return StoredBits(self.budget, 0) if self.unit == "bits" else None
+
+    def on(self, shape: Shape, width: int) -> Params:
+        """With the bits that the budget leaves each weight of this model."""
+        if self.unit == "bits":
+            return self
+        weights = sum(outputs * inputs for outputs, inputs in self._chosen(shape).values())
+        bits = self.budget_bits(weights, shape.parameters, 8 * width) if weights else 0.0
+        most = WIDTHS[-1] + self.overhead(8 * width) / GROUP_SIZES[0]
+        return _Known.model_validate(self.model_dump() | {"average": min(max(bits, 0.0), most)})
+
+    def survey(self, shape: Shape) -> Survey:
+        """Steps 1 and 2: calibration once more; each linear in each option; the model read with each one rounded."""
+        found = self._chosen(shape)
+        vocabulary = sizes.vocabulary_size(shape)
+        length, rows = probe_rows(self.sequence_length, vocabulary)
+        options = sum(
+            2.0 * len(WIDTHS) * sum(inputs % size == 0 for size in GROUP_SIZES) * outputs * inputs * inputs
+            for outputs, inputs in found.values()
+        )
+        calibration = 6.0 * self.samples * self.sequence_length * shape.parameters
+        reading = 2.0 * rows * length * shape.parameters * (1 + len(found))
+        largest = max((outputs * inputs for outputs, inputs in found.values()), default=0)
+        logits = length * vocabulary
+        return Survey(calibration + options + reading, WEIGHED * largest, (4 * rows + LOGIT) * logits)
+
+    def _chosen(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """The linears that are to be quantized."""
+        return {name: linear for name, linear in shape.linears.items() if self.selects(name)}
 
     def width(self, bits: Bits) -> int:
         """Bits of a code as the budget counts them."""
@@ -124,6 +155,15 @@ class Params(gptq.SolverParams, Range):
     def overhead(self, width: int) -> int:
         """Bits that a group of the smallest codes stores beside them: a scale of `width` bits and any zero point."""
         return width if self.symmetric else width + WIDTHS[0]
+
+
+class _Known(Params):
+    """The settings for a model that is known. average: bits of a weight, as the budget counts them."""
+
+    average: float
+
+    def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
+        return StoredBits(self.average, 0, self.average if self.unit == "memory" else None)
 
 
 @dataclass(frozen=True)
@@ -153,7 +193,9 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """
     model.load_all()
     candidates = from_json(
-        scores.measured(model, context, "mixed", about(params), lambda: as_json(measure(model, params, context)))
+        scores.measured(
+            model, context, "mixed", about(params), lambda kept: as_json(measure(model, params, context, kept))
+        )
     )
     candidates = [params.counted(candidate) for candidate in candidates]
     weights = sum(candidate.weights for candidate in candidates)
@@ -170,29 +212,30 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     return gptq.solve(model, params, context, grid_of)
 
 
-def measure(model: LoadedModel, params: Params, context: Context) -> list[Candidate]:
-    """Steps 1 and 2: every selected linear with the cost of each option."""
-    errors: dict[str, list[tuple[Bits, int, float, float]]] = {}
-    probes: dict[str, float] = {}
-    weights: dict[str, int] = {}
-    for block in walk_blocks(model, context, params, params.collect, keep_blocks=False):
-        for linear in block.linears:
-            context.check_cancelled()
-            found, probe = options_of(linear, params)
-            errors[linear.name], probes[linear.name] = found, probe
-            weights[linear.name] = linear.weight.numel()
-            linear.hessian = linear.sample = None
-    costs = probe_costs(model, params, context, list(errors))
-    return [
-        Candidate(
-            name,
-            weights[name],
-            tuple(
-                Option(bits, size, stored, costs[name] * error / probes[name]) for bits, size, stored, error in found
-            ),
-        )
-        for name, found in errors.items()
-    ]
+def measure(model: LoadedModel, params: Params, context: Context, kept: scores.Pieces) -> list[Candidate]:
+    """Steps 1 and 2: every selected linear with the cost of each option; what is `kept` is not measured again."""
+    prefix, modules = blocks(model.network)
+    named = [f"{prefix}.{number}.{path}" for number, module in enumerate(modules) for path, _ in linears(module)]
+    names = [name for name in named if params.selects(name)]
+    if not names or any(name not in kept for name in names):  # the walk says what is wrong where there are none
+        for block in walk_blocks(model, context, params, params.collect, keep_blocks=False, known=kept):
+            for linear in block.linears:
+                context.check_cancelled()
+                kept.of(linear.name, functools.partial(_weighed, linear, params))
+                linear.hessian = linear.sample = None
+    costs = probe_costs(model, params, context, names, kept)
+    found = []
+    for name in names:
+        weights, options, probe = cast(tuple[int, list[tuple[Bits, int, float, float]], float], kept[name])
+        each = [Option(bits, size, stored, costs[name] * error / probe) for bits, size, stored, error in options]
+        found.append(Candidate(name, weights, tuple(each)))
+    return found
+
+
+def _weighed(linear: BlockLinear, params: Params) -> JsonValue:
+    """How many weights a linear has, its options and the error of the probe, as they are kept."""
+    options, probe = options_of(linear, params)
+    return [linear.weight.numel(), [list(option) for option in options], probe]
 
 
 def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, int, float, float]], float]:
@@ -224,10 +267,11 @@ def _energy(weight: Tensor, moments: Tensor | None) -> float:
 
 
 @torch.inference_mode()
-def probe_costs(model: LoadedModel, params: Params, context: Context, names: Sequence[str]) -> dict[str, float]:
+def probe_costs(
+    model: LoadedModel, params: Params, context: Context, names: Sequence[str], kept: scores.Pieces
+) -> dict[str, float]:  # fmt: skip
     """Step 2: the KL (nats a token) of the model's predictions when one linear alone is rounded to `PROBE_BITS`."""
-    length = min(params.sequence_length, PROBE_LENGTH)
-    count = min(PROBE_ROWS, max(1, PROBE_LOGITS // (length * model.network.config.get_text_config().vocab_size)))
+    length, count = probe_rows(params.sequence_length, model.network.config.get_text_config().vocab_size)
     rows = token_rows(model.tokenizer, context.calibration, length, count).to(model.device)
 
     def predictions(row: Tensor) -> Tensor:
@@ -235,24 +279,34 @@ def probe_costs(model: LoadedModel, params: Params, context: Context, names: Seq
         return found
 
     reference = [predictions(row) for row in rows]  # one at a time, for a large vocabulary is a large tensor
-    found: dict[str, float] = {}
-    for number, name in enumerate(names):
-        context.check_cancelled()
+
+    def cost(name: str) -> float:
         linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
-        kept = linear.weight.clone()
-        size = next(size for size in GROUP_SIZES if kept.shape[1] % size == 0)
+        exact = linear.weight.clone()
+        size = next(size for size in GROUP_SIZES if exact.shape[1] % size == 0)
         grid = params.grid(PROBE_BITS, size)
-        linear.weight.copy_(round_to_nearest(kept, grid, name, kept.dtype, least=SOLVED).dequantize())
+        linear.weight.copy_(round_to_nearest(exact, grid, name, exact.dtype, least=SOLVED).dequantize())
         try:
             apart = [
                 float(kl_div(predictions(row), known, reduction="sum", log_target=True))
                 for row, known in zip(rows, reference, strict=True)
             ]
         finally:
-            linear.weight.copy_(kept)
-        found[name] = max(sum(apart) / (len(rows) * length), 1e-12)
+            linear.weight.copy_(exact)
+        return max(sum(apart) / (len(rows) * length), 1e-12)
+
+    found: dict[str, float] = {}
+    for number, name in enumerate(names):
+        context.check_cancelled()
+        found[name] = float(cast(float, kept.of(f"{name} rounded", functools.partial(cost, name))))
         context.progress(number + 1, len(names), "linears probed")
     return found
+
+
+def probe_rows(length: int, vocabulary: int) -> tuple[int, int]:
+    """Tokens of a row of step 2, and how many rows, for calibration sequences of that length."""
+    length = min(length, PROBE_LENGTH)
+    return length, min(PROBE_ROWS, max(1, PROBE_LOGITS // (length * max(1, vocabulary))))
 
 
 def choose(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:

@@ -8,7 +8,8 @@ one block at a time, the weights are trained so that the rounded block gives wha
     min |block(x; Q(W)) - block(x; W0)|²
 
 with the gradient passed straight through the rounding. Only one block's weights and gradients are in memory, and no
-labels are needed, only the calibration text. A block keeps its weights where training did not help.
+labels are needed, only the calibration text; what the original gave stands in files where it is much. A block keeps its
+weights where training did not help.
 
 Products of grouped weights with 8-bit inputs have no kernel of their own here: the inputs are rounded, then the 4-bit
 kernels compute.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from engine.calibration import Block
+from engine.flow import Batches, States
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import InputGrid
@@ -66,20 +68,25 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
 def distill(block: Block, params: Params, context: Context) -> tuple[float, float]:
     """Train the block's weights in place; the relative squared distance to its original before and after."""
-    student = _Student(block, params)
-    targets = [student.original(number) for number in range(len(block.batches))]
-    before = student.distance(targets)
-    optimizer = torch.optim.Adam(student.weights.values(), lr=params.learning_rate)
-    for step in range(params.distill_steps):
-        context.check_cancelled()
-        number = step % len(targets)
-        with torch.enable_grad():
-            loss = student.loss(number, targets[number])
-            loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        context.sample("loss", float(loss.detach()), "1")
-    after = student.distance(targets)
+    assert isinstance(block.batches, Batches)
+    student, targets = _Student(block, params), block.batches.states.like("targets")
+    try:
+        for number in range(len(targets)):
+            targets[number] = student.original(number)
+        before = student.distance(targets)
+        optimizer = torch.optim.Adam(student.weights.values(), lr=params.learning_rate)
+        for step in range(params.distill_steps):
+            context.check_cancelled()
+            number = step % len(targets)
+            with torch.enable_grad():
+                loss = student.loss(number, targets[number])
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            context.sample("loss", float(loss.detach()), "1")
+        after = student.distance(targets)
+    finally:
+        targets.close()
     if after < before:
         student.keep()
     return before, min(before, after)
@@ -117,10 +124,11 @@ class _Student:
         residual = target.float() - self._block.batches[number][0].float()
         return (output - target.float()).square().mean() / residual.square().mean().clamp(min=1e-12)
 
-    def distance(self, targets: list[Tensor]) -> float:
+    def distance(self, targets: States) -> float:
         """The mean loss over all batches."""
+        count = len(targets)
         with torch.no_grad():
-            return sum(float(self.loss(number, target)) for number, target in enumerate(targets)) / len(targets)
+            return sum(float(self.loss(number, targets[number])) for number in range(count)) / count
 
     def keep(self) -> None:
         """Give the block the weights that were learned."""

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FAMILIES = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
+)  # fmt: skip
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the ones that do not change with the length
 
 
@@ -27,17 +30,22 @@ class LeanDecoder:
     """
 
     @staticmethod
-    def supports(network: PreTrainedModel) -> bool:
-        """Whether the network is built of exactly the parts that `step` computes."""
+    def supports(network: PreTrainedModel, tokens: int) -> bool:
+        """Whether the network is built of exactly the parts that `step` computes, for sequences of `tokens` at most.
+
+        Within a sliding window attention is that to all tokens.
+        """
         config = network.config
+        window = getattr(config, "sliding_window", None)
         rope = getattr(getattr(network.base_model, "rotary_emb", None), "rope_type", None)
         return (
             type(network).__name__ in FAMILIES
             and type(network).__module__.startswith("transformers.models.")
             and config.hidden_act == "silu"
             and rope in ROPE_TYPES
-            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-            and getattr(config, "sliding_window", None) is None
+            and (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) == 1.0
+            and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
+            and (window is None or tokens < window)
         )
 
     @torch.inference_mode()
@@ -96,7 +104,8 @@ class LeanDecoder:
             q, k = both.narrow(1, 0, heads), both.narrow(1, heads, shared)
             both = torch.cat((block.head_norms[0](q), block.head_norms[1](k)), dim=1)
         both = both.to(keys.dtype)
-        both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
+        if block.rotates:
+            both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin)
         end = self._length
         keys.select(2, end - 1).copy_(both.narrow(1, heads, shared))
         values.select(2, end - 1).copy_(q_k_v.narrow(1, heads + shared, shared))
@@ -125,13 +134,15 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Side:
-    """Linears side by side that read the same input: one product where their weights can be joined."""
+    """Linears side by side that read the same input: one product where their weights are, or can be, joined."""
 
     parts: tuple[nn.Module, ...]
     joined: nn.Module | None
 
     @classmethod
     def of(cls, parts: list[nn.Module]) -> _Side:
+        if len(parts) == 1:
+            return cls(tuple(parts), parts[0])
         kinds = {type(part) for part in parts}
         join = getattr(kinds.pop(), "joined", None) if len(kinds) == 1 else None  # packed linears can
         return cls(tuple(parts), join(parts) if join is not None else None)
@@ -146,7 +157,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Block:
-    """The parts of one decoder block, looked up once."""
+    """The parts of one decoder block, looked up once; in some (of SmolLM3) queries and keys do not rotate."""
 
     before_attention: _Norm
     q_k_v: _Side
@@ -156,6 +167,7 @@ class _Block:
     down: nn.Module
     head_norms: tuple[_Norm, _Norm] | None
     scale: float
+    rotates: bool
 
     def linears(self) -> tuple[nn.Module, ...]:
         """All products of the block."""
@@ -166,14 +178,21 @@ class _Block:
         part = layer.get_submodule
         attention = part("self_attn")
         normed = hasattr(attention, "q_norm")
+        q_k_v = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]  # Phi-3 has it whole
+        gate_up = ["gate_up_proj"] if hasattr(part("mlp"), "gate_up_proj") else ["gate_proj", "up_proj"]
         return cls(
             _Norm.of(part("input_layernorm")),
-            _Side.of([part(f"self_attn.{name}_proj") for name in "qkv"]), part("self_attn.o_proj"),
+            _Side.of([part(f"self_attn.{name}") for name in q_k_v]), part("self_attn.o_proj"),
             _Norm.of(part("post_attention_layernorm")),
-            _Side.of([part("mlp.gate_proj"), part("mlp.up_proj")]), part("mlp.down_proj"),
+            _Side.of([part(f"mlp.{name}") for name in gate_up]), part("mlp.down_proj"),
             (_Norm.of(part("self_attn.q_norm")), _Norm.of(part("self_attn.k_norm"))) if normed else None,
-            float(vars(attention)["scaling"]),
+            float(vars(attention)["scaling"]), rotates(attention),
         )  # fmt: skip
+
+
+def rotates(attention: nn.Module) -> bool:
+    """Whether a block's queries and keys turn with their positions."""
+    return bool(vars(attention).get("use_rope", True))
 
 
 def with_room(states: Tensor, length: int, room: int, dtype: torch.dtype) -> Tensor:

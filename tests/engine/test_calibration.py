@@ -50,6 +50,18 @@ def test_replayed_blocks_give_what_the_model_gives(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_states_that_go_to_files_do_so_as_they_come(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow_module, "HELD", 0)
+    written: list[int] = []
+    embeddings = tiny.network.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda *_: written.append(len(list(tmp_path.rglob("*.safetensors")))))
+    flow = capture(tiny, torch.full((3, 8), 5).split(1), tmp_path)
+    assert written == [0, 1, 2]
+    assert not any(isinstance(each, torch.Tensor) for each in flow.states._held)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_later_blocks_see_what_was_done_to_earlier_ones(family: str, context: Context) -> None:
     model = in_memory(FAMILIES[family], torch.float32)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from engine import fit, methods, sizes, ways
+from engine import fit, methods, pace, sizes, ways
 from engine.fit import Estimate, Machine, Need
 from engine.headers import Shape
 from engine.pace import Rates
@@ -164,6 +164,61 @@ def test_a_hessian_for_each_input_that_is_read() -> None:
     assert norms.parts["calibration"] == states + 8 * (14336 + 3 * 4096)
     many = step(estimate(few, {"prune/wanda": {"samples": 4096, "sequence_length": 512}}))
     assert many.parts["calibration"] == (1 << 30) + 8 * (14336 + 3 * 4096)  # more stand in a file
+
+
+def test_a_model_that_is_whole_in_memory_keeps_the_codes_of_all_its_blocks() -> None:
+    linears, block = sum(a * b for a, b in LARGE.linears.values()), LARGE.parts["model.layers.0"]
+    learned = {"distill/logits": {"student": "current", "steps": 1, "batch": 1}}
+    for *earlier, last in (["prune/l1", "quantize/gptq"], [learned, "quantize/gptq"], ["quantize/mixed"]):
+        need = [n for n in estimate(LARGE, *earlier, last).needs if n.situation == "compress"][-1]
+        together = need.parts["weights"] + need.parts["codes"]
+        # While the last block is observed all weights and the codes before it; of its last linear what was put aside.
+        assert 2 * (LARGE.parameters - block) + linears < together < 2 * LARGE.parameters + linears + block
+    streamed = step(estimate(LARGE, "quantize/gptq")).parts
+    assert streamed.get("weights", 0) + streamed.get("codes", 0) < 4 * block
+
+
+@pytest.mark.parametrize("unit", ["mib", "memory"])
+def test_a_budget_of_the_whole_model_is_what_it_will_take(unit: str) -> None:
+    shape = llama(8, 256, 512, words=4000)
+    linears = sum(a * b for a, b in shape.linears.values())
+    budget = (5.5 * linears / 8 + 2 * (shape.parameters - linears)) / fit.MiB
+    params = methods.get("quantize/mixed").check({"budget": budget, "unit": unit})
+    after = Holding(shape, 2).after(params)
+    assert after.file_bytes() == pytest.approx(budget * fit.MiB)
+    held = after.packed() if unit == "memory" else after.packed() - linears * (8 - 5.5) / 8  # kernels hold 5 bits in 8
+    assert held == pytest.approx(budget * fit.MiB)
+    found = estimate(shape, {"quantize/mixed": {"budget": budget, "unit": unit}})
+    assert found.serving.parts["weights"] == after.packed()
+    assert step(found).parts["codes"] > linears
+    large = methods.get("quantize/mixed").check({"budget": 1e6, "unit": unit})
+    assert Holding(shape, 2).after(large).file_bytes() < 8.6 * linears / 8 + 2 * (shape.parameters - linears)
+
+
+def test_what_is_measured_first_takes_its_time_and_memory() -> None:
+    shape = llama(2, 256, 512, words=50_000)
+    params = methods.get("quantize/mixed").check({"samples": 16, "sequence_length": 128, "targets": "*.o_proj"})
+    survey = params.survey(shape)
+    assert survey is not None
+    calibration, read = 6 * 16 * 128 * shape.parameters, 2 * 8 * 128 * shape.parameters
+    options = 2 * 6 * 3 * 256**3  # of a linear: the error of 6 widths with 3 group sizes
+    assert survey.operations == calibration + 3 * read + 2 * options  # read as it is, and with each of two rounded
+    again = methods.get("quantize/gptq").check({"samples": 16, "sequence_length": 128, "targets": "*.o_proj"})
+    seconds = [pace.step_seconds(Holding(shape, 2), each, Rates()) for each in (params, again)]
+    assert seconds[0] - seconds[1] == pytest.approx(survey.operations / Rates().arithmetic)
+    need = step(estimate(shape, {"quantize/mixed": {"samples": 1, "sequence_length": 128}}))
+    assert need.parts["activations"] == (8 * 4 + 10) * 128 * 50_000  # logits that are kept, and those at work
+
+
+def test_a_block_that_learns_stands_in_float32_beside_itself_with_what_it_gave() -> None:
+    body = {"distill_steps": 5, "samples": 512, "sequence_length": 2048}
+    found = step(estimate(LARGE, {"quantize/zeroquant": body})).parts
+    block = max(size for name, size in LARGE.parts.items() if name.endswith(".0"))
+    assert found["weights"] == 2 * block + 4 * block + 2 * block  # as it is, as it learns, as it is rounded
+    assert (found["gradients"], found["optimizer"]) == (4 * block, 8 * block)
+    assert found["calibration"] == 2 * fit.HELD  # what enters the block, and what it gave; more stands in files
+    few = step(estimate(LARGE, {"quantize/zeroquant": body | {"samples": 1}})).parts
+    assert few["calibration"] == 2 * 2048 * 4096 * 2
 
 
 def test_training_holds_weights_gradients_and_two_moments_in_float32() -> None:

@@ -13,9 +13,11 @@ from transformers import (
     GPTNeoXConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from engine.generate import allowed, decode, end_tokens, generate, score
@@ -34,12 +36,21 @@ LEAN: dict[str, PretrainedConfig] = {
     "llama without groups": tiny_config(num_key_value_heads=4),
     "llama3 rope": tiny_config(rope_parameters=LLAMA3),
     "mistral": MistralConfig(**GROUPED, sliding_window=None),
+    "mistral within its window": MistralConfig(**GROUPED, sliding_window=32),
+    "qwen2 within its window": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=32, max_window_layers=1),
+    "phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=64),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=32),
+    "smollm3": SmolLM3Config(**GROUPED, pad_token_id=0, no_rope_layers=[1, 0]),
 }
 OTHERS: dict[str, PretrainedConfig] = {
     "sliding mistral": MistralConfig(**GROUPED, sliding_window=8),
     "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    "phi3 that turns in part": Phi3Config(
+        **GROUPED,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    ),
     "gelu llama": tiny_config(hidden_act="gelu"),
     "gemma": GemmaConfig(**GROUPED, head_dim=16),
     "neox": GPTNeoXConfig(**SMALL, intermediate_size=128),
@@ -92,6 +103,16 @@ def test_the_lean_decoder_is_taken_where_it_is_right_and_nowhere_else(
     model = make((LEAN | OTHERS)[name])
     list(generate(model, PROMPT, max_new_tokens=5))
     assert len(used) == (5 if name in LEAN else 0)  # one that is checked, four that count
+
+
+@pytest.mark.parametrize(("window", "taken"), [(13, True), (12, False), (7, False)])
+def test_a_window_that_all_tokens_are_in_is_none(window: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    step = LeanDecoder.step
+    monkeypatch.setattr(LeanDecoder, "step", lambda self, ids: used.append(1) or step(self, ids))
+    model = make(MistralConfig(**GROUPED, sliding_window=window))
+    assert [found.token_id for found in generate(model, PROMPT, max_new_tokens=5)] == by_transformers(model, 5)[0]
+    assert bool(used) == taken
 
 
 def test_a_lean_decoder_that_disagrees_is_dropped(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from engine.runtime.lean import with_room
+from engine.runtime.lean import rotates, with_room
 from engine.runtime.linear import Int8Linear
 from engine.runtime.native.library import Block, Matrix, library
 from engine.runtime.native.linear import NativeLinear, multiply
@@ -64,6 +64,8 @@ class NativeDecoder:
         self._attended = torch.empty(batch, block.heads, block.size, dtype=torch.bfloat16)
         cos, sin = body.get_submodule("rotary_emb")(torch.empty(0), torch.arange(self._room)[None])  # (1, room, size)
         self._cos, self._sin = (table[0, :, : block.size // 2].contiguous() for table in (cos, sin))
+        self._still = torch.ones_like(self._cos[0]), torch.zeros_like(self._sin[0])  # no rotation, as one
+        self._rotates = [rotates(layer.get_submodule("self_attn")) for layer in layers]
 
     @property
     def cache_bytes(self) -> int:
@@ -84,10 +86,10 @@ class NativeDecoder:
         x = self._embed(ids[:, 0]).contiguous()  # (B, hidden)
         batch, threads, kernels = x.shape[0], torch.get_num_threads(), self._kernels
         here, q_k_v, attended = x.data_ptr(), self._q_k_v.data_ptr(), self._attended.data_ptr()
-        cos, sin = self._cos[at].data_ptr(), self._sin[at].data_ptr()
-        for block, (keys, values) in zip(self._blocks, self._states, strict=True):
+        turned, still = ([t.data_ptr() for t in pair] for pair in ((self._cos[at], self._sin[at]), self._still))
+        for block, turns, (keys, values) in zip(self._blocks, self._rotates, self._states, strict=True):
             pointer = ctypes.byref(block)
-            kernels.maquette_project(pointer, here, batch, cos, sin, q_k_v, threads)
+            kernels.maquette_project(pointer, here, batch, *(turned if turns else still), q_k_v, threads)
             kernels.maquette_attend(
                 q_k_v, keys.data_ptr(), values.data_ptr(), batch, block.heads, block.shared, block.size, self._room, at,
                 self._scale, attended, threads,
@@ -120,7 +122,8 @@ def _block(layer: nn.Module, network: PreTrainedModel) -> Block:
 
 def _matrices(layer: nn.Module) -> list[Matrix] | None:
     """The block's `LINEARS`; None where one of them is nothing for our kernels."""
-    found = [matrix for name in LINEARS if (matrix := _matrix(layer.get_submodule(name))) is not None]
+    parts = dict(layer.named_modules())
+    found = [matrix for name in LINEARS if name in parts and (matrix := _matrix(parts[name])) is not None]
     return found if len(found) == len(LINEARS) else None
 
 

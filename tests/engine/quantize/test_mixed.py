@@ -1,12 +1,14 @@
 """Mixed precision: the knapsack against trying everything, the budget kept, the measurement reused."""
 
 import contextlib
+import dataclasses
 import itertools
 import random
 
 import pytest
 import torch
 
+from engine import scores
 from engine.calibration import BlockLinear
 from engine.errors import BadParams
 from engine.methods import Context
@@ -81,6 +83,42 @@ def test_the_measurement_is_kept_for_other_budgets(
     mixed.apply(again, mixed.Params.model_validate(SMALL | {"budget": 5.0}), other)
     assert any("measured before" in line for line in recorder.logs())
     assert sum(w.bits for w in again.quantized.values()) > sum(w.bits for w in tiny.quantized.values())
+
+
+@pytest.mark.parametrize(("part", "each"), [("options_of", 1), ("kl_div", 8)])
+def test_a_measuring_that_was_killed_goes_on_where_it_was(
+    part: str, each: int, context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = mixed.Params.model_validate(SMALL | {"budget": 3.0})
+    right = getattr(mixed, part)
+    most, done = 4 * each, list[object]()
+
+    def counted(*given: object, **named: object) -> object:
+        if len(done) == most:
+            raise KeyboardInterrupt
+        done.append(given)
+        return right(*given, **named)
+
+    def measured(cache: str) -> list[Candidate]:
+        there = dataclasses.replace(context, cache=context.cache / cache)
+        return mixed.from_json(
+            scores.measured(
+                in_memory(tiny_config()), there, "mixed", {},
+                lambda kept: mixed.as_json(mixed.measure(in_memory(tiny_config()), params, there, kept)),
+            )
+        )  # fmt: skip
+
+    whole = measured("whole")
+    monkeypatch.setattr(mixed, part, counted)
+    with pytest.raises(KeyboardInterrupt):
+        measured("cut")
+    (pieces,) = (context.cache / "cut").glob("*.pieces")
+    pieces.write_text(pieces.read_text() + '\n{"torn')
+    most, done = 1000, []
+    assert measured("cut") == whole
+    assert len(done) == each * (len(whole) - 4)
+    assert any("pieces were measured before" in line for line in recorder.logs())
+    assert not list((context.cache / "cut").glob("*.pieces"))
 
 
 @pytest.mark.parametrize(

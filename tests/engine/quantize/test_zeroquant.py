@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import artifacts, runtime
+from engine import artifacts, flow, runtime
 from engine.calibration import walk_blocks
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize import zeroquant
 from engine.quantize.zeroquant import Params
 from engine.records import Recipe
-from tests.conftest import in_memory
+from tests.conftest import in_memory, tiny_config
 from tests.engine.quantize.test_smoothquant import apart, logits
 from tests.families import FAMILIES
 
@@ -52,3 +52,24 @@ def test_weights_stay_where_training_does_not_help(tiny: LoadedModel, context: C
     assert after == before
     for linear, weight in zip(block.linears, weights, strict=True):
         torch.testing.assert_close(linear.weight, weight, rtol=0, atol=0)
+
+
+def test_what_the_original_gave_stands_in_files_where_it_is_much(
+    tiny: LoadedModel, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = Params.model_validate(SMALL | {"bits": 2, "distill_steps": 4})
+    distances, files = [], []
+    original = zeroquant._Student.distance
+
+    def distance(student: zeroquant._Student, targets: flow.States) -> float:
+        files.append(len(list(context.folder.rglob("targets/*.safetensors"))))
+        return original(student, targets)
+
+    monkeypatch.setattr(zeroquant._Student, "distance", distance)
+    for held in (flow.HELD, 0):
+        monkeypatch.setattr(flow, "HELD", held)
+        distances.append(zeroquant.distill(next(walk_blocks(tiny, context, params, "norm")), params, context)[0])
+        tiny = in_memory(tiny_config())
+    assert distances[0] == distances[1]
+    assert files == [0, 0, 1, 1]
+    assert not list(context.folder.rglob("targets/*"))
