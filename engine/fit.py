@@ -225,11 +225,11 @@ def _calibrating(
     active = _at_once(params) * (12 * inputs[0] + 4 * held.width * hidden)
     if str(getattr(params, "collect", "norm")) not in STATISTICS:
         return [{**rounding, "calibration": states + 8 * sum(inputs), "activations": active}]
-    largest = max(_linear_sizes(shape), default=0)
+    largest = _largest(shape)
     # Of the weights solved at a time what was missed; the codes of all, twice; three pieces of the factor.
     solver = rounding["solver"] + 4 * min(SOLVED, largest) + 2 * largest + 12 * SPAN * inputs[0]
     last = {**rounding, "calibration": states + 4 * inputs[0] ** 2, "solver": solver}
-    if params.stored_bits(1024, 1024) is not None and not experts(shape.config):
+    if rounding["codes"] and not experts(shape.config):
         last["weights"] -= held.width * (held.parts()[0] - largest)  # the block's others are put aside by then
     gathered = states + 4 * sum(size * size for size in inputs)
     return [{**observing, "calibration": gathered, "activations": active}, last]
@@ -243,7 +243,7 @@ def _distilling(held: Holding, params: Calibrated, observing: dict[str, int]) ->
         **observing, "weights": observing["weights"] + (4 + held.width) * largest, "gradients": 4 * largest,
         "optimizer": 8 * largest, "calibration": 2 * _states(held, params),
         "activations": _at_once(params) * (_remembered(held, params.sequence_length) + held.width * read),
-        "solver": ROUNDED_STRAIGHT * max(_linear_sizes(held.shape), default=0),
+        "solver": ROUNDED_STRAIGHT * _largest(held.shape),
     }  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def _differentiating(held: Holding, params: Calibrated) -> dict[str, int]:
     """
     config = held.shape.config
     hidden, vocabulary = sizes.hidden_size(config), sizes.vocabulary_size(held.shape)
-    each = sizes.blocks_of(config) * (60 * hidden + 16 * _widest(held)) + 12 * vocabulary
+    each = sizes.blocks_of(config) * (60 * hidden + 16 * _widest(held.shape)) + 12 * vocabulary
     weights = 4 * held.shape.parameters
     return _parts(
         weights=weights, gradients=weights, activations=_at_once(params) * each, runtime=RUNTIME + LEARNING
@@ -267,12 +267,6 @@ def _at_once(params: Calibrated) -> int:
     return min(params.samples * params.sequence_length, FLOW_TOKENS, FLOW_ROWS * params.sequence_length)
 
 
-def _widest(held: Holding) -> int:
-    """Numbers of the widest input of a block's linears."""
-    hidden = sizes.hidden_size(held.shape.config)
-    return max((inputs for _, inputs in sizes.first_block(held.shape)), default=4 * hidden)
-
-
 def _states(held: Holding, params: Calibrated) -> int:
     """The hidden states of all sequences; what is more stands in a file."""
     tokens = params.samples * params.sequence_length
@@ -281,13 +275,23 @@ def _states(held: Holding, params: Calibrated) -> int:
 
 def _rounding(shape: Shape, params: Params) -> int:
     """Copies of as many weights as are rounded, and looked at for the audit, at a time: all that share one scale."""
-    largest = max(_linear_sizes(shape), default=0)
+    largest = _largest(shape)
     whole = TOGETHER * largest if getattr(params, "granularity", "") == "tensor" else 0
     return whole + ROUNDED * min(STRETCH, largest)
 
 
 def _linear_sizes(shape: Shape) -> list[int]:
     return [outputs * inputs for outputs, inputs in shape.linears.values()]
+
+
+def _largest(shape: Shape) -> int:
+    """Weights of the largest linear."""
+    return max(_linear_sizes(shape), default=0)
+
+
+def _widest(shape: Shape) -> int:
+    """Inputs of the widest linear of a block."""
+    return max((inputs for _, inputs in sizes.first_block(shape)), default=4 * sizes.hidden_size(shape.config))
 
 
 def _training(held: Holding, method: Method, params: Params, first: Holding) -> list[Need]:
@@ -331,7 +335,7 @@ def _remembered(held: Holding, length: int) -> int:
     """What the backward pass needs of the forward one: of a token of rows of that length its states in a block."""
     config = held.shape.config
     maps = sizes.query_heads(config) * length * 8 if length <= 256 else 0  # attention of short rows is written out
-    return 24 * sizes.hidden_size(config) + 12 * _widest(held) + maps
+    return 24 * sizes.hidden_size(config) + 12 * _widest(held.shape) + maps
 
 
 def _adapters(shape: Shape, rank: int, scope: str) -> int:
@@ -378,7 +382,7 @@ def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need
     both = original is not None and bool(wanted & {"accuracy", "divergence", "outputs"})
     tokens = LOGIT_TOKENS if "accuracy" in wanted else min(LOGIT_TOKENS, share(parameters, DOCUMENTS) * DOCUMENT_TOKENS)
     reads = bool(wanted & {"perplexity", "accuracy", "divergence"})
-    forward = width * (3 * _widest(held) + 4 * sizes.hidden_size(held.shape.config))
+    forward = width * (3 * _widest(held.shape) + 4 * sizes.hidden_size(held.shape.config))
     logits = (PAIR if both and "divergence" in wanted else LOGITS) * vocabulary
     active = max(tokens * (logits + forward) if reads else 0, MOVED * held.largest)
     return Need("measure", _parts(
@@ -396,11 +400,10 @@ def serving(held: Holding, batch: int, tokens: int) -> Need:
     """A warm process that writes for `batch` sequences of `tokens` tokens."""
     config = held.shape.config
     copies = sizes.cache_copies(config, held.grid)
-    wide = max((inputs for _, inputs in sizes.first_block(held.shape)), default=sizes.hidden_size(config))
-    active = batch * (min(tokens, 512) * 4 * wide * held.width + 12 * sizes.vocabulary_size(held.shape))
+    active = batch * (min(tokens, 512) * 4 * _widest(held.shape) * held.width + 12 * sizes.vocabulary_size(held.shape))
     loading = LOOKED_AT * held.largest
     if held.bits:
-        loading = PLACED * held.largest + UNPACKED * max(_linear_sizes(held.shape), default=0)
+        loading = PLACED * held.largest + UNPACKED * _largest(held.shape)
     active = max(active, loading)  # what loading took, the process keeps for what comes
     return Need("serve", _parts(
         weights=held.packed(), kv_cache=copies * sizes.cache_bytes(config, held.grid, held.width, batch, tokens),

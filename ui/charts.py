@@ -145,27 +145,30 @@ def accuracy(runs: Sequence[Named]) -> Chart:
 
 
 def latency(runs: Sequence[Named]) -> Chart:
-    """Where the times lie: median, 95th and 99th percentile of the first token and of each further one."""
+    """Where the times lie: median, 95th and 99th percentile of the first token and of each further one; by kernels."""
     keys = ("latency.ttft", "latency.tpot")
     caption = say("chart.latency")
-    spans = [(label, key, _percentiles(m[key])) for label, m in runs for key in keys if key in m]
+    spans = [(label, m[key], _percentiles(m[key])) for label, m in runs for key in keys if key in m]
     if not spans:
         return Chart(None, caption)
     labels = list(dict.fromkeys(label for label, _, _ in spans))
     figure = empty_figure(say("axis.ms"), "")
-    for label, key, (p50, p95, p99) in spans:
+    for label, found, (p50, p95, p99) in spans:
         index = labels.index(label)
-        row = f"{say('short.' + key)} · {label}"
+        row = f"{say('short.' + found.name)} · {label}"
         figure.add_scatter(
             x=[1e3 * p for p in (p50, p95, p99)], y=[row] * 3, mode="lines+markers", showlegend=False, name=label,
             line={"color": colour(index), "width": 3},
             marker={"size": [13, 9, 9], "symbol": ["circle", "line-ns-open", "x-thin-open"], "line": {"width": 2}},
-            hovertemplate="%{x:.3g} ms<extra>%{y}</extra>",
+            text=[_kernel(found)] * 3, hovertemplate="%{x:.3g} ms<br>%{text}<extra>%{y}</extra>",
         )  # fmt: skip
     figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
-    rows = tuple((label, wording.name(key), *(wording.duration(p) for p in points)) for label, key, points in spans)
-    return Chart(figure, caption, (say("run"), say("measurement"), "p50", "p95", "p99"), rows)
+    rows = tuple(
+        (label, wording.name(found.name), *(wording.duration(p) for p in points), _kernel(found))
+        for label, found, points in spans
+    )
+    return Chart(figure, caption, (say("run"), say("measurement"), "p50", "p95", "p99", say("chart.kernel")), rows)
 
 
 def memory(runs: Sequence[Named]) -> Chart:
@@ -219,7 +222,9 @@ def _step(measurement: Measurement) -> str:
 
 
 def _kernel(measurement: Measurement) -> str:
-    return translate_list(str(measurement.details.get("kernels", "–"))[:120])
+    """Which kernels computed."""
+    known = measurement.details
+    return translate_list(str(known.get("kernels", known.get("kernel", "–")))[:120])
 
 
 def _rows(runs: Iterable[Named], keys: Sequence[str]) -> tuple[tuple[str, ...], ...]:

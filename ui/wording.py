@@ -215,7 +215,7 @@ def better(a: Measurement, b: Measurement) -> int:
 
 def verdict(a: Measured, b: Measured) -> str:
     """One sentence: what became smaller and faster from A to B, and what it cost."""
-    gains = [part for part in (_smaller(a, b), _faster(a, b), _memory(a, b)) if part]
+    gains = [part for part in (_smaller(a, b), _faster(a, b), _later(a, b), _crowded(a, b), _memory(a, b)) if part]
     costs = [part for part in (_perplexity(a, b), _accuracy(a, b), _flips(a, b)) if part]
     if not gains + costs:
         return say("verdict.unknown")
@@ -244,6 +244,31 @@ def _faster(a: Measured, b: Measured) -> str:
     if 0.95 <= pair[1].value / pair[0].value <= 1.05 or (pair[0].error and not better(*pair)):
         return say("verdict.same_speed")
     return difference(*pair)
+
+
+def _later(a: Measured, b: Measured) -> str:
+    """That the first token comes later, where it does: packed weights save reading, and prefill computes."""
+    slower = _slowdown("latency.ttft", a, b)
+    return say("verdict.first_slower", ratio=slower[1]) if slower else ""
+
+
+def _crowded(a: Measured, b: Measured) -> str:
+    """That many texts at a time are written slower, at the batch size where most so."""
+    batches = [int(key.removeprefix("throughput.b")) for key in a if re.fullmatch(r"throughput\.b\d{1,4}", key)]
+    found = [(slower, batch) for batch in batches if batch > 1 and (slower := _slowdown(f"throughput.b{batch}", a, b))]
+    if not found:
+        return ""
+    (_, text), batch = max(found)
+    return say("verdict.batch_slower", ratio=text, batch=batch)
+
+
+def _slowdown(key: str, a: Measured, b: Measured) -> tuple[float, str] | None:
+    """How many times B is slower than A, as a number and in words, where that is more than noise."""
+    pair = _pair(key, a, b)
+    if pair is None or 0.95 <= pair[1].value / pair[0].value <= 1.05 or better(*pair) >= 0:
+        return None
+    values = sorted(each.value for each in pair)
+    return values[1] / values[0], ratio(*values)
 
 
 def _memory(a: Measured, b: Measured) -> str:

@@ -41,6 +41,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         # verdict
         "verdict.unknown": "Nothing that both have measured can be compared yet.",
         "verdict.same_size": "same size", "verdict.same_speed": "same speed",
+        "verdict.first_slower": "first token {ratio} slower", "verdict.batch_slower": "{ratio} slower at batch {batch}",
         "verdict.less_memory": "{ratio} less memory", "verdict.more_memory": "{ratio} more memory",
         "verdict.perplexity": "perplexity {change}", "verdict.accuracy": "accuracy {change}",
         "verdict.flips": "{count} of {total} answers flipped", "verdict.flips_share": "{share} of answers flipped",

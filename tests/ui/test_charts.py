@@ -73,7 +73,16 @@ def test_each_chart_has_its_numbers_as_a_table_and_stands_empty_without(draw: ob
 
 def test_latency_shows_the_percentiles_that_were_measured() -> None:
     rows = charts.latency(runs()[:1]).rows
-    assert rows[1] == ("original", "Time per token", "2.00 ms", "2.60 ms", "4.00 ms")
+    assert rows[1] == ("original", "Time per token", "2.00 ms", "2.60 ms", "4.00 ms", "dense bfloat16")
+
+
+def test_latency_says_which_kernels_computed() -> None:
+    chart = charts.latency(runs())
+    assert (chart.headers[-1], [row[-1] for row in chart.rows[2:4]]) == ("Kernels", ["int4pack", "int4pack"])
+    assert chart.figure is not None
+    drawn = json.loads(chart.figure.to_json())["data"]
+    assert [trace["text"][0] for trace in drawn[:3]] == ["dense bfloat16", "dense bfloat16", "int4pack"]
+    assert all("%{text}" in trace["hovertemplate"] for trace in drawn)
 
 
 def test_no_chart_asks_another_host_or_webgl() -> None:

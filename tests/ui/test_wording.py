@@ -9,7 +9,7 @@ import pytest
 
 from engine.records import Measurement, Model, Run
 from tests.ui import fakes
-from ui import wording
+from ui import language, wording
 from ui.words import ENGLISH
 
 UI = Path(__file__).parents[2] / "ui"
@@ -46,6 +46,30 @@ def test_the_verdict_claims_no_speed_within_the_error() -> None:
     a = Measurement(name="latency.tpot", value=0.010, error=0.001, unit="s", higher_is_better=False)
     b = a.model_copy(update={"value": 0.009})
     assert wording.verdict({"latency.tpot": a}, {"latency.tpot": b}) == "Same speed."
+
+
+@pytest.mark.parametrize(
+    ("code", "same", "said"),
+    [
+        ("en", "Same speed.", "Same speed, first token 1.5× slower, 1.6× slower at batch 16."),
+        ("zh-CN", "速度相同。", "速度相同，首词变慢 1.5×，批大小 16 时变慢 1.6×。"),
+    ],
+)
+def test_the_verdict_says_where_packed_is_slower(code: str, same: str, said: str) -> None:
+    def taken(ttft: float, b1: float, b8: float, b16: float) -> dict[str, Measurement]:
+        rates = {"throughput.b1": b1, "throughput.b8": b8, "throughput.b16": b16}
+        return named([
+            Measurement(name="latency.ttft", value=ttft, error=0.001, unit="s", higher_is_better=False),
+            Measurement(name="latency.tpot", value=0.01, error=0.001, unit="s", higher_is_better=False),
+            *(Measurement(name=key, value=rate, error=2.0, unit="1/s", higher_is_better=True)
+              for key, rate in rates.items()),
+        ])  # fmt: skip
+
+    dense = taken(0.1, 50, 400, 800)
+    with language.use(code):
+        assert wording.verdict(dense, taken(0.15, 30, 300, 500)) == said
+        assert wording.verdict(dense, taken(0.102, 60, 398, 796)) == same  # within the noise
+        assert wording.verdict(taken(0.15, 50, 300, 500), dense) == same  # faster
 
 
 def test_throughput_is_in_tokens() -> None:
