@@ -1,5 +1,6 @@
 """Preflight: bad models, settings and texts are refused in one line, before any work."""
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -377,3 +378,13 @@ def save(model: LoadedModel, folder: Path) -> Path:
     model.network.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_whoever_may_say_so_trusts_no_code_of_a_repo() -> None:
+    said = []
+    for file in Path(models.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                said.append(ast.unparse(node.value))
+    assert len(said) >= 4  # configs, networks, tokenizers
+    assert set(said) == {"False"}
