@@ -66,10 +66,8 @@ def posts(visitor: Visitor, path: str, **request: Any) -> str:
 
 def run_both(visitor: Visitor, prompt: object) -> str:
     """Press Run on the Compare tab with a prompt."""
-    handler = next(
-        d for d in visitor.config["dependencies"]
-        if visitor.component("mq-prompt") in d["inputs"] and any(list(t)[1] == "click" for t in d["targets"])
-    )  # fmt: skip
+    wanted = visitor.handler("mq-run-both", "click")
+    handler = next(each for each in visitor.config["dependencies"] if each["id"] == wanted)
     load(visitor)  # which tells Gradio what the pickers offer
     shown = {int(each["id"]): each["props"].get("value") for each in visitor.config["components"]}
     pickers = [int(each["id"]) for each in visitor.config["components"] if each["type"] == "dropdown"]
