@@ -128,7 +128,8 @@ def bar(original: Trial, student: Trial, before: Pace, after: Pace) -> str:
         f"{before.many / after.many:.2f} times as fast ({1e3 * after.many:.0f} against {1e3 * before.many:.0f} ms), "
         f"{EIGHT} of them {before.eight / after.eight:.2f} times ({1e3 * after.eight:.1f} against "
         f"{1e3 * before.eight:.1f} ms, much of it Python's), writes one text "
-        f"{before.decoding / after.decoding:.2f} times as fast ({1e3 * after.decoding:.2f} against {1e3 * before.decoding:.2f} ms a token; medians in turns)."
+        f"{before.decoding / after.decoding:.2f} times as fast ({1e3 * after.decoding:.2f} against "
+        f"{1e3 * before.decoding:.2f} ms a token; medians in turns)."
     )
 
 
