@@ -127,7 +127,7 @@ def bar(original: Trial, student: Trial, before: Pace, after: Pace) -> str:
         f"{student.name}: {size:.0%} smaller, {kept:.1%} of the original's accuracy; reads {MANY} texts of 128 tokens "
         f"{before.many / after.many:.2f} times as fast ({1e3 * after.many:.0f} against {1e3 * before.many:.0f} ms), "
         f"{EIGHT} of them {before.eight / after.eight:.2f} times ({1e3 * after.eight:.1f} against "
-        f"{1e3 * before.eight:.1f} ms, much of it Python's), writes one text "
+        f"{1e3 * before.eight:.1f} ms), writes one text "
         f"{before.decoding / after.decoding:.2f} times as fast ({1e3 * after.decoding:.2f} against "
         f"{1e3 * before.decoding:.2f} ms a token; medians in turns)."
     )
@@ -246,7 +246,7 @@ def chain() -> str:
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "sparsity": ("Zeros at the same number, before and after self-repair:", sparsity),
-    "students": ("Students that keep less and less, by what they learn from and for how long:", students),
+    "students": ("A student, by what it learns from, for how long, and from how much text:", students),
     "assistant": (
         "A student of a tenth of the weights, with and without an assistant of a size in between:",
         assistant,
