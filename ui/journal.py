@@ -6,6 +6,7 @@ look on, and a series keeps at most a thousand points, its peaks among them.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -91,4 +92,9 @@ class Journal:
     def series(self, run: Run) -> list[Series]:
         """The live series of a run, thinned to what a chart can show."""
         found = self.story(run).series
-        return [Series(name, unit, thin(points)) for name, (unit, points) in sorted(found.items())]
+        return [Series(name, found[name][0], thin(found[name][1])) for name in sorted(found, key=_by_number)]
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Sorts batch 4 before batch 16."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -69,9 +69,8 @@ def build(desk: Desk) -> ComparePage:
         fewer = gr.Button(say("compare.fewer"), size="sm", scale=0, min_width=170, visible=False)
     summary = gr.HTML(summary_of, elem_id="mq-summary")
     link = gr.HTML(link_of, elem_id="mq-link")
-    lend = gr.Button(
-        say("share.comparison"), size="sm", visible=not desk.local, min_width=170, elem_id="mq-lend"
-    )  # fmt: skip
+    with gr.Row(visible=not desk.local):
+        lend = gr.Button(say("share.comparison"), size="sm", scale=0, min_width=220, elem_id="mq-lend")
     lent = gr.HTML()
     text = _texts(first.writing.prompt if first else "", texts_of, differing_of)
     cost, quality, figures, numbers = _drawings(figures_of, numbers_of)
