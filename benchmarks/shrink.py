@@ -29,6 +29,7 @@ from benchmarks.trials import CACHE, FIDELITY, TASKS, Trial, table, trial
 from engine import hardware, pipeline
 from engine.measure import _text, accuracy
 from engine.models import load
+from engine.presets import PRESETS
 from engine.records import EventKind, Measurement
 
 DEMO = ROOT / "assets" / "demo"
@@ -229,19 +230,24 @@ def accuracy_of_mean(folders: Sequence[Path]) -> Measurement:
 
 
 def chain() -> str:
-    """Prune, distill back, quantize; beside quantization alone at the nearest sizes."""
+    """The presets that prune, distill back and quantize, healed for longer; beside quantization alone."""
     packed: dict[str, JsonValue] = {"head": True, "embeddings": True}
-    narrower: dict[str, JsonValue] = {"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64}
-    narrow: list[object] = [{"prune/width": narrower}, lesson(2 * SHORT, student="current")]
     trials = [
         trial("original", []),
-        trial("half: fewer blocks, distilled, 8 bit", [*shallow(), {"quantize/gptq": {"bits": 8}}]),
-        trial("quarter: fewer blocks, distilled, 4 bit", [*shallow(), {"quantize/gptq": {"bits": 4, **packed}}]),
+        trial("half: fewer blocks, distilled, 8 bit", healed("half", 2 * SHORT)),
+        trial("quarter: fewer blocks, distilled, 4 bit", healed("quarter", 2 * SHORT)),
         trial("GPTQ 3 bit alone", [{"quantize/gptq": {"bits": 3, **packed}}]),
         trial("GPTQ 2 bit alone", [{"quantize/gptq": {"bits": 2, **packed}}]),
-        trial("tenth: narrower, distilled, 4 bit", [*narrow, {"quantize/gptq": {"bits": 4, **packed}}]),
+        trial("tenth: narrower, distilled, 4 bit", healed("tenth", LONGEST)),
     ]
-    return table(trials, COLUMNS)
+    size = trials[-1].measured["size.bytes"].value / trials[0].measured["size.bytes"].value
+    return f"{table(trials, COLUMNS)}\n\nThe tenth is {size:.1%} of the bytes."
+
+
+def healed(name: str, steps: int) -> list[object]:
+    """A preset whose distillation reads the world's text for so many steps."""
+    heal = lesson(steps, student="current", batch=BATCH // 2)
+    return [heal if step.method == "distill/logits" else {step.method: step.params} for step in PRESETS[name]]
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {

@@ -5,6 +5,7 @@
     python -m engine measure MODEL [--measure a,b] [--baseline MODEL] [--json]
     python -m engine export ARTIFACT --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
     python -m engine advise MODEL --goal memory=8GB|latency=0.5|cost [--assume NAME=NUMBER] [--json]
+    python -m engine preset [NAME] [--model MODEL]     a recipe to begin with, as YAML; without a name, which there are
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
     python -m engine user add|remove NAME | user list     who may log in to a team server; the password comes from stdin
 
@@ -30,7 +31,8 @@ from pydantic import JsonValue, ValidationError
 from engine import advising, doctor, export, headers, methods, preflight
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, short
 from engine.hub import Hub
-from engine.recipes import choose_measures, load_recipe
+from engine.presets import PRESETS, preset
+from engine.recipes import choose_measures, dump_recipe, load_recipe
 from engine.records import MEASURES, USUAL_MEASURES, Event, EventKind, Measurement, Model, Recipe, Run, Status
 from engine.sources import WAYS
 from engine.store import Store, home
@@ -159,6 +161,19 @@ def advise(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]
         _json(advising.as_json(found))
     else:
         _table(advising.rows(found))
+    return 0
+
+
+def show_preset(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
+    """`preset`: a recipe by name, as YAML to run or to change; without a name, all of them."""
+    names = list(PRESETS) if options.name is None else [options.name]
+    found = {name: Recipe.model_validate({"model": _model(options.model), "steps": preset(name)}) for name in names}
+    if options.json:
+        _json({"presets": {name: dump_recipe(recipe) for name, recipe in found.items()}})
+    elif options.name is None:
+        _table([[name, recipe.title()] for name, recipe in found.items()])
+    else:
+        sys.stdout.write(dump_recipe(found[options.name]))
     return 0
 
 
@@ -314,6 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     counsel.add_argument("model", metavar="MODEL", help="demo, or a model folder")
     counsel.add_argument("--goal", required=True, help="memory=8GB, latency=0.5 (half), cost, or cost=0.3 (USD)")
     counsel.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help="e.g. teacher_price=3")
+    beginner = add("preset", show_preset, with_home=False)
+    beginner.add_argument("name", nargs="?", metavar="NAME", help=", ".join(PRESETS))
+    beginner.add_argument("--model", default="demo", help="demo, owner/name[@revision] of the hub, or a folder")
     add("methods", list_methods, with_home=False)
     add("runs", list_runs)
     comparer = add("compare", compare)

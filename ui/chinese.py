@@ -204,7 +204,6 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "error.long_prompt": "提示词有 {count} 个字符，上限为 {limit}。请缩短。",
         "error.no_ballot": "没有待投的票。请先在盲评模式下运行两个模型。",
         "error.axis": "请从给出的选项中选择坐标轴。",
-        "error.preset": "请从给出的选项中选择配方。",
         "error.steps": "这里的配方最多 {limit} 步。请先移除一步。",
         "error.picks": "最多选择 {limit} 个结果。",
         "error.long_link": "地址中的配方过长。请粘贴到“压缩”页。",

@@ -608,7 +608,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
 FRAGMENTS: Mapping[str, str] = MappingProxyType(
     {
         "method": "方法", "measurement": "测量项", "run": "运行", "key": "键", "key of model": "model 的键",
-        "key of a step": "步骤的键", "user": "用户", "assumption": "假设", "setting of {method}": "{method} 设置", "format": "格式",
+        "key of a step": "步骤的键", "user": "用户", "assumption": "假设", "preset": "预设", "setting of {method}": "{method} 设置", "format": "格式",
         "{one} or {other}": "{one} 或 {other}",
         "queued": "排队中", "running": "运行中", "succeeded": "已完成", "failed": "失败", "cancelled": "已取消",
         "interrupted": "已中断", "refused": "已拒绝",

@@ -198,7 +198,6 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.long_prompt": "The prompt has {count} characters; the limit is {limit}. Shorten it.",
         "error.no_ballot": "There is no open vote. Run both models in the blind mode first.",
         "error.axis": "Choose the axes from those that are offered.",
-        "error.preset": "Choose a recipe from those that are offered.",
         "error.steps": "A recipe holds at most {limit} steps here. Remove one first.",
         "error.picks": "Pick at most {limit} results.",
         "error.long_link": "The recipe in the address is too long. Paste it on the Compress tab.",

@@ -16,7 +16,9 @@ import torch
 from engine import cli, doctor, pipeline, preflight
 from engine.errors import OutOfMemory
 from engine.methods import Emit
-from engine.records import Recipe
+from engine.presets import PRESETS
+from engine.recipes import load_recipe
+from engine.records import Model, Recipe
 from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler
 from engine.store import Store
@@ -194,6 +196,16 @@ def test_no_runs_yet(call) -> None:
     assert call("runs") == (0, [], [])
     assert json.loads(call("runs", "--json")[1][-1]) == {"runs": []}
     assert call("compare", "a", "b")[0] == 1
+
+
+def test_a_preset_is_a_recipe_that_runs(call) -> None:
+    code, out, _ = call("preset", "tenth", "--model", "some/model")
+    assert code == 0
+    assert load_recipe("\n".join(out)) == Recipe(model=Model(source="some/model"), steps=PRESETS["tenth"])
+    assert [line.split()[0] for line in call("preset")[1]] == list(PRESETS)
+    assert json.loads(call("preset", "half", "--json")[1][-1])["presets"].keys() == {"half"}
+    code, _, said = call("preset", "hafl")
+    assert (code, "Did you mean half" in said[0]) == (2, True)
 
 
 def test_methods(call) -> None:

@@ -13,6 +13,7 @@ import gradio as gr
 import pytest
 
 from engine.errors import InputError, MaquetteError, TooBig, UnknownName
+from engine.presets import PRESETS
 from engine.records import Recipe
 from engine.scheduler import Scheduler
 from tests.ui import fakes
@@ -123,9 +124,9 @@ def test_cards_change_the_recipe_they_show() -> None:
     assert [s.method for s in compress.as_recipe(removed).steps] == ["quantize/gptq"]
 
 
-@pytest.mark.parametrize("name", list(compress.PRESETS))
+@pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_is_a_recipe_that_its_link_brings_back(name: str, desk: Desk) -> None:
-    recipe = Recipe(steps=compress.PRESETS[name])
+    recipe = Recipe(steps=PRESETS[name])
     from engine.recipes import dump_recipe
 
     assert compress.recipe_from_link(desk, dump_recipe(recipe)) == recipe

@@ -20,8 +20,10 @@ from engine import preflight
 from engine.errors import BadParams, BadRecipe, MaquetteError
 from engine.hub import Hub
 from engine.methods import get, methods
+from engine.presets import PRESETS
+from engine.presets import preset as preset_named
 from engine.recipes import dump_recipe, load_recipe
-from engine.records import Recipe, Step
+from engine.records import Recipe
 from ui import form, hosting, markup, sensitivity
 from ui.desk import FIRST, Desk, is_original
 from ui.edge import edge, line, visitor
@@ -32,21 +34,6 @@ from ui.wording import say
 
 STEP_LIMIT = 8
 Draft = dict[str, JsonValue]
-_FEWER_BLOCKS = Step(method="prune/depth", params={"share": 0.3})
-_HEAL = Step(method="distill/logits", params={"student": "current"})
-_BESIDE: Draft = {"head": True, "embeddings": True}  # the more of the bytes, the smaller the blocks are
-PRESETS: dict[str, tuple[Step, ...]] = {
-    "gptq4": (Step(method="quantize/gptq", params={"bits": 4, "group_size": 64}),),
-    "mixed": (Step(method="quantize/mixed", params={"budget": 3.25}),),
-    "w8a8": (Step(method="quantize/smoothquant"),),
-    "half": (_FEWER_BLOCKS, _HEAL, Step(method="quantize/gptq", params={"bits": 8})),
-    "quarter": (_FEWER_BLOCKS, _HEAL, Step(method="quantize/gptq", params={"bits": 4, **_BESIDE})),
-    "tenth": (
-        Step(method="prune/width", params={"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64}),
-        _HEAL,
-        Step(method="quantize/gptq", params={"bits": 4, **_BESIDE}),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -100,9 +87,7 @@ def build(desk: Desk, opened: Callable[..., object]) -> CompressPage:
 
     @edge
     def choose(name: str, draft: Draft, shape: int) -> object:
-        if name not in PRESETS:
-            raise BadParams(say("error.preset"))
-        return [{**draft, "steps": [s.model_dump(mode="json") for s in PRESETS[name]]}, shape + 1]
+        return [{**draft, "steps": [step.model_dump(mode="json") for step in preset_named(name)]}, shape + 1]
 
     @edge
     def append(name: str, draft: Draft, shape: int) -> object:
