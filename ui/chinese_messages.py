@@ -675,7 +675,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "pruned by magnitude instead, {said}": "改为按幅值剪枝，{said}",
         "{share} set to zero": "{share} 置零",
         "influence": "影响", "angle over pi": "角度 / π", "loss in nats without it": "去掉后的损失（nat）",
-        "width by {by}": "宽度（{by}）", "depth by {by}": "深度（{by}）",
+        "norms of inputs": "输入范数", "width by {by}": "宽度（{by}）", "depth by {by}": "深度（{by}）",
         "{name}, {cores} cores, {memory} GiB": "{name}，{cores} 核，{memory} GiB",
         "{name}, {cores} cores, {memory} GiB, {gpu}": "{name}，{cores} 核，{memory} GiB，{gpu}",
         "by the allocator": "由分配器记录", "high-water mark of the kernel": "由内核记录的最高值",
