@@ -19,7 +19,6 @@ from engine.methods import Calibrated, Method, Params
 from engine.pace import Rates
 from engine.records import Recipe
 from engine.sizes import WIDTHS, Holding
-from engine.sources import split
 
 Situation = Literal["probe", "compress", "save", "verify", "measure", "serve"]
 PARTS = (
@@ -304,7 +303,7 @@ def _training(held: Holding, method: Method, params: Params, first: Holding) -> 
     scope = str(getattr(params, "scope", "all"))
     trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
     batch, length = integer(getattr(params, "batch", 16)), integer(getattr(params, "sequence_length", 128))
-    folders = 1 + len(split(str(getattr(params, "teachers", ""))))
+    teachers = first.dense + sum(Holding(each, first.width).dense for each in params.beside())
     teaches = hasattr(params, "teachers")
     live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
     found = []
@@ -312,7 +311,7 @@ def _training(held: Holding, method: Method, params: Params, first: Holding) -> 
         asked = min(2048, batch * length) * vocabulary
         found.append(
             Need("compress", _parts(
-                weights=student.width * parameters, teacher=folders * first.dense,
+                weights=student.width * parameters, teacher=teachers,
                 activations=4 * PAIR * min(asked, 1 << 18), runtime=RUNTIME + COMPUTING,
             ), method.title)
         )  # fmt: skip
@@ -320,7 +319,7 @@ def _training(held: Holding, method: Method, params: Params, first: Holding) -> 
     training = _parts(
         weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
         activations=_learning(student, batch, length, trained, vocabulary),
-        teacher=folders * first.dense if live else 0, runtime=RUNTIME + LEARNING,
+        teacher=teachers if live else 0, runtime=RUNTIME + LEARNING,
     )  # fmt: skip
     return [*found, Need("compress", training, method.title)]
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from engine import patterns
@@ -29,6 +29,7 @@ from engine.records import MEASURES, EventKind, Recipe, Step
 if TYPE_CHECKING:
     from engine.headers import Shape
     from engine.models import LoadedModel
+    from engine.origin import Origin
     from engine.packing import CacheGrid
 
 FAMILIES = ("quantize", "prune", "distill")
@@ -76,6 +77,8 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     PATTERNS: ClassVar[frozenset[str]] = frozenset()  # settings that are patterns of linears, and name no file
+    MODELS: ClassVar[frozenset[str]] = frozenset()  # settings that name models, as a recipe names its own
+    _known: Mapping[str, Origin] = PrivateAttr(default_factory=dict)
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse what cannot work on a model with these (out, in) linears to change and so many parameters in all.
@@ -106,6 +109,24 @@ class Params(BaseModel):
         """The settings that name files or folders, with whole paths: a run finds them wherever its worker stands."""
         return {}
 
+    def models(self) -> Sequence[str]:
+        """The models that the step reads beside the recipe's own, as they are named."""
+        return ()
+
+    def renamed(self, rename: Callable[[str], str]) -> dict[str, JsonValue]:
+        """The settings that name these models, with other names for them."""
+        return {}
+
+    def beside(self) -> Sequence[Shape]:
+        """The headers of those among them that are in memory beside the recipe's own model, where that is."""
+        return ()
+
+    def knowing(self, known: Mapping[str, Origin]) -> Self:
+        """These settings, with where each of `models()` can be read: some may not be on this machine yet."""
+        found = self.model_copy()
+        found._known = known
+        return found
+
     def beyond_blocks(self) -> tuple[bool, bool]:
         """Whether the output head, and whether the embeddings are to be changed beside the blocks."""
         return False, False
@@ -126,10 +147,18 @@ class Params(BaseModel):
         """
 
     def check_sources(self, folder: Path) -> None:
-        """Refuse texts and models that these settings name and that cannot be used for the model in `folder`.
+        """Refuse texts that these settings name and that cannot be used for the model in `folder`.
 
         Raises:
-            InputError: one line that names the text or the folder.
+            InputError: one line that names the text.
+        """
+
+    def check_models(self, origin: Origin) -> None:
+        """Refuse models that these settings name and that cannot be used beside the recipe's own, by their headers.
+
+        Raises:
+            InputError: one line that names the model.
+            HubError: the hub does not answer.
         """
 
     def notes(self, shape: Shape, device: str) -> Sequence[str]:

@@ -55,7 +55,8 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     if not alone and estimate.probed and not (folder / "blocks").exists():
         emit("phase", {"name": "probing one block"})
         asked: Request = {
-            "recipe": recipe.model_dump(mode="json"), "source": str(source), "device": device, "kind": "probe",
+            "recipe": preflight.located(recipe, hub).model_dump(mode="json"), "source": str(source), "device": device,
+            "kind": "probe",
         }  # fmt: skip
         do(asked, folder, _refined(estimate, emit), check_cancelled)
     emit("phase", {"name": "loading"})
@@ -89,8 +90,8 @@ def downloaded(folder: Path) -> Hub:
 
 def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_cancelled: Check) -> LoadedModel:
     """The model after all steps; those that a recipe that begins alike has done are not done again."""
-    steps, cache = methods.check(recipe), cache_folder(folder)
-    source = preflight.locate(recipe.model, downloaded(folder))
+    hub, cache = downloaded(folder), cache_folder(folder)
+    steps, source = methods.check(preflight.located(recipe, hub)), preflight.locate(recipe.model, hub)
     model, done = intermediate.find(recipe, source, steps, cache, folder / "blocks" / "kept", device)
     if model is None:
         model = (models.stream if steps else models.load)(source, recipe.model.dtype, device)

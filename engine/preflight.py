@@ -5,12 +5,14 @@ Knows a model by its config and headers alone (`engine.headers`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from engine import fit, hardware, headers, methods, patterns, ways
 from engine.configs import check_tokenizer, read_object
-from engine.errors import BadModel, BadParams, BadText, TooBig, short
+from engine.errors import BadModel, BadParams, BadText, InputError, TooBig, short
 from engine.experts import NAMES
 from engine.fit import Estimate, Machine
 from engine.headers import Shape
@@ -21,7 +23,7 @@ from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
 from engine.sizes import EMBEDDINGS, HEADS, NOT_PACKED, WIDTHS
-from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, place
+from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
 
@@ -77,17 +79,66 @@ def pin(model: Model, hub: Hub | None = None, token: str = "") -> Model:
 
 
 def settle(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Recipe:
-    """The recipe as it is stored with a run: its model pinned, other files and folders by their whole paths.
+    """The recipe as it is stored with a run: its models pinned, other files and folders by their whole paths.
 
     Raises:
-        MaquetteError: a step cannot be read, or the model not be found.
+        MaquetteError: a step cannot be read, or a model not be found.
     """
     steps = []
     for step, (_, params) in zip(recipe.steps, methods.check(recipe), strict=True):
-        named = {key: value for key, value in params.rooted().items() if key in step.params}
-        steps.append(step.model_copy(update={"params": {**step.params, **named}}))
+        rooted = {key: value for key, value in params.rooted().items() if key in step.params}
+        pinned = params.renamed(lambda text: written(pin(named(text), hub, token)))
+        steps.append(step.model_copy(update={"params": {**step.params, **rooted, **pinned}}))
     changed = {"model": pin(recipe.model, hub, token), "calibration": whole(recipe.calibration), "steps": tuple(steps)}
     return recipe.model_copy(update=changed)
+
+
+def models(recipe: Recipe) -> list[Model]:
+    """All models that a run of the recipe reads: its own, then those that its steps name.
+
+    Raises:
+        InputError: a step cannot be read, or names no model.
+    """
+    return [recipe.model, *(named(text) for _, params in methods.check(recipe) for text in params.models())]
+
+
+def repos(recipe: Recipe) -> list[Repo]:
+    """Those of its models that are of the hub; of a recipe that cannot be read any more, its own alone."""
+    try:
+        wanted = models(recipe)
+    except InputError:
+        wanted = [recipe.model]
+    found = []
+    for model in wanted:
+        with suppress(BadModel):
+            if isinstance(repo := classify(model, folders=False), Repo):
+                found.append(repo)
+    return list(dict.fromkeys(found))
+
+
+def located(recipe: Recipe, hub: Hub) -> Recipe:
+    """The recipe whose steps name the folders in which their models are on this machine.
+
+    Raises:
+        BadModel: one is not here.
+    """
+    steps = []
+    for step, (_, params) in zip(recipe.steps, methods.check(recipe), strict=True):
+        here = params.renamed(lambda text: str(locate(named(text), hub)))
+        steps.append(step.model_copy(update={"params": {**step.params, **here}}))
+    return recipe.model_copy(update={"steps": tuple(steps)})
+
+
+def checked(recipe: Recipe, hub: Hub | None = None, token: str = "") -> list[tuple[Method, Params]]:
+    """The recipe's methods with settings that know where the models they name can be read.
+
+    Raises:
+        MaquetteError: a step cannot be read, or a model not be found.
+    """
+    return [
+        (method, params.knowing({text: open_model(named(text), hub, token) for text in params.models()}))
+        for method, params in methods.check(recipe)
+    ]
 
 
 def whole(source: str) -> str:
@@ -132,23 +183,24 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
         InputError: a bad model, step, setting or text, or too little memory or disk; one helpful line.
         HubError: the hub does not answer.
     """
-    steps = methods.check(recipe)
+    methods.check(recipe)  # what needs no hub comes first
     origin = open_model(recipe.model, hub, token)
-    shape = headers.inspect(origin)
+    shape, steps = headers.inspect(origin), checked(recipe, hub, token)
     check_tokenizer(origin)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
     for _, params in steps:
+        params.check_models(origin)
         if shape.here:  # else the worker does, once the model is
             params.check_sources(shape.folder)
     text = calibration_file(recipe.calibration)
     for _, params in steps:
         if isinstance(params, Calibrated):
             check_text(text, shape.folder, params.sequence_length)
-    found = _estimate(recipe, shape, steps, download=_to_download(recipe.model, origin, hub))
+    found = _estimate(recipe, shape, steps, download=_to_download(models(recipe), hub, token))
     if not found.fits:
-        raise TooBig(_too_big(recipe, shape, found))
+        raise TooBig(_too_big(found, way_out(recipe, found, hub, token)))
     return found
 
 
@@ -159,9 +211,9 @@ def estimate(recipe: Recipe, hub: Hub | None = None, token: str = "", rates: Rat
         InputError: the recipe or its model cannot be read.
         HubError: the hub does not answer.
     """
-    origin = open_model(recipe.model, hub, token)
-    download = _to_download(recipe.model, origin, hub)
-    return _estimate(recipe, headers.inspect(origin), methods.check(recipe), rates, download)
+    shape = headers.inspect(open_model(recipe.model, hub, token))
+    download = _to_download(models(recipe), hub, token)
+    return _estimate(recipe, shape, checked(recipe, hub, token), rates, download)
 
 
 def _estimate(
@@ -208,7 +260,8 @@ def way_out(recipe: Recipe, found: Estimate, hub: Hub | None = None, token: str 
     Raises:
         MaquetteError: the recipe or its model cannot be read.
     """
-    return ways.out(recipe, headers.inspect(open_model(recipe.model, hub, token)), machine(recipe), found)
+    shape = headers.inspect(open_model(recipe.model, hub, token))
+    return ways.out(recipe, shape, machine(recipe), found, lambda changed: checked(changed, hub, token))
 
 
 def machine(recipe: Recipe) -> Machine:
@@ -219,9 +272,8 @@ def machine(recipe: Recipe) -> Machine:
     return Machine(hardware.free_memory())
 
 
-def _too_big(recipe: Recipe, shape: Shape, found: Estimate) -> str:
+def _too_big(found: Estimate, way: Way | None) -> str:
     """`needs 9.1 GiB, 7.8 free: 4 bit needs 5.2`"""
-    way = ways.out(recipe, shape, machine(recipe), found)
     said = f"The run needs {found.total / 2**30:.1f} GiB, {found.available / 2**30:.1f} are free"
     close = "Close other programs, or choose a smaller model."
     if way is None:
@@ -246,16 +298,20 @@ def check_steps(steps: list[tuple[Method, Params]], shape: Shape, width: int = 1
         becoming = replace(becoming, config=config, tensors=tensors)
 
 
-def _to_download(model: Model, origin: Origin, hub: Hub | None) -> int:
-    """Bytes that have to come from the hub first, where the disk has room for them.
+def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str) -> int:
+    """Bytes of these models that have to come from the hub first, where the disk has room for them.
 
     Raises:
         TooBig: it has not.
     """
-    needed = 0 if hub is None else hub.missing(model, origin)
+    needed, names = 0, list[str]()
+    for model in dict.fromkeys(wanted):
+        origin = open_model(model, hub, token)
+        if hub is not None and (missing := hub.missing(model, origin)):
+            needed, names = needed + missing, [*names, short(origin.name)]
     if hub is not None and needed and needed > (free := hub.here.free()):
         raise TooBig(
-            f"{origin.name} needs {needed / 2**30:.2f} GiB on the disk, {max(0, free) / 2**30:.2f} are free. "
+            f"{', '.join(names)} needs {needed / 2**30:.2f} GiB on the disk, {max(0, free) / 2**30:.2f} are free. "
             "Delete old runs, or choose another folder with MAQUETTE_HOME."
         )
     return needed

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from engine import headers, preflight
@@ -20,9 +21,9 @@ from engine.errors import BadModel, TooBig, short
 from engine.hub import Hub
 from engine.methods import field_kind, get
 from engine.modes import GIB, Limits
-from engine.records import Recipe, Run
+from engine.records import Model, Recipe, Run
 from engine.sizes import WIDTHS
-from engine.sources import Repo, classify, is_path
+from engine.sources import Repo, classify, is_path, named, split
 from engine.store import Store
 
 log = logging.getLogger(__name__)
@@ -64,15 +65,18 @@ class Quotas:
         check_sources(recipe, limits)
         if limits.parameters is None and limits.model_bytes is None and limits.disk is None and not limits.floor:
             return
-        parameters, size = model_size(recipe, self._hub, token)
+        name, parameters, size = max(
+            ((_name(model), *model_size(recipe, model, self._hub, token)) for model in preflight.models(recipe)),
+            key=itemgetter(2),
+        )
         if limits.parameters is not None and parameters > limits.parameters:
             raise TooBig(
-                f"The model has {parameters / 1e9:.2f} billion parameters; this server takes up to "
+                f"{name} has {parameters / 1e9:.2f} billion parameters; this server takes up to "
                 f"{limits.parameters / 1e9:.2f} billion. Choose a smaller one, or run Maquette on your own machine."
             )
         if limits.model_bytes is not None and size > limits.model_bytes:
             raise TooBig(
-                f"The model's files hold {_bytes(size)}; this server takes up to "
+                f"The files of {name} hold {_bytes(size)}; this server takes up to "
                 f"{_bytes(limits.model_bytes)}. Choose a smaller one, or run Maquette on your own machine."
             )
         size -= min(size, self._size(resumed)) if resumed else 0
@@ -115,8 +119,8 @@ class Quotas:
         self._next_expiry = time.monotonic() + EXPIRE_EVERY
         before = (time.time() if now is None else now) - self._limits.keep
         if self._hub is not None:
-            wanted = [classify(run.recipe.model, folders=False) for run in self._store.unfinished()]
-            for name in self._hub.here.evict(before, {each.name for each in wanted if isinstance(each, Repo)}):
+            wanted = {repo.name for run in self._store.unfinished() for repo in preflight.repos(run.recipe)}
+            for name in self._hub.here.evict(before, wanted):
                 log.info("%s was kept long enough: its files are deleted", name)
         return self._store.ended_before(before)
 
@@ -157,28 +161,48 @@ def check_sources(recipe: Recipe, limits: Limits) -> None:
     """
     if limits.folders:
         return
-    texts = [recipe.calibration]
+    texts, models = [recipe.calibration], [recipe.model]
     for step in recipe.steps:
         params = get(step.method).params
         fields = params.model_fields
-        named = {k for k in fields if field_kind(fields[k]) == "str"} - params.PATTERNS
-        texts += [str(value) for key, value in step.params.items() if key in named]
+        files = {k for k in fields if field_kind(fields[k]) == "str"} - params.PATTERNS - params.MODELS
+        texts += [str(value) for key, value in step.params.items() if key in files]
+        for key in params.MODELS & set(step.params):
+            models += [named(each) for each in _words(str(step.params[key]))]
     for text in texts:
         if text not in BUNDLED:
             raise BadModel(
                 f"{short(text)!r}: on a shared server the bundled text is used; set it to demo or leave it out."
             )
-    source = recipe.model.source
+    for model in models:
+        _check_model(model, limits)
+
+
+def _words(text: str) -> list[str]:
+    """The names in a setting of models; where a quote is not closed, the whole as one that is none."""
+    try:
+        return split(text)
+    except ValueError:
+        return [text]
+
+
+def _check_model(model: Model, limits: Limits) -> None:
+    source = model.source
     if source in BUNDLED:
         return
-    if is_path(recipe.model):
+    if is_path(model):
         raise BadModel(
             f"{short(source)!r} cannot be used on a shared server: name demo, or a model of the hub as owner/name."
         )
-    found = classify(recipe.model, folders=False)
+    found = classify(model, folders=False)
     allowed = limits.organisations
     if isinstance(found, Repo) and allowed is not None and _owner(found) not in {name.lower() for name in allowed}:
         raise BadModel(f"Models of {short(_owner(found))!r} are not offered here, those of {', '.join(allowed)} are.")
+
+
+def _name(model: Model) -> str:
+    """As an error names a model; of a folder the last part."""
+    return short(Path(model.source).name if is_path(model) else model.label)
 
 
 def _owner(repo: Repo) -> str:
@@ -186,13 +210,15 @@ def _owner(repo: Repo) -> str:
     return repo.name.rpartition("/")[0].lower() or repo.name.lower()
 
 
-def model_size(recipe: Recipe, hub: Hub | None = None, token: str = "") -> tuple[int, int]:
-    """Parameters of a recipe's model, and the most bytes that a run of it leaves on disk, by its headers.
+def model_size(
+    recipe: Recipe, model: Model | None = None, hub: Hub | None = None, token: str = ""
+) -> tuple[int, int]:  # fmt: skip
+    """Parameters of a recipe's model, or of another, and the most bytes a run of it leaves on disk, by its headers.
 
     Raises:
         MaquetteError: it cannot be read.
     """
-    shape = headers.inspect(preflight.open_model(recipe.model, hub, token))
+    shape = headers.inspect(preflight.open_model(model or recipe.model, hub, token))
     return shape.parameters, shape.parameters * WIDTHS[recipe.model.dtype]
 
 

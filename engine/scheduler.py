@@ -137,8 +137,9 @@ class Scheduler:
         with self._guard:
             self._check_queue(owner)
             self._rates.require("start", owner, self.limits.starts)
-            if isinstance(classify(pinned.model), Repo):
-                self.hub.remember(recipe.model, pinned.model)
+            for asked, found in zip(preflight.models(recipe), preflight.models(pinned), strict=True):
+                if isinstance(classify(found), Repo):
+                    self.hub.remember(asked, found)
             run = self.store.add_run(pinned, owner)
             self._keep_token(run, token)
         self._wake.set()
@@ -170,7 +171,8 @@ class Scheduler:
         """
         run = self._own(run_id, owner)
         if run.status in (Status.INTERRUPTED, Status.FAILED):
-            preflight.open_model(run.recipe.model, self.hub, token)  # before the guard: the hub may be asked
+            for model in preflight.models(run.recipe):  # before the guard: the hub may be asked
+                preflight.open_model(model, self.hub, token)
         with self._guard:
             run = self._own(run_id, owner)
             if run.status not in (Status.INTERRUPTED, Status.FAILED) or self._watch_of(run_id) is not None:
@@ -297,7 +299,10 @@ class Scheduler:
                 self.home, run.id, run.attempt,
                 {
                     "kind": "run", "run": run.id, "attempt": run.attempt, "recipe": run.recipe.model_dump(mode="json"),
-                    "hub": {"endpoint": self.hub.endpoint, "offline": self.hub.offline},
+                    "hub": {
+                        "endpoint": self.hub.endpoint, "offline": self.hub.offline,
+                        "models": [f"{repo.name}@{repo.revision}" for repo in preflight.repos(run.recipe)],
+                    },
                     "secret": run.id in self._tokens,
                 },
             )  # fmt: skip
@@ -354,14 +359,13 @@ class Scheduler:
 
     def _discard_download(self, run: Run) -> None:
         """Give back what a cancelled run had begun to download, unless another run wants it."""
-        others = [each for each in self.store.unfinished() if each.recipe.model.source == run.recipe.model.source]
-        with suppress(InputError):
-            found = classify(run.recipe.model, folders=False)
-            if isinstance(found, Repo) and not others:
-                self.hub.here.discard(found)
+        others = {repo.name for each in self.store.unfinished() for repo in preflight.repos(each.recipe)}
+        for repo in preflight.repos(run.recipe):
+            if repo.name not in others:
+                self.hub.here.discard(repo)
 
     def _keep_token(self, run: Run, token: str) -> None:
-        if token and isinstance(found := classify(run.recipe.model), Repo) and self.hub.here.find(found) is None:
+        if token and any(self.hub.here.find(repo) is None for repo in preflight.repos(run.recipe)):
             self._tokens[run.id] = check_token(token)
 
     def _empty_trash(self) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
 from engine.errors import BadModel, short
 from engine.records import Model
 
@@ -56,6 +58,25 @@ def split(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError:
         raise ValueError("a quote is not closed. Put a name that holds spaces or quotes in quotes") from None
+
+
+def named(text: str) -> Model:
+    """The model that a text names, as the field of a recipe's model takes it.
+
+    Raises:
+        BadModel: it names none.
+    """
+    try:
+        return Model.model_validate({"source": text.strip()})
+    except ValidationError:
+        if text.strip():
+            raise BadModel(f"{short(text)!r} is too long for the name of a model. {WAYS}") from None
+        raise BadModel(f"The model is empty or holds a NUL character. {WAYS}") from None
+
+
+def written(model: Model) -> str:
+    """The text that names a model, its revision too."""
+    return f"{model.source}@{model.revision}" if model.revision else model.source
 
 
 def classify(model: Model, *, folders: bool = True) -> Bundled | Folder | Repo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -11,6 +11,7 @@ from engine import fit, methods
 from engine.errors import InputError
 from engine.fit import Estimate, Machine
 from engine.headers import Shape
+from engine.methods import Method, Params
 from engine.records import Recipe, Step
 
 PHRASES = {
@@ -42,12 +43,18 @@ class Way:
         return f"{PHRASES[self.name]} {self.total / 2**30:.1f}"
 
 
-def out(recipe: Recipe, shape: Shape, machine: Machine, now: Estimate) -> Way | None:
-    """The first change with which a recipe fits, else the one that needs least; None where none needs less."""
+def out(
+    recipe: Recipe, shape: Shape, machine: Machine, now: Estimate,
+    checked: Callable[[Recipe], list[tuple[Method, Params]]] = methods.check,
+) -> Way | None:  # fmt: skip
+    """The first change with which a recipe fits, else the one that needs least; None where none needs less.
+
+    checked: the methods of a recipe, with settings that know the models they name.
+    """
     found = []
     for name, changed in _changes(recipe):
         try:
-            total = fit.estimate(changed, shape, methods.check(changed), machine).total
+            total = fit.estimate(changed, shape, checked(changed), machine).total
         except InputError:  # it cannot follow the other steps, or does not suit the model
             continue
         if total < now.total:

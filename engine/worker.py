@@ -1,8 +1,8 @@
 """`python -m engine.worker REQUEST.json`: one request, one process.
 
     {"kind": "run", "run": id, "attempt": n, "folder": attempt folder, "recipe": {...}, "hub": {...}, "secret": bool}
-        Downloads the model where it is not here, then runs the pipeline. Events go to events.jsonl in the folder, the
-        last one is `finished`. Where a `secret` is announced it is the first line of stdin: the token for the hub.
+        Downloads models that are not here, then runs the pipeline. Events go to events.jsonl in the folder, the last
+        one is `finished`. Where a `secret` is announced it is the first line of stdin: the token for the hub.
     {"kind": "probe" | "verify" | "measure", ...}
         A child of a run, or of the command line: the work is in a process of its own so that it starts fresh.
         Events go to stdout, a line `{"kind", "data"}` each; the last one is `finished`.
@@ -47,7 +47,7 @@ from engine.errors import (
 )
 from engine.methods import Emit
 from engine.records import EventKind, Recipe, Status
-from engine.sources import Repo, classify
+from engine.sources import named
 
 log = logging.getLogger(__name__)
 
@@ -96,15 +96,15 @@ def run_pipeline(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Call
     return pipeline.run(recipe, folder, emit, check_cancelled)
 
 
-def bring_model(recipe: Recipe, request: Request, token: str, emit: Emit, check_cancelled: Callable[[], None]) -> None:
-    """Download the recipe's model where it is one of the hub and not here.
+def bring_models(request: Request, token: str, emit: Emit, check_cancelled: Callable[[], None]) -> None:
+    """Download the models of the hub that a run reads, where they are not here.
 
     Raises:
         RunError: it cannot be had now; the run can be resumed.
         InputError: it cannot be had at all.
     """
     asked = request.get("hub")
-    if not isinstance(asked, dict) or not isinstance(classify(recipe.model), Repo):
+    if not isinstance(asked, dict) or not isinstance(texts := asked["models"], list) or not texts:
         return
     from engine import outline
     from engine.fetch import fetch
@@ -112,11 +112,14 @@ def bring_model(recipe: Recipe, request: Request, token: str, emit: Emit, check_
 
     folder = cache_folder(Path(str(request["folder"]))) / "hub"
     hub = Hub(folder, endpoint=str(asked["endpoint"]), offline=asked["offline"] is True)
+    wanted = [named(str(text)) for text in texts]
     try:
-        with suppress(HubError):  # who downloads is more patient
-            if (origin := hub.origin(recipe.model, token)).folder is None:
-                outline.check(origin)
-        fetch(recipe.model, hub, token, emit, check_cancelled)
+        for model in wanted:
+            with suppress(HubError):  # who downloads is more patient
+                if (origin := hub.origin(model, token)).folder is None:
+                    outline.check(origin)
+        for model in wanted:
+            fetch(model, hub, token, emit, check_cancelled)
     except NeedsToken as error:  # it may have been forgotten: with one the run can go on
         raise RunError(f"{error} Resume the run with it.") from None
 
@@ -128,7 +131,7 @@ def execute(request: Request, stop: Stop, pipeline: Pipeline = run_pipeline, tok
 
     def work() -> None:
         recipe = Recipe.model_validate(request["recipe"])
-        bring_model(recipe, request, token, writer.emit, stop.check)
+        bring_models(request, token, writer.emit, stop.check)
         pipeline(recipe, folder, writer.emit, stop.check)
 
     try:
@@ -138,7 +141,7 @@ def execute(request: Request, stop: Stop, pipeline: Pipeline = run_pipeline, tok
 
 
 def bring(request: Request, stop: Stop, token: str) -> bool:
-    """Download an attempt's model before its work; whether that can begin. Where not, the attempt has finished."""
+    """Download an attempt's models before its work; whether that can begin. Where not, the attempt has finished."""
     writer = EventWriter(Path(str(request["folder"])), str(request["run"]), int(str(request["attempt"])))
 
     def emit(kind: EventKind, data: dict[str, JsonValue]) -> None:
@@ -146,7 +149,7 @@ def bring(request: Request, stop: Stop, token: str) -> bool:
             writer.emit(kind, data)
 
     def work() -> None:
-        bring_model(Recipe.model_validate(request["recipe"]), request, token, emit, stop.check)
+        bring_models(request, token, emit, stop.check)
 
     try:
         return _finish(emit, work, stop) is Status.SUCCEEDED

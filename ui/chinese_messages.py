@@ -368,6 +368,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The bundled model has no revisions. Write `demo` alone.": "内置模型没有版本。请只写 `demo`。",
         "Folders of the server cannot be named here. Write `demo` or a model of the hub.":
             "这里不能使用服务器上的文件夹。请填写 `demo` 或 Hub 上的模型。",
+        "{name} is too long for the name of a model. {said}": "{name} 太长，不能作为模型的名称。{said}",
         "The folder {name} has no revisions; only a model of the hub has.": "文件夹 {name} 没有版本；只有 Hub 上的模型才有。",
         "{name} is a folder here and may be a model of the hub too. Write {folder} for the folder, {repo} for the hub's.":
             "{name} 在这里是文件夹，也可能是 Hub 上的模型。文件夹请写 {folder}，Hub 上的模型请写 {repo}。",
@@ -498,12 +499,12 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The system prompt has {count} characters; write up to {limit}, and no NUL.":
             "系统提示词有 {count} 个字符；最多 {limit} 个，且不含 NUL。",
         # what one visitor may take, and who may come
-        "The model has {count} billion parameters; this server takes up to {most} billion. Choose a smaller one, "
+        "{name} has {count} billion parameters; this server takes up to {most} billion. Choose a smaller one, "
         "or run Maquette on your own machine.":
-            "模型有 {count}B 参数；该服务器最多接受 {most}B。请选择较小的模型，或在您自己的机器上运行 Maquette。",
-        "The model's files hold {size}; this server takes up to {most}. Choose a smaller one, "
+            "{name} 有 {count}B 参数；该服务器最多接受 {most}B。请选择较小的模型，或在您自己的机器上运行 Maquette。",
+        "The files of {name} hold {size}; this server takes up to {most}. Choose a smaller one, "
         "or run Maquette on your own machine.":
-            "模型文件共 {size}；该服务器最多接受 {most}。请选择较小的模型，或在您自己的机器上运行 Maquette。",
+            "{name} 的文件共 {size}；该服务器最多接受 {most}。请选择较小的模型，或在您自己的机器上运行 Maquette。",
         "Your runs hold {used} of the {most} that a visitor has, and this one needs up to {size}. "
         "Delete a run on the Runs tab, or choose a smaller model.":
             "您的运行已占用每位访客 {most} 限额中的 {used}，而此运行最多需要 {size}。请在“运行”页删除一个运行，或选择较小的模型。",
@@ -677,7 +678,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "pruned by magnitude instead, {said}": "改为按幅值剪枝，{said}",
         "{share} set to zero": "{share} 置零",
         "influence": "影响", "angle over pi": "角度 / π", "loss in nats without it": "去掉后的损失（nat）",
-        "width by {by}": "宽度（{by}）", "depth by {by}": "深度（{by}）",
+        "norms of inputs": "输入范数", "width by {by}": "宽度（{by}）", "depth by {by}": "深度（{by}）",
         "{name}, {cores} cores, {memory} GiB": "{name}，{cores} 核，{memory} GiB",
         "{name}, {cores} cores, {memory} GiB, {gpu}": "{name}，{cores} 核，{memory} GiB，{gpu}",
         "by the allocator": "由分配器记录", "high-water mark of the kernel": "由内核记录的最高值",

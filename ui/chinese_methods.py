@@ -128,6 +128,9 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "Where the zeros may fall: anywhere, or N in each M inputs.": "零可以落在哪里：任意位置，或每 M 个输入中 N 个。",
         "Zeros in the file: stored as numbers that anybody reads, or as bits, smaller, for Maquette alone.":
             "文件中的零：存为人人可读的数，或存为更小的位图（仅 Maquette 可读）。",
+        "Whose inputs are measured: those of blocks already pruned, as in the paper's code, or the original's, which are "
+        "kept for other ratios.":
+            "测量谁的输入：已剪枝各层的输入（与论文代码一致），或原始模型的输入（会保留，供其他比例使用）。",
         "Steps between two cuts.": "两次剪除之间的步数。",
         "Share of the steps after which the full sparsity is reached.": "达到目标稀疏度所用步数的比例。",
         "Price of each unit of |w|; 0 is magnitude pruning.": "每单位 |w| 的代价；0 即幅值剪枝。",
@@ -154,9 +157,12 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "With student `blocks`: keep every k-th block.": "学生为 `blocks` 时：每 k 层保留一层。",
         "With student `size`: width of the new network.": "学生为 `size` 时：新网络的宽度。",
         "With student `size`: blocks of the new network.": "学生为 `size` 时：新网络的层数。",
-        "With student `folder`: a checkpoint with the same tokenizer.": "学生为 `folder` 时：使用同一分词器的检查点。",
-        "Folders of more teachers, separated by spaces, or in quotes; probabilities are averaged.":
-            "更多教师的文件夹，以空格分隔，或加引号；概率取平均。",
+        "With student `folder`: a checkpoint with the same tokenizer; `demo`, owner/name of the hub (@revision), "
+        "or a folder.":
+            "学生为 `folder` 时：使用同一分词器的检查点；可写 `demo`、Hub 上的 owner/name（可加 @revision）或文件夹。",
+        "More teachers: `demo`, owner/name of the hub (@revision), or folders, separated by spaces, or in quotes; "
+        "probabilities are averaged.":
+            "更多教师：`demo`、Hub 上的 owner/name（可加 @revision）或文件夹，以空格分隔，或加引号；概率取平均。",
         "KL to the teacher (forward), from it (reverse, MiniLLM), or between both (js, as in GKD).":
             "对教师的前向 KL（`forward`）、反向 KL（`reverse`，MiniLLM），或二者之间（`js`，如 GKD）。",
         "With divergence `js`: near 0 forward KL, near 1 reverse.": "散度为 `js` 时：接近 0 为前向 KL，接近 1 为反向。",
@@ -194,7 +200,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "damping": "阻尼", "distill_steps": "蒸馏步数", "divergence": "散度", "double_quant": "双重量化",
         "embeddings": "词嵌入", "equal_tokens": "词元等权", "every": "间隔步数", "folder": "文件夹",
         "granularity": "粒度", "group_size": "组大小", "head": "输出头", "heads": "注意力头", "hidden_size": "隐藏维度",
-        "hidden_weight": "隐藏状态权重", "ignore": "忽略", "keep_every": "每几层留一层", "label_weight": "标签权重",
+        "hidden_weight": "隐藏状态权重", "ignore": "忽略", "inputs": "输入", "keep_every": "每几层留一层", "label_weight": "标签权重",
         "learn_prompts": "学习提示词", "learning_rate": "学习率", "multiple": "倍数", "neurons": "神经元",
         "norm": "范数", "num_blocks": "层数", "overrides": "例外位数", "pattern": "模式", "penalty": "惩罚", "prompt_tokens": "提示词元数",
         "ramp": "上升段", "rank": "秩", "ratio": "保留比例", "samples": "校准样本数", "sampling_temperature": "采样温度",
@@ -214,7 +220,7 @@ CHOICES: Mapping[str, str] = MappingProxyType(
         "uniform": "均等", "water-filling": "注水法", "global": "全局", "all": "全部", "lora": "LoRA",
         "norms and scales": "归一化与缩放系数", "linear": "逐线性层", "blocks": "每 k 层取一层", "size": "指定尺寸",
         "current": "维持现状", "folder": "检查点文件夹", "forward": "前向", "reverse": "反向", "js": "JS",
-        "cached": "缓存", "live": "实时", "int8": "int8", "nf4": "NF4", "fp4": "FP4", "2:4": "2:4", "4:8": "4:8",
+        "original": "原始模型", "pruned": "已剪枝", "cached": "缓存", "live": "实时", "int8": "int8", "nf4": "NF4", "fp4": "FP4", "2:4": "2:4", "4:8": "4:8",
     }
 )
 

@@ -22,7 +22,7 @@ from pydantic import JsonValue, ValidationError
 from engine.errors import BadModel, BadParams, InputError, TooMany, UnknownName
 from engine.hub import Hub
 from engine.modes import Limits, Mode
-from engine.preflight import open_model
+from engine.preflight import models, open_model
 from engine.quotas import check_sources
 from engine.rates import Rates
 from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
@@ -214,7 +214,8 @@ class Desk:
         if self.local:
             raise BadParams(say("error.no_share"))
         if shared and self.mode is Mode.PUBLIC:
-            open_model(mine.recipe.model, hub)
+            for model in models(mine.recipe):
+                open_model(model, hub)
         return self.scheduler.share(mine.id, shared, owner=mine.owner)
 
     def open_link(self, keys: Sequence[str], owner: str) -> None:

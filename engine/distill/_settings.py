@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from engine import headers
+from engine.configs import check_tokenizer
 from engine.errors import BadModel, BadParams, short
 from engine.headers import integer
 from engine.lesson import TextParams
 from engine.losses import Divergence, Objective
 from engine.methods import Params
-from engine.preflight import resolve, whole
+from engine.origin import FolderOrigin, Origin
+from engine.preflight import locate
 from engine.sizes import attention_sizes, blocks_of, hidden_size
-from engine.sources import split
+from engine.sources import named, split
 from engine.surgery import check_blocks
 from engine.tokens import check_same_files
 
 
-class TeacherParams(Params):
+class BesideParams(Params):
+    """Models that are read beside the recipe's own."""
+
+    MODELS: ClassVar[frozenset[str]] = frozenset({"teachers", "folder"})
+
+    def origin(self, name: str) -> Origin:
+        """Where a model can be read that these settings name.
+
+        Raises:
+            BadModel: nobody has said where, and it is not on this machine.
+        """
+        return self._known.get(name) or FolderOrigin(locate(named(name)))
+
+
+class TeacherParams(BesideParams):
     """Who teaches: the original model of the recipe, others beside it."""
 
     teachers: str = Field(
         "", max_length=4000,
-        description="Folders of more teachers, separated by spaces, or in quotes; probabilities are averaged.",
+        description="More teachers: `demo`, owner/name of the hub (@revision), or folders, separated by spaces, or in "
+        "quotes; probabilities are averaged.",
     )  # fmt: skip
 
     @field_validator("teachers")
@@ -38,18 +55,26 @@ class TeacherParams(Params):
 
     def folders(self, original: Path) -> list[Path]:
         """The teachers' folders, the original first."""
-        return [original, *(resolve(each) for each in split(self.teachers))]
+        return [original, *(locate(named(each)) for each in split(self.teachers))]
 
-    def rooted(self) -> dict[str, JsonValue]:
-        """The teachers' folders."""
-        return {**super().rooted(), "teachers": shlex.join(map(whole, split(self.teachers)))}
+    def models(self) -> Sequence[str]:
+        """The teachers."""
+        return [*super().models(), *split(self.teachers)]
 
-    def check_sources(self, folder: Path) -> None:
-        """Refuse teachers that are not there, or speak of other tokens."""
-        super().check_sources(folder)
-        for each in self.folders(folder)[1:]:
-            headers.inspect(each)
-            check_same_files(folder, each)
+    def renamed(self, rename: Callable[[str], str]) -> dict[str, JsonValue]:
+        """The teachers."""
+        others = split(self.teachers)
+        return {**super().renamed(rename), **({"teachers": shlex.join(map(rename, others))} if others else {})}
+
+    def check_models(self, origin: Origin) -> None:
+        """Refuse teachers that are no models, or speak of other tokens."""
+        super().check_models(origin)
+        for each in split(self.teachers):
+            _check_beside(origin, self.origin(each))
+
+    def beside(self) -> Sequence[headers.Shape]:
+        """The other teachers."""
+        return [headers.inspect(self.origin(each)) for each in split(self.teachers)]
 
 
 class ObjectiveParams(TeacherParams):
@@ -96,7 +121,7 @@ class WritingParams(TextParams):
 Student = Literal["blocks", "size", "current", "folder"]
 
 
-class StudentParams(Params):
+class StudentParams(BesideParams):
     """Who learns."""
 
     student: Student = Field(
@@ -107,7 +132,9 @@ class StudentParams(Params):
     hidden_size: int = Field(128, ge=8, le=16384, description="With student `size`: width of the new network.")
     num_blocks: int = Field(2, ge=1, le=256, description="With student `size`: blocks of the new network.")
     folder: str = Field(
-        "", max_length=1000, description="With student `folder`: a checkpoint with the same tokenizer."
+        "", max_length=1000,
+        description="With student `folder`: a checkpoint with the same tokenizer; `demo`, owner/name of the hub "
+        "(@revision), or a folder.",
     )  # fmt: skip
 
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
@@ -124,25 +151,30 @@ class StudentParams(Params):
         if self.student == "size" and size and self.hidden_size % size:
             raise BadParams(f"hidden_size {self.hidden_size} is not a multiple of the head size {size} of this model.")
 
-    def rooted(self) -> dict[str, JsonValue]:
-        """The checkpoint's folder."""
-        return {**super().rooted(), "folder": whole(self.folder)}
+    def models(self) -> Sequence[str]:
+        """The checkpoint."""
+        return [*super().models(), *([self.folder] if self.student == "folder" else [])]
 
-    def check_sources(self, folder: Path) -> None:
-        """Refuse a checkpoint that is not there, is quantized, or speaks of other tokens."""
-        super().check_sources(folder)
+    def renamed(self, rename: Callable[[str], str]) -> dict[str, JsonValue]:
+        """The checkpoint."""
+        found = {"folder": rename(self.folder)} if self.student == "folder" else {}
+        return {**super().renamed(rename), **found}
+
+    def check_models(self, origin: Origin) -> None:
+        """Refuse a checkpoint that is no model, is quantized, or speaks of other tokens."""
+        super().check_models(origin)
         if self.student == "folder":
-            own = resolve(self.folder)
+            own = self.origin(self.folder)
             if "quantization_config" in headers.inspect(own).config:
                 raise BadModel(f"{short(own.name)} is quantized; its codes cannot be trained. Name the original.")
-            check_same_files(folder, own)
+            _check_beside(origin, own)
 
     def reshaped(
         self, config: dict[str, JsonValue], tensors: headers.Tensors
     ) -> tuple[dict[str, JsonValue], headers.Tensors]:
         """Those of the student; of a new network the blocks' are not known before it is built."""
         if self.student == "folder":
-            found = headers.inspect(resolve(self.folder))
+            found = headers.inspect(self.origin(self.folder))
             return found.config, found.tensors
         if self.student == "blocks":
             return headers.fewer_blocks(config, tensors, attention_sizes(config)[0] // self.keep_every)
@@ -164,9 +196,16 @@ class StudentParams(Params):
         if self.student == "size" and own_size >= size:
             found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
         if self.student == "folder":
-            own = headers.inspect(resolve(self.folder))
+            own = headers.inspect(self.origin(self.folder))
             if shape.here and own.folder == shape.folder:
                 found.append("The student is the teacher itself.")
             elif own.parameters >= shape.parameters:
                 found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
         return found
+
+
+def _check_beside(ours: Origin, other: Origin) -> None:
+    """Refuse a model that cannot be used beside the recipe's own, by headers and tokenizer.json alone."""
+    headers.inspect(other)
+    check_tokenizer(other)
+    check_same_files(ours, other)

@@ -13,7 +13,8 @@ from engine.distill._settings import StudentParams
 from engine.errors import BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, Original, blocks, load
-from engine.preflight import resolve
+from engine.preflight import locate
+from engine.sources import named
 from engine.surgery import fresh, keep_blocks
 from engine.tokens import check_same_tokenizer
 
@@ -28,7 +29,7 @@ def choose(model: LoadedModel, params: StudentParams, context: Context) -> Loade
     places = [] if model.parts is None else list(model.parts.where.values())
     untouched = bool(places) and all(isinstance(each, Original) and each.folder == model.source for each in places)
     if params.student == "folder":
-        folder = resolve(params.folder)
+        folder = locate(named(params.folder))
         check_same_tokenizer(model.tokenizer, folder)
         student = load(folder, str(model.network.dtype).removeprefix("torch."), str(model.device))
         student.source, untouched = model.source, folder == model.source

@@ -10,6 +10,9 @@ Columns are solved in their natural order, and tokens enter H as they are: on th
 the weights and 0.065 at 2:4, against 0.029 and 0.072 with inputs scaled to length 1, which rounding prefers. The
 largest inputs first, which rounding prefers too, changes nothing here (0.023).
 
+Another ratio needs the calibration again: a Hessian for each linear is too large to keep, of 8 billion weights tens of
+GB.
+
 Zeros that an earlier step made stay zeros and count. The zeros stay dense unless `storage` says otherwise: memory and
 latency fall only with a kernel that uses them.
 """

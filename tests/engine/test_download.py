@@ -3,15 +3,17 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine import pipeline, preflight
 from engine.download import Patience
-from engine.errors import BadModel, Cancelled, HubError, MaquetteError, NeedsToken
+from engine.errors import BadModel, Cancelled, HubError, MaquetteError, NeedsToken, TooBig
 from engine.fetch import fetch
 from engine.hub import Hub
 from engine.preflight import DEMO
@@ -260,6 +262,77 @@ def test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere(
     assert server.elsewhere
     assert {each.token for each in server.elsewhere} == {""}
     assert TOKEN in {each.token for each in server.asked("HEAD", WEIGHTS)}
+
+
+def taught(teachers: str, **more: object) -> Recipe:
+    params = {"steps": 1, "batch": 2, "sequence_length": 32, "teachers": teachers, **more}
+    return Recipe.model_validate({"model": NAME, "steps": [{"distill/logits": params}], "measure": []})
+
+
+def test_teachers_and_students_of_the_hub_are_pinned_and_downloaded_as_the_model_is(
+    server: loopback.Hub, tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    server.add("org/teacher", tiny_folder(), tags=("v1",))
+    server.add("org/pupil", tiny_folder(num_hidden_layers=2), private=True, tokens=(TOKEN,))
+    home = tmp_path / "home"
+    hub = Hub(home / "cache" / "hub", endpoint=server.url, offline=False)
+    recipe = taught("demo org/teacher@v1", student="folder", folder="org/pupil")
+    with Scheduler(home, hub=hub, runner=InlineRunner(partial(pipeline.run, alone=True))) as scheduler:
+        with pytest.raises(NeedsToken, match="org/pupil on the hub, or it is private"):
+            scheduler.submit(recipe)
+        run = scheduler.submit(recipe, token=TOKEN)
+        commits = {name: each.commit for name, each in server.repos.items()}
+        assert run.recipe.steps[0].params["teachers"] == f"demo org/teacher@{commits['org/teacher']}"
+        assert run.recipe.steps[0].params["folder"] == f"org/pupil@{commits['org/pupil']}"
+        assert partials(hub) == []  # nothing but headers before the run
+        ended = wait(scheduler, run)
+        assert (ended.status, ended.reason) == (Status.SUCCEEDED, "")
+        phases = [event.data["name"] for event in scheduler.store.events(run.id, kinds=("phase",))]
+        assert phases[:4] == ["downloading"] * 3 + ["checking"]
+        assert sorted(hub.here.recents()) == ["org/pupil", "org/teacher", NAME]
+        manifest = json.loads((Path(str(ended.artifact)) / "MANIFEST.json").read_text())
+        assert manifest["recipe"]["steps"][0]["params"] == run.recipe.steps[0].params
+        blocks = json.loads((Path(str(ended.artifact)) / "config.json").read_text())["num_hidden_layers"]
+        assert blocks == 2
+    assert below(home, TOKEN) == []
+    offline = Hub(hub.here.folder, endpoint=server.url, offline=True)  # all of it is here now
+    asked = len(server.requests)
+    with Scheduler(home, hub=offline, runner=InlineRunner(lambda recipe, folder, emit, check: None)) as scheduler:
+        again = scheduler.submit(recipe)
+        assert again.recipe == run.recipe
+        assert wait(scheduler, again).status is Status.SUCCEEDED
+    assert len(server.requests) == asked
+
+
+def test_teachers_of_the_hub_are_refused_before_anything_is_downloaded(
+    server: loopback.Hub, hub: Hub, tmp_path: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    other, adapter, quantized = tiny_folder(), tmp_path / "adapter", tiny_folder()
+    body = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(body.replace('"the"', '"teh"').replace('"Ġthe"', '"Ġteh"'))
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    for name, folder in {"other": other, "adapter": adapter, "quantized": quantized, "good": tiny_folder()}.items():
+        server.add(f"org/{name}", folder)
+    for recipe, words in (
+        (taught("org/other"), "org/other has another tokenizer"),
+        (taught("org/adapter"), "org/adapter holds only an adapter"),
+        (taught("", student="folder", folder="org/quantized"), "is quantized; its codes cannot be trained"),
+        (taught("org/none"), "There is no model org/none on the hub"),
+        (taught("org/good@v9"), "org/good has no revision 'v9'"),
+        (taught("", student="folder", folder="x" * 97), "too long"),
+    ):
+        with pytest.raises(MaquetteError, match=words):
+            preflight.check(recipe, hub)
+    both, alone = preflight.check(taught("org/good"), hub), preflight.check(taught(""), hub)
+    assert both.download - alone.download > (server.repos["org/good"].folder / WEIGHTS).stat().st_size
+    assert {each.headers.get("range") for each in server.asked("GET", WEIGHTS)} == {"bytes=0-65535"}
+    few = Hub(hub.here.folder, endpoint=server.url, offline=False)
+    few.here.free = lambda: both.download - 1
+    with pytest.raises(TooBig, match=r"org/tiny, org/good needs .* on the disk"):
+        preflight.check(taught("org/good"), few)
 
 
 def test_a_run_whose_token_is_forgotten_fails_so_that_it_can_be_resumed(server: loopback.Hub, tmp_path: Path) -> None:

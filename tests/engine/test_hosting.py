@@ -150,6 +150,10 @@ def recipe(body: object) -> Recipe:
         ({"model": "evil-corp/llama"}, "Models of 'evil-corp' are not offered here"),
         ({"calibration": "/etc/passwd"}, "the bundled text is used"),
         ({"steps": [{"distill/logits": {"text": "/etc/passwd"}}]}, "the bundled text is used"),
+        ({"steps": [{"distill/logits": {"teachers": "demo /etc"}}]}, "'/etc'.* cannot be used on a shared server"),
+        ({"steps": [{"distill/logits": {"teachers": "'/etc"}}]}, "cannot be the name of a model"),
+        ({"steps": [{"distill/logits": {"folder": "../x"}}]}, "cannot be used on a shared server"),
+        ({"steps": [{"distill/repair": {"teachers": "qwen/x evil-corp/llama"}}]}, "Models of 'evil-corp' are not"),
     ],
 )
 def test_what_a_visitor_may_not_name(body: object, words: str) -> None:
@@ -161,6 +165,8 @@ def test_what_a_visitor_may_not_name(body: object, words: str) -> None:
 def test_what_a_visitor_may_name() -> None:
     for source in ("demo", "Qwen/Qwen3-0.6B", "qwen/x"):
         quotas.check_sources(recipe({"model": source}), PUBLIC)
+    beside = {"teachers": "demo Qwen/x@v1", "student": "folder", "folder": "qwen/x"}
+    quotas.check_sources(recipe({"steps": [{"distill/logits": beside}]}), PUBLIC)
     patterns = {"targets": "*.mlp.*", "ignore": "*.0.*", "overrides": "*.down_proj=8"}
     quotas.check_sources(recipe({"steps": [{"quantize/gptq": patterns}]}), PUBLIC)
 
@@ -175,17 +181,25 @@ def store(tmp_path: Path) -> Iterator[Store]:
     ("limits", "free", "words"),
     [
         (Limits(parameters=1000), GIB, "billion parameters; this server takes up to 0.00"),
-        (Limits(model_bytes=1000), GIB, r"files hold \d\.\d MiB; this server takes up to 0.0 MiB"),
+        (Limits(model_bytes=1000), GIB, r"The files of demo hold \d\.\d MiB; this server takes up to 0.0 MiB"),
         (Limits(disk=8 << 20), GIB, r"Your runs hold 4.0 MiB of the 8.0 MiB that .* Delete a run"),
         (Limits(floor=GIB), GIB, r"1.00 GiB left; the run needs up to \d\.\d MiB, and 1.00 GiB stay free"),
     ],
 )
-def test_too_much_is_refused_before_work(limits: Limits, free: int, words: str, store: Store) -> None:
+def test_too_much_is_refused_before_work(
+    limits: Limits, free: int, words: str, store: Store, tiny_folder: Callable[..., Path]
+) -> None:  # fmt: skip
     run = store.add_run(Recipe(), "ada")
     (store.home / "runs" / run.id).mkdir(parents=True, exist_ok=True)
     (store.home / "runs" / run.id / "weights").write_bytes(bytes(4 << 20))
     with pytest.raises(TooBig, match=words):
         Quotas(store.home, store, limits, lambda: free).check(Recipe(), "ada")
+    large = tiny_folder(num_hidden_layers=90)
+    beside = recipe({"steps": [{"distill/logits": {"teachers": str(large)}}]})
+    most = quotas.model_size(Recipe())[0]
+    with pytest.raises(TooBig, match=f"^{large.name} has .* billion"):
+        Quotas(store.home, store, Limits(parameters=most), lambda: GIB).check(beside, "ada")
+    Quotas(store.home, store, Limits(parameters=most), lambda: GIB).check(Recipe(), "ada")
     enough = Limits(parameters=10**9, model_bytes=GIB, disk=GIB, floor=GIB)
     Quotas(store.home, store, enough, lambda: 2 * GIB).check(Recipe(), "ada")
 

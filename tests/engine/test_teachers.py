@@ -16,6 +16,7 @@ from engine.errors import BadModel, BadText
 from engine.losses import Full, Objective, TopK
 from engine.methods import Context
 from engine.models import load_tokenizer
+from engine.origin import FolderOrigin
 from engine.preflight import DEMO
 from engine.rows import Rows, packed_rows
 from engine.teachers import Cached, Live, cached, fingerprint, load_live
@@ -193,13 +194,14 @@ def test_a_cache_of_another_teacher_is_refused(tiny_folder: Callable[..., Path],
 
 def test_other_tokenizers_are_refused_with_the_reason_and_padding_is_not(tiny_folder: Callable[..., Path]) -> None:
     ours, padded, other = tiny_folder(), tiny_folder(vocab_size=1344), tiny_folder()
-    check_same_files(ours, padded)
+    check_same_files(FolderOrigin(ours), FolderOrigin(padded))
     check_same_tokenizer(load_tokenizer(ours), padded)
     body = json.loads((other / "tokenizer.json").read_text())
     vocabulary = body["model"]["vocab"]
     first, second = list(vocabulary)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(body))
-    for check in (lambda: check_same_files(ours, other), lambda: check_same_tokenizer(load_tokenizer(ours), other)):
+    origins = FolderOrigin(ours), FolderOrigin(other)
+    for check in (lambda: check_same_files(*origins), lambda: check_same_tokenizer(load_tokenizer(ours), other)):
         with pytest.raises(BadModel, match=r"another tokenizer: token '.*' has the id \d+ there and \d+ here"):
             check()

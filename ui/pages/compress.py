@@ -226,9 +226,9 @@ def as_recipe(draft: Draft) -> Recipe:
 
 
 def asks_hub(desk: Desk, draft: Draft) -> bool:
-    """Whether the hub has to be asked about a draft's model."""
+    """Whether the hub has to be asked about a draft's models."""
     try:
-        return models.is_remote(desk, as_recipe(draft).model)
+        return any(models.is_remote(desk, model) for model in preflight.models(as_recipe(draft)))
     except (MaquetteError, ValidationError):  # `judge` says what is wrong with it
         return False
 

@@ -1,9 +1,12 @@
 """Masks and scores: exact counts, a slow loop for Wanda, correlated inputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from engine.calibration import token_rows
 from engine.errors import BadParams
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -74,6 +77,41 @@ def test_methods_prune_every_linear_of_the_model(tiny: LoadedModel, context: Con
     for name in tiny.pruned:
         zeros = (tiny.network.get_submodule(name).weight == 0).sum(1)
         assert bool((zeros == zeros.new_tensor(round(0.25 * tiny.network.get_submodule(name).weight.shape[1]))).all())
+
+
+def test_norms_of_the_original_are_those_of_a_plain_forward_pass_and_another_ratio_makes_none(
+    context: Context, recorder: Recorder
+) -> None:
+    def passes(model: LoadedModel) -> list[str]:
+        seen: list[str] = []
+        for name, module in model.network.named_modules():
+            module.register_forward_pre_hook(lambda module, args, name=name: seen.append(name))
+        return seen
+
+    plain = in_memory(tiny_config(num_hidden_layers=2), torch.float32)
+    rows = token_rows(plain.tokenizer, context.calibration, 16, 4)
+    inputs: dict[str, Tensor] = {}
+    for name, module in plain.network.named_modules():
+        if "proj" in name:
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: inputs.update({name: args[0].flatten(0, 1)})
+            )
+    plain.network(rows)
+    for number, given in enumerate(({"sparsity": 0.5}, {"sparsity": 0.25}, {"pattern": "2:4", "targets": "*.mlp.*"})):
+        params = wanda.Params.model_validate({"inputs": "original", "samples": 4, "sequence_length": 16, **given})
+        model = in_memory(tiny_config(num_hidden_layers=2), torch.float32)
+        seen = passes(model)
+        wanda.apply(model, params, replace(context, folder=context.folder / str(number)))
+        assert bool(seen) is (number == 0), given
+        for name in model.pruned:
+            old = plain.network.get_submodule(name).weight
+            wanted = keep_largest(wanda.score(old, inputs[name].norm(dim=0)), params, name, by_row=True)
+            assert float(((model.network.get_submodule(name).weight != 0) == wanted).float().mean()) > 0.999, name
+    assert recorder.logs().count("norms of inputs: measured before, now reused") == 2
+    other = in_memory(tiny_config(num_hidden_layers=2), torch.float32, seed=1)
+    seen = passes(other)
+    wanda.apply(other, params, replace(context, folder=context.folder / "other"))
+    assert seen
 
 
 def test_magnitude_keeps_the_large_weights_unchanged(tiny: LoadedModel, context: Context) -> None:
