@@ -24,7 +24,7 @@ from typing import Self
 from pydantic import JsonValue
 
 from engine import hardware, preflight
-from engine.attempts import attempt_folder, is_cancelled, prepare
+from engine.attempts import ASIDE, attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName, os_reason
 from engine.fit import Estimate
 from engine.hub import Hub
@@ -36,7 +36,7 @@ from engine.repos import check_token
 from engine.runners import Runner, Worker, zero
 from engine.runners.local import LocalRunner
 from engine.sources import Repo, classify
-from engine.store import Store
+from engine.store import Store, scratch_of
 from engine.streams import Streams
 from engine.supervision import Watch, conclude, finish
 from engine.telemetry import Telemetry
@@ -83,7 +83,9 @@ class Scheduler:
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._telemetry = Telemetry()
-        self._streams = Streams()
+        scratch = scratch_of(self.home)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a server that was killed
+        self._streams = Streams(scratch / "streams")
 
     def __enter__(self) -> Self:
         self.start()
@@ -334,6 +336,7 @@ class Scheduler:
 
     def _clean_up(self, run: Run) -> None:
         """Give the disk back: all of a cancelled run, blocks that are needed no more, a model nobody has checked."""
+        self._discard(attempt_folder(self.home, run.id, run.attempt) / ASIDE)
         overdrawn = run.id in self._overdrawn and run.status is not Status.SUCCEEDED
         self._overdrawn.discard(run.id)
         if run.status is Status.CANCELLED or overdrawn:

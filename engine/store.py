@@ -94,6 +94,11 @@ def home() -> Path:
     raise StoreError("No data folder can be written: set MAQUETTE_HOME to a folder of yours.")
 
 
+def scratch_of(home: Path) -> Path:
+    """Below a data folder, what is of no use to a later server: the next one begins by deleting it."""
+    return home / "scratch"
+
+
 class Store:
     """The runs of one data folder, the folder that `path` lies in.
 

@@ -151,13 +151,13 @@ def memory_of(model: Path) -> int:
 
 
 class Streams:
-    """The warm workers of one scheduler."""
+    """The warm workers of one scheduler; what they put aside lies in `folder`, from the first of them on."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self._warm: dict[Path, Warm] = {}
         self._guard = threading.Lock()
         self._closed = False
-        self._folder = Path(tempfile.mkdtemp(prefix="maquette-streams-"))
+        self._folder = folder
         self._count = 0
 
     def write(
@@ -234,6 +234,7 @@ class Streams:
     def _write(
         self, models: list[Path], generate: Body, same_text: bool, stop: threading.Event | None
     ) -> Iterator[Reply]:
+        self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
             stream = _Stream(_Gone(stop))
             file = str(Path(folder, "logprobs.safetensors")) if same_text else None

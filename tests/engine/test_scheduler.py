@@ -106,6 +106,18 @@ def test_a_run_from_submit_to_result(make: Callable[..., Scheduler]) -> None:
     assert not (Path(str(run.artifact)).parent / "blocks").exists()
 
 
+def test_what_a_killed_worker_or_server_put_aside_is_deleted(make: Callable[..., Scheduler], tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "streams" / "warm-1").mkdir(parents=True)
+    scheduler = make()
+    assert not (tmp_path / "scratch").exists()
+    run = scheduler.submit(does("deaf"))
+    folder = working(scheduler, run)
+    assert len(list((folder / "tmp").iterdir())) == 1
+    os.killpg(read_pid(folder) or 0, signal.SIGKILL)
+    assert ended(scheduler, run).status is Status.INTERRUPTED
+    assert not (folder / "tmp").exists()
+
+
 def test_a_bad_recipe_is_refused_before_it_is_a_run(
     make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
