@@ -43,8 +43,8 @@ def push(
 ) -> Iterator[Event]:  # fmt: skip
     """Make the repository where there is none and upload; yields `creating`, `uploading` and `done`, each with data.
 
-    `uploading` comes once a second with `seconds`, `bytes` and `files`; `done` has the `url`. What the upload puts aside
-    lies below `scratch`, by default where the system wants it.
+    `uploading` comes once a second with `seconds`, `bytes` and `files`; `done` has the `url`. scratch: where the upload
+    puts things aside, by default where the system does.
 
     Raises:
         BadParams: no name of a repository, or nothing that can be a token.

@@ -74,7 +74,11 @@ class Scheduler:
         self.call_limits = (zero.SECONDS, zero.LARGEST) if zero_gpu else None  # seconds and bytes, to be shown
         self.limits = limits or Limits()
         self.hub = hub or Hub(self.home / "cache" / "hub", trusting=self.limits.folders)
-        self._quotas, self._rates = Quotas(self.home, self.store, self.limits, hub=self.hub), Rates()
+        scratch = scratch_of(self.home)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a server that was killed
+        self._streams = Streams(scratch / "streams")
+        self._quotas = Quotas(self.home, self.store, self.limits, hub=self.hub, warm=self._streams.models)
+        self._rates = Rates()
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
         self._overdrawn: set[str] = set()  # running runs whose files go with them
@@ -83,9 +87,6 @@ class Scheduler:
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._telemetry = Telemetry()
-        scratch = scratch_of(self.home)
-        shutil.rmtree(scratch, ignore_errors=True)  # of a server that was killed
-        self._streams = Streams(scratch / "streams")
 
     def __enter__(self) -> Self:
         self.start()
@@ -236,6 +237,8 @@ class Scheduler:
             InputError: a source is no model.
         """
         folders = [self._model_of(source) for source in sources]
+        for folder in folders:
+            self.hub.here.use(folder)
         return self._streams.write(
             folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text,
             top_p=top_p, top_k=top_k, stop_strings=stop_strings, chat=chat, system=system, stop=stop,

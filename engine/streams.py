@@ -207,6 +207,11 @@ class Streams:
         with self._guard:
             return [warm.pid for warm in self._warm.values()]
 
+    def models(self) -> list[Path]:
+        """The folders of the models that are held."""
+        with self._guard:
+            return [*self._warm]
+
     def end_idle(self) -> None:
         """End workers that were not used for a while."""
         now = time.monotonic()
