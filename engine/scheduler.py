@@ -220,6 +220,10 @@ class Scheduler:
         progress = None if watch is None else watch.progress.as_json(time.monotonic())
         return {**self._telemetry.now(), "running": running, "progress": progress, "queued": self.store.waiting()}
 
+    def spare(self, recipe: Recipe) -> int:
+        """Bytes that a run of the recipe would find free, were the models to end that nobody writes with now."""
+        return self._streams.spare(_device(recipe))
+
     def history(self) -> dict[str, list[float]]:
         """The last 60 samples of each series in `status`, one a second, oldest first."""
         return self._telemetry.history()

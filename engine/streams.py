@@ -47,7 +47,7 @@ class Warm:
     def __init__(self, model: Path, folder: Path) -> None:
         self.busy, self.used, self.ready, self.loaded = False, time.monotonic(), False, False
         self.needed = memory_of(model)
-        device = "cuda" if hardware.gpu() is not None else "cpu"
+        self.device = device = "cuda" if hardware.gpu() is not None else "cpu"
         request = folder / "request.json"
         folder.mkdir(parents=True)
         request.write_text(json.dumps({"kind": "serve", "model": str(model), "device": device}))
@@ -69,6 +69,12 @@ class Warm:
     def reserved(self) -> int:
         """Bytes that are not taken yet and will be: while it loads, all that it needs."""
         return self.needed if not self.loaded and self.alive() else 0
+
+    def held(self) -> int:
+        """Bytes of its device's memory that its end gives back."""
+        if not self.loaded:
+            return 0
+        return self.needed - RUNTIME if self.device == "cuda" else hardware.own_memory(self.pid)
 
     def close(self) -> None:
         """End the process and its children, at once."""
@@ -211,6 +217,11 @@ class Streams:
         """The folders of the models that are held."""
         with self._guard:
             return [*self._warm]
+
+    def spare(self, device: str) -> int:
+        """Bytes of a device's memory that `end_unused` would give back."""
+        with self._guard:
+            return sum(warm.held() for warm in self._warm.values() if not warm.busy and warm.device == device)
 
     def end_idle(self) -> None:
         """End workers that were not used for a while."""

@@ -193,6 +193,16 @@ def _no_replies(self: streams.Warm) -> None:
             pass
 
 
+def test_what_idle_workers_hold_is_spare(warm: Streams) -> None:
+    list(write(warm, [A], max_tokens=1))
+    until(lambda: idle(warm))
+    (held,) = warm._warm.values()
+    assert 1 << 20 < warm.spare(held.device) < hardware.group_memory(held.pid)
+    assert warm.spare("elsewhere") == 0
+    held.busy = True
+    assert warm.spare(held.device) == 0
+
+
 def test_idle_workers_end(warm: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     list(write(warm, [A], max_tokens=1))
     warm.end_idle()
