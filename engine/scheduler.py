@@ -262,9 +262,18 @@ class Scheduler:
                 self._empty_trash()
             except TROUBLES:  # the next tick tries again
                 log.exception("the scheduler's tick failed")
-                self._stopping.wait(1.0)
+                self._hold_out()
             self._wake.wait(TICK)
             self._wake.clear()
+
+    def _hold_out(self) -> None:
+        """A second without the store, in which no run exceeds its memory or time."""
+        for _ in range(round(1 / TICK)):
+            with self._guard:
+                for watch in self._watches.values():
+                    watch.bound(time.monotonic())
+            if self._stopping.wait(TICK):
+                break
 
     def _look_after(self) -> None:
         trouble: Exception | None = None
