@@ -8,6 +8,7 @@
         cancel         exists once the user cancelled: a signal then means "cancelled", else "interrupted"
         ending.json    how the scheduler ended it, where its worker could not say; the store's copy counts
         worker.log     what the worker wrote to stdout and stderr
+        tmp/           what the worker puts aside; deleted when it has ended
         blocks/        finished blocks, moved on to the next attempt
         artifact/      the result, renamed into place when complete
     HOME/cache/        what one run measured and others can use
@@ -37,6 +38,7 @@ from engine.records import Event, EventKind
 log = logging.getLogger(__name__)
 
 ROOM = 8192  # bytes
+ASIDE = "tmp"
 DURABLE = frozenset({"artifact", "finished"})
 
 
@@ -65,7 +67,7 @@ def prepare(home: Path, run: str, attempt: int, request: dict[str, JsonValue]) -
             (earlier / "blocks").rename(folder / "blocks")
         with suppress(FileNotFoundError):  # by rename, so that what is called `artifact` is always whole
             (earlier / "artifact").rename(earlier / "discarded")
-        for leftover in ("discarded", "artifact.tmp", "blocks"):
+        for leftover in ("discarded", "artifact.tmp", "blocks", ASIDE):
             shutil.rmtree(earlier / leftover, ignore_errors=True)
     path = folder / "request.json"
     path.write_text(json.dumps({**request, "folder": str(folder)}))

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from pydantic import JsonValue
 
-from engine.errors import BadModel, HubError, TooBig, short
+from engine.errors import BadModel, HubError, TooBig, os_reason, short
 from engine.hub import Hub, RepoOrigin
 from engine.records import Model
 from engine.repos import Busy
@@ -86,7 +86,7 @@ def main() -> int:
         tell({"error": "HubError", "text": str(error)})
         return 1
     except OSError as error:
-        tell({"error": "HubError", "text": f"The download cannot be written: {error.strerror or 'the disk failed'}."})
+        tell({"error": "HubError", "text": os_reason(error)})
         return 1
     tell({"error": "", "text": ""})
     return 0

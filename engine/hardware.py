@@ -116,6 +116,15 @@ def gpu() -> Gpu | None:
     return Gpu(name if isinstance(name, str) else name.decode(), int(info.used), int(info.total))
 
 
+def own_memory(process: int) -> int:
+    """Resident bytes of a process without pages that it shares, as of mapped files, which count as free already."""
+    try:
+        info = psutil.Process(process).memory_info()
+    except psutil.Error:
+        return 0
+    return int(info.rss - getattr(info, "shared", 0))
+
+
 def group_memory(group: int) -> int:
     """Resident bytes of all processes of a process group; shared pages count for each of them."""
     total = 0

@@ -37,11 +37,12 @@ class Mode(StrEnum):
 class Limits:
     """What one visitor may take. None: as much as there is.
 
-    running, queued: runs. seconds: of one start of a run. disk: bytes below the visitor's runs. floor: bytes that stay
-    free on the disk, whoever asks. keep: seconds after which the files of a run that has ended are deleted.
-    parameters, model_bytes: of a model that is compressed. folders: whether folders and texts of the server may be
-    named. organisations: whose models of the hub may be. starts, streams, questions, requests: in a minute, of one
-    visitor; `crowd` times as many of one address, behind which there may be several. questions: of the hub.
+    running, queued: runs. seconds: of one start of a run. disk: bytes below the visitor's runs. floor: bytes that
+    stay free on the disk, whoever asks. downloads: bytes of the hub's models that are kept, beside those in use.
+    keep: seconds after which the files of a run that has ended are deleted. parameters, model_bytes: of a model
+    that is compressed. folders: whether folders and texts of the server may be named. organisations: whose models
+    of the hub may be. starts, streams, questions, requests: in a minute, of one visitor; `crowd` times as many of
+    one address, behind which there may be several. questions: of the hub.
     """
 
     running: int = 1
@@ -49,6 +50,7 @@ class Limits:
     seconds: float | None = None
     disk: int | None = None
     floor: int = 0
+    downloads: int | None = None
     keep: float | None = None
     parameters: int | None = None
     model_bytes: int | None = None
@@ -65,9 +67,9 @@ LIMITS: Mapping[Mode, Limits] = {
     Mode.LOCAL: Limits(),
     Mode.TEAM: Limits(floor=2 * GIB, folders=False, starts=30, streams=30, questions=60, requests=1200),
     Mode.PUBLIC: Limits(
-        queued=2, seconds=1800, disk=4 * GIB, floor=2 * GIB, keep=86_400, parameters=1_500_000_000,
-        model_bytes=4 * GIB, folders=False, organisations=ORGANISATIONS, starts=6, streams=12, questions=60,
-        requests=600,
+        queued=2, seconds=1800, disk=4 * GIB, floor=2 * GIB, downloads=16 * GIB, keep=86_400,
+        parameters=1_500_000_000, model_bytes=4 * GIB, folders=False, organisations=ORGANISATIONS, starts=6,
+        streams=12, questions=60, requests=600,
     ),
 }  # fmt: skip
 SETTINGS: Mapping[str, tuple[str, float]] = {  # variable: the limit it sets, and the unit it is given in
@@ -75,11 +77,12 @@ SETTINGS: Mapping[str, tuple[str, float]] = {  # variable: the limit it sets, an
     "MAQUETTE_RUN_MINUTES": ("seconds", 60),
     "MAQUETTE_DISK_GIB": ("disk", GIB),
     "MAQUETTE_FREE_GIB": ("floor", GIB),
+    "MAQUETTE_HUB_GIB": ("downloads", GIB),
     "MAQUETTE_KEEP_HOURS": ("keep", 3600),
     "MAQUETTE_MAX_PARAMETERS": ("parameters", 1),
     "MAQUETTE_MAX_MODEL_GIB": ("model_bytes", GIB),
 }
-WHOLE = frozenset({"queued", "disk", "floor", "parameters", "model_bytes"})
+WHOLE = frozenset({"queued", "disk", "floor", "downloads", "parameters", "model_bytes"})
 
 
 def mode_of(environment: Mapping[str, str]) -> Mode:

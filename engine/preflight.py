@@ -176,8 +176,10 @@ def calibration_file(source: str) -> Path:
     raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
 
 
-def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
+def check(recipe: Recipe, hub: Hub | None = None, token: str = "", spare: int = 0) -> Estimate:
     """Refuse what cannot work and estimate the rest. Of a repo that is not here yet only headers are read.
+
+    spare: bytes that are not free and would be, were the run to begin.
 
     Raises:
         InputError: a bad model, step, setting or text, or too little memory or disk; one helpful line.
@@ -198,14 +200,19 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Estimate:
     for _, params in steps:
         if isinstance(params, Calibrated):
             check_text(text, shape.folder, params.sequence_length)
-    found = _estimate(recipe, shape, steps, download=_to_download(models(recipe), hub, token))
+    where = machine(recipe, spare)
+    found = _estimate(recipe, shape, steps, where, _to_download(models(recipe), hub, token))
     if not found.fits:
-        raise TooBig(_too_big(found, way_out(recipe, found, hub, token)))
+        raise TooBig(_too_big(found, way_out(recipe, found, hub, token, spare)))
     return found
 
 
-def estimate(recipe: Recipe, hub: Hub | None = None, token: str = "", rates: Rates | None = None) -> Estimate:
+def estimate(
+    recipe: Recipe, hub: Hub | None = None, token: str = "", rates: Rates | None = None, spare: int = 0
+) -> Estimate:  # fmt: skip
     """The estimate alone, also for what does not fit; `rates`: the speeds that earlier runs have found.
+
+    spare: as in `check`.
 
     Raises:
         InputError: the recipe or its model cannot be read.
@@ -213,15 +220,15 @@ def estimate(recipe: Recipe, hub: Hub | None = None, token: str = "", rates: Rat
     """
     shape = headers.inspect(open_model(recipe.model, hub, token))
     download = _to_download(models(recipe), hub, token)
-    return _estimate(recipe, shape, checked(recipe, hub, token), rates, download)
+    where = machine(recipe, spare)
+    where = where if rates is None else replace(where, rates=rates)
+    return _estimate(recipe, shape, checked(recipe, hub, token), where, download)
 
 
 def _estimate(
-    recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]], rates: Rates | None = None, download: int = 0
+    recipe: Recipe, shape: Shape, steps: list[tuple[Method, Params]], where: Machine, download: int
 ) -> Estimate:
     """With what each method has to say of itself."""
-    where = machine(recipe)
-    where = where if rates is None else replace(where, rates=rates)
     found = fit.estimate(recipe, shape, steps, where, download=download)
     said = [
         f"{method.title}: {note}"
@@ -254,22 +261,24 @@ def _ignored_for_nothing(params: Params, shape: Shape) -> list[str]:
     return [f"`{' '.join(unfit)}` of ignore fits no linear of the blocks, so it leaves none alone."] if unfit else []
 
 
-def way_out(recipe: Recipe, found: Estimate, hub: Hub | None = None, token: str = "") -> Way | None:
+def way_out(
+    recipe: Recipe, found: Estimate, hub: Hub | None = None, token: str = "", spare: int = 0
+) -> Way | None:  # fmt: skip
     """What to change in a recipe that needs more than there is, and what it needs then; None where nothing helps.
 
     Raises:
         MaquetteError: the recipe or its model cannot be read.
     """
-    shape = headers.inspect(open_model(recipe.model, hub, token))
-    return ways.out(recipe, shape, machine(recipe), found, lambda changed: checked(changed, hub, token))
+    shape, where = headers.inspect(open_model(recipe.model, hub, token)), machine(recipe, spare)
+    return ways.out(recipe, shape, where, found, lambda changed: checked(changed, hub, token))
 
 
-def machine(recipe: Recipe) -> Machine:
-    """Where the recipe would run, and what is free there."""
+def machine(recipe: Recipe, spare: int = 0) -> Machine:
+    """Where the recipe would run, and what is free there, with what is spare."""
     gpu = hardware.gpu() if recipe.device != "cpu" else None
     if gpu is not None:
-        return Machine(gpu.total - gpu.used, "cuda")
-    return Machine(hardware.free_memory())
+        return Machine(gpu.total - gpu.used + spare, "cuda")
+    return Machine(hardware.free_memory() + spare)
 
 
 def _too_big(found: Estimate, way: Way | None) -> str:

@@ -39,11 +39,12 @@ Event = tuple[str, dict[str, JsonValue]]
 
 def push(
     files: Mapping[str, Path | bytes], repo: str, token: str, *, private: bool = True,
-    stop: threading.Event | None = None,
+    stop: threading.Event | None = None, scratch: Path | None = None,
 ) -> Iterator[Event]:  # fmt: skip
     """Make the repository where there is none and upload; yields `creating`, `uploading` and `done`, each with data.
 
-    `uploading` comes once a second with `seconds`, `bytes` and `files`; `done` has the `url`.
+    `uploading` comes once a second with `seconds`, `bytes` and `files`; `done` has the `url`. scratch: where the upload
+    puts things aside, by default where the system does.
 
     Raises:
         BadParams: no name of a repository, or nothing that can be a token.
@@ -54,18 +55,21 @@ def push(
         raise BadParams(f"{short(repr(repo))} is no name of a repository. Write it as your-name/model-name.")
     if not TOKEN.fullmatch(token):
         raise BadParams("That is no token. Make one with write access in the hub's settings and paste it whole.")
-    return _push(files, repo, token, private, stop or threading.Event())
+    return _push(files, repo, token, private, stop or threading.Event(), scratch)
 
 
 def _push(
-    files: Mapping[str, Path | bytes], repo: str, token: str, private: bool, stop: threading.Event
-) -> Iterator[Event]:
+    files: Mapping[str, Path | bytes], repo: str, token: str, private: bool, stop: threading.Event,
+    scratch: Path | None,
+) -> Iterator[Event]:  # fmt: skip
     listed = {
         name: base64.b64encode(file).decode() if isinstance(file, bytes) else None for name, file in files.items()
     }
     paths = {name: str(file) for name, file in files.items() if isinstance(file, Path)}
     request = json.dumps({"repo": repo, "token": token, "private": private, "bytes": listed, "paths": paths})
-    with tempfile.TemporaryDirectory(prefix="maquette-push-") as home:
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="maquette-push-", dir=scratch) as home:
         process = subprocess.Popen(
             [sys.executable, "-m", "engine.uploader"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, cwd=home, env=_environment(home), start_new_session=True,

@@ -2,7 +2,8 @@
 
 Before work: models and texts by where they come from, a model by its size, the disk by what the visitor's runs hold
 already. While it works: seconds of this start, the visitor's disk, and what must stay free for everybody. Files of
-runs that have ended are deleted when their time is over; what was measured stays.
+runs that have ended are deleted when their time is over; what was measured stays. Of the hub's models those used
+longest ago make room, for each other and where the disk gets full, but never one in use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -44,13 +45,18 @@ class Breach:
 
 
 class Quotas:
-    """The limits of one data folder's visitors. `free` says how many bytes its disk has left."""
+    """The limits of one data folder's visitors.
+
+    free: how many bytes its disk has left. warm: the folders of the models that are held for writing.
+    """
 
     def __init__(
-        self, home: Path, store: Store, limits: Limits, free: Callable[[], int] | None = None, hub: Hub | None = None
-    ) -> None:
+        self, home: Path, store: Store, limits: Limits, free: Callable[[], int] | None = None, hub: Hub | None = None,
+        warm: Callable[[], Iterable[Path]] = tuple,
+    ) -> None:  # fmt: skip
         self._home, self._store, self._limits, self._hub = home, store, limits, hub
         self._free = free or (lambda: shutil.disk_usage(home).free)
+        self._warm = warm
         self._began: dict[tuple[str, int], float] = {}  # monotonic: a clock that jumps ends no run
         self._next_look = self._next_expiry = 0.0
 
@@ -63,7 +69,8 @@ class Quotas:
         """
         limits = self._limits
         check_sources(recipe, limits)
-        if limits.parameters is None and limits.model_bytes is None and limits.disk is None and not limits.floor:
+        bounds = (limits.parameters, limits.model_bytes, limits.disk, limits.downloads, limits.floor or None)
+        if all(bound is None for bound in bounds):
             return
         name, parameters, size = max(
             ((_name(model), *model_size(recipe, model, self._hub, token)) for model in preflight.models(recipe)),
@@ -85,6 +92,13 @@ class Quotas:
                 f"Your runs hold {_bytes(used)} of the {_bytes(limits.disk)} that a visitor has, and this one "
                 f"needs up to {_bytes(size)}. Delete a run on the Runs tab, or choose a smaller model."
             )
+        if self._hub is not None:
+            for model in preflight.models(recipe):
+                origin = preflight.open_model(model, self._hub, token)
+                size += self._hub.missing(model, origin)
+                if origin.folder is not None:
+                    self._hub.here.use(origin.folder)
+        self._release(lambda: self._free() - size >= limits.floor, recipe)
         if (free := self._free()) - size < limits.floor:
             raise TooBig(
                 f"The server's disk has {_bytes(free)} left; the run needs up to {_bytes(size)}, and "
@@ -101,6 +115,7 @@ class Quotas:
         if now < self._next_look:
             return []
         self._next_look = now + LOOK_EVERY
+        self._release(self._enough)
         found = [breach for run in running for breach in (self._late(run, now), self._overdrawn(run)) if breach]
         # Before work all of the floor was free, so what works may use half of it before it must end.
         if running and not found and (free := self._free()) < self._limits.floor // 2:
@@ -112,17 +127,35 @@ class Quotas:
     def expired(self, now: float | None = None) -> list[Run]:
         """Runs whose files have been kept long enough; looks about once a minute. `now`: seconds since the epoch.
 
-        Models of the hub that were downloaded as long ago, and that no run waits for, are deleted here.
+        Models of the hub that were not used for as long are deleted here.
         """
         if self._limits.keep is None or (now is None and time.monotonic() < self._next_expiry):
             return []
         self._next_expiry = time.monotonic() + EXPIRE_EVERY
         before = (time.time() if now is None else now) - self._limits.keep
         if self._hub is not None:
-            wanted = {repo.name for run in self._store.unfinished() for repo in preflight.repos(run.recipe)}
-            for name in self._hub.here.evict(before, wanted):
+            for name in self._hub.here.evict(before, self._in_use(self._hub)):
                 log.info("%s was kept long enough: its files are deleted", name)
         return self._store.ended_before(before)
+
+    def _enough(self) -> bool:
+        """Whether the hub's models take no more than they may, and leave free what must stay so."""
+        most = self._limits.downloads
+        if most is not None and self._hub is not None and folder_size(self._hub.here.folder) > most:
+            return False
+        return self._free() >= self._limits.floor
+
+    def _release(self, enough: Callable[[], bool], *recipes: Recipe) -> None:
+        """Delete models of the hub until it is enough, or all are in use."""
+        if self._hub is not None and not enough():
+            for name in self._hub.here.release(enough, self._in_use(self._hub, *recipes)):
+                log.info("%s was used longest ago: its files make room", name)
+
+    def _in_use(self, hub: Hub, *recipes: Recipe) -> set[str]:
+        """The repos that runs or these recipes wait for or work on, and whose models are held for writing."""
+        names = {*map(hub.here.name_of, self._warm())}
+        wanted = (*recipes, *(run.recipe for run in self._store.unfinished()))
+        return names | {repo.name for recipe in wanted for repo in preflight.repos(recipe)}
 
     def _late(self, run: Run, now: float) -> Breach | None:
         key = (run.id, run.attempt)

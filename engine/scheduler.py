@@ -24,7 +24,7 @@ from typing import Self
 from pydantic import JsonValue
 
 from engine import hardware, preflight
-from engine.attempts import attempt_folder, is_cancelled, prepare
+from engine.attempts import ASIDE, attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName, os_reason
 from engine.fit import Estimate
 from engine.hub import Hub
@@ -36,7 +36,7 @@ from engine.repos import check_token
 from engine.runners import Runner, Worker, zero
 from engine.runners.local import LocalRunner
 from engine.sources import Repo, classify
-from engine.store import Store
+from engine.store import Store, scratch_of
 from engine.streams import Streams
 from engine.supervision import Watch, conclude, finish
 from engine.telemetry import Telemetry
@@ -74,7 +74,11 @@ class Scheduler:
         self.call_limits = (zero.SECONDS, zero.LARGEST) if zero_gpu else None  # seconds and bytes, to be shown
         self.limits = limits or Limits()
         self.hub = hub or Hub(self.home / "cache" / "hub", trusting=self.limits.folders)
-        self._quotas, self._rates = Quotas(self.home, self.store, self.limits, hub=self.hub), Rates()
+        scratch = scratch_of(self.home)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a server that was killed
+        self._streams = Streams(scratch / "streams")
+        self._quotas = Quotas(self.home, self.store, self.limits, hub=self.hub, warm=self._streams.models)
+        self._rates = Rates()
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
         self._overdrawn: set[str] = set()  # running runs whose files go with them
@@ -83,7 +87,6 @@ class Scheduler:
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._telemetry = Telemetry()
-        self._streams = Streams()
 
     def __enter__(self) -> Self:
         self.start()
@@ -219,6 +222,10 @@ class Scheduler:
         progress = None if watch is None else watch.progress.as_json(time.monotonic())
         return {**self._telemetry.now(), "running": running, "progress": progress, "queued": self.store.waiting()}
 
+    def spare(self, recipe: Recipe) -> int:
+        """Bytes that a run of the recipe would find free, were the models to end that nobody writes with now."""
+        return self._streams.spare(_device(recipe))
+
     def history(self) -> dict[str, list[float]]:
         """The last 60 samples of each series in `status`, one a second, oldest first."""
         return self._telemetry.history()
@@ -236,6 +243,8 @@ class Scheduler:
             InputError: a source is no model.
         """
         folders = [self._model_of(source) for source in sources]
+        for folder in folders:
+            self.hub.here.use(folder)
         return self._streams.write(
             folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text,
             top_p=top_p, top_k=top_k, stop_strings=stop_strings, chat=chat, system=system, stop=stop,
@@ -255,9 +264,18 @@ class Scheduler:
                 self._empty_trash()
             except TROUBLES:  # the next tick tries again
                 log.exception("the scheduler's tick failed")
-                self._stopping.wait(1.0)
+                self._hold_out()
             self._wake.wait(TICK)
             self._wake.clear()
+
+    def _hold_out(self) -> None:
+        """A second without the store, in which no run exceeds its memory or time."""
+        for _ in range(round(1 / TICK)):
+            with self._guard:
+                for watch in self._watches.values():
+                    watch.bound(time.monotonic())
+            if self._stopping.wait(TICK):
+                break
 
     def _look_after(self) -> None:
         trouble: Exception | None = None
@@ -339,6 +357,7 @@ class Scheduler:
 
     def _clean_up(self, run: Run) -> None:
         """Give the disk back: all of a cancelled run, blocks that are needed no more, a model nobody has checked."""
+        self._discard(attempt_folder(self.home, run.id, run.attempt) / ASIDE)
         overdrawn = run.id in self._overdrawn and run.status is not Status.SUCCEEDED
         self._overdrawn.discard(run.id)
         if run.status is Status.CANCELLED or overdrawn:

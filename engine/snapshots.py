@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class Snapshots:
         """The repos of which a complete snapshot is here, the latest first."""
         found = []
         for snapshot in self.folder.glob("models--*/snapshots/*"):
-            name = snapshot.parents[1].name.removeprefix("models--").replace("--", "/")
+            name = _name(snapshot.parents[1])
             if self.find(Repo(name, snapshot.name)) is not None:
                 found.append((snapshot.stat().st_mtime, name))
         return list(dict.fromkeys(name for _, name in sorted(found, reverse=True)))
@@ -119,20 +119,42 @@ class Snapshots:
         if repo.pinned and self.find(repo) is None:
             self._remove(repo)
 
+    def use(self, folder: Path) -> None:
+        """Note that a snapshot is used now, where the folder is one."""
+        if self.name_of(folder):
+            with suppress(OSError):
+                os.utime(folder)
+
+    def name_of(self, folder: Path) -> str:
+        """The repo whose snapshot a folder is, or nothing."""
+        return _name(folder.parents[1]) if self.folder in folder.parents[2:3] else ""
+
     def evict(self, before: float, spared: Collection[str]) -> list[str]:
-        """Give back the disk of snapshots that came before a moment (seconds since the epoch); the repos' names.
+        """Give back the disk of snapshots last used before a moment (seconds since the epoch); the repos' names.
 
         spared: names of repos that stay.
         """
-        gone = []
-        for snapshot in self.folder.glob("models--*/snapshots/*"):
-            repo = Repo(snapshot.parents[1].name.removeprefix("models--").replace("--", "/"), snapshot.name)
-            if repo.pinned and repo.name not in spared and snapshot.stat().st_mtime < before:
-                self._remove(repo)
-                gone.append(repo.name)
+        return [self._remove(repo) for used, repo in self._by_use() if used < before and repo.name not in spared]
+
+    def release(self, enough: Callable[[], bool], spared: Collection[str]) -> list[str]:
+        """Give back the disk of the snapshots used longest ago, one by one until it is enough; the repos' names."""
+        gone: list[str] = []
+        found = [repo for _, repo in self._by_use() if repo.name not in spared]
+        while found and not enough():
+            gone.append(self._remove(found.pop(0)))
         return gone
 
-    def _remove(self, repo: Repo) -> None:
+    def _by_use(self) -> list[tuple[float, Repo]]:
+        """All snapshots and when they were last used, longest ago first; also those of which little has come."""
+        found: dict[Repo, float] = {}
+        for path in (*self.folder.glob("models--*/snapshots/*"), *self.folder.glob("models--*/wanted/*.json")):
+            repo = Repo(_name(path.parents[1]), path.name.removesuffix(".json"))
+            with suppress(OSError):  # a run that is cancelled takes its own away
+                if repo.pinned:
+                    found[repo] = max(found.get(repo, 0.0), path.stat().st_mtime)
+        return sorted(((used, repo) for repo, used in found.items()), key=lambda each: each[0])
+
+    def _remove(self, repo: Repo) -> str:
         place = self.place(repo)
         shutil.rmtree(place / "snapshots" / repo.revision, ignore_errors=True)
         used = {link.resolve().name for link in place.glob("snapshots/*/*")}
@@ -142,6 +164,7 @@ class Snapshots:
         (place / "wanted" / f"{repo.revision}.json").unlink(missing_ok=True)
         if not any(place.glob("snapshots/*")):
             shutil.rmtree(place, ignore_errors=True)
+        return repo.name
 
     def _wanted(self, repo: Repo) -> dict[str, int] | None:
         files = self._note(repo).get("files")
@@ -154,6 +177,11 @@ class Snapshots:
             body = json.loads((self.place(repo) / "wanted" / f"{repo.revision}.json").read_text())
             return body if isinstance(body, dict) else {}
         return {}
+
+
+def _name(place: Path) -> str:
+    """The repo of a folder in the cache."""
+    return place.name.removeprefix("models--").replace("--", "/")
 
 
 def bytes_of(path: Path) -> int:

@@ -36,6 +36,7 @@ from engine.records import Event, EventKind, Measurement, Output, Recipe, Record
 log = logging.getLogger(__name__)
 
 RECIPES = 2000  # that are kept read
+PATIENCE = 250  # milliseconds of a write, for which the scheduler looks after nobody
 MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE runs (
@@ -94,6 +95,11 @@ def home() -> Path:
     raise StoreError("No data folder can be written: set MAQUETTE_HOME to a folder of yours.")
 
 
+def scratch_of(home: Path) -> Path:
+    """Below a data folder, what is of no use to a later server: the next one begins by deleting it."""
+    return home / "scratch"
+
+
 class Store:
     """The runs of one data folder, the folder that `path` lies in.
 
@@ -120,6 +126,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path.parent)
             self._writer, fresh = database.begin(path, _migrate)
+            self._writer.execute(f"PRAGMA busy_timeout = {PATIENCE}")
             self._reserve.keep()
             if fresh:
                 self._restore()

@@ -47,7 +47,7 @@ class Warm:
     def __init__(self, model: Path, folder: Path) -> None:
         self.busy, self.used, self.ready, self.loaded = False, time.monotonic(), False, False
         self.needed = memory_of(model)
-        device = "cuda" if hardware.gpu() is not None else "cpu"
+        self.device = device = "cuda" if hardware.gpu() is not None else "cpu"
         request = folder / "request.json"
         folder.mkdir(parents=True)
         request.write_text(json.dumps({"kind": "serve", "model": str(model), "device": device}))
@@ -69,6 +69,12 @@ class Warm:
     def reserved(self) -> int:
         """Bytes that are not taken yet and will be: while it loads, all that it needs."""
         return self.needed if not self.loaded and self.alive() else 0
+
+    def held(self) -> int:
+        """Bytes of its device's memory that its end gives back."""
+        if not self.loaded:
+            return 0
+        return self.needed - RUNTIME if self.device == "cuda" else hardware.own_memory(self.pid)
 
     def close(self) -> None:
         """End the process and its children, at once."""
@@ -151,13 +157,13 @@ def memory_of(model: Path) -> int:
 
 
 class Streams:
-    """The warm workers of one scheduler."""
+    """The warm workers of one scheduler; what they put aside lies in `folder`, from the first of them on."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self._warm: dict[Path, Warm] = {}
         self._guard = threading.Lock()
         self._closed = False
-        self._folder = Path(tempfile.mkdtemp(prefix="maquette-streams-"))
+        self._folder = folder
         self._count = 0
 
     def write(
@@ -207,6 +213,16 @@ class Streams:
         with self._guard:
             return [warm.pid for warm in self._warm.values()]
 
+    def models(self) -> list[Path]:
+        """The folders of the models that are held."""
+        with self._guard:
+            return [*self._warm]
+
+    def spare(self, device: str) -> int:
+        """Bytes of a device's memory that `end_unused` would give back."""
+        with self._guard:
+            return sum(warm.held() for warm in self._warm.values() if not warm.busy and warm.device == device)
+
     def end_idle(self) -> None:
         """End workers that were not used for a while."""
         now = time.monotonic()
@@ -234,6 +250,7 @@ class Streams:
     def _write(
         self, models: list[Path], generate: Body, same_text: bool, stop: threading.Event | None
     ) -> Iterator[Reply]:
+        self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
             stream = _Stream(_Gone(stop))
             file = str(Path(folder, "logprobs.safetensors")) if same_text else None

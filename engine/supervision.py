@@ -94,14 +94,15 @@ class Watch:
         if not self._worker.alive():
             self._end(now)
             return False
-        self._bound(now)  # first: a store that is locked or full must not let a worker go on
+        self.bound(now)  # first: a store that is locked or full must not let a worker go on
         self._carry(now)
         if now >= self._next_sample and self._deadline is None:
             self._store.say(self.run, "sample", {"series": "memory.resident", "value": self.resident, "unit": "B"})
             self._next_sample = now + SAMPLE_EVERY
         return True
 
-    def _bound(self, now: float) -> None:
+    def bound(self, now: float) -> None:
+        """Look at memory and deadline alone; nothing is stored."""
         self.resident = self._worker.resident()
         if self._budget is not None and self.resident > self._budget and self._verdict is None:
             self._verdict = (Status.FAILED, _over_budget(self.resident, self._budget))

@@ -429,8 +429,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{file} has {came} bytes where the hub had announced {wanted}.": "{file} 有 {came} 字节，而 Hub 宣称为 {wanted} 字节。",
         "{file} arrived damaged: its content is not what the hub had announced.": "{file} 下载后已损坏：内容与 Hub 宣称的不符。",
         "The download of {file} broke off at {came} of {wanted} bytes.": "{file} 的下载在 {wanted} 字节中的 {came} 字节处中断。",
-        "The download cannot be written: {said}.": "无法写入下载的内容：{said}。",
-        "The download cannot be written: {error}.": "无法写入下载的内容：{error}。",
         "The hub sent another part of {file} than was asked for. Try again.": "Hub 发送的不是 {file} 中所请求的部分。请重试。",
         "The hub sent {count} bytes in {seconds} s.": "Hub 在 {seconds} 秒内只发送了 {count} 字节。",
         "The hub leads in a circle: too many redirects.": "Hub 的重定向成环：重定向过多。",

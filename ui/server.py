@@ -11,7 +11,6 @@ import gc
 import inspect
 import os
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from starlette.routing import Route
 from engine.errors import MaquetteError
 from engine.modes import Mode
 from engine.sources import stay_in
+from engine.store import scratch_of
 from engine.users import UserFile
 from ui.desk import Desk
 from ui.downloads import Downloads
@@ -80,23 +80,24 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 30)  # else each event makes a table for a page we close
     remember_signatures(page)
     home = desk.store.home
-    with tempfile.TemporaryDirectory(prefix="maquette-") as empty:
-        stay_in(Path.cwd())
-        os.chdir(empty)
-        page.queue(max_size=2048, default_concurrency_limit=8).launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-            footer_links=[], max_file_size="1mb", state_session_capacity=1000, blocked_paths=[str(home)],
-            allowed_paths=[], favicon_path=str(ASSETS / "logo.svg"), theme=theme(),
-            head=head(), show_error=False, mcp_server=False, run_history=False, enable_monitoring=False,
-            app_kwargs={
-                "docs_url": None, "redoc_url": None, "openapi_url": None, "lifespan": furnish(page, desk),
-                "middleware": [Middleware(InLanguage)],
-            },
-        )  # fmt: skip
-        gc.collect()
-        gc.freeze()  # half a million objects that stay: to look through them again would hold everybody up for 0.3 s
-        if block:
-            page.block_thread()
+    empty = scratch_of(home) / "page"
+    empty.mkdir(parents=True, exist_ok=True)
+    stay_in(Path.cwd())
+    os.chdir(empty)
+    page.queue(max_size=2048, default_concurrency_limit=8).launch(
+        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
+        footer_links=[], max_file_size="1mb", state_session_capacity=1000, blocked_paths=[str(home)],
+        allowed_paths=[], favicon_path=str(ASSETS / "logo.svg"), theme=theme(),
+        head=head(), show_error=False, mcp_server=False, run_history=False, enable_monitoring=False,
+        app_kwargs={
+            "docs_url": None, "redoc_url": None, "openapi_url": None, "lifespan": furnish(page, desk),
+            "middleware": [Middleware(InLanguage)],
+        },
+    )  # fmt: skip
+    gc.collect()
+    gc.freeze()  # half a million objects that stay: to look through them again would hold everybody up for 0.3 s
+    if block:
+        page.block_thread()
 
 
 def furnish(page: gr.Blocks, desk: Desk) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:

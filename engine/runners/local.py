@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from engine import hardware
-from engine.attempts import is_live, read_pid, take_lock, write_pid
+from engine.attempts import ASIDE, is_live, read_pid, take_lock, write_pid
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = (sys.executable, "-m", "engine.worker")
@@ -55,6 +55,8 @@ class LocalRunner:
 
     def start(self, request: Path, device: str, secret: str = "") -> LocalWorker:
         folder = request.parent
+        aside = folder / ASIDE
+        aside.mkdir(exist_ok=True)
         lock = take_lock(folder)
         assert lock is not None, f"a worker lives in the new folder {folder}"
         # The worker inherits the locked file: it never looks dead before it has started.
@@ -62,7 +64,8 @@ class LocalRunner:
             process = subprocess.Popen(
                 [*self._command, str(request), "--lock", str(lock.fileno())],
                 stdin=subprocess.PIPE if secret else subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder,
-                start_new_session=True, env=environment(device, self._threads), pass_fds=[lock.fileno()],
+                start_new_session=True, pass_fds=[lock.fileno()],
+                env={**environment(device, self._threads), "TMPDIR": str(aside)},  # deleted also where it is killed
             )  # fmt: skip
             write_pid(lock, process.pid)
         if process.stdin is not None:

@@ -1,6 +1,7 @@
 """What a text means as a model, and what is known of a repo before anything of it is downloaded."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,13 @@ import pytest
 from engine import headers, preflight
 from engine.errors import BadModel, HubError, MaquetteError, NeedsToken, TooBig
 from engine.hub import KEPT, Hub
+from engine.modes import Limits
 from engine.preflight import DEMO
+from engine.quotas import Quotas
 from engine.records import Model, Recipe
 from engine.snapshots import Snapshots
 from engine.sources import Bundled, Folder, Repo, classify
+from engine.store import Store
 from tests import hub as loopback
 from tests.conftest import in_memory
 from tests.families import FAMILIES
@@ -250,6 +254,37 @@ def test_a_repo_that_cannot_be_used_is_refused_before_it_is_downloaded(
         preflight.check(recipe, hub)
     assert words in str(caught.value)
     assert server.sent < 200_000
+
+
+def keep(hub: Hub, name: str, used: float) -> Path:
+    """A snapshot of a mebibyte that was last used then."""
+    repo = Repo(name, "a" * 40)
+    hub.here.want(repo, {"config.json": 1 << 20}, restricted=False)
+    folder, blob = hub.here.place(repo) / "snapshots" / repo.revision, hub.here.place(repo) / "blobs" / "x"
+    blob.parent.mkdir()
+    blob.write_bytes(bytes(1 << 20))
+    hub.here.link(repo, "config.json", "x")
+    for path in (folder, hub.here.place(repo) / "wanted" / f"{repo.revision}.json"):
+        os.utime(path, (used, used))
+    return folder
+
+
+def test_downloads_make_room_for_each_other_but_not_one_in_use(hub: Hub, tmp_path: Path) -> None:
+    old, warm, waiting, asked, late = (keep(hub, f"org/{name}", age) for age, name in enumerate("abcde", 1))
+    hub.here.use(old)
+    with Store(tmp_path / "maquette.db") as store:
+        store.add_run(Recipe.model_validate({"model": f"org/c@{'a' * 40}"}))
+        store.add_run(Recipe.model_validate({"model": "/a/folder"}))
+        free = [0]
+        limits = Limits(downloads=3_500_000, floor=1)
+        quota = Quotas(tmp_path, store, limits, lambda: free[0], hub, lambda: [warm, Path("/elsewhere/x")])
+        free[0] = 1
+        quota.look([])
+        assert [each.exists() for each in (old, warm, waiting, asked, late)] == [True, True, True, False, False]
+        free[0] = 0  # the disk is full
+        quota.look([], now=time.monotonic() + 2)
+        assert [each.exists() for each in (old, warm, waiting)] == [False, True, True]
+    assert not hub.here.place(Repo("org/a")).exists()
 
 
 def test_a_disk_that_is_too_small(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from engine import attempts, hardware, preflight, scheduler, streams, supervision
-from engine.attempts import EventWriter, attempt_folder, prepare, read_pid
+from engine.attempts import EventWriter, attempt_folder, is_live, prepare, read_pid
 from engine.errors import BadModel, InputError, StoreError, TooBig, UnknownName
 from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
@@ -104,6 +105,52 @@ def test_a_run_from_submit_to_result(make: Callable[..., Scheduler]) -> None:
     assert samples
     assert all(float(str(e.data["value"])) > 1e6 for e in samples)
     assert not (Path(str(run.artifact)).parent / "blocks").exists()
+
+
+def test_what_a_killed_worker_or_server_put_aside_is_deleted(make: Callable[..., Scheduler], tmp_path: Path) -> None:
+    (tmp_path / "scratch" / "streams" / "warm-1").mkdir(parents=True)
+    scheduler = make()
+    assert not (tmp_path / "scratch").exists()
+    run = scheduler.submit(does("deaf"))
+    folder = working(scheduler, run)
+    assert len(list((folder / "tmp").iterdir())) == 1
+    os.killpg(read_pid(folder) or 0, signal.SIGKILL)
+    assert ended(scheduler, run).status is Status.INTERRUPTED
+    assert not (folder / "tmp").exists()
+
+
+def test_memory_is_watched_as_often_while_another_program_holds_the_store(
+    make: Callable[..., Scheduler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make()
+    run = scheduler.submit(does("deaf"))
+    folder = working(scheduler, run)
+    looks: list[str] = []
+    real = supervision.Watch.bound
+
+    def bound(self: supervision.Watch, now: float) -> None:
+        looks.append("bound")
+        real(self, now)
+
+    def refused(*words: object) -> None:
+        looks.append("refused")
+
+    monkeypatch.setattr(supervision.Watch, "bound", bound)
+    monkeypatch.setattr("engine.scheduler.log.exception", refused)
+    stranger = sqlite3.connect(tmp_path / "maquette.db", isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="holds the run store"):
+        scheduler.store.add_run(does("quick"))
+    assert time.monotonic() - began < 4  # whoever waits holds the others up
+    until(lambda: looks.count("refused") == 2)
+    first = looks.index("refused")
+    assert looks[first + 1 :].index("refused") >= 10
+    (watch,) = scheduler._watches.values()
+    watch._budget = 1
+    until(lambda: not is_live(folder))
+    stranger.close()
+    assert "Out of memory" in ended(scheduler, run).reason
 
 
 def test_a_bad_recipe_is_refused_before_it_is_a_run(

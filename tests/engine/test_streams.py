@@ -19,9 +19,9 @@ A, B = Path("/models/a"), Path("/models/b")
 
 
 @pytest.fixture
-def warm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+def warm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Streams]:
     monkeypatch.setattr(streams, "COMMAND", (sys.executable, str(Path(__file__).with_name("fake_serve.py"))))
-    made = Streams()
+    made = Streams(tmp_path / "scratch")
     yield made
     made.close()
 
@@ -46,6 +46,14 @@ def idle(warm: Streams) -> bool:
 
 def of(replies: list[Reply], pane: int) -> list[str]:
     return [event for number, event, _ in replies if number == pane]
+
+
+def test_what_is_put_aside_is_made_when_it_is_needed_and_goes_with_the_streams(warm: Streams, tmp_path: Path) -> None:
+    assert not (tmp_path / "scratch").exists()
+    list(write(warm, [A]))
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["warm-1"]
+    warm.close()
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_panes_write_at_the_same_time(warm: Streams) -> None:
@@ -183,6 +191,16 @@ def _no_replies(self: streams.Warm) -> None:
     with self._process.stdout as lines:
         for _ in lines:
             pass
+
+
+def test_what_idle_workers_hold_is_spare(warm: Streams) -> None:
+    list(write(warm, [A], max_tokens=1))
+    until(lambda: idle(warm))
+    (held,) = warm._warm.values()
+    assert 1 << 20 < warm.spare(held.device) < hardware.group_memory(held.pid)
+    assert warm.spare("elsewhere") == 0
+    held.busy = True
+    assert warm.spare(held.device) == 0
 
 
 def test_idle_workers_end(warm: Streams, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,15 @@ import pytest
 from engine import cli
 from engine.attempts import EventWriter
 from engine.errors import MaquetteError
+from engine.fetch import fetch
+from engine.hub import Hub
+from engine.preflight import DEMO
 from engine.recipes import parse_recipe
-from engine.records import Run, Status
+from engine.records import Model, Run, Status
 from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler
 from engine.store import MIGRATIONS, Store, home
+from tests import hub as loopback
 from tests.faults.scene import ANNA, Case, Ends, Scene
 from ui import server
 
@@ -281,6 +285,33 @@ def full_under_the_store(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -
     return ""
 
 
+@machine("a disk that fills up during a download", "failed", "The disk is full. Delete old runs")
+def full_while_downloading(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
+    weights = "model.safetensors"
+    with loopback.Hub() as server, small_disk(place / "disk", 100_000) as resize:
+        server.add("org/tiny", DEMO / "model")
+        server.fail("org/tiny", file=weights, method="GET", rate=4_000_000, times=1)
+        hub = Hub(place / "disk" / "hub", endpoint=server.url, offline=False)
+        pinned = hub.pin(Model(source="org/tiny"))
+        cut = False
+
+        def fill_up() -> None:
+            nonlocal cut
+            if not cut and any(file.stat().st_size for file in hub.here.folder.rglob("*.incomplete")):
+                cut, state = True, os.statvfs(place / "disk")
+                resize((state.f_blocks - state.f_bfree) * state.f_frsize // 1024 + 200)
+
+        said = line(lambda: fetch(pinned, hub, "", lambda *told: None, fill_up))
+        assert len(server.asked("GET", weights)) == 1  # on a full disk it is not tried again
+        (partial,) = hub.here.folder.rglob("*.incomplete")
+        have = partial.stat().st_size
+        resize(100_000)
+        folder = fetch(pinned, hub, "", lambda *told: None, lambda: None)
+        assert (folder / weights).read_bytes() == (DEMO / "model" / weights).read_bytes()
+        assert server.asked("GET", weights)[-1].headers["range"] == f"bytes={have}-"
+    return said
+
+
 @machine("a folder that cannot be written", "refused", "Read-only file system")
 def read_only(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
     with small_disk(place / "disk", 4000):
@@ -291,5 +322,6 @@ def read_only(scene: Scene, place: Path, patch: pytest.MonkeyPatch) -> str:
 
 CASES = [
     two_servers, beside, below_a_file, nowhere, newer, held, full_store, no_runs_folder, truncated, few_files, gone,
-    clock, port, foreign, read_only, full_under_the_store, *(full_at(room) for room in (150, 300, 450)),
+    clock, port, foreign, read_only, full_under_the_store, full_while_downloading,
+    *(full_at(room) for room in (150, 300, 450)),
 ]  # fmt: skip

@@ -92,6 +92,7 @@ class FakeScheduler:
         self.asked: list[tuple[list[str], str, bool]] = []
         self.writing: list[dict[str, object]] = []
         self.pause = 0.0
+        self.idle = 0
 
     def submit(self, recipe: Recipe, owner: str = "", token: str = "") -> Run:
         methods.check(recipe)
@@ -124,6 +125,9 @@ class FakeScheduler:
             "running": running, "progress": progress if running else None,
             "queued": sum(run.status is Status.QUEUED for run in unfinished),
         }  # fmt: skip
+
+    def spare(self, recipe: Recipe) -> int:
+        return self.idle
 
     def history(self) -> dict[str, list[float]]:
         wave = [30 + 25 * math.sin(i / 5) for i in range(60)]

@@ -10,6 +10,7 @@ import pytest
 from engine import fit, hardware, preflight
 from engine.fit import Estimate, Need
 from engine.records import Recipe
+from tests.ui import fakes
 from tests.ui.conftest import ANNA, request
 from ui import meter, wording
 from ui.desk import Desk
@@ -84,3 +85,7 @@ def test_a_way_out_is_one_click(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> 
     assert changed.steps == whole.steps
     assert fitting.look(desk, changed)[1] is None
     compress.submit(desk, compress.as_draft(changed), False, request(ANNA))
+    scheduler = cast(fakes.FakeScheduler, desk.scheduler)
+    scheduler.idle = 1 << 20  # of a warm model that ends when the run is started
+    assert fitting.look(desk, whole)[1] is None
+    assert fitting.changed(desk, whole) == whole

@@ -26,10 +26,11 @@ def look(
     check(recipe)
     desk.check_sources(recipe)
     hub = hub or desk.scheduler.hub
-    estimate = preflight.estimate(recipe, hub, token, speeds.probed(desk.store, desk.runs(owner)))
-    way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token)
+    spare = desk.scheduler.spare(recipe)
+    estimate = preflight.estimate(recipe, hub, token, speeds.probed(desk.store, desk.runs(owner)), spare)
+    way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token, spare)
     if estimate.fits:
-        preflight.check(recipe, hub, token)
+        preflight.check(recipe, hub, token, spare)
     return markup.join((models.facts(desk, recipe.model, token, hub), meter.fit_meter(estimate, way))), way
 
 
@@ -46,6 +47,7 @@ def changed(desk: Desk, recipe: Recipe, token: str = "", hub: Hub | None = None)
     """
     desk.check_sources(recipe)
     hub = hub or desk.scheduler.hub
-    estimate = preflight.estimate(recipe, hub, token)
-    way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token)
+    spare = desk.scheduler.spare(recipe)
+    estimate = preflight.estimate(recipe, hub, token, spare=spare)
+    way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token, spare)
     return recipe if way is None else way.recipe

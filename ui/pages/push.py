@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from engine import bundle
 from engine.push import push
+from engine.store import scratch_of
 from ui import markup, report, wording
 from ui.desk import Desk
 from ui.edge import edge
@@ -58,7 +59,10 @@ def go(desk: Desk, owner: str, run_id: str, repo: str, token: str, private: bool
     files = bundle.contents(report.folder(entry), report.card(entry, desk.baseline(entry.run.recipe, owner)))
     stop = threading.Event()
     try:
-        for kind, data in push(files, str(repo).strip(), str(token).strip(), private=private, stop=stop):
+        scratch = scratch_of(desk.store.home)
+        for kind, data in push(
+            files, str(repo).strip(), str(token).strip(), private=private, stop=stop, scratch=scratch
+        ):
             yield _line(kind, data)
     finally:
         stop.set()
