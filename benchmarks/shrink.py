@@ -35,7 +35,7 @@ from engine.records import EventKind, Measurement
 DEMO = ROOT / "assets" / "demo"
 DOCUMENTS, LITTLE, SEED = 120_000, 1200, 12_345
 BATCH = 32
-SHORT, MIDDLE, LONGEST = 600, 800, 4800  # steps
+SHORT, MIDDLE, LONG, LONGEST = 600, 800, 4800, 12_000  # steps
 EIGHT, MANY = 8, 64  # texts that are read in one pass
 QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
 REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 150}}
@@ -90,11 +90,19 @@ def taught(steps: int, **changes: JsonValue) -> list[object]:
     return [*slim(), lesson(steps, student="current", batch=BATCH // 2, **changes)]
 
 
+def slimmest() -> list[object]:
+    """Three of the four blocks with a third of their neurons, told by the teacher alone for a long time."""
+    lean: list[object] = [QUARTER, {"prune/width": {"neurons": 0.66, "multiple": 16}}]
+    return [*lean, lesson(LONGEST, student="current", batch=BATCH // 2, label_weight=0.0)]
+
+
 def students() -> str:
-    """One student with the teacher and with labels alone, for a short and a long time, on much text and on little."""
+    """What a small student keeps; another with the teacher and with labels alone, for a short and a long time, on much text and on little."""
     name, few = "three blocks, 46 % of the neurons", text(LITTLE)
-    original, longest = trial("original", []), trial(f"{name}, distilled, {LONGEST:,} steps", taught(LONGEST))
+    original = trial("original", [])
+    smallest = trial(f"three blocks, a third of the neurons, distilled, {LONGEST:,} steps", slimmest())
     much = [
+        trial(f"{name}, distilled, {LONG:,} steps", taught(LONG)),
         trial(f"{name}, distilled, {MIDDLE} steps", taught(MIDDLE)),
         trial(f"{name}, labels alone, {MIDDLE} steps", taught(MIDDLE, label_weight=1.0)),
     ]
@@ -102,11 +110,11 @@ def students() -> str:
         trial(f"{name}, distilled on little text", taught(MIDDLE, text=few, label_weight=0.0)),
         trial(f"{name}, labels alone on little text", taught(MIDDLE, text=few, label_weight=1.0)),
     ]
-    shown = [original, longest]
+    shown = [original, smallest]
     paces = [Pace(*each) for each in zip(decoding(shown), reading(shown, EIGHT), reading(shown, MANY), strict=True)]
     words = [
-        bar(original, longest, *paces),
-        f"{DOCUMENTS:,} documents: {margin('distilled', much[0], 'labels alone', much[1])}",
+        bar(original, smallest, *paces),
+        f"{DOCUMENTS:,} documents: {margin('distilled', much[1], 'labels alone', much[2])}",
         f"{LITTLE:,} documents: {margin('distilled', little[0], 'labels alone', little[1])}",
     ]
     return f"{table([*shown, *much, *little], COLUMNS)}\n\n" + "\n".join(f"- {each}" for each in words)
@@ -238,7 +246,7 @@ def chain() -> str:
         trial("quarter: fewer blocks, distilled, 4 bit", healed("quarter", 2 * SHORT)),
         trial("GPTQ 3 bit alone", [{"quantize/gptq": {"bits": 3, **packed}}]),
         trial("GPTQ 2 bit alone", [{"quantize/gptq": {"bits": 2, **packed}}]),
-        trial("tenth: narrower, distilled, 4 bit", healed("tenth", LONGEST)),
+        trial("tenth: narrower, distilled, 4 bit", healed("tenth", LONG)),
     ]
     size = trials[-1].measured["size.bytes"].value / trials[0].measured["size.bytes"].value
     return f"{table(trials, COLUMNS)}\n\nThe tenth is {size:.1%} of the bytes."
