@@ -198,7 +198,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The tokenizer has the token {token}, the model has no row for it. Use another.": "分词器有词元 {token}，而模型没有对应的行。请换一个。",
         "With fewer tokens the tokenizer splits the text otherwise; its tokens stay as they are.":
             "词元变少后分词器对文本的切分会改变；词元保持不变。",
-        "The tokenizer of {name} is {kind}; tokens can be dropped from byte-level BPE only.": "{name} 的分词器是 {kind}；只能从字节级 BPE 中去掉词元。",
+        "The tokenizer of {name} is {kind}; tokens can be dropped from byte-level BPE and from BPE with byte "
+        "fallback only.":
+            "{name} 的分词器是 {kind}；只能从字节级 BPE 或带字节回退的 BPE 中去掉词元。",
         "The tokenizer of {name} marks the parts of words; tokens cannot be dropped from it.": "{name} 的分词器会标记词的组成部分；不能从中去掉词元。",
         "{name} does not take another vocabulary; its tokens stay as they are.": "{name} 不接受其他词表；词元保持不变。",
         "{key} belongs to tokens, too; tokens cannot be dropped from a {kind} model.": "{key} 也属于词元；不能从 {kind} 模型中去掉词元。",
