@@ -237,6 +237,7 @@ def _estimate(
             *params.notes(shape, where.device),
             *_simulated(params, shape),
             *_ignored_for_nothing(params, shape),
+            *_of_a_toy_world(params, recipe.model),
         )
     ]
     return replace(found, notes=(*said, *found.notes))
@@ -251,6 +252,13 @@ def _simulated(params: Params, shape: Shape) -> list[str]:
         f"No smaller and no faster: files hold the linears of {kind} as they are. What rounding costs is measured all "
         "the same."
     ]
+
+
+def _of_a_toy_world(params: Params, model: Model) -> list[str]:
+    """That what a model learns from, or whose tokens it keeps, is the demo's text, where it is another model."""
+    if model.source == BUNDLED or getattr(params, "text", "") != BUNDLED:
+        return []
+    return ["It reads the demo's text alone, which tells of a small made-up world. Give a text of your own."]
 
 
 def _ignored_for_nothing(params: Params, shape: Shape) -> list[str]:

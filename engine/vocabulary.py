@@ -1,6 +1,8 @@
 """A model with fewer tokens: its tokenizer, embeddings, head and the ids in its configs, renumbered together.
 
-For byte-level BPE (GPT-2, Llama 3, Qwen, ...): its 256 single bytes write any text, whatever other tokens there are.
+For BPE whose 256 bytes write any text, whatever other tokens there are: byte-level (GPT-2, Llama 3, Qwen, ...), where
+every character of a token is a byte, and with byte fallback (Llama 2, Mistral, Phi-3, Gemma), where `<0x00>` to
+`<0xFF>` stand for the characters that have no token.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from engine.models import LoadedModel, embeddings, head, load_tokenizer
 from engine.surgery import assemble
 
 Body = dict[str, Any]
+BYTES = tuple(f"<0x{number:02X}>" for number in range(256))  # of byte fallback
+REWRITING = ("normalizer", "pre_tokenizer", "decoder")  # parts of a tokenizer.json
+STAND_INS = ("prepend", "content", "replacement", "String")  # what they say of characters
 ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")  # beside *_token_id
 
 
@@ -28,7 +33,7 @@ def read(folder: Path) -> Body:
     """The tokenizer.json of a model folder.
 
     Raises:
-        BadModel: there is none, or it is no byte-level BPE.
+        BadModel: there is none, or it is no BPE that falls back to bytes.
     """
     try:
         body: Body = json.loads((folder / "tokenizer.json").read_text())
@@ -41,18 +46,29 @@ def read(folder: Path) -> Body:
 
 
 def check(body: Body, name: str) -> None:
-    """Refuse a tokenizer.json that is no byte-level BPE.
+    """Refuse a tokenizer.json that is no byte-level BPE and none with byte fallback.
 
     Raises:
         BadModel: one line that says what it is.
     """
     model = body["model"]
-    kinds = set(_types(body.get("pre_tokenizer"))) | set(_types(body.get("decoder")))
-    if model.get("type") != "BPE" or "ByteLevel" not in kinds or model.get("byte_fallback"):
-        kind = f"{model.get('type')} with byte fallback" if model.get("byte_fallback") else model.get("type")
-        raise BadModel(f"The tokenizer of {short(name)} is {kind}; tokens can be dropped from byte-level BPE only.")
+    kind, kinds = str(model.get("type")), _kinds(body)
+    if model.get("byte_fallback"):
+        lacking = kind == "BPE" and not ("ByteFallback" in kinds and model["vocab"].keys() >= set(BYTES))
+        kind += " with byte fallback that lacks some of the bytes" if lacking else " with byte fallback"
+    elif "ByteLevel" in kinds:
+        kind = f"byte-level {kind}"
+    if kind not in ("byte-level BPE", "BPE with byte fallback"):
+        raise BadModel(
+            f"The tokenizer of {short(name)} is {kind}; tokens can be dropped from byte-level BPE and from BPE with "
+            "byte fallback only."
+        )
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise BadModel(f"The tokenizer of {short(name)} marks the parts of words; tokens cannot be dropped from it.")
+
+
+def _kinds(body: Body) -> set[str]:
+    return set(_types(body.get("pre_tokenizer"))) | set(_types(body.get("decoder")))
 
 
 def _types(part: object) -> Iterable[str]:
@@ -70,12 +86,20 @@ def closure(body: Body, used: Iterable[str]) -> set[str]:
 
     With every token all pairs that merge into it, and so on down to bytes: then the merges that made it from a text
     are there in the same order, and none that was not there could come before them. Added tokens stay.
+
+    With byte fallback a character whose token is dropped is written in bytes; not the one that stands for a space: the
+    decoder makes a space of its token alone, before it reads bytes.
     """
     parts: dict[str, set[str]] = {}
     for left, right in _merges(body):
         parts.setdefault(left + right, set()).update((left, right))
     vocabulary = body["model"]["vocab"]
-    needed = {token for token in vocabulary if len(token) == 1} | {token["content"] for token in body["added_tokens"]}
+    needed = {token["content"] for token in body["added_tokens"]}
+    if body["model"].get("byte_fallback"):
+        own = {str(body["model"].get("unk_token")), *_stand_ins([body.get(part) for part in REWRITING])}
+        needed |= (own | set(BYTES)) & vocabulary.keys()
+    if "ByteLevel" in _kinds(body) or not body["model"].get("byte_fallback"):
+        needed |= {token for token in vocabulary if len(token) == 1}
     waiting = list(needed | set(used))
     found = set(waiting)
     while waiting:
@@ -84,6 +108,14 @@ def closure(body: Body, used: Iterable[str]) -> set[str]:
                 found.add(part)
                 waiting.append(part)
     return found
+
+
+def _stand_ins(part: object) -> set[str]:
+    """The characters that a tokenizer's rules put in the place of others, or take back: `▁` for a space."""
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    found = {each for value in inner for each in _stand_ins(value)}
+    texts = [part.get(key) for key in STAND_INS] if isinstance(part, dict) else []
+    return found | {each for text in texts if isinstance(text, str) for each in text}
 
 
 def _merges(body: Body) -> list[tuple[str, str]]:

@@ -201,7 +201,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The tokenizer has the token {token}, the model has no row for it. Use another.": "分词器有词元 {token}，而模型没有对应的行。请换一个。",
         "With fewer tokens the tokenizer splits the text otherwise; its tokens stay as they are.":
             "词元变少后分词器对文本的切分会改变；词元保持不变。",
-        "The tokenizer of {name} is {kind}; tokens can be dropped from byte-level BPE only.": "{name} 的分词器是 {kind}；只能从字节级 BPE 中去掉词元。",
+        "The tokenizer of {name} is {kind}; tokens can be dropped from byte-level BPE and from BPE with byte "
+        "fallback only.":
+            "{name} 的分词器是 {kind}；只能从字节级 BPE 或带字节回退的 BPE 中去掉词元。",
         "The tokenizer of {name} marks the parts of words; tokens cannot be dropped from it.": "{name} 的分词器会标记词的组成部分；不能从中去掉词元。",
         "{name} does not take another vocabulary; its tokens stay as they are.": "{name} 不接受其他词表；词元保持不变。",
         "{key} belongs to tokens, too; tokens cannot be dropped from a {kind} model.": "{key} 也属于词元；不能从 {kind} 模型中去掉词元。",
@@ -657,6 +659,8 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
             "学生包含教师的每一层：大小相同，并以教师本身为起点。",
         "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
         "The student is the teacher itself.": "学生就是教师本身。",
+        "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own.":
+            "它只读取演示文本，其内容是一个虚构的小世界。请给出您自己的文本。",
         # notes on linears
         "{said_note}; only {tokens} tokens reached it": "{said_note}；只有 {tokens} 个词元到达它",
         "only {tokens} tokens reached it": "只有 {tokens} 个词元到达它", "no token reached it": "没有词元到达它",

@@ -8,8 +8,10 @@ does not, for the original is given the same small tokens. The log says how the 
 after.
 
 Kept besides: special and added tokens, single bytes, those that the config names, and all parts that merge into kept
-ones. For byte-level BPE (tokenizer.json); other tokenizers are refused. Reducing vocabularies of pretrained models to a
-corpus is described by Abdaoui et al., 2020, arXiv 2010.05609. Perplexities are comparable by bits per byte only.
+ones. For BPE (tokenizer.json) that is byte-level, or has byte fallback, as SentencePiece's has in Llama 2, Mistral and
+Gemma: there a character that the text does not use is written in bytes. Other tokenizers are refused. Reducing
+vocabularies of pretrained models to a corpus is described by Abdaoui et al., 2020, arXiv 2010.05609. Perplexities are
+comparable by bits per byte only.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Params(Base):
         return ""
 
     def check_sources(self, folder: Path) -> None:
-        """Refuse a text that is not there or empty, and tokenizers that are no byte-level BPE."""
+        """Refuse a text that is not there or empty, and tokenizers that tokens cannot be dropped from."""
         read_documents(calibration_file(self.text))
         vocabulary.read(folder)
 

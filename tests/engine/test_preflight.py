@@ -331,6 +331,25 @@ def test_what_files_cannot_pack_is_said_before_the_run(
     assert any("No smaller and no faster: files hold the linears" in note for note in notes) == simulated
 
 
+def test_that_another_model_learns_from_the_demos_text_is_said_before_the_run(
+    tiny_folder: Maker, tmp_path: Path
+) -> None:
+    folder, own = tiny_folder(), tmp_path / "own.txt"
+    own.write_text("Somebody else's words. " * 500)
+    words = "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own."
+    heal = {"distill/logits": {"student": "current"}}
+    for source, step, said in (
+        (folder, heal, f"Logit distillation: {words}"),
+        (folder, {"prune/gradual": {}}, f"Gradual magnitude pruning: {words}"),
+        (folder, {"prune/vocabulary": {}}, f"Vocabulary pruning: {words}"),
+        (folder, {"distill/logits": {"student": "current", "text": str(own)}}, ""),
+        (folder, {"quantize/gptq": {"group_size": 32}}, ""),
+        ("demo", heal, ""),
+    ):
+        notes = preflight.estimate(recipe(source, step)).notes
+        assert said in notes if said else not any(words in note for note in notes), (step, notes)
+
+
 def test_what_is_ignored_for_nothing_is_said_before_the_run(tiny_folder: Maker) -> None:
     ignore = "*.q_proj *.donw_proj"
     found = preflight.check(recipe(tiny_folder(), {"quantize/gptq": {"group_size": 32, "ignore": ignore}}))
