@@ -89,8 +89,8 @@ def _push(
 def _environment(home: str) -> dict[str, str]:
     """That of a worker, but online, without the server's own secrets and with a home that is deleted."""
     kept = {key: value for key, value in environment("cpu", 1).items() if key not in SECRETS}
-    online = {} if os.environ.get("HF_HUB_OFFLINE") else {"HF_HUB_OFFLINE": "0"}
-    return kept | online | {
+    return kept | {
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE") or "0",  # as the server is, and no worker
         "HOME": home, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     }  # fmt: skip

@@ -282,8 +282,10 @@ class Scheduler:
         for device, watch in list(self._watches.items()):
             try:
                 if not watch.tick():
-                    del self._watches[device]
-                    self._clean_up(self.store.run(watch.run.id))
+                    try:
+                        self._clean_up(self.store.run(watch.run.id))
+                    finally:  # only now: who sees no watch may take the files for settled
+                        del self._watches[device]
             except TROUBLES as error:  # of one; the others are looked after all the same
                 trouble = error
         if trouble is not None:

@@ -16,6 +16,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +105,7 @@ class Hub:
         self.elsewhere: list[Asked] = []
         self.sent = 0  # bytes of files
         self.ranges = True  # whether a part of a file can be asked for
+        self.watch: Callable[[], object] = lambda: None  # called while who asks still waits
         self.closed = threading.Event()
         self.guard = threading.Lock()
         self._servers = [self._server(self.requests), self._server(self.elsewhere)]
@@ -191,8 +193,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def _answer(self) -> None:
+    def do_POST(self) -> None:
+        """Nothing can be written here; the answer is that of a hub which talks too much."""
+        self._seen()
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.dumps({"error": f"{self._token()} may not write"}).encode()
+        self._head(403, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self.wfile.write(body)
+
+    def _seen(self) -> None:
         self.seen.append(Asked(self.command, self.path, {key.lower(): value for key, value in self.headers.items()}))
+        self.hub.watch()
+
+    def _answer(self) -> None:
+        self._seen()
         with suppress(BrokenPipeError, ConnectionResetError):
             self._route()
 

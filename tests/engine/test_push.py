@@ -108,7 +108,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     made.server_close()
 
 
-def test_files_arrive_whole_in_a_private_repository(hub: Hub, tmp_path: Path) -> None:
+def test_files_arrive_whole_in_a_private_repository(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # said by whoever wants to be sure
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(range(256)) * 40)
     files: dict[str, Path | bytes] = {"README.md": b"# small", "model.safetensors": weights}

@@ -24,7 +24,7 @@ FORMULA = "=cmd|' /C calc'!A0"
 class Served:
     """A running page: `address`, its data folder `home`, and the visitor Anna."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, **settings: str) -> None:
         self.home = home
         with Store(home / "maquette.db") as store:
             self.hers, self.his = (finished(store, owner) for owner in (ANNA, BEN))
@@ -36,8 +36,13 @@ class Served:
         with open(home / "server.log", "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "app.py"], cwd=ROOT, stdout=log, stderr=log,
-                env={**environment, "MAQUETTE_HOME": str(home), "PORT": str(port), "HOST": "127.0.0.1"},
+                env={**environment, "MAQUETTE_HOME": str(home), "PORT": str(port), "HOST": "127.0.0.1", **settings},
             )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        return self._process.pid
 
     @property
     def log(self) -> str:

@@ -33,6 +33,7 @@ ANNAS = Recipe(
     steps=(Step(method="quantize/gptq", params={"bits": 5, "group_size": 32}),), calibration="canary-of-anna.txt"
 )
 CANARY = "canary-of-anna"
+NAMED = "GPTQ 5 bit"  # how her run is called, and nothing else is
 
 
 @dataclass

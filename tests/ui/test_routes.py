@@ -10,12 +10,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 
 from engine.modes import Mode
 from engine.records import Status
-from tests.ui.hosts import CANARY, PASSWORD, Host, host
+from tests.ui.hosts import CANARY, NAMED, PASSWORD, Host, host
 from ui import report
 from ui.server import takes_files
 from ui.visitors import COOKIE, SESSION
@@ -155,11 +156,39 @@ def test_other_methods_are_closed(running: Host) -> None:
 # Every function of the page, by its number and its name, directly and through the queue
 
 
-def attacks(running: Host, run: str) -> Iterator[tuple[int, str, list[object]]]:
-    """Each function with the other's run for every input that a visitor can choose."""
-    for index, fn in running.page.fns.items():
-        for value in (run, [run, run], {"left": run, "right": run, "prompt": "x", "model": run}):
-            yield index, str(fn.api_name), [value] * len(fn.inputs)
+# Those that show the owner what is the owner's, asked as below; a new one is new here, too. The others change it,
+# or show what a visitor has chosen before.
+SHOW = {
+    "choose_4", "compare_it", "fill", "follow_1", "offer_1", "open_runs", "redraw", "resize", "select", "share", "show",
+    "show_1", "tick_1", "tick_2", "tick_3",
+}  # fmt: skip
+CHANGE = {"handler", "handler_1", "handler_2", "toggle"}  # cancel, resume, delete, share
+
+
+def functions(running: Host, run: str) -> Iterator[tuple[int, str, list[list[object]]]]:
+    """Each function by number and name, and what it is asked with.
+
+    First what suits its inputs, with a run wherever one can be named; then what the page itself would send; then that
+    run for every input.
+    """
+    components = {each["id"]: each for each in running.page.config["components"]}
+
+    def suits(number: int, named: bool) -> object:
+        kind, own = components[number]["type"], components[number]["props"]
+        if kind not in ("dropdown", "textbox") or not named:
+            return own.get("value")
+        return [run] if own.get("multiselect") else run
+
+    for each in running.page.config["dependencies"]:
+        inputs = each["inputs"]
+        data = [[suits(number, named) for number in inputs] for named in (True, False)]
+        yield each["id"], str(each["api_name"]), [*data, [run] * len(inputs)]
+
+
+@pytest.fixture
+def any_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run be named that a picker does not offer: Gradio refuses it, but a handler must by itself."""
+    monkeypatch.setattr(gr.Dropdown, "preprocess", lambda self, value: value)
 
 
 def body(session: str, index: int, data: list[object], run: str) -> dict[str, object]:
@@ -183,34 +212,55 @@ def through_the_queue(client: httpx.Client, session: str, bodies: list[dict[str,
     return "\n".join(heard)
 
 
+@pytest.mark.usefixtures("any_choice")
 def test_no_function_shows_or_changes_what_is_anothers(running: Host) -> None:
-    anna, ben = running.enter("anna"), running.enter("ben")
+    anna, ben, nobody = running.enter("anna"), running.enter("ben"), running.nobody()
     run = running.run_of(running.owner("anna", anna))
-    heard = []
-    for index, name, data in attacks(running, run.id):
-        asked = body("ben0", index, data, run.id)
-        answer = ben.post("/gradio_api/run/predict", json=asked)
-        assert answer.status_code in (200, 404, 500), name
-        heard.append(answer.text)
-        named = {key: value for key, value in asked.items() if key != "fn_index"}
-        heard.append(ben.post(f"/gradio_api/run/{name}", json=named).text)
-    queued = [body("ben1", index, data, run.id) for index, _, data in attacks(running, run.id) if index % 3 == 0]
-    heard.append(through_the_queue(ben, "ben1", queued[:12]))
-    heard.append(ben.get(f"/?compare={run.id},{run.id}").text)
-    assert not [text for text in heard if CANARY in text]
+    heard, queued, outside = {}, [], []
+    for index, name, data in functions(running, run.id):
+        for number, values in enumerate(data):
+            asked = body("ben0", index, values, run.id)
+            answer = ben.post("/gradio_api/run/predict", json=asked)
+            assert answer.status_code in (200, 500), name
+            heard[name, number] = answer.text
+            if number < 2:
+                queued.append({**asked, "session_hash": "ben1"})
+        named = body("ben0", index, data[0], run.id)
+        del named["fn_index"]
+        heard[name, "by name"] = ben.post(f"/gradio_api/run/{name}", json=named).text
+        outside.append(body("nobody1", index, data[0], run.id))
+        answer = nobody.post("/gradio_api/run/predict", json={**outside[-1], "session_hash": "nobody0"})
+        heard[name, "by nobody"] = answer.text
+        if running.mode is Mode.TEAM:
+            assert answer.status_code == nobody.post("/gradio_api/queue/join", json=outside[-1]).status_code == 401
+    heard["queue", "by ben"] = through_the_queue(ben, "ben1", queued)
+    if running.mode is not Mode.TEAM:
+        heard["queue", "by nobody"] = through_the_queue(nobody, "nobody1", outside)
+    heard["link", ""] = ben.get(f"/?compare={run.id},{run.id}").text
+    assert [what for what, text in heard.items() if CANARY in text or NAMED in text] == []
     after = running.scheduler.store.run(run.id)
     assert after == run
     assert all(vote.owner == running.owner("ben", ben) for vote in running.scheduler.store.votes())
 
 
-def test_the_owner_sees_it_by_the_same_way(running: Host) -> None:
-    """The attack above is a real one: with the owner's cookie it succeeds."""
+@pytest.mark.usefixtures("any_choice")
+def test_the_owner_sees_it_by_the_same_way(running: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attack above is a real one: with the owner's cookie it succeeds, for each function that shows a run."""
     anna = running.enter("anna")
-    run = running.run_of(running.owner("anna", anna))
-    index = next(i for i, fn in running.page.fns.items() if fn.api_name == "select")
-    data = [None] * len(running.page.fns[index].inputs)
-    assert CANARY in anna.post("/gradio_api/run/predict", json=body("anna0", index, data, run.id)).text
-    assert CANARY in through_the_queue(anna, "anna9", [body("anna9", index, data, run.id)])
+    run = running.run_of(running.owner("anna", anna)).id
+    monkeypatch.setattr("ui.guard.PAGES", 10**6)  # a page for each: of what stands there already nothing is sent
+    asked = [
+        (name, body(f"anna-{name}-{number}", index, values, run))
+        for index, name, data in functions(running, run)
+        for number, values in enumerate(data[:2])
+        if name not in CHANGE
+    ]
+    answers = [(name, anna.post("/gradio_api/run/predict", json=each).text) for name, each in asked]
+    assert {name for name, text in answers if CANARY in text or NAMED in text} | {
+        "share"
+    } == SHOW  # which local mode has not
+    queued = [{**each, "session_hash": "anna9"} for name, each in asked if name in SHOW]
+    assert CANARY in through_the_queue(anna, "anna9", queued)
 
 
 def test_nobody_calls_anything_on_a_team_server(running: Host) -> None:

@@ -99,7 +99,7 @@ def build(desk: Desk, opened: Callable[..., object]) -> CompressPage:
 
     @edge
     def paste(text: str, shape: int) -> object:
-        recipe = load_recipe(text)
+        recipe = load_recipe(str(text or ""))
         desk.check_sources(recipe)
         return [as_draft(recipe), shape + 1, models.written(recipe.model)]
 
