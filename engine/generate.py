@@ -221,8 +221,8 @@ def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor
 
     The lean decoder knows no packed cache.
     """
-    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network, room):
-        kind = NativeDecoder if NativeDecoder.supports(network, len(ids)) else LeanDecoder
+    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network, ids.shape[1]):
+        kind = NativeDecoder if NativeDecoder.supports(network, len(ids), room) else LeanDecoder
         lean: _Decoder = kind(network, cache, room)
         seen = lean.step(ids[:, -1:])
         distance = (seen.float() - logits.float()).norm() / logits.float().norm()

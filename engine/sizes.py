@@ -27,7 +27,9 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 OWN_INPUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "w2", "fc2", "dense_4h_to_h")
 NOT_PACKED = ("gpt2", "falcon")  # families whose linears no packed file can hold
 # Families whose decoder keeps a copy of the prompt's keys and values with room for the new ones.
-DECODED_BY_US = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+DECODED_BY_US = (
+    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+)  # fmt: skip
 
 
 def weight_bytes(parameters: int, bits: float) -> int:

@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
 )
 
-from engine.generate import allowed, decode, end_tokens, generate, score
-from engine.models import LoadedModel
+from engine.generate import _read_prompt, allowed, decode, end_tokens, generate, score
+from engine.models import LoadedModel, linears
+from engine.quantize._grid import GridParams, round_to_nearest
 from engine.runtime import lean
 from engine.runtime.lean import LeanDecoder
+from engine.runtime.linear import packed_linear
 from tests.conftest import in_memory, tiny_config
 
 SMALL = {"vocab_size": 1280, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SMALL | {"intermediate_size": 128, "num_key_value_heads": 2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
-LEAN: dict[str, PretrainedConfig] = {
+FREE = GROUPED | {"tie_word_embeddings": False}  # Gemma scales its embeddings: were they the head, it would repeat
+KINDS = ["sliding_attention", "full_attention"]
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}  # low, so that they bend
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+NEAR_AND_FAR = {"full_attention": LLAMA3, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+PLAIN: dict[str, PretrainedConfig] = {  # what our kernels compute, too
     "llama": tiny_config(),
     "llama biased, untied": tiny_config(attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
     "llama without groups": tiny_config(num_key_value_heads=4),
     "llama3 rope": tiny_config(rope_parameters=LLAMA3),
     "mistral": MistralConfig(**GROUPED, sliding_window=None),
-    "mistral within its window": MistralConfig(**GROUPED, sliding_window=32),
-    "qwen2 within its window": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=32, max_window_layers=1),
-    "phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=64),
+    "mistral within its window": MistralConfig(**GROUPED, sliding_window=64),
+    "qwen2 within its window": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=64, max_window_layers=1),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=32),
     "smollm3": SmolLM3Config(**GROUPED, pad_token_id=0, no_rope_layers=[1, 0]),
 }
-OTHERS: dict[str, PretrainedConfig] = {
-    "sliding mistral": MistralConfig(**GROUPED, sliding_window=8),
-    "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
-    "phi3 that turns in part": Phi3Config(
-        **GROUPED,
-        pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+LEAN: dict[str, PretrainedConfig] = PLAIN | {
+    "phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=64),
+    "phi3 that turns in part": Phi3Config(**GROUPED, pad_token_id=0, rope_parameters=HALF),
+    "sliding llama": tiny_config(sliding_window=9),  # of no family, but a cache that slides makes it one
+    "sliding mistral": MistralConfig(**GROUPED, sliding_window=9),
+    "sliding phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=9),
+    "sliding qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "sliding qwen3": Qwen3Config(**GROUPED, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "sliding smollm3": SmolLM3Config(
+        **GROUPED, pad_token_id=0, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=9
     ),
+    "olmo2": Olmo2Config(**GROUPED, pad_token_id=0),
+    "gemma": GemmaConfig(**FREE, head_dim=32),
+    "gemma2": Gemma2Config(**FREE, head_dim=32, query_pre_attn_scalar=24, sliding_window=64, **CAPS),
+    "sliding gemma2": Gemma2Config(**FREE, head_dim=32, sliding_window=9, **CAPS),
+    "gemma2 without caps": Gemma2Config(**FREE, head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma3": Gemma3TextConfig(**FREE, head_dim=32, query_pre_attn_scalar=24, sliding_window=64, layer_types=KINDS),
+    "sliding gemma3": Gemma3TextConfig(
+        **FREE, head_dim=16, sliding_window=9, layer_types=KINDS, rope_parameters=NEAR_AND_FAR, **CAPS
+    ),
+    "stablelm": StableLmConfig(**GROUPED, pad_token_id=0),
+    "stablelm biased": StableLmConfig(**GROUPED, pad_token_id=0, use_qkv_bias=True, rope_parameters=HALF),
+}
+OTHERS: dict[str, PretrainedConfig] = {
+    "llama of blocks that slide": tiny_config(sliding_window=9, layer_types=["sliding_attention"] * 3),
+    "gemma3 that looks ahead": Gemma3TextConfig(**FREE, head_dim=16, use_bidirectional_attention=True),
+    "parallel stablelm": StableLmConfig(**GROUPED, pad_token_id=0, use_parallel_residual=True),
+    "stablelm with norms of heads": StableLmConfig(**GROUPED, pad_token_id=0, qk_layernorm=True),
+    "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
     "gelu llama": tiny_config(hidden_act="gelu"),
-    "gemma": GemmaConfig(**GROUPED, head_dim=16),
     "neox": GPTNeoXConfig(**SMALL, intermediate_size=128),
     "opt": OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=64),
     "gpt2": GPT2Config(vocab_size=1280, n_embd=64, n_layer=2, n_head=4),
@@ -65,8 +96,7 @@ def make(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Loaded
     model = in_memory(config, dtype)
     with torch.no_grad():
         for parameter in model.network.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
+            _ = parameter.mul_(8) if parameter.dim() == 2 else parameter.add_(torch.randn_like(parameter) * 0.2)
     model.network.generation_config.eos_token_id = None
     model.network.config.eos_token_id = None
     return model
@@ -105,8 +135,10 @@ def test_the_lean_decoder_is_taken_where_it_is_right_and_nowhere_else(
     assert len(used) == (5 if name in LEAN else 0)  # one that is checked, four that count
 
 
-@pytest.mark.parametrize(("window", "taken"), [(13, True), (12, False), (7, False)])
-def test_a_window_that_all_tokens_are_in_is_none(window: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "taken"), [(13, True), (8, True), (7, False), (4, False)])
+def test_a_window_that_the_prompt_fills_is_left_to_transformers(
+    window: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = []
     step = LeanDecoder.step
     monkeypatch.setattr(LeanDecoder, "step", lambda self, ids: used.append(1) or step(self, ids))
@@ -124,7 +156,7 @@ def test_a_lean_decoder_that_disagrees_is_dropped(
 
     def wrong(self: LeanDecoder, *arguments: object) -> None:
         right(self, *arguments)  # type: ignore[arg-type]
-        self._cos = self._cos.roll(1, 0)
+        self._sights = [dataclasses.replace(each, cos=each.cos.roll(1, 0)) for each in self._sights]
 
     monkeypatch.setattr(LeanDecoder, "__init__", wrong)
     with caplog.at_level(logging.WARNING):
@@ -164,6 +196,28 @@ def test_score_is_the_probability_of_each_token_given_those_before() -> None:
 def test_score_refuses_what_has_nothing_before_it(start: int) -> None:
     with pytest.raises(ValueError, match="start"):
         score(make(tiny_config()), PROMPT, start)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "sliding gemma2", "sliding gemma3", "stablelm"])
+@pytest.mark.parametrize("bits", [None, 4])
+@torch.inference_mode()
+def test_each_sequence_of_a_batch_has_its_own_logits(name: str, bits: int | None) -> None:
+    """Against the whole text read at once, by a network with the very same linears."""
+    model = make(LEAN[name], torch.float32 if bits is None else torch.bfloat16)
+    for path, linear in list(linears(model.network)) if bits else []:
+        if path.startswith("model.layers."):
+            grid = GridParams.model_validate({"bits": bits, "group_size": 32})
+            weight = round_to_nearest(linear.weight, grid, path, torch.bfloat16)
+            packed = packed_linear(weight, linear.bias, "cpu", torch.bfloat16)
+            model.network.set_submodule(path, packed or pytest.fail("no kernel"))
+    text = torch.randint(5, 1280, (3, 20), generator=torch.Generator().manual_seed(1))
+    _, cache = _read_prompt(model.network, text[:, :7], None)
+    decoder = LeanDecoder(model.network, cache, 20)
+    found = torch.stack([decoder.step(text[:, place : place + 1]) for place in range(6, 20)], dim=1).float()
+    whole = model.network(input_ids=text, use_cache=False).logits[:, 6:].float()
+    if bits is None:
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    assert float((found - whole).norm() / whole.norm()) < 0.03
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

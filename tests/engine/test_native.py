@@ -26,7 +26,7 @@ from engine.runtime.native.linear import MANY_ROWS, NativeLinear, native_kernel
 from engine.runtime.native.moments import add_second_moments
 from engine.runtime.pages import use_large_pages
 from tests.conftest import in_memory, tiny_config
-from tests.engine.test_generate import LEAN, PROMPT
+from tests.engine.test_generate import LEAN, PLAIN, PROMPT
 from tests.engine.test_runtime import exact_product, make, relative_error
 
 needs_kernels = pytest.mark.skipif(not library.available(), reason="our own kernels cannot be built here")
@@ -211,8 +211,7 @@ def test_integer_products_are_those_of_the_input_grid(
     torch.testing.assert_close(native(zeros), plain(zeros), rtol=0, atol=0)
 
 
-FUSED = {"phi3"}  # queries, keys and values in one matrix, which our kernels do not read
-FAMILIES = {name: LEAN[name] for name in LEAN if name not in FUSED} | {
+FAMILIES = PLAIN | {
     "wide heads": tiny_config(head_dim=80),
     "odd heads": tiny_config(head_dim=24),
 }
@@ -256,7 +255,7 @@ def test_a_native_step_computes_what_the_lean_decoder_computes(family: str, weig
     subject = network(FAMILIES[family], weights)
     exact = copy.deepcopy(subject).float() if weights == "dense" else None
     for batch in (1, 3, 16):
-        assert NativeDecoder.supports(subject, batch)
+        assert NativeDecoder.supports(subject, batch, 40)
         ids = torch.randint(5, 1280, (batch, 9), generator=torch.Generator().manual_seed(batch))
         caches = [_read_prompt(model, ids, None)[1] for model in (subject, exact) if model is not None]
         native, lean = NativeDecoder(subject, caches[0], 40), LeanDecoder(subject, caches[0], 40)
@@ -290,15 +289,16 @@ def test_decoding_gives_the_same_tokens_with_and_without(weights: str, monkeypat
 @needs_kernels
 def test_what_the_kernels_do_not_compute_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = network(tiny_config(), "4 bit")
-    assert NativeDecoder.supports(subject, 16)
-    assert not NativeDecoder.supports(subject, 17)
-    assert not NativeDecoder.supports(copy.deepcopy(network(tiny_config(), "dense")).float(), 1)
+    assert NativeDecoder.supports(subject, 16, 40)
+    assert not NativeDecoder.supports(subject, 17, 40)
+    assert not NativeDecoder.supports(copy.deepcopy(network(tiny_config(), "dense")).float(), 1, 40)
     monkeypatch.setenv(library.SWITCH, "0")
-    assert not NativeDecoder.supports(subject, 1)
+    assert not NativeDecoder.supports(subject, 1, 40)
     monkeypatch.delenv(library.SWITCH)
-    assert not NativeDecoder.supports(network(LEAN["phi3"], "4 bit"), 1)
+    for other in ("phi3", "olmo2", "gemma", "gemma3", "sliding mistral"):
+        assert not NativeDecoder.supports(network(LEAN[other], "4 bit"), 1, 40)
     quantize_inputs(subject.get_submodule("model.layers.1.mlp.down_proj"), InputGrid())  # nothing would round them
-    assert not NativeDecoder.supports(subject, 1)
+    assert not NativeDecoder.supports(subject, 1, 40)
 
 
 @needs_kernels

@@ -16,25 +16,29 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from engine.runtime.lean import rotates, with_room
+from engine.runtime.lean import with_room
 from engine.runtime.linear import Int8Linear
 from engine.runtime.native.library import Block, Matrix, library
 from engine.runtime.native.linear import NativeLinear, multiply
+from engine.runtime.parts import rotates, windows
 
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
 MOST_ROWS = 16  # sequences; products of more are bound by arithmetic, and torch's are as good
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
 
 class NativeDecoder:
-    """Decodes where `supports`; the network must be of the Llama family (the caller has looked).
+    """Decodes where `supports` and `LeanDecoder` does, too.
 
     Starts with the prompt's `cache` less its last token; `room` is the number of tokens that there will ever be.
     """
 
     @staticmethod
-    def supports(network: PreTrainedModel, batch: int) -> bool:
-        """Whether every product of the blocks is one that our kernels compute."""
+    def supports(network: PreTrainedModel, batch: int, room: int) -> bool:
+        """Whether our kernels compute every product of the blocks, and these attend to all of `room` tokens."""
+        if type(network).__name__ not in FAMILIES or any(w is not None and room >= w for w in windows(network)):
+            return False
         if network.device.type != "cpu" or network.dtype != torch.bfloat16 or batch > MOST_ROWS or library() is None:
             return False
         layers = network.base_model.get_submodule("layers").children()

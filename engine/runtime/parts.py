@@ -1,0 +1,247 @@
+"""The parts of a Llama-like decoder, looked up once so that a decode step asks nothing: norms, products, rotations.
+
+Families differ in where norms stand, in what they norm and how, in how far back a block sees, and in what turns:
+
+    Llama, Mistral, Phi-3, Qwen 2, SmolLM3, Gemma 1   x + attend(norm x), then x + mlp(norm x)
+    StableLM                                          the same with layer norms; a part of each head turns
+    Qwen 3                                            the same; each head of queries and keys has a norm
+    OLMo 2                                            x + norm(attend x); all heads of queries have one norm
+    Gemma 2, 3                                        x + norm(attend(norm x))
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, SiLUActivation
+
+Function = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[type, Function] = {SiLUActivation: F.silu, GELUTanh: functools.partial(F.gelu, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm of the last dimension, as one operation."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+def norm(module: nn.Module | None) -> Function:
+    """What a norm computes; nothing where there is none."""
+    if module is None:
+        return _unchanged
+    if isinstance(module, nn.LayerNorm):
+        return module
+    own, weight = vars(module), module.get_parameter("weight")
+    if "eps" in own:  # Gemma's: the weights are distances from 1
+        return Norm((1 + weight.float()).to(weight.dtype), float(own["eps"]))
+    return Norm(weight, float(own["variance_epsilon"]))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Then:
+    """One function after the other."""
+
+    first: Function
+    second: Function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@dataclass(frozen=True)
+class Cap:
+    """Numbers bent into -limit .. limit."""
+
+    limit: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / self.limit) * self.limit
+
+
+@dataclass(frozen=True)
+class CappedAttention:
+    """`scaled_dot_product_attention` of one token with scores bent by a cap, which no kernel of torch's knows."""
+
+    cap: Cap
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """q (B, heads, 1, D) of all k and v (B, shared, n, D)."""
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, shared, heads of each, D)
+        scores = self.cap(grouped @ k.transpose(2, 3) * scale)
+        return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).view(q.shape)
+
+
+@dataclass(frozen=True)
+class EachHead:
+    """Norms of each head of queries and keys."""
+
+    q: Function
+    k: Function
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        """q (B, heads, D) and k (B, shared, D) as one (B, heads + shared, D)."""
+        return torch.cat((self.q(q), self.k(k)), dim=1)
+
+
+@dataclass(frozen=True)
+class AllHeads:
+    """Norms of all queries' heads together, and of all keys'."""
+
+    q: Function
+    k: Function
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        """As `EachHead`."""
+        return torch.cat((self.q(q.flatten(1)), self.k(k.flatten(1))), dim=1).view(q.shape[0], -1, q.shape[2])
+
+
+@dataclass(frozen=True)
+class Side:
+    """Linears side by side that read the same input: one product where their weights are, or can be, joined."""
+
+    parts: tuple[nn.Module, ...]
+    joined: nn.Module | None
+
+    @classmethod
+    def of(cls, parts: list[nn.Module]) -> Side:
+        if len(parts) == 1:
+            return cls(tuple(parts), parts[0])
+        kinds = {type(part) for part in parts}
+        join = getattr(kinds.pop(), "joined", None) if len(kinds) == 1 else None  # packed linears can
+        return cls(tuple(parts), join(parts) if join is not None else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs (B, n) of all parts in a row."""
+        if self.joined is None:
+            return torch.cat([part(x) for part in self.parts], dim=-1)
+        outputs: Tensor = self.joined(x)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How far back blocks see, and how their queries and keys turn: cos and signed sin (room, D)."""
+
+    cos: Tensor
+    sin: Tensor
+    window: int
+
+    def at(self, position: int) -> tuple[Tensor, Tensor, int, int]:
+        """cos and sin (D,) of a token; the first that it attends to, and how many these are with itself."""
+        first = max(0, position + 1 - self.window)
+        return self.cos[position], self.sin[position], first, position + 1 - first
+
+
+class Sights:
+    """Those of a network's blocks for `room` tokens: `of` them all, and each block's number among them.
+
+    Where heads of `size` numbers turn in part, the others have cos 1 and sin 0, and are their own `partner`.
+    """
+
+    def __init__(self, network: PreTrainedModel, size: int, room: int, dtype: torch.dtype) -> None:
+        rotary: nn.Module = network.base_model.get_submodule("rotary_emb")
+        positions = torch.arange(room, device=network.device)[None]
+        empty = torch.empty(0, dtype=dtype, device=network.device)
+        spans = windows(network)
+        kinds = network.config.layer_types if isinstance(vars(rotary).get("rope_type"), dict) else [None] * len(spans)
+        each = [(kind, sys.maxsize if span is None else span) for kind, span in zip(kinds, spans, strict=True)]
+        distinct = list(dict.fromkeys(each))
+        self.numbers = [distinct.index(pair) for pair in each]
+        self.of = []
+        for kind, window in distinct:
+            cos, sin = (
+                rotary(empty, positions) if kind is None else rotary(empty, positions, kind)
+            )  # (1, room, turning)
+            cos, sin = cos[0].to(dtype), sin[0].to(dtype)
+            turning = cos.shape[-1]
+            # The rotation of a pair (a, b) is (a cos - b sin, b cos + a sin): signed here once.
+            signed = torch.cat((-sin[:, : turning // 2], sin[:, turning // 2 :]), dim=-1)
+            still = size - turning
+            self.of.append(Sight(F.pad(cos, (0, still), value=1.0), F.pad(signed, (0, still)), window))
+        self.partner: Function = functools.partial(torch.roll, shifts=size // 2, dims=-1)
+        if turning < size:
+            order = torch.arange(size, device=network.device)
+            order[:turning] = order[:turning].roll(turning // 2)
+            self.partner = functools.partial(torch.index_select, dim=-1, index=order)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of one decoder block; in some (of SmolLM3) queries and keys do not rotate.
+
+    o, down: with the norm that follows them, where one does. dense: no product has packed weights.
+    """
+
+    before_attention: Function
+    q_k_v: Side
+    head_norms: EachHead | AllHeads | None
+    o: Function
+    before_mlp: Function
+    gate_up: Side
+    down: Function
+    scale: float
+    rotates: bool
+    sight: int
+    dense: bool
+
+    @classmethod
+    def of(cls, layer: nn.Module, sight: int) -> Block:
+        part, norms = layer.get_submodule, dict(layer.named_children())
+        attention, mlp = part("self_attn"), part("mlp")
+        q_k_v = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]  # Phi-3 has it whole
+        gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+        asking, rising = [attention.get_submodule(n) for n in q_k_v], [mlp.get_submodule(n) for n in gate_up]
+        o, down = part("self_attn.o_proj"), part("mlp.down_proj")
+        after_mlp = norms.get("post_feedforward_layernorm")
+        between = norms["post_attention_layernorm"]  # before the MLP, unless that has norms of its own
+        before_mlp = between if after_mlp is None else norms.get("pre_feedforward_layernorm")
+        return cls(
+            norm(norms.get("input_layernorm")), Side.of(asking), _head_norms(attention),
+            o if after_mlp is None else Then(o, norm(between)),
+            norm(before_mlp), Side.of(rising), down if after_mlp is None else Then(down, norm(after_mlp)),
+            float(vars(attention)["scaling"]), rotates(attention), sight,
+            all(type(linear) is nn.Linear for linear in [*asking, o, *rising, down]),
+        )  # fmt: skip
+
+
+def _head_norms(attention: nn.Module) -> EachHead | AllHeads | None:
+    if not hasattr(attention, "q_norm"):
+        return None
+    q, k = (attention.get_submodule(f"{name}_norm") for name in "qk")
+    each = q.get_parameter("weight").numel() == vars(attention)["head_dim"]
+    return (EachHead if each else AllHeads)(norm(q), norm(k))
+
+
+def rotates(attention: nn.Module) -> bool:
+    """Whether a block's queries and keys turn with their positions."""
+    return bool(vars(attention).get("use_rope", True))
+
+
+def activation(layer: nn.Module) -> Function | None:
+    """What a block's MLP applies to its gate; None where it is none of ours."""
+    found = vars(layer.get_submodule("mlp"))["_modules"]
+    return ACTIVATIONS.get(type(found.get("act_fn") or found.get("activation_fn")))
+
+
+def windows(network: PreTrainedModel) -> list[int | None]:
+    """How many tokens each block attends to, the newest included; None: to all."""
+    config = network.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
