@@ -100,6 +100,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name}: {linear} has the shape {got}, the config says {wanted}.": "{name}：{linear} 的形状为 {got}，配置为 {wanted}。",
         "{name}: {said}; save or download the model again.": "{name}：{said}；请重新保存或下载模型。",
         "{name}: its weights are packed, but config.json does not say how.": "{name}：权重已打包，但 config.json 没有说明方式。",
+        "{name}: config.json chooses modules by {pattern}, which is no pattern or takes too long to match. "
+        "Choose another model.":
+            "{name}：config.json 用 {pattern} 选择模块，它不是模式或匹配耗时过长。请选择其他模型。",
         "{name}: config.json gives {linear} no integer scheme that we can read.": "{name}：config.json 没有给出 {linear} 可读取的整数方案。",
         "{name}: config.json quantizes the inputs of {linear} as we cannot read.": "{name}：config.json 对 {linear} 输入的量化方式无法读取。",
         "{name}: tokenizer.json is damaged. Download it again.": "{name}：tokenizer.json 已损坏。请重新下载。",

@@ -8,7 +8,6 @@ of four weights are zero CUDA's kernels for that compute (`engine.runtime.semi_s
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine import models
+from engine import models, patterns
 from engine.checkpoint import read_config, shell
-from engine.errors import BadModel, short
+from engine.errors import BadModel, BadParams, short
 from engine.models import LoadedModel
 from engine.runtime.embedding import KERNEL, Int8Embedding
 from engine.runtime.float8 import Float8Linear
@@ -90,15 +89,16 @@ class Schemes:
             for group in groups.values()
             for target in group["targets"]
         }
+        self._patterns = {target: self._read(target) for target in self._by_target if target.startswith(patterns.MARK)}
 
     def of(self, name: str) -> Scheme:
         """That of a module: by its name, else by a `re:` pattern, else by its class.
 
         Raises:
-            BadModel: no group covers it, or not with integers of 2 to 8 bits.
+            BadModel: no group covers it, or not with integers of 2 to 8 bits; or a pattern takes too long.
         """
-        patterns = (t for t in self._by_target if t.startswith("re:") and re.match(t[3:], name))
-        target = name if name in self._by_target else next(patterns, "Linear")
+        fitting = (target for target in self._patterns if self._fits(target, name))
+        target = name if name in self._by_target else next(fitting, "Linear")
         weights = self._by_target.get(target, {})
         bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
         if not isinstance(bits, int) or bits not in range(2, 9) or weights.get("type", "int") not in ("int", "float"):
@@ -108,6 +108,24 @@ class Schemes:
         if strategy not in (None, "token", "tensor") or (isinstance(inputs, dict) and inputs.get("num_bits") != 8):
             raise BadModel(f"{short(self._folder.name)}: config.json quantizes the inputs of {name} as we cannot read.")
         return Scheme(bits, bool(symmetric), strategy, "float" if weights.get("type") == "float" else "int")
+
+    def _read(self, target: str) -> patterns.Expression:
+        try:
+            return patterns.Expression(target.removeprefix(patterns.MARK))
+        except ValueError:
+            raise self._bad(target) from None
+
+    def _fits(self, target: str, name: str) -> bool:
+        try:
+            return self._patterns[target].matches(name)
+        except BadParams:
+            raise self._bad(target) from None
+
+    def _bad(self, target: str) -> BadModel:
+        return BadModel(
+            f"{short(self._folder.name)}: config.json chooses modules by {short(target)}, which is no pattern or takes "
+            "too long to match. Choose another model."
+        )
 
 
 def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, schemes: Schemes, device: str) -> str:

@@ -257,6 +257,17 @@ def test_damaged_artifacts_are_refused(
         runtime.load(tmp_path / "artifact")
 
 
+@pytest.mark.parametrize("target", ["re:(.", r"re:(\S|\S)+\s"])
+def test_a_config_cannot_hold_the_loader_up_with_a_pattern(target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    artifacts.write(quantize(in_memory(tiny_config()), 4, 2), Recipe(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [target]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadModel, match="no pattern or takes too long"):
+        runtime.load(folder)
+
+
 def test_an_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     artifacts.write(quantize(in_memory(tiny_config()), 4, 2), Recipe(), folder)
