@@ -318,6 +318,11 @@ def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
     if embeddings and str(shape.config.get("model_type")).startswith("gemma3"):
         raise BadParams(f"{method.name}: Gemma 3 has embeddings of its own kind, which can only stay as they are.")
     tied = not any(name.endswith(HEADS) for name in shape.tensors)
+    if tied and head and "embeddings" not in type(params).model_fields:
+        raise BadParams(
+            f"{method.name}: the head of {short(shape.folder.name)} is its embeddings, which stay as they are here. "
+            "Turn head off."
+        )
     if tied and head != embeddings:
         raise BadParams(
             f"{method.name}: the head of {short(shape.folder.name)} is its embeddings; quantized apart, they would be "
