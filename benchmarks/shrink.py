@@ -97,7 +97,7 @@ def slimmest() -> list[object]:
 
 
 def students() -> str:
-    """What a small student keeps; another with the teacher and with labels alone, for a short and a long time, on much text and on little."""
+    """What a small student keeps; another with the teacher and with labels alone, on much text and on little."""
     name, few = "three blocks, 46 % of the neurons", text(LITTLE)
     original = trial("original", [])
     smallest = trial(f"three blocks, a third of the neurons, distilled, {LONGEST:,} steps", slimmest())

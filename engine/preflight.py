@@ -22,7 +22,7 @@ from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
-from engine.sizes import EMBEDDINGS, HEADS, NOT_PACKED, WIDTHS
+from engine.sizes import HEADS, NOT_PACKED, WIDTHS, counted_parameters, head_of
 from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
@@ -379,19 +379,10 @@ def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> N
         if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
             raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
         params.check_config(shape.config)
-        chosen = {name: linears[name] for name in names} | _head(params, shape)
-        params.check_model(chosen, shape.parameters, width)
+        chosen = {name: linears[name] for name in names} | (head_of(shape) if params.beyond_blocks()[0] else {})
+        params.check_model(chosen, counted_parameters(shape, params, width), width)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None
-
-
-def _head(params: Params, shape: Shape) -> dict[str, tuple[int, int]]:
-    """(out, in) of the output head where it is to be changed, by its name, or by that of the embeddings it is."""
-    if not params.beyond_blocks()[0]:
-        return {}
-    own = [name for name in shape.tensors if name.endswith(HEADS)]
-    found = own or [name for name in shape.tensors if name.endswith(EMBEDDINGS)]
-    return {name.removesuffix(".weight"): (shape.tensors[name][0], shape.tensors[name][1]) for name in found}
 
 
 def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
@@ -400,6 +391,11 @@ def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
     if embeddings and str(shape.config.get("model_type")).startswith("gemma3"):
         raise BadParams(f"{method.name}: Gemma 3 has embeddings of its own kind, which can only stay as they are.")
     tied = not any(name.endswith(HEADS) for name in shape.tensors)
+    if tied and head and "embeddings" not in type(params).model_fields:
+        raise BadParams(
+            f"{method.name}: the head of {short(shape.folder.name)} is its embeddings, which stay as they are here. "
+            "Turn head off."
+        )
     if tied and head != embeddings:
         raise BadParams(
             f"{method.name}: the head of {short(shape.folder.name)} is its embeddings; quantized apart, they would be "

@@ -168,14 +168,14 @@ class Holding:
 
     def after(self, params: Params) -> Holding:
         """What a step with these settings makes of it."""
-        shape, params = self.shape, params.on(self.shape, self.width)
+        shape, params = self._parted(params), params.on(self.shape, self.width)
         bits = dict(self.bits)
         names = shape.linears if shape.config.get("model_type") not in NOT_PACKED else {}
         for name, (outputs, inputs) in names.items():
             chosen = not isinstance(params, Selection) or params.selects(name)
             if chosen and (stored := params.of(name).stored_bits(outputs, inputs)) is not None:
                 bits[name] = stored
-        bits |= self._beyond(params)
+        bits |= _beyond(shape, params)
         config, tensors = params.reshaped(shape.config, shape.tensors)
         return replace(
             self, shape=replace(shape, config=config, tensors=tensors), bits=bits,
@@ -187,17 +187,12 @@ class Holding:
         found = params.trained(self.shape.config, self.shape.tensors)
         return [replace(self, shape=replace(self.shape, config=config, tensors=tensors)) for config, tensors in found]
 
-    def _beyond(self, params: Params) -> dict[str, StoredBits]:
-        """The head and the embeddings, where they are chosen too; tied ones are parted then."""
-        head, embeddings = params.beyond_blocks()
-        found = {}
-        for name, shape in self.shape.tensors.items():
-            module = name.removesuffix(".weight")
-            if embeddings and name.endswith(EMBEDDINGS):
-                found[module] = StoredBits(8, 16 / shape[1])
-            if head and name.endswith(HEADS) and (stored := params.stored_bits(shape[0], shape[1])) is not None:
-                found[module] = stored
-        return found
+    def _parted(self, params: Params) -> Shape:
+        """The shape with a head of its own, where one that is the embeddings is chosen."""
+        if not params.beyond_blocks()[0] or not self.tied:
+            return self.shape
+        own = [size for name, size in self.shape.tensors.items() if name.endswith(EMBEDDINGS)]
+        return replace(self.shape, tensors={**self.shape.tensors, **dict(zip(HEADS, own, strict=False))})
 
     def _bytes(self, bits: Mapping[str, float], only: tuple[str, ...] = ()) -> int:
         total = 0.0
@@ -205,6 +200,45 @@ class Holding:
             if not only or name.endswith(only):
                 total += math.prod(shape) * bits.get(name.removesuffix(".weight"), 8 * self.width) / 8
         return round(total)
+
+
+def head_of(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(out, in) of the output head by its name, or by that of the embeddings it is."""
+    own = [name for name in shape.tensors if name.endswith(HEADS)]
+    found = own or [name for name in shape.tensors if name.endswith(EMBEDDINGS)]
+    return {name.removesuffix(".weight"): (shape.tensors[name][0], shape.tensors[name][1]) for name in found}
+
+
+def counted_parameters(shape: Shape, params: Params, width: int) -> int:
+    """The weights of a model with the linears as they are, as so many of `width` bits.
+
+    A head that a step parts from its embeddings is counted; embeddings in 8 bits are fewer, by what they save.
+    """
+    head, embeddings = params.beyond_blocks()
+    total = shape.parameters
+    for name, size in shape.tensors.items():
+        if name.endswith(EMBEDDINGS):
+            total += math.prod(size) if head and not any(each.endswith(HEADS) for each in shape.tensors) else 0
+            total -= saved_in_embeddings(size[0], size[1], width) if embeddings else 0
+    return total
+
+
+def saved_in_embeddings(rows: int, columns: int, width: int) -> int:
+    """How many weights of `width` bits fewer embeddings are in 8 bits, with a scale in 16 for each row."""
+    return round(rows * columns - rows * (8 * columns + 16) / width)
+
+
+def _beyond(shape: Shape, params: Params) -> dict[str, StoredBits]:
+    """The head and the embeddings, where they are chosen."""
+    head, embeddings = params.beyond_blocks()
+    found = {}
+    for name, size in shape.tensors.items():
+        module = name.removesuffix(".weight")
+        if embeddings and name.endswith(EMBEDDINGS):
+            found[module] = StoredBits(8, 16 / size[1])
+        if head and name.endswith(HEADS) and (stored := params.stored_bits(size[0], size[1])) is not None:
+            found[module] = stored
+    return found
 
 
 def readers(shape: Shape) -> list[int]:

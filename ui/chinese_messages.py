@@ -182,6 +182,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "This model needs {needed} GiB to write, and {free} GiB are free. Wait until a run has ended, or compare a "
         "smaller one.":
             "该模型生成文本需要 {needed} GiB，而空闲内存为 {free} GiB。请等待某个运行结束，或比较更小的模型。",
+        "{method}: the head of {name} is its embeddings, which stay as they are here. Turn head off.":
+            "{method}：{name} 的输出头就是其词嵌入，而此处词嵌入保持不变。请关闭输出头选项。",
         "{method}: the head of {name} is its embeddings; quantized apart, they would be larger. "
         "Choose both, head and embeddings, or neither.":
             "{method}：{name} 的输出头就是词嵌入；分开量化反而更大。请同时选择输出头和词嵌入，或都不选。",

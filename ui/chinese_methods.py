@@ -84,6 +84,8 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "Levels symmetric around zero; else each scale has a zero point.": "各级以零对称；否则每个缩放系数另有一个零点。",
         "Narrow each range where that lowers the squared error (mse).": "若能降低平方误差（mse），则收窄取值范围。",
         "The output head, too.": "输出头也处理。",
+        "The output head, too, where it is not the embeddings: the library knows no embeddings.":
+            "输出头也处理（前提是它不与词嵌入共用）：该库不支持词嵌入。",
         "The embeddings, too: 8 bits, one scale for each token's row.": "词嵌入也处理：8 位，每个词元的一行用一个缩放系数。",
         "Calibration sequences that are read.": "读取的校准序列数。",
         "Tokens of each calibration sequence.": "每条校准序列的词元数。",

@@ -50,11 +50,18 @@ class Range(Selection):
     clipping: Clipping = Field("none", description="Narrow each range where that lowers the squared error (mse).")
 
 
-class GridParams(Range, Levels):
-    """Settings that every integer weight grid has."""
+class Beyond(Selection):
+    """What is quantized beside the blocks."""
 
     head: bool = Field(False, description="The output head, too.")
     embeddings: bool = Field(False, description="The embeddings, too: 8 bits, one scale for each token's row.")
+
+    def beyond_blocks(self) -> tuple[bool, bool]:
+        return self.head, self.embeddings
+
+
+class GridParams(Beyond, Range, Levels):
+    """Settings that every integer weight grid has."""
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a group size that does not divide a linear's inputs."""
@@ -64,9 +71,6 @@ class GridParams(Range, Levels):
                     f"group_size {self.group_size} does not divide the {inputs} inputs of {name}. "
                     f"Sizes that do: {fitting_sizes(inputs)}."
                 )
-
-    def beyond_blocks(self) -> tuple[bool, bool]:
-        return self.head, self.embeddings
 
     def unfit_for_experts(self) -> str:
         return "" if self.symmetric else "experts are stored without zero points."

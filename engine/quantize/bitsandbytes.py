@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from engine.calibration import BlockLinear, walk_blocks
 from engine.errors import BadParams
 from engine.methods import Calibrated, Context, Selection, StoredBits
-from engine.models import LoadedModel, blocks, linears
+from engine.models import LoadedModel, blocks, head, linears
 from engine.quantize._place import describe
 
 TITLE = "bitsandbytes"
@@ -40,6 +40,12 @@ class Params(Selection, Calibrated):
     scheme: Literal["nf4", "fp4", "int8"] = Field("nf4", description="4-bit NormalFloat, 4-bit float, or LLM.int8().")
     double_quant: bool = Field(True, description="With 4 bits: quantize the scales of the blocks, too.")
     threshold: float = Field(6.0, gt=0.0, le=1e4, description="With int8: inputs above it stay 16 bit.")
+    head: bool = Field(
+        False, description="The output head, too, where it is not the embeddings: the library knows no embeddings."
+    )
+
+    def beyond_blocks(self) -> tuple[bool, bool]:
+        return self.head, False
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse the shapes that 4-bit products damage."""
@@ -71,12 +77,12 @@ class Params(Selection, Calibrated):
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
-    """Replace the selected linears of the blocks by the library's modules."""
+    """Replace the selected linears of the blocks, and the head where it is chosen, by the library's modules."""
     model.load_all()
     shares = outliers(model, params, context) if params.scheme == "int8" else {}
     prefix, modules = blocks(model.network)
     chosen = [f"{prefix}.{number}.{path}" for number, block in enumerate(modules) for path, _ in linears(block)]
-    chosen = [name for name in chosen if params.selects(name)]
+    chosen = [name for name in chosen if params.selects(name)] + [head(model.network)[0]] * params.head
     for number, name in enumerate(chosen):
         context.check_cancelled()
         linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]

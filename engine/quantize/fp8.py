@@ -18,17 +18,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import walk_blocks
-from engine.methods import Context, Selection, StoredBits
+from engine.methods import Context, StoredBits
 from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import LARGEST_FLOAT8, InputGrid, QuantizedWeight
-from engine.quantize._place import place
+from engine.quantize._grid import Beyond
+from engine.quantize._place import place, walk
 
 TITLE = "FP8"
 CHANGES = ("disk",)
 
 
-class Params(Selection):
+class Params(Beyond):
     """Settings of FP8."""
 
     activations: Literal["none", "token"] = Field(
@@ -47,11 +47,11 @@ class Params(Selection):
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
-    """Round the linears of every block and, with `activations`, from then on their inputs."""
+    """Round the linears of every block and, with `activations`, from then on their inputs; the head as they are."""
     inputs = InputGrid(kind="float") if params.activations == "token" else None
     if inputs is not None:
         check_inputs_storable(model)
-    for block in walk_blocks(model, context, params):
+    for block in walk(model, context, params):
         for linear in block.linears:
             context.check_cancelled()
             place(model, linear, quantize_weight(linear.weight, inputs), context)

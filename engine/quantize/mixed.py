@@ -15,7 +15,8 @@ exactly. Better than equal bits of the same size where linears differ in how muc
     in 8: a model that fits on the disk need not fit there.
 4.  GPTQ with the grid that was chosen for each linear.
 
-Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3.
+Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3. The head, where it is
+chosen, is one more linear under the same budget; embeddings are not, they have 8 bits.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from engine.calibration import BlockLinear, mirror, token_rows, walk_blocks
 from engine.errors import BadParams
 from engine.headers import Shape
 from engine.methods import Context, StoredBits, Survey
-from engine.models import LoadedModel, blocks, linears
+from engine.models import LoadedModel, blocks, embeddings, head, linears
 from engine.quantize import gptq
-from engine.quantize._grid import SOLVED, Bits, GridParams, Range, round_to_nearest
+from engine.quantize._grid import SOLVED, Beyond, Bits, GridParams, Range, round_to_nearest
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
@@ -57,7 +58,7 @@ CELLS = 4000
 VERSION = 3  # of what is kept; raise it when steps 1 or 2 change
 
 
-class Params(gptq.SolverParams, Range):
+class Params(gptq.SolverParams, Beyond, Range):
     """Settings of mixed precision: the budget, and those of GPTQ but for bits and groups, which are chosen."""
 
     budget: float = Field(3.5, gt=0.0, le=1e6, description="How much may be stored, scales included.")
@@ -109,7 +110,9 @@ class Params(gptq.SolverParams, Range):
         if self.unit == "bits":
             return self
         weights = sum(outputs * inputs for outputs, inputs in self._chosen(shape).values())
-        bits = self.budget_bits(weights, shape.parameters, 8 * width) if weights else 0.0
+        bits = (
+            self.budget_bits(weights, sizes.counted_parameters(shape, self, 8 * width), 8 * width) if weights else 0.0
+        )
         most = WIDTHS[-1] + self.overhead(8 * width) / GROUP_SIZES[0]
         return _Known.model_validate(self.model_dump() | {"average": min(max(bits, 0.0), most)})
 
@@ -130,7 +133,8 @@ class Params(gptq.SolverParams, Range):
 
     def _chosen(self, shape: Shape) -> dict[str, tuple[int, int]]:
         """The linears that are to be quantized."""
-        return {name: linear for name, linear in shape.linears.items() if self.selects(name)}
+        found = {name: linear for name, linear in shape.linears.items() if self.selects(name)}
+        return found | (sizes.head_of(shape) if self.head else {})
 
     def width(self, bits: Bits) -> int:
         """Bits of a code as the budget counts them."""
@@ -192,6 +196,8 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         BadParams: the budget is below the smallest assignment; the message names it.
     """
     model.load_all()
+    if params.head:
+        model.untie(head(model.network)[0])  # what is measured of it is not to change the embeddings
     candidates = from_json(
         scores.measured(
             model, context, "mixed", about(params), lambda kept: as_json(measure(model, params, context, kept))
@@ -199,7 +205,11 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     )
     candidates = [params.counted(candidate) for candidate in candidates]
     weights = sum(candidate.weights for candidate in candidates)
-    budget = params.budget_bits(weights, model.network.num_parameters(), 8 * model.network.dtype.itemsize)
+    width, parameters = 8 * model.network.dtype.itemsize, model.network.num_parameters()
+    if params.embeddings:
+        rows, columns = embeddings(model.network)[1].get_parameter("weight").shape
+        parameters -= sizes.saved_in_embeddings(rows, columns, width)
+    budget = params.budget_bits(weights, parameters, width)
     chosen = choose(candidates, budget)
     context.emit("budget", curve(candidates, budget))
     for name, option in chosen.items():
@@ -216,7 +226,7 @@ def measure(model: LoadedModel, params: Params, context: Context, kept: scores.P
     """Steps 1 and 2: every selected linear with the cost of each option; what is `kept` is not measured again."""
     prefix, modules = blocks(model.network)
     named = [f"{prefix}.{number}.{path}" for number, module in enumerate(modules) for path, _ in linears(module)]
-    names = [name for name in named if params.selects(name)]
+    names = [name for name in named if params.selects(name)] + [head(model.network)[0]] * params.head
     if not names or any(name not in kept for name in names):  # the walk says what is wrong where there are none
         for block in walk_blocks(model, context, params, params.collect, keep_blocks=False, known=kept):
             for linear in block.linears:
@@ -367,7 +377,7 @@ def about(params: Params) -> dict[str, JsonValue]:
     return {
         "version": VERSION, "samples": params.samples, "sequence_length": params.sequence_length,
         "symmetric": params.symmetric, "clipping": params.clipping, "equal_tokens": params.equal_tokens,
-        "targets": params.targets, "ignore": params.ignore,
+        "targets": params.targets, "ignore": params.ignore, **({"head": True} if params.head else {}),
     }  # fmt: skip
 
 

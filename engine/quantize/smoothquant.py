@@ -11,6 +11,8 @@ and the weights' column multiplied by it; a = 0.5 shares the difficulty evenly. 
 inputs one a token, found as they come (`token`), or one that calibration fixed (`tensor`). Products are sums of
 integers: with `torch._int_mm` both the prompt and each token are faster than in bfloat16.
 
+The head, where it is chosen, has no operation before it that takes a scale: it is rounded without.
+
 By hand, max|X| = (16, 1), max|W| = (1, 1), a = 0.5: s = (4, 1), and the inputs' maxima become (4, 1).
 """
 
@@ -22,20 +24,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Block, walk_blocks
-from engine.methods import Calibrated, Context, Selection, StoredBits
+from engine.calibration import Block
+from engine.methods import Calibrated, Context, StoredBits
 from engine.models import LoadedModel, check_inputs_storable
 from engine.packing import InputGrid, QuantizedWeight
 from engine.quantize._fold import Fold, folds
-from engine.quantize._grid import round_to_nearest
-from engine.quantize._place import ROWS, place
+from engine.quantize._grid import Beyond, round_to_nearest
+from engine.quantize._place import ROWS, place, walk
 
 TITLE = "SmoothQuant W8A8"
 CHANGES = ("disk", "memory", "latency")
 LEAST = 1e-5  # of the largest: maxima of channels and columns below this count as this
 
 
-class Params(Selection, Calibrated):
+class Params(Beyond, Calibrated):
     """Settings of SmoothQuant."""
 
     strength: float = Field(0.5, ge=0.0, le=1.0, description="The a above: how much of the outliers weights take on.")
@@ -57,7 +59,7 @@ class Params(Selection, Calibrated):
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Fold the scales into every block, then round its weights and, from then on, their inputs."""
     check_inputs_storable(model)
-    for block in walk_blocks(model, context, params, "norm"):
+    for block in walk(model, context, params, "norm"):
         scales = smooth(block, params.strength)
         for linear in block.linears:
             context.check_cancelled()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine import artifacts, headers, methods, models, preflight, runtime
@@ -16,6 +17,7 @@ from engine.models import LoadedModel, embeddings, head
 from engine.quantize import gptq, rtn
 from engine.records import Recipe
 from engine.runtime.embedding import Int8Embedding
+from engine.sizes import Holding
 from engine.stranger import Stranger
 from tests.conftest import in_memory
 from tests.families import FAMILIES
@@ -32,14 +34,22 @@ def logits(network: PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "hqq"])
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("rtn", {}), ("gptq", {}), ("awq", {}), ("hqq", {}), ("fp8", {}), ("fp8", {"activations": "token"}),
+        ("mixed", {"budget": 4.5}), ("mixed", {"budget": 0.18, "unit": "mib"}),
+        ("smoothquant", {}), ("smoothquant", {"activations": "tensor"}),
+    ],
+)  # fmt: skip
 def test_everybody_reads_a_model_that_is_quantized_throughout(
-    method: str, tied: bool, tiny_folder: Maker, context: Context, tmp_path: Path
+    method: str, own: dict[str, JsonValue], tied: bool, tiny_folder: Maker, context: Context, tmp_path: Path
 ) -> None:
     chosen = methods.get(f"quantize/{method}")
-    short = {"samples": 4, "sequence_length": 32} if "samples" in chosen.params.model_fields else {}
+    given = BOTH | {"samples": 4, "sequence_length": 32} | own
+    settings = {key: value for key, value in given.items() if key in chosen.params.model_fields}
     folder = tiny_folder(tie_word_embeddings=tied)
-    model = chosen.apply(models.stream(folder), chosen.check(BOTH | short), context)
+    model = chosen.apply(models.stream(folder), chosen.check(settings), context)
     assert {"lm_head", "model.embed_tokens"} <= set(model.quantized)
     artifacts.write(model, Recipe(), tmp_path / "artifact")
     expected = logits(model.network)
@@ -52,7 +62,11 @@ def test_everybody_reads_a_model_that_is_quantized_throughout(
     assert isinstance(ours.network.get_input_embeddings(), Int8Embedding)
     assert (logits(ours.network) - expected).norm() / expected.norm() < 0.03
     stored = headers.inspect(tmp_path / "artifact").bytes
-    assert stored < 0.55 * headers.inspect(folder).bytes
+    assert Holding(headers.inspect(folder), 2).after(chosen.check(settings)).file_bytes() == pytest.approx(
+        stored, rel=0.02
+    )
+    eight = method in ("fp8", "smoothquant") and tied  # two matrices of 8 bits, where one of 16 was
+    assert stored < (0.75 if eight else 0.55) * headers.inspect(folder).bytes
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma", "gemma2", "gemma3"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.nn import Linear
 from transformers import AutoModelForCausalLM
 
-from engine import artifacts, runtime
+from engine import artifacts, headers, models, preflight, runtime
 from engine.errors import BadParams
 from engine.measure import size
 from engine.methods import Context
@@ -18,6 +19,7 @@ from engine.models import LoadedModel, blocks
 from engine.quantize import bitsandbytes
 from engine.quantize.bitsandbytes import Params
 from engine.records import Recipe
+from engine.sizes import Holding
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.engine.quantize.test_smoothquant import apart, logits
 from tests.families import FAMILIES
@@ -42,6 +44,29 @@ def test_strangers_and_the_runtime_compute_the_same(
     assert set(loaded.kernels.values()) == {f"bitsandbytes {scheme}"}
     assert len(loaded.kernels) == 3 * 7
     assert apart(logits(loaded.network), mine) < 0.01
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_strangers_read_a_head_that_is_quantized_too(
+    scheme: str, tiny_folder: Callable[..., Path], context: Context, tmp_path: Path
+) -> None:
+    folder = tiny_folder(tie_word_embeddings=False)
+    params = Params.model_validate(SMALL | {"scheme": scheme, "head": True})
+    model = bitsandbytes.apply(models.stream(folder), params, context)
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    mine = logits(model.network)
+    stranger = AutoModelForCausalLM.from_pretrained(tmp_path / "artifact", dtype="auto")
+    assert type(stranger.lm_head) is type(model.network.lm_head) is not Linear
+    assert apart(logits(stranger), mine) < 0.01
+    assert runtime.load(tmp_path / "artifact").kernels["lm_head"] == f"bitsandbytes {scheme}"
+    stored = headers.inspect(tmp_path / "artifact").bytes  # tables of 4 bits weigh much beside a tiny model
+    assert Holding(headers.inspect(folder), 2).after(params).file_bytes() == pytest.approx(stored, rel=0.1)
+
+
+def test_a_head_that_is_the_embeddings_is_refused(tiny_folder: Callable[..., Path]) -> None:
+    steps = [{"quantize/bitsandbytes": {"head": True}}]
+    with pytest.raises(BadParams, match="Turn head off"):
+        preflight.check(Recipe.model_validate({"model": str(tiny_folder()), "steps": steps, "measure": ["size"]}))
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("nf4", 4.2), ("int8", 8.3)])
