@@ -174,7 +174,8 @@ class Sights:
             signed = torch.cat((-sin[:, : turning // 2], sin[:, turning // 2 :]), dim=-1)
             still = size - turning
             self.of.append(Sight(F.pad(cos, (0, still), value=1.0), F.pad(signed, (0, still)), window))
-        self.partner: Function = functools.partial(torch.roll, shifts=size // 2, dims=-1)
+        half = size // 2
+        self.partner: Function = lambda x: x.roll(half, -1)
         if turning < size:
             order = torch.arange(size, device=network.device)
             order[:turning] = order[:turning].roll(turning // 2)
