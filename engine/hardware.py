@@ -149,5 +149,5 @@ def machine() -> str:
     except OSError:
         pass
     device = gpu()
-    parts = [name, f"{cores()} cores", f"{memory()[1] / 2**30:.0f} GiB"]
+    parts = [name, f"{cores()} core{'s' if cores() > 1 else ''}", f"{memory()[1] / 2**30:.0f} GiB"]
     return ", ".join([*parts, device.name] if device else parts)
