@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -21,6 +22,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     host, port = address()
+    if os.getpid() == 1:  # of a container: Linux lets its first process ignore the signal that stops it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         mode = mode_of(os.environ)
         check_address(mode, host)
@@ -28,6 +31,8 @@ def main() -> int:
         with Scheduler(home(), limits=limits_of(mode, os.environ)) as scheduler:
             page, desk = build(scheduler.store, scheduler, mode=mode)
             serve(page, desk, host, port)
+    except KeyboardInterrupt:
+        return 0
     except MaquetteError as error:
         sys.stderr.write(f"{error}\n")
         return 2
