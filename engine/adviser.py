@@ -125,6 +125,7 @@ class Advised:
 
     goal: Goal
     now: Figures
+    met: bool  # without any of it
     advices: tuple[Advice, ...]
     quality: Mapping[str, Measurement] = field(default_factory=dict)
 
@@ -135,6 +136,7 @@ def advise(
     """What to do, the mildest first. `measured` tells what runs of a recipe's steps on its model have measured."""
     base = Holding(shape, WIDTHS[model.dtype], grid=shape.cache_grid)
     now = _figures(base, assumptions.batch, assumptions.context, assumptions)
+    met = _reached(goal, now.of(goal), now)
     found: list[Advice] = []
     for advice in _measures(base, model, assumptions):
         figure = advice.figures.of(goal)
@@ -145,8 +147,8 @@ def advise(
         best = min((advice.figures.cost for advice in found if advice.helps), default=-1.0)
         found = [replace(advice, reaches=advice.figures.cost == best) for advice in found]
     chosen = next((place for place, advice in enumerate(found) if advice.reaches), None)
-    ordered = tuple(replace(each, first=place == chosen) for place, each in enumerate(found))
-    return Advised(goal, now, ordered, _qualities(measured(Recipe.model_validate({"model": model}))))
+    ordered = tuple(replace(each, first=place == chosen and not met) for place, each in enumerate(found))
+    return Advised(goal, now, met, ordered, _qualities(measured(Recipe.model_validate({"model": model}))))
 
 
 def of_runs(runs: Iterable[tuple[Run, Callable[[], Mapping[str, Measurement]]]]) -> Measured:

@@ -36,6 +36,7 @@ TITLES = {
     "tenth": "half the width, distilled, 4 bit",
 }
 NOT_MEASURED = "not measured here"
+MARKS = "Marked: > the mildest that reaches the goal, + reaches it too, x does not help"
 
 
 def answer(model: Model, goal: str, settings: Sequence[str], database: Path, hub: Hub | None = None) -> Advised:
@@ -77,10 +78,11 @@ def assume(settings: Sequence[str]) -> Assumptions:
 
 
 def rows(found: Advised) -> list[list[str]]:
-    """A table with a line for each measure; `>` marks the mildest that reaches the goal, `x` what does not help."""
+    """A table with a line for each measure, marked as MARKS says."""
     lines = [["", "", "memory, GB", "file, GB", "latency", "USD / M tokens", "GPU hours", "USD once", "quality"]]
     now = found.now
-    lines.append(["", "as it is", *_figures(now.memory, now.file, 1.0, now.cost), "", "", _quality(found.quality)])
+    original = _figures(now.memory, now.file, 1.0, now.cost)
+    lines.append([">" if found.met else "", "as it is", *original, "", "", _quality(found.quality)])
     for advice in found.advices:
         figures = advice.figures
         ratio = figures.token_seconds / now.token_seconds
@@ -97,6 +99,7 @@ def as_json(found: Advised) -> dict[str, JsonValue]:
     return {
         "goal": {"kind": found.goal.kind, "value": found.goal.value},
         "now": {**vars(found.now)},
+        "met": found.met,
         "advice": [*_entries(found)],
     }
 

@@ -371,6 +371,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "advice.stage.quantize.about": "便宜：几分钟到几小时，无需训练。",
         "advice.stage.train": "最后：蒸馏或剪枝",
         "advice.stage.train.about": "让每个字节发挥最大作用，但需要训练成本。",
+        "advice.met": "模型现在就达到目标，无需任何改动。",
         "advice.none": "没有单项措施能达到目标；有帮助的已标出。",
         "advice.first": "从这里开始：{name}。", "advice.now": "当前状况：", "advice.start": "从这里开始",
         "advice.reaches": "达到目标", "advice.helps": "有帮助", "advice.idle": "对此目标没有帮助：{names}。",

@@ -375,6 +375,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "advice.stage.quantize.about": "Cheap: minutes to hours, no training.",
         "advice.stage.train": "Last: distill or prune",
         "advice.stage.train.about": "Makes the most of few bytes, and costs training.",
+        "advice.met": "The model reaches the goal as it is; nothing has to be done.",
         "advice.none": "Nothing here reaches the goal by itself; what helps is marked.",
         "advice.first": "Start with: {name}.", "advice.now": "As it is:", "advice.start": "start here",
         "advice.reaches": "reaches the goal", "advice.helps": "helps", "advice.idle": "No help for this goal: {names}.",

@@ -117,8 +117,11 @@ def using(recipe: Recipe) -> Callable[[Draft, int], object]:
 def summary(advised: Advised) -> Markup:
     """What the model takes as it is, and which measure comes first."""
     first = next((advice for advice in advised.advices if advice.first), None)
-    words = say("advice.none") if first is None else say("advice.first", name=say(f"advice.{first.name}"))
-    kind = "warn" if first is None else "good"
+    if advised.met:
+        words = say("advice.met")
+    else:
+        words = say("advice.none") if first is None else say("advice.first", name=say(f"advice.{first.name}"))
+    kind = "good" if advised.met or first is not None else "warn"
     rows = _rows(advised.now, advised.now)
     return markup.join((markup.notice(words, kind), tag("p", say("advice.now"), class_="mq-sub"), markup.facts(rows)))
 
