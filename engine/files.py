@@ -30,6 +30,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def as_usual(path: Path) -> None:
+    """Give a file the permissions of any other: safetensors keeps from others what it writes."""
+    usual = path.with_name(f"{path.name}.usual")
+    usual.touch()
+    shutil.copymode(usual, path)
+    usual.unlink()
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Give a complete file or folder its final name: a reader sees the old state or the new, never a part."""
     sync(temporary)

@@ -24,7 +24,7 @@ from engine import low_rank
 from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
 from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
-from engine.files import publish
+from engine.files import as_usual, publish
 from engine.headers import is_placeholder, weight_files
 from engine.models import LoadedModel, blocks, quantize_inputs
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
@@ -91,6 +91,7 @@ def write(model: LoadedModel, parts: Sequence[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=about)
+    as_usual(temporary)
     _sort_metadata(temporary)
     publish(temporary, path)
 

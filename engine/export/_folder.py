@@ -22,7 +22,7 @@ from torch import Tensor
 from engine import artifacts, card, headers
 from engine.bitmask import SPARSE_KEY
 from engine.errors import BadModel, InputError, TooBig, short
-from engine.files import publish
+from engine.files import as_usual, publish
 from engine.low_rank import RANKS_KEY
 from engine.packing import QuantizedWeight, pack, unpack
 from engine.records import Recipe
@@ -254,6 +254,7 @@ def _write_weights(
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file, metadata={"format": "pt"}
         )
+        as_usual(folder / file)
         index |= dict.fromkeys(tensors, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}

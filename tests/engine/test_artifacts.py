@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from engine import artifacts
+from engine import artifacts, files
 from engine.errors import BadArtifact
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -94,3 +94,12 @@ def test_writing_again_replaces_what_was_half_done(tiny: LoadedModel, tmp_path: 
     artifacts.write(tiny, Recipe(), tmp_path / "artifact")
     artifacts.verify(tmp_path / "artifact")
     assert not (tmp_path / "artifact.tmp").exists()
+
+
+def test_weights_can_be_read_by_whoever_reads_the_rest(tmp_path: Path) -> None:
+    file, other = tmp_path / "weights", tmp_path / "other"
+    file.touch(0o600)
+    other.touch()
+    files.as_usual(file)
+    assert file.stat().st_mode == other.stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "weights"]
