@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -30,7 +30,7 @@ def load_recipe(text: str) -> Recipe:
         raise BadRecipe(f"The recipe has {len(text):,} characters; the limit is {MAX_BYTES:,}.")
     try:
         _check_tokens(text)
-        body = yaml.safe_load(text)
+        body = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise BadRecipe(f"The recipe is not valid YAML: {_where(error)}.") from None
     except (ValueError, RecursionError) as error:  # a date that does not exist; brackets without end
@@ -40,6 +40,18 @@ def load_recipe(text: str) -> Recipe:
     recipe = parse_recipe(body)
     check(recipe)
     return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's readers keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        found: dict[Hashable, object] = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            keys = [str(key.value) for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), keys[0])
+            raise BadRecipe(f"The recipe has {short(repr(twice))} twice in one place. Keep one.")
+        return found
 
 
 def _check_tokens(text: str) -> None:

@@ -47,6 +47,7 @@ def test_nothing_but_a_model_is_a_baseline() -> None:
         ("steps: [7]", "step"),
         ("steps: [{quantize/rtn: {}}, {prune/magnitude: {}}]", "Put quantization last"),
         ("seed: -1", "seed"),
+        ("model: demo\nseed: 1\nmodel: other", "'model' twice"),
         ("seed: soon", "seed"),
         ("device: tpu", "device"),
         ("model: ''", "model"),
