@@ -119,6 +119,8 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
     folder = preflight.locate(_model(options.folder), hub)
     baseline = None if options.baseline is None else preflight.locate(_model(options.baseline), hub)
     measures = _measures(options.measure) or USUAL_MEASURES
+    if measures == ("divergence",) and baseline is None:
+        raise InputError("Divergence is that of two models: name the original with --baseline.")
     headers.inspect(folder)
     from engine import pipeline  # only now: it takes seconds to import
 
@@ -161,6 +163,7 @@ def advise(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]
         _json(advising.as_json(found))
     else:
         _table(advising.rows(found))
+        _line(advising.MARKS)
     return 0
 
 

@@ -24,6 +24,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "A recipe may not use YAML aliases (`*name`): write the value out.": "配方不能使用 YAML 别名（`*name`）：请直接写出值。",
         "The recipe is not valid YAML: {said} in line {line}, column {column}.":
             "配方不是有效的 YAML：第 {line} 行第 {column} 列：{said}。",
+        "The recipe has {key} twice in one place. Keep one.": "配方中同一处有两个 {key}。请只保留一个。",
+        "Divergence is that of two models: name the original with --baseline.": "散度需要两个模型：请用 --baseline 指定原始模型。",
         "The recipe is not valid YAML: {said}.": "配方不是有效的 YAML：{said}。",
         "The recipe is not valid YAML: {error}.": "配方不是有效的 YAML：{error}。",
         "The recipe must be a mapping such as `model: demo`, with keys {keys}.":

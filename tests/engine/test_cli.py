@@ -232,6 +232,13 @@ def test_measure(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(out[-1])["measurements"] == [{"name": "kl", "value": 1.0, "error": None, "unit": "nat"}]
 
 
+def test_a_divergence_wants_the_original(call, tmp_path: Path) -> None:
+    small_model.write(tmp_path / "model")
+    code, out, said = call("measure", str(tmp_path / "model"), "--measure", "kl")
+    assert (code, out) == (2, [])
+    assert said[-1] == "Divergence is that of two models: name the original with --baseline."
+
+
 def test_doctor(call, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call("doctor", "--json")
     body = json.loads(out[-1])
