@@ -204,6 +204,13 @@ class Comparison(Record):
 RUN_ID = re.compile(r"[0-9a-z]{4,32}(?:-[0-9a-z]{1,32})*")
 
 
+NAMES = {  # of methods in titles, where they are not those of their files: one word each
+    "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "gptq": "GPTQ", "hqq": "HQQ", "kv_cache": "KV-cache",
+    "logits": "Distilled", "low_rank": "Low-rank", "on_policy": "On-policy", "rtn": "RTN",
+    "smoothquant": "SmoothQuant", "sparsegpt": "SparseGPT", "zeroquant": "ZeroQuant",
+}  # fmt: skip
+
+
 def _step_title(step: Step) -> str:
     name = step.method.rsplit("/", 1)[-1]
     params = step.params
@@ -230,4 +237,4 @@ def _step_title(step: Step) -> str:
         ]
     if "keep_every" in params and params.get("student", "blocks") == "blocks":
         shown.append(f"1/{params['keep_every']} blocks")
-    return " ".join([name.upper() if name in ("rtn", "gptq", "awq", "hqq", "fp8") else name.capitalize(), *shown])
+    return " ".join([NAMES.get(name, name.capitalize()), *shown])

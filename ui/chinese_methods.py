@@ -226,13 +226,13 @@ CHOICES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# The first word of a step in a recipe's title, which is its method's file.
+# The first word of a step in a recipe's title, which says its method.
 STEPS: Mapping[str, str] = MappingProxyType(
     {
-        "Bitsandbytes": "bitsandbytes", "Kv_cache": "KV 缓存", "Mixed": "混合位宽", "Smoothquant": "SmoothQuant",
-        "Zeroquant": "ZeroQuant", "Depth": "深度剪枝", "Gradual": "渐进剪枝", "L1": "L1 剪枝", "Low_rank": "低秩分解",
-        "Magnitude": "幅值剪枝", "Sparsegpt": "SparseGPT", "Vocabulary": "词表剪枝", "Wanda": "Wanda",
-        "Width": "宽度剪枝", "Features": "特征蒸馏", "Logits": "Logit 蒸馏", "On_policy": "同策略蒸馏",
+        "bitsandbytes": "bitsandbytes", "KV-cache": "KV 缓存", "Mixed": "混合位宽", "SmoothQuant": "SmoothQuant",
+        "ZeroQuant": "ZeroQuant", "Depth": "深度剪枝", "Gradual": "渐进剪枝", "L1": "L1 剪枝", "Low-rank": "低秩分解",
+        "Magnitude": "幅值剪枝", "SparseGPT": "SparseGPT", "Vocabulary": "词表剪枝", "Wanda": "Wanda",
+        "Width": "宽度剪枝", "Features": "特征蒸馏", "Distilled": "Logit 蒸馏", "On-policy": "同策略蒸馏",
         "Repair": "自修复", "Sequence": "序列蒸馏",
         "RTN": "RTN", "GPTQ": "GPTQ", "AWQ": "AWQ", "HQQ": "HQQ", "FP8": "FP8",
     }

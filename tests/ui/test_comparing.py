@@ -33,7 +33,7 @@ def test_four_models_have_panes_cards_charts_and_verdicts(desk: Desk, four: Aske
     assert str(summary).count("<dt>D</dt>") == 5
     assert len(figures) == 5
     assert all(figures)
-    for title in ("A · original", "B · GPTQ 4 bit", "C · Logits 1/2 blocks", "D · Wanda 2:4"):
+    for title in ("A · original", "B · GPTQ 4 bit", "C · Distilled 1/2 blocks", "D · Wanda 2:4"):
         assert title in str(summary)
         assert title in str(tables)
     last = [step.panes for step in comparing.stream(desk, ANNA, four) if step.panes][-1]

@@ -287,7 +287,7 @@ def test_a_refresh_shows_nothing_of_another_visitor(desk: Desk, scheduler: FakeS
     run = fakes.running(scheduler, fakes.HALF, ANNA)
     shown = runs.refresh(desk, Journal(scheduler.store), BEN, run.id, "", ("", "", ""))
     assert run.id not in str(shown)
-    assert "Logits" not in str(shown)
+    assert "Distilled" not in str(shown)
 
 
 def test_the_journal_reads_each_event_once(scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_a_family_has_one_architecture_and_one_vocabulary_whatever_its_folders_a
         ([], "original"),
         (["quantize/gptq"], "GPTQ 4 bit"),
         ([{"quantize/gptq": {"bits": 3, "group_size": 32}}], "GPTQ 3 bit"),
-        (["quantize/bitsandbytes"], "Bitsandbytes nf4"),
+        (["quantize/bitsandbytes"], "bitsandbytes nf4"),
         ([{"quantize/mixed": {"budget": 3.25}}], "Mixed 3.25 bit"),
         ([{"quantize/mixed": {"budget": 40, "unit": "mib"}}], "Mixed 40 MiB"),
         ([{"prune/wanda": {"pattern": "2:4"}}, "quantize/rtn"], "Wanda 2:4 → RTN 4 bit"),
