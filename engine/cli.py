@@ -108,7 +108,7 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
     if options.json:
         _json(_result(ended, measurements))
     else:
-        _line(f"{ended.id}  {ended.status}  {ended.recipe.title()}  {ended.artifact or ''}".rstrip())
+        _line(f"{ended.id}  {ended.status}  {ended.recipe.title()}  {_artifact(ended) or ''}".rstrip())
         _table(_rows(measurements))
     return EXIT.get(ended.status, 1)
 
@@ -394,15 +394,20 @@ def _no_result(status: str) -> Json:
 
 def _result(run: Run, measurements: Sequence[Measurement]) -> Json:
     return {
-        "id": run.id, "status": str(run.status), "reason": run.reason, "artifact": run.artifact,
+        "id": run.id, "status": str(run.status), "reason": run.reason, "artifact": _artifact(run),
         "measurements": _values(measurements),
     }  # fmt: skip
+
+
+def _artifact(run: Run) -> str | None:
+    """The model that a run made; of one that did not succeed nobody has checked it."""
+    return run.artifact if run.status is Status.SUCCEEDED else None
 
 
 def _described(run: Run) -> Json:
     return {
         "id": run.id, "title": run.recipe.title(), "status": str(run.status), "reason": run.reason,
-        "attempt": run.attempt, "created": run.created, "artifact": run.artifact,
+        "attempt": run.attempt, "created": run.created, "artifact": _artifact(run),
     }  # fmt: skip
 
 
