@@ -72,6 +72,16 @@ def test_the_verdict_says_where_packed_is_slower(code: str, same: str, said: str
         assert wording.verdict(taken(0.15, 50, 300, 500), dense) == same  # faster
 
 
+def test_an_error_beyond_the_value_itself_gives_no_verdict() -> None:
+    vague = Measurement(name="throughput.b8", value=33.3, error=664.0, unit="1/s", higher_is_better=True)
+    fast = vague.model_copy(update={"value": 1632.0, "error": 10.0})
+    assert wording.better(vague, fast) == 0
+    assert wording.change(vague, fast) == ENGLISH["noise.inside"].format(change="49× faster")
+    slow = Measurement(name="latency.tpot", value=0.03, error=0.02, unit="s", higher_is_better=False)
+    step = slow.model_copy(update={"value": 0.3, "error": 0.001})
+    assert wording.verdict({slow.name: slow}, {step.name: step}) == ENGLISH["verdict.unknown"]
+
+
 def test_throughput_is_in_tokens() -> None:
     speed = Measurement(name="throughput.b8", value=3015.1, unit="1/s", higher_is_better=True)
     assert wording.value(speed) == "3015 tokens/s"
