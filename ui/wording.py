@@ -281,8 +281,14 @@ def _memory(a: Measured, b: Measured) -> str:
     pair = _pair("memory.loaded", a, b)
     if pair is None or 0.9 <= pair[1].value / pair[0].value <= 1.1:
         return ""
-    key = "verdict.less_memory" if pair[1].value < pair[0].value else "verdict.more_memory"
-    return say(key, ratio=ratio(pair[0].value, pair[1].value))
+    less = pair[1].value < pair[0].value
+    said = ratio(pair[0].value, pair[1].value)
+    peak = _pair("memory.peak", a, b)
+    turned = peak is not None and (peak[1].value > 1.1 * peak[0].value if less else 1.1 * peak[1].value < peak[0].value)
+    if peak is None or not turned or is_noise(*peak):
+        return say("verdict.less_memory" if less else "verdict.more_memory", ratio=said)
+    key = "verdict.less_memory_more_peak" if less else "verdict.more_memory_less_peak"
+    return say(key, ratio=said, peak=ratio(peak[0].value, peak[1].value))
 
 
 def _perplexity(a: Measured, b: Measured) -> str:

@@ -82,6 +82,30 @@ def test_an_error_beyond_the_value_itself_gives_no_verdict() -> None:
     assert wording.verdict({slow.name: slow}, {step.name: step}) == ENGLISH["verdict.unknown"]
 
 
+@pytest.mark.parametrize(
+    ("code", "down", "up", "plain"),
+    [
+        ("en", "2.5× less memory loaded, 1.3× more at its peak.", "2.5× more memory loaded, 1.3× less at its peak.",
+         "2.5× less memory."),
+        ("zh-CN", "加载后内存减少 2.5×，但峰值增加 1.3×。", "加载后内存增加 2.5×，但峰值减少 1.3×。",
+         "内存减少 2.5×。"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_when_the_peak_goes_the_other_way(code: str, down: str, up: str, plain: str) -> None:
+    def taken(loaded: float, peak: float, error: float | None = None) -> dict[str, Measurement]:
+        return named([
+            Measurement(name="memory.loaded", value=loaded, unit="B", higher_is_better=False),
+            Measurement(name="memory.peak", value=peak, error=error, unit="B", higher_is_better=False),
+        ])  # fmt: skip
+
+    a, b = taken(4.9e6, 6.8e6), taken(1.95e6, 9.17e6)
+    with language.use(code):
+        assert wording.verdict(a, b) == down
+        assert wording.verdict(b, a) == up
+        assert wording.verdict(a, taken(1.95e6, 6.9e6)) == plain
+        assert wording.verdict(a, taken(1.95e6, 9.17e6, error=2e6)) == plain  # within the noise
+
+
 def test_throughput_is_in_tokens() -> None:
     speed = Measurement(name="throughput.b8", value=3015.1, unit="1/s", higher_is_better=True)
     assert wording.value(speed) == "3015 tokens/s"
