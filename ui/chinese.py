@@ -309,6 +309,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "error.set_blind": "提示词集不能盲评。请选择同一文本或自由生成。",
         "error.no_result": "该提示词还没有结果。请先运行提示词集。",
         "report.title": "用 Maquette 对比：{titles}", "report.date": "生成于", "report.machine": "测量机器",
+        "report.where": "测量于 {machine}，{days}。",
         "report.versions": "版本", "report.protocols": "测量方法", "report.how": "规程",
         "protocol.protocol": "{value}", "protocol.kernels": "算子：{value}", "protocol.kernel": "算子：{value}",
         "protocol.device": "设备：{value}", "protocol.batch": "批大小：{value}", "protocol.items": "题数：{value}",

@@ -309,6 +309,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.set_blind": "A set is not run blind. Choose the same text or the free run.",
         "error.no_result": "That prompt has no result yet. Run the set first.",
         "report.title": "Compared with Maquette: {titles}", "report.date": "Made", "report.machine": "Measured on",
+        "report.where": "Measured on {machine}, {days}.",
         "report.versions": "Versions", "report.protocols": "How it was measured", "report.how": "Protocol",
         "protocol.protocol": "{value}", "protocol.kernels": "kernels: {value}", "protocol.kernel": "kernel: {value}",
         "protocol.device": "device: {value}", "protocol.batch": "batch: {value}", "protocol.items": "items: {value}",
