@@ -77,7 +77,7 @@ def pareto(runs: Sequence[Named], cost: str = "size.bytes", quality: str = "perp
             mode="markers+text" if named else "markers",
             textposition="top right" if x.value <= middle else "top left", cliponaxis=False, showlegend=not named,
             marker={"size": 11, "color": colour(index), "symbol": symbol(index)},
-            error_y={"type": "data", "array": [1.96 * (y.error or 0) * share], "thickness": 1.5, "width": 5},
+            error_y={**whiskers([y], share), "thickness": 1.5, "width": 5},
             hovertemplate=f"%{{text}}<br>{wording.value(x)}<br>{wording.value(y)} {wording.error(y)}<extra></extra>",
         )  # fmt: skip
     _noise(figure, points, share)
@@ -108,6 +108,13 @@ def _noise(figure: go.Figure, points: Sequence[tuple[str, Measurement, Measureme
     )  # fmt: skip
 
 
+def whiskers(found: Sequence[Measurement | None], share: float = 1) -> dict[str, object]:
+    """95 % intervals for plotly; none reaches below 0, for nothing that we draw does."""
+    up = [1.96 * (m.error or 0) * share if m else 0.0 for m in found]
+    down = [min(half, max(0.0, m.value * share)) if m else 0.0 for m, half in zip(found, up, strict=True)]
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down}
+
+
 def front(points: Sequence[tuple[float, float]], *, higher: bool) -> list[int]:
     """Which (cost, quality) points no other point beats: not dearer and better, or cheaper and as good."""
     sign = -1.0 if higher else 1.0
@@ -135,7 +142,7 @@ def accuracy(runs: Sequence[Named]) -> Chart:
         found = [measured.get(task) for task in tasks]
         figure.add_bar(
             x=names, y=[100 * m.value if m else None for m in found], name=label, marker_color=colour(index),
-            error_y={"type": "data", "array": [196 * (m.error or 0) if m else 0 for m in found], "width": 4},
+            error_y={**whiskers(found, 100), "width": 4},
             marker_pattern_shape="" if index % 2 == 0 else "/", marker_pattern_fillmode="overlay",
             marker_pattern_size=6, marker_pattern_solidity=0.15,
         )  # fmt: skip
@@ -202,7 +209,7 @@ def batches(runs: Sequence[Named]) -> Chart:
         figure.add_scatter(
             x=[str(size) for size, _ in found], y=[m.value for _, m in found], name=label, mode="lines+markers",
             line={"color": colour(index), "width": 2}, marker={"size": 9, "symbol": symbol(index)},
-            error_y={"type": "data", "array": [1.96 * (m.error or 0) for _, m in found], "thickness": 1.5, "width": 5},
+            error_y={**whiskers([m for _, m in found]), "thickness": 1.5, "width": 5},
             hovertemplate="%{y:.4g} " + say("unit.tokens_per_second"),
         )  # fmt: skip
         rows += [(label, str(size), wording.shown(m), _step(m), _kernel(m)) for size, m in found]

@@ -52,6 +52,8 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "verdict.same_size": "大小相同", "verdict.same_speed": "速度相同",
         "verdict.first_slower": "首词变慢 {ratio}", "verdict.batch_slower": "批大小 {batch} 时变慢 {ratio}",
         "verdict.less_memory": "内存减少 {ratio}", "verdict.more_memory": "内存增加 {ratio}",
+        "verdict.less_memory_more_peak": "加载后内存减少 {ratio}，但峰值增加 {peak}",
+        "verdict.more_memory_less_peak": "加载后内存增加 {ratio}，但峰值减少 {peak}",
         "verdict.perplexity": "困惑度 {change}", "verdict.accuracy": "准确率 {change}",
         "verdict.flips": "{total} 个答案中 {count} 个翻转", "verdict.flips_share": "{share} 的答案翻转",
         # status, time
@@ -307,6 +309,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "error.set_blind": "提示词集不能盲评。请选择同一文本或自由生成。",
         "error.no_result": "该提示词还没有结果。请先运行提示词集。",
         "report.title": "用 Maquette 对比：{titles}", "report.date": "生成于", "report.machine": "测量机器",
+        "report.where": "测量于 {machine}，{days}。",
         "report.versions": "版本", "report.protocols": "测量方法", "report.how": "规程",
         "protocol.protocol": "{value}", "protocol.kernels": "算子：{value}", "protocol.kernel": "算子：{value}",
         "protocol.device": "设备：{value}", "protocol.batch": "批大小：{value}", "protocol.items": "题数：{value}",

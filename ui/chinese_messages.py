@@ -557,6 +557,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "highest total log-probability of the options, zero-shot": "取总对数概率最高的选项，零样本",
         "mean of the tasks": "各任务的平均", "median": "中位数",
         "new tokens over the whole time, prompt included": "新词元数除以总时间（含提示词）",
+        "tokens of a step over its median time": "每步的词元数除以其用时的中位数",
         "every token of the held-out documents": "留出文档的每个词元",
         "every token of the held-out documents, written with the tokens that the model kept; the baseline's "
         "probabilities are of those alone, renormalised":

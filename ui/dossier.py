@@ -14,6 +14,7 @@ from importlib.metadata import version
 from markupsafe import Markup
 from pydantic import JsonValue
 
+from engine import hardware
 from engine.card import shareable
 from engine.recipes import dump_recipe
 from engine.records import Token
@@ -63,15 +64,24 @@ def about(desk: Desk, entries: Sequence[Entry]) -> Markup:
         facts[title] = (
             f"{wording.source(entry.run.recipe.model.source)} · {_day(entry.run.finished or entry.run.created)}"
         )
-    return join((cards.origin(entries, desk.stored.machine if desk.stored else ""), markup.facts(facts)))
+    return join((_origin(desk, entries), markup.facts(facts)))
+
+
+def _origin(desk: Desk, entries: Sequence[Entry]) -> Markup:
+    """As on the page; but "here" and "now" mean nothing to who gets the file: it names the machine and the days."""
+    if any(entry.stored for entry in entries):
+        return cards.origin(entries, desk.stored.machine if desk.stored else "")
+    days = sorted({_day(entry.run.finished or entry.run.created)[: len("2000-01-01")] for entry in entries})
+    where = say("list.comma").join(map(translate, machines(desk, entries)))
+    return tag("p", say("report.where", machine=where, days=say("list.comma").join(days)), class_="mq-sub")
 
 
 def machines(desk: Desk, entries: Sequence[Entry]) -> list[str]:
-    """The machines that the latencies name; the stored comparison's where they name none."""
+    """The machines that the measurements name; the stored comparison's, or this one, where they name none."""
     found = [str(m.details["machine"]) for e in entries for m in e.measured.values() if m.details.get("machine")]
     if desk.stored and any(entry.stored for entry in entries):
         found.append(desk.stored.machine)
-    return list(dict.fromkeys(found)) or ["–"]
+    return list(dict.fromkeys(found)) or [hardware.machine()]
 
 
 def versions() -> dict[str, str]:

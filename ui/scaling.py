@@ -107,7 +107,7 @@ def chart(entries: Sequence[Entry], quality: str) -> Chart:
             x=[point.bits / 8 for point in mine], y=[point.quality.value * share for point in mine], name=name,
             mode="lines+markers", line={"color": charts.colour(place), "width": 1.5},
             marker={"size": 10, "color": charts.colour(place), "symbol": charts.symbol(place)},
-            error_y={"type": "data", "array": [1.96 * (p.quality.error or 0) * share for p in mine], "width": 4},
+            error_y={**charts.whiskers([p.quality for p in mine], share), "width": 4},
             text=[_hover(point) for point in mine], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
     sizes = ticks(found[0].bits / 8, found[-1].bits / 8)

@@ -82,9 +82,9 @@ def _axis(
     ends: list[float] = [0.0] if layout.rangemode == "tozero" or any(t.type == "bar" for t in traces) else []
     for trace in traces:
         values = getattr(trace, axis)
-        whiskers = _whiskers(trace, len(values)) if axis == "y" else [0.0] * len(values)
-        for value, half in zip(values, whiskers, strict=True):
-            ends += [] if value is None else [float(value) - half, float(value) + half]
+        whiskers = _whiskers(trace, len(values)) if axis == "y" else [(0.0, 0.0)] * len(values)
+        for value, (down, up) in zip(values, whiskers, strict=True):
+            ends += [] if value is None else [float(value) - down, float(value) + up]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     if layout.range is not None:
         low, high = float(layout.range[0]), float(layout.range[1])
@@ -92,9 +92,13 @@ def _axis(
     return Axis(low if low == 0 or layout.range is not None else low - room, high + room, start, end)
 
 
-def _whiskers(trace: go.Figure, count: int) -> list[float]:
-    found = trace.error_y.array if trace.error_y is not None else None
-    return [float(half or 0) for half in found] if found is not None else [0.0] * count
+def _whiskers(trace: go.Figure, count: int) -> list[tuple[float, float]]:
+    """How far each reaches down and up."""
+    if trace.error_y is None or trace.error_y.array is None:
+        return [(0.0, 0.0)] * count
+    up = [float(half or 0) for half in trace.error_y.array]
+    below = trace.error_y.arrayminus
+    return list(zip(up if below is None else [float(half or 0) for half in below], up, strict=True))
 
 
 def _bands(figure: go.Figure, x: Axis, y: Axis) -> list[Markup]:
@@ -139,7 +143,7 @@ def _bars(trace: go.Figure, bars: Sequence[go.Figure], x: Axis, y: Axis) -> list
     share = (x.end - x.start) / max(1, len(x.names)) * 0.75
     width = share / len(bars)
     offset = -share / 2 + width * next(i for i, each in enumerate(bars) if each is trace)
-    for name, value, half in zip(trace.x, trace.y, _whiskers(trace, len(trace.y)), strict=True):
+    for name, value, reach in zip(trace.x, trace.y, _whiskers(trace, len(trace.y)), strict=True):
         if value is None:
             continue
         left, top, base = x.place(name) + offset, y.place(value), y.place(max(0.0, y.low))
@@ -147,7 +151,7 @@ def _bars(trace: go.Figure, bars: Sequence[go.Figure], x: Axis, y: Axis) -> list
         parts.append(
             tag("rect", x=_n(left), y=_n(top), width=_n(width - 2), height=_n(max(0.0, base - top)), fill=colour)
         )
-        parts += _whisker(left + width / 2 - 1, value, half, y, INK)
+        parts += _whisker(left + width / 2 - 1, value, reach, y, INK)
     return parts
 
 
@@ -164,8 +168,8 @@ def _points(trace: go.Figure, x: Axis, y: Axis) -> list[Markup]:
         return parts
     colour = str(trace.marker.color or trace.line.color)
     for number, (across, down) in enumerate(places):
-        half = _whiskers(trace, len(places))[number]
-        parts += [] if y.names else _whisker(across, float(trace.y[number]), half, y, colour)
+        reach = _whiskers(trace, len(places))[number]
+        parts += [] if y.names else _whisker(across, float(trace.y[number]), reach, y, colour)
         parts.append(tag("circle", cx=_n(across), cy=_n(down), r=5 if number == 0 or not y.names else 3, fill=colour))
     if "text" in mode and places:
         across, down = places[0]
@@ -174,10 +178,10 @@ def _points(trace: go.Figure, x: Axis, y: Axis) -> list[Markup]:
     return parts
 
 
-def _whisker(across: float, value: float, half: float, y: Axis, colour: str) -> list[Markup]:
-    if half <= 0:
+def _whisker(across: float, value: float, reach: tuple[float, float], y: Axis, colour: str) -> list[Markup]:
+    if max(reach) <= 0:
         return []
-    top, bottom = y.place(value + half), y.place(value - half)
+    bottom, top = y.place(value - reach[0]), y.place(value + reach[1])
     ends = [_line(across - 4, place, across + 4, place, colour) for place in (top, bottom)]
     return [_line(across, top, across, bottom, colour), *ends]
 

@@ -202,7 +202,7 @@ def ratio(a: float, b: float) -> str:
 
 def better(a: Measurement, b: Measurement) -> int:
     """+1 where B is better beyond two joint standard errors, -1 where worse, 0 where nobody can tell."""
-    if a.higher_is_better is None or a.value == b.value:
+    if a.higher_is_better is None or a.value == b.value or is_vague(a, b):
         return 0
     if a.error or b.error:
         noise = 2 * math.hypot(a.error or 0, b.error or 0)
@@ -211,6 +211,12 @@ def better(a: Measurement, b: Measurement) -> int:
     if abs(b.value - a.value) <= noise:
         return 0
     return 1 if (b.value > a.value) == a.higher_is_better else -1
+
+
+def is_vague(a: Measurement, b: Measurement) -> bool:
+    """Whether the 95 % interval of a time or a speed reaches beyond the value itself: then no ratio says anything."""
+    timed = a.name.split(".")[0] in ("latency", "throughput")
+    return timed and any(1.96 * (each.error or 0) >= abs(each.value) > 0 for each in (a, b))
 
 
 def verdict(a: Measured, b: Measured) -> str:
@@ -239,9 +245,9 @@ def _smaller(a: Measured, b: Measured) -> str:
 
 def _faster(a: Measured, b: Measured) -> str:
     pair = _pair("latency.tpot", a, b)
-    if pair is None:
+    if pair is None or is_vague(*pair):
         return ""
-    if 0.95 <= pair[1].value / pair[0].value <= 1.05 or (pair[0].error and not better(*pair)):
+    if 0.95 <= pair[1].value / pair[0].value <= 1.05 or is_noise(*pair):
         return say("verdict.same_speed")
     return difference(*pair)
 
@@ -275,8 +281,14 @@ def _memory(a: Measured, b: Measured) -> str:
     pair = _pair("memory.loaded", a, b)
     if pair is None or 0.9 <= pair[1].value / pair[0].value <= 1.1:
         return ""
-    key = "verdict.less_memory" if pair[1].value < pair[0].value else "verdict.more_memory"
-    return say(key, ratio=ratio(pair[0].value, pair[1].value))
+    less = pair[1].value < pair[0].value
+    said = ratio(pair[0].value, pair[1].value)
+    peak = _pair("memory.peak", a, b)
+    turned = peak is not None and (peak[1].value > 1.1 * peak[0].value if less else 1.1 * peak[1].value < peak[0].value)
+    if peak is None or not turned or is_noise(*peak):
+        return say("verdict.less_memory" if less else "verdict.more_memory", ratio=said)
+    key = "verdict.less_memory_more_peak" if less else "verdict.more_memory_less_peak"
+    return say(key, ratio=said, peak=ratio(peak[0].value, peak[1].value))
 
 
 def _perplexity(a: Measured, b: Measured) -> str:

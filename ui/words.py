@@ -43,6 +43,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "verdict.same_size": "same size", "verdict.same_speed": "same speed",
         "verdict.first_slower": "first token {ratio} slower", "verdict.batch_slower": "{ratio} slower at batch {batch}",
         "verdict.less_memory": "{ratio} less memory", "verdict.more_memory": "{ratio} more memory",
+        "verdict.less_memory_more_peak": "{ratio} less memory loaded, {peak} more at its peak",
+        "verdict.more_memory_less_peak": "{ratio} more memory loaded, {peak} less at its peak",
         "verdict.perplexity": "perplexity {change}", "verdict.accuracy": "accuracy {change}",
         "verdict.flips": "{count} of {total} answers flipped", "verdict.flips_share": "{share} of answers flipped",
         # status, time
@@ -307,6 +309,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.set_blind": "A set is not run blind. Choose the same text or the free run.",
         "error.no_result": "That prompt has no result yet. Run the set first.",
         "report.title": "Compared with Maquette: {titles}", "report.date": "Made", "report.machine": "Measured on",
+        "report.where": "Measured on {machine}, {days}.",
         "report.versions": "Versions", "report.protocols": "How it was measured", "report.how": "Protocol",
         "protocol.protocol": "{value}", "protocol.kernels": "kernels: {value}", "protocol.kernel": "kernel: {value}",
         "protocol.device": "device: {value}", "protocol.batch": "batch: {value}", "protocol.items": "items: {value}",

@@ -55,15 +55,7 @@ def measure(
         if batch == 1:
             found.append(_duration("latency.ttft", [row[:1] for row in times], details))
             found.append(_duration("latency.tpot", [row[1:] for row in times], details))
-        rates = [batch * new_tokens / sum(row) for row in times]
-        details |= {"values": list[JsonValue](rates), "protocol": "new tokens over the whole time, prompt included"}
-        details |= _steps(times)
-        found.append(
-            Measurement(
-                name=f"throughput.b{batch}", value=statistics.median(rates), error=_standard_error(rates),
-                unit="1/s", higher_is_better=True, details=details,
-            )
-        )  # fmt: skip
+        found.append(_throughput(batch, times, details))
     return found
 
 
@@ -137,10 +129,18 @@ def _duration(name: str, rows: list[list[float]], details: dict[str, JsonValue])
     )  # fmt: skip
 
 
-def _steps(rows: list[list[float]]) -> dict[str, JsonValue]:
-    """Seconds of one step, in which every text of the batch gets a token: the median and its standard error."""
+def _throughput(batch: int, rows: list[list[float]], details: dict[str, JsonValue]) -> Measurement:
+    """Tokens of a step, one for every text of the batch, over its median time: a stall of the machine is no step's."""
     medians = [statistics.median(row[1:]) for row in rows]
-    return {"tpot": statistics.median(medians), "tpot_error": _standard_error(medians)}
+    step, error = statistics.median(medians), _standard_error(medians)
+    about: dict[str, JsonValue] = {
+        "values": [batch / seconds for seconds in medians], "tpot": step, "tpot_error": error,
+        "protocol": "tokens of a step over its median time",
+    }  # fmt: skip
+    return Measurement(
+        name=f"throughput.b{batch}", value=batch / step, error=None if error is None else batch / step * error / step,
+        unit="1/s", higher_is_better=True, details=details | about,
+    )  # fmt: skip
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

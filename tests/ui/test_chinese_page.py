@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from engine import ways
+from engine import hardware, ways
 from engine.assumptions import Assumptions
 from engine.errors import UnknownName
 from engine.fit import PARTS, Estimate, Need
@@ -179,7 +179,10 @@ def test_a_bad_draft_is_refused_in_chinese(desk: Desk) -> None:
     assert line(UnknownName("run", "x", ())) == "未知的运行“x”。"
 
 
-def test_a_report_a_set_and_the_words_that_differ_are_chinese(desk: Desk, scheduler: FakeScheduler) -> None:
+def test_a_report_a_set_and_the_words_that_differ_are_chinese(
+    desk: Desk, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "machine", lambda: "2 GiB")  # a processor's name has no Chinese
     a = fakes.finished(scheduler, LOOK.model_copy(update={"measure": ("size", "latency")}), ANNA)
     b = fakes.finished(scheduler, fakes.GPTQ, ANNA, 3.2, 0.1)
     free = asked(a.id, b.id, "1 + 1 =", "free", chat=True)

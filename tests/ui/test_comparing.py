@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 
 import gradio as gr
@@ -13,7 +14,7 @@ from engine.records import Measurement
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked
 from tests.ui.fakes import FakeScheduler
-from ui import ballot, cards, charts, comparing, contrast, flips, sets, wording
+from ui import ballot, cards, charts, comparing, contrast, flips, sets, still, wording
 from ui.asked import Asked, Writing, read_link, read_writing, write_link
 from ui.desk import FIRST, Desk
 from ui.pages import compare
@@ -244,6 +245,18 @@ def test_throughput_is_drawn_by_batch_size() -> None:
     assert [row[1] for row in chart.rows] == ["1", "4", "8", "16"]
     assert chart.rows[3][2:] == ("6400 tokens/s ± 17.6 tokens/s", "2.00 ms ± 196 µs", "int4pack x 8")
     assert list(chart.figure.data[0].error_y.array) == [1.96 * 9.0] * 4  # type: ignore[union-attr]
+
+
+def test_no_whisker_reaches_below_zero() -> None:
+    def rate(size: int, value: float, error: float) -> Measurement:
+        return Measurement(name=f"throughput.b{size}", value=value, error=error, unit="1/s", higher_is_better=True)
+
+    found = {m.name: m for m in (rate(1, 500.0, 10.0), rate(8, 33.3, 664.0))}
+    figure = charts.batches([("busy", found)]).figure
+    assert figure is not None
+    assert list(figure.data[0].error_y.arrayminus) == pytest.approx([19.6, 33.3])
+    drawn = re.findall(r'y2="([\d.]+)"', str(still.draw(figure, "speed")))
+    assert max(map(float, drawn)) <= still.HEIGHT - still.BOTTOM
 
 
 def test_an_opening_page_leaves_settings_alone_that_it_has_already(desk: Desk, scheduler: FakeScheduler) -> None:

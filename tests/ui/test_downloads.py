@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,13 +16,13 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from engine import card
+from engine import card, hardware
 from engine.records import Model, Output, Run, Token
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked
 from tests.ui.fakes import FakeScheduler
 from ui import charts, comparing, dossier, still
-from ui.desk import FIRST, Desk
+from ui.desk import BASELINE, FIRST, Desk
 from ui.downloads import Downloads
 from ui.edge import COOKIE
 
@@ -69,6 +70,18 @@ def test_the_report_stands_alone_and_says_what_the_page_says(desk: Desk, small: 
     summary = str(comparing.render(desk, ANNA, said, "size.bytes", "perplexity")[0])
     for number in re.findall(r"<dd>([\d.]+ \w+)", summary):
         assert number in page
+
+
+def test_a_report_names_the_machine_and_the_day_instead_of_here_and_now(
+    desk: Desk, scheduler: FakeScheduler, small: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "machine", lambda: "a quiet machine")
+    base = fakes.finished(scheduler, BASELINE, ANNA)
+    page = dossier.html(desk, ANNA, asked(base.id, small.id))
+    assert "measured here, now" not in page
+    assert "this machine" not in page
+    days = sorted({time.strftime("%Y-%m-%d", time.gmtime(run.finished or 0)) for run in (base, small)})
+    assert f"Measured on a quiet machine, {', '.join(days)}." in page
 
 
 def test_a_live_text_is_in_the_report_and_marked_where_it_parts(desk: Desk, small: Run, client: TestClient) -> None:

@@ -72,6 +72,40 @@ def test_the_verdict_says_where_packed_is_slower(code: str, same: str, said: str
         assert wording.verdict(taken(0.15, 50, 300, 500), dense) == same  # faster
 
 
+def test_an_error_beyond_the_value_itself_gives_no_verdict() -> None:
+    vague = Measurement(name="throughput.b8", value=33.3, error=664.0, unit="1/s", higher_is_better=True)
+    fast = vague.model_copy(update={"value": 1632.0, "error": 10.0})
+    assert wording.better(vague, fast) == 0
+    assert wording.change(vague, fast) == ENGLISH["noise.inside"].format(change="49× faster")
+    slow = Measurement(name="latency.tpot", value=0.03, error=0.02, unit="s", higher_is_better=False)
+    step = slow.model_copy(update={"value": 0.3, "error": 0.001})
+    assert wording.verdict({slow.name: slow}, {step.name: step}) == ENGLISH["verdict.unknown"]
+
+
+@pytest.mark.parametrize(
+    ("code", "down", "up", "plain"),
+    [
+        ("en", "2.5× less memory loaded, 1.3× more at its peak.", "2.5× more memory loaded, 1.3× less at its peak.",
+         "2.5× less memory."),
+        ("zh-CN", "加载后内存减少 2.5×，但峰值增加 1.3×。", "加载后内存增加 2.5×，但峰值减少 1.3×。",
+         "内存减少 2.5×。"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_when_the_peak_goes_the_other_way(code: str, down: str, up: str, plain: str) -> None:
+    def taken(loaded: float, peak: float, error: float | None = None) -> dict[str, Measurement]:
+        return named([
+            Measurement(name="memory.loaded", value=loaded, unit="B", higher_is_better=False),
+            Measurement(name="memory.peak", value=peak, error=error, unit="B", higher_is_better=False),
+        ])  # fmt: skip
+
+    a, b = taken(4.9e6, 6.8e6), taken(1.95e6, 9.17e6)
+    with language.use(code):
+        assert wording.verdict(a, b) == down
+        assert wording.verdict(b, a) == up
+        assert wording.verdict(a, taken(1.95e6, 6.9e6)) == plain
+        assert wording.verdict(a, taken(1.95e6, 9.17e6, error=2e6)) == plain  # within the noise
+
+
 def test_throughput_is_in_tokens() -> None:
     speed = Measurement(name="throughput.b8", value=3015.1, unit="1/s", higher_is_better=True)
     assert wording.value(speed) == "3015 tokens/s"

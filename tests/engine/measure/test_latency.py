@@ -36,14 +36,25 @@ def test_values_errors_and_the_warm_up(tiny: LoadedModel, scripted: list[int], r
     assert tpot.details["p95"] == pytest.approx(0.4)
     assert found["latency.ttft"].value == 1.0
     assert found["latency.ttft"].error == 0.0
-    assert found["throughput.b1"].value == pytest.approx(11 / (1 + 10 * 0.3))
-    assert found["throughput.b8"].value == pytest.approx(8 * 11 / (1 + 10 * 0.3))
+    assert found["throughput.b1"].value == pytest.approx(1 / 0.3)
+    assert found["throughput.b8"].value == pytest.approx(8 / 0.3)
     assert found["throughput.b8"].higher_is_better
     assert found["throughput.b8"].details["tpot"] == pytest.approx(0.3)  # a step of eight, as a step of one
     assert found["throughput.b8"].details["tpot_error"] == tpot.error
     assert not tpot.higher_is_better
     series = [data["series"] for kind, data in recorder.said if kind == "sample"]
     assert series == ["latency.tpot.b1"] * 3 + ["latency.tpot.b8"] * 3
+
+
+def test_stalls_of_a_busy_machine_are_not_the_throughput(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, stall = 0.003, 3.0
+    rows = iter([[0.01] + [step] * 10] + [[0.01, stall] + [step] * 9] * 3 + [[0.01] + [step * 1.1] * 10] * 2)
+    monkeypatch.setattr(latency, "_generate", lambda *_: next(rows))
+    monkeypatch.setattr(latency, "warm_up", lambda *_: next(rows))
+    (found,) = latency.measure(tiny, [1], new_tokens=11, repetitions=5, batches=(8,))
+    assert found.value == pytest.approx(8 / step)
+    assert found.error is not None
+    assert 0 < found.error < 0.05 * found.value
 
 
 def test_the_protocol_is_told(tiny: LoadedModel) -> None:
