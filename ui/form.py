@@ -52,8 +52,8 @@ def widget(name: str, info: FieldInfo, value: JsonValue) -> Input:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else info.default
     low, high = bounds(info)
     share = kind == "float" and low is not None and high is not None and high - low <= 1
-    return gr.Number(
-        number, minimum=low, maximum=high, precision=0 if kind == "int" else None, step=0.05 if share else 1,
+    return gr.Number(  # without bounds: Gradio would refuse a value in English before the draft has it
+        number, precision=0 if kind == "int" else None, step=0.05 if share else 1,
         label=label, info=about, interactive=True,
     )  # fmt: skip
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
 from engine.errors import BadParams
 from engine.methods import methods
+from tests.ui import fakes
+from tests.ui.conftest import ANNA, request
 from ui import form
+from ui.desk import Desk
+from ui.pages import compress
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -35,6 +41,17 @@ def test_a_value_that_the_form_cannot_send_is_still_judged() -> None:
         method.check({"bits": form.read(method, "bits", 3.5)})
     with pytest.raises(BadParams, match="group_size"):
         method.check({"group_size": form.read(method, "group_size", float("inf"))})
+
+
+@pytest.mark.parametrize(("name", "value"), [("group_size", 7), ("bits", None), ("damping", 2)])
+def test_a_number_out_of_bounds_reaches_the_recipe_and_is_refused_there(desk: Desk, name: str, value: object) -> None:
+    sent = form.inputs(methods()["quantize/gptq"], {})[name].preprocess(value)  # Gradio's own refusal is English
+    draft = cast(compress.Draft, compress.setting(0, name)(sent, compress.as_draft(fakes.GPTQ)))
+    assert compress.as_recipe(draft).steps[0].params[name] == value
+    assert name in compress.judge(desk, draft)
+    with pytest.raises(BadParams, match=name):
+        compress.submit(desk, draft, True, request(ANNA))
+    assert desk.runs(ANNA) == []
 
 
 def test_whole_floats_are_ints_where_ints_are_meant() -> None:
