@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,7 +14,10 @@ from tests.ui import fakes
 from tests.ui.conftest import ANNA, request
 from ui import form
 from ui.desk import Desk
+from ui.messages import translate
 from ui.pages import compress
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -31,8 +36,13 @@ def test_what_a_method_chooses_itself_cannot_be_set() -> None:
 
 
 def test_patterns_in_descriptions_keep_their_asterisks() -> None:
-    widget = form.inputs(methods()["quantize/gptq"], {})["targets"]
-    assert "`*.mlp.*`" in widget.info  # code: elsewhere Gradio would read Markdown
+    for method in methods().values():
+        for name, widget in form.inputs(method, {}).items():
+            text = str(widget.info).replace("\n", "")  # a break, which the style sheet takes away
+            assert text == translate(method.params.model_fields[name].description or "")
+            assert not re.search(r"\*.+?\*", str(widget.info))  # what Gradio takes for emphasis, also within code
+    assert "`\n*.mlp.\n*`" in str(form.inputs(methods()["quantize/gptq"], {})["targets"].info)
+    assert ".info-text br { display: none; }" in (ROOT / "assets" / "maquette.css").read_text()
 
 
 def test_a_value_that_the_form_cannot_send_is_still_judged() -> None:
