@@ -52,16 +52,18 @@ def widget(name: str, info: FieldInfo, value: JsonValue) -> Input:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else info.default
     low, high = bounds(info)
     share = kind == "float" and low is not None and high is not None and high - low <= 1
-    return gr.Number(
-        number, minimum=low, maximum=high, precision=0 if kind == "int" else None, step=0.05 if share else 1,
+    return gr.Number(  # without bounds: Gradio would refuse a value in English before the draft has it
+        number, precision=0 if kind == "int" else None, step=0.05 if share else 1,
         label=label, info=about, interactive=True,
     )  # fmt: skip
 
 
 def _plain(text: str | None) -> str | None:
-    """A description whose asterisks stay asterisks where Gradio reads Markdown; code stays code."""
-    parts = (text or "").split("`")  # every second one is code
-    return "`".join(part if number % 2 else part.replace("*", "&#42;") for number, part in enumerate(parts)) or None
+    """A description whose asterisks are seen: Gradio makes two on one line emphasis, even in code, and escapes nothing.
+
+    So a line begins before each; the style sheet takes the break away.
+    """
+    return " ".join((text or "").splitlines()).replace("*", "\n*") or None
 
 
 def read(method: Method, name: str, value: object) -> JsonValue:

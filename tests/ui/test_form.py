@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import cast
+
 import pytest
 
 from engine.errors import BadParams
 from engine.methods import methods
+from tests.ui import fakes
+from tests.ui.conftest import ANNA, request
 from ui import form
+from ui.desk import Desk
+from ui.messages import translate
+from ui.pages import compress
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -25,8 +36,13 @@ def test_what_a_method_chooses_itself_cannot_be_set() -> None:
 
 
 def test_patterns_in_descriptions_keep_their_asterisks() -> None:
-    widget = form.inputs(methods()["quantize/gptq"], {})["targets"]
-    assert "`*.mlp.*`" in widget.info  # code: elsewhere Gradio would read Markdown
+    for method in methods().values():
+        for name, widget in form.inputs(method, {}).items():
+            text = str(widget.info).replace("\n", "")  # a break, which the style sheet takes away
+            assert text == translate(method.params.model_fields[name].description or "")
+            assert not re.search(r"\*.+?\*", str(widget.info))  # what Gradio takes for emphasis, also within code
+    assert "`\n*.mlp.\n*`" in str(form.inputs(methods()["quantize/gptq"], {})["targets"].info)
+    assert ".info-text br { display: none; }" in (ROOT / "assets" / "maquette.css").read_text()
 
 
 def test_a_value_that_the_form_cannot_send_is_still_judged() -> None:
@@ -35,6 +51,17 @@ def test_a_value_that_the_form_cannot_send_is_still_judged() -> None:
         method.check({"bits": form.read(method, "bits", 3.5)})
     with pytest.raises(BadParams, match="group_size"):
         method.check({"group_size": form.read(method, "group_size", float("inf"))})
+
+
+@pytest.mark.parametrize(("name", "value"), [("group_size", 7), ("bits", None), ("damping", 2)])
+def test_a_number_out_of_bounds_reaches_the_recipe_and_is_refused_there(desk: Desk, name: str, value: object) -> None:
+    sent = form.inputs(methods()["quantize/gptq"], {})[name].preprocess(value)  # Gradio's own refusal is English
+    draft = cast(compress.Draft, compress.setting(0, name)(sent, compress.as_draft(fakes.GPTQ)))
+    assert compress.as_recipe(draft).steps[0].params[name] == value
+    assert name in compress.judge(desk, draft)
+    with pytest.raises(BadParams, match=name):
+        compress.submit(desk, draft, True, request(ANNA))
+    assert desk.runs(ANNA) == []
 
 
 def test_whole_floats_are_ints_where_ints_are_meant() -> None:

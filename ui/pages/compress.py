@@ -19,7 +19,7 @@ from pydantic import JsonValue, ValidationError
 from engine import preflight
 from engine.errors import BadParams, BadRecipe, MaquetteError
 from engine.hub import Hub
-from engine.methods import get, methods
+from engine.methods import check, get, methods
 from engine.presets import PRESETS
 from engine.presets import preset as preset_named
 from engine.recipes import dump_recipe, load_recipe
@@ -274,6 +274,7 @@ def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request, token:
     """
     owner = desk.enter(request, "start")
     recipe = as_recipe(draft)
+    check(recipe)  # before its original is queued
     desk.check_sources(recipe)
     token = models.clean(token)
     pinned = recipe.model_copy(update={"model": preflight.pin(recipe.model, desk.scheduler.hub, token)})
