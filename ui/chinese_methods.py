@@ -161,10 +161,10 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "With student `size`: blocks of the new network.": "学生为 `size` 时：新网络的层数。",
         "With student `folder`: a checkpoint with the same tokenizer; `demo`, owner/name of the hub (@revision), "
         "or a folder.":
-            "学生为 `folder` 时：使用同一分词器的检查点；可写 `demo`、Hub 上的 owner/name（可加 @revision）或文件夹。",
+            "学生为 `folder` 时：使用同一分词器的检查点；可写 `demo`、Hub 上的 owner/name（可加 @修订版）或文件夹。",
         "More teachers: `demo`, owner/name of the hub (@revision), or folders, separated by spaces, or in quotes; "
         "probabilities are averaged.":
-            "更多教师：`demo`、Hub 上的 owner/name（可加 @revision）或文件夹，以空格分隔，或加引号；概率取平均。",
+            "更多教师：`demo`、Hub 上的 owner/name（可加 @修订版）或文件夹，以空格分隔，或加引号；概率取平均。",
         "KL to the teacher (forward), from it (reverse, MiniLLM), or between both (js, as in GKD).":
             "对教师的前向 KL（`forward`）、反向 KL（`reverse`，MiniLLM），或二者之间（`js`，如 GKD）。",
         "With divergence `js`: near 0 forward KL, near 1 reverse.": "散度为 `js` 时：接近 0 为前向 KL，接近 1 为反向。",

@@ -214,7 +214,7 @@ def test_a_rounded_layer_rounds_also_the_last_group() -> None:
 
 def test_the_bytes_that_are_measured_are_those_that_are_held(tiny: LoadedModel) -> None:
     text = list(range(3, 203))
-    width = 2 if NativeDecoder.supports(tiny.network, 1) else 4  # our kernels read bfloat16, torch's float32
+    width = 2 if NativeDecoder.supports(tiny.network, 1, len(text)) else 4  # our kernels read bfloat16, torch's float32
     assert cache_bytes(tiny, text) == 3 * 2 * 2 * 16 * 200 * width
     tiny.kv_cache = CacheGrid(4, 16, 0)
     assert cache_bytes(tiny, text) == 3 * 2 * tiny.kv_cache.bytes(200, 16, 2)
