@@ -134,6 +134,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "runs.filter": "筛选", "runs.none": "还没有运行。请在“压缩”页开始一个。",
         "runs.no_match": "没有符合筛选条件的运行。", "runs.queued": "正在排队。", "runs.log": "日志",
         "runs.cancel": "取消", "runs.resume": "继续", "runs.delete": "删除",
+        "runs.sure": "永久删除：{run}", "runs.keep": "保留",
         "runs.compare": "对比",
         "file.recipe.yaml": "配方（YAML）", "file.measurements.csv": "测量结果（CSV）",
         "file.report.md": "报告（Markdown）",

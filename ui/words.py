@@ -126,6 +126,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "runs.filter": "Filter", "runs.none": "No runs yet. Start one on the Compress tab.",
         "runs.no_match": "No run matches the filter.", "runs.queued": "Waiting for its turn.", "runs.log": "Log",
         "runs.cancel": "Cancel", "runs.resume": "Resume", "runs.delete": "Delete",
+        "runs.sure": "Delete for good: {run}", "runs.keep": "Keep",
         "runs.compare": "Compare",
         "file.recipe.yaml": "Recipe (YAML)", "file.measurements.csv": "Measurements (CSV)",
         "file.report.md": "Report (Markdown)",

@@ -17,7 +17,7 @@ import pytest
 from engine.modes import Mode
 from engine.records import Status
 from tests.ui.hosts import CANARY, NAMED, PASSWORD, Host, host
-from ui import report
+from ui import report, wording
 from ui.server import takes_files
 from ui.visitors import COOKIE, SESSION
 
@@ -421,10 +421,27 @@ def test_what_is_shared_can_be_looked_at_and_only_the_owner_changes_it(running: 
     seen = call(ben, "ben-share", "select")
     assert (CANARY in seen) == (running.mode is Mode.TEAM)  # in public a link opens it, no list
     assert ben.get(f"/runs/{run.id}/report.md").status_code == (200 if several else 404)
-    for name in ("toggle", "handler", "handler_1", "handler_2"):  # stop sharing, cancel, resume, delete
+    for name in ("toggle", "handler", "handler_1", "doubt", "handler_2"):  # stop sharing, cancel, resume, delete
         call(ben, "ben-share", name)
     assert store.run(run.id).status is Status.SUCCEEDED
     assert store.run(run.id).shared == several
     if several:
         call(anna, "anna-share", "toggle")
         assert CANARY not in call(ben, "ben-share", "select")
+
+
+def test_a_run_is_deleted_only_once_its_owner_was_asked(running: Host) -> None:
+    anna = running.enter("anna")
+    run = running.run_of(running.owner("anna", anna))
+    by_name = {fn.api_name: index for index, fn in running.page.fns.items()}
+
+    def call(name: str) -> str:
+        data = [None] * len(running.page.fns[by_name[name]].inputs)
+        return anna.post("/gradio_api/run/predict", json=body("anna-delete", by_name[name], data, run.id)).text
+
+    call("select")
+    call("handler_2")
+    assert running.scheduler.store.run(run.id).status is Status.SUCCEEDED
+    assert wording.title(run.recipe) in call("doubt")
+    call("handler_2")
+    assert run.id not in [each.id for each in running.scheduler.store.runs()]

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from engine.errors import BadParams
 from engine.records import Run, Status
-from ui import hosting, markup, views
+from ui import hosting, markup, views, wording
 from ui.desk import Desk
 from ui.edge import edge, visitor
 from ui.journal import Journal
@@ -51,6 +51,7 @@ class RunsPage:
 def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     """Lay the tab out and wire it. `token`: where the visitor may have left the hub's, for a run that is resumed."""
     picked, last, known = gr.State(""), gr.State(("", "", "")), signal()
+    doomed = gr.State("")  # the run that the visitor was asked about before it is deleted
     with gr.Row(equal_height=True):
         with gr.Column(min_width=280):
             gr.HTML(markup.heading(say("runs.title"), say("runs.about")))
@@ -63,7 +64,9 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
             say("runs.cancel"), variant="stop", interactive=False, elem_id="mq-cancel", size="md", min_width=110
         )
         resume = gr.Button(say("runs.resume"), interactive=False, size="md", min_width=110)
-        delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110)
+        delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110, elem_id="mq-delete")
+        sure = gr.Button("", variant="stop", visible=False, size="md", min_width=110, elem_id="mq-sure")
+        keep = gr.Button(say("runs.keep"), visible=False, size="md", min_width=110, elem_id="mq-keep")
         share = gr.Button(
             say("share.start"), interactive=False, size="md", min_width=110, visible=not desk.local,
             elem_id="mq-share",
@@ -100,7 +103,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         @edge
         def handler(run_id: str, needle: str, last: Shown, token: str, request: gr.Request) -> object:
             owner = desk.enter(request, "start") if name == "resume" else visitor(request)
-            run = desk.own(shown(run_id, last), owner)
+            run = desk.own(run_id if name == "delete" else shown(run_id, last), owner)
             if name == "resume":
                 desk.scheduler.resume(run.id, owner=run.owner, token=models.clean(token))
             else:
@@ -108,6 +111,19 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
             return [run.id if name != "delete" else "", *look(owner, run.id if name != "delete" else "", needle, last)]
 
         return handler
+
+    @edge
+    def doubt(run_id: str, last: Shown, request: gr.Request) -> object:
+        run = desk.own(shown(run_id, last), visitor(request))
+        return [
+            run.id,
+            gr.update(value=say("runs.sure", run=wording.title(run.recipe)), visible=True),
+            gr.update(visible=True),
+        ]
+
+    @edge
+    def settle() -> object:
+        return [gr.update(visible=False)] * 2
 
     @edge
     def toggle(run_id: str, needle: str, last: Shown, request: gr.Request) -> object:
@@ -125,8 +141,10 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     on([timer.tick], ask, [picked, needle], [known], queue=False)
     on([known.change, needle.change], tick, inputs, outputs, queue=False)
     on([table.select], select, [needle, last], [picked, *outputs])
-    for button, name in ((cancel, "cancel"), (resume, "resume"), (delete, "delete")):
-        on([button.click], act(name), [*inputs, token], [picked, *outputs])
+    on([delete.click], doubt, [picked, last], [doomed, sure, keep])
+    on([sure.click, keep.click, table.select], settle, [], [sure, keep])
+    for button, name, which in ((cancel, "cancel", picked), (resume, "resume", picked), (sure, "delete", doomed)):
+        on([button.click], act(name), [which, needle, last, token], [picked, *outputs])
     on([share.click], toggle, inputs, [picked, *outputs])
     on([picks.input], differ, [picks], [difference])
     return RunsPage(picked, timer, tick, inputs, outputs, compare, picks, journal)
