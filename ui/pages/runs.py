@@ -65,7 +65,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         )
         resume = gr.Button(say("runs.resume"), interactive=False, size="md", min_width=110)
         delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110, elem_id="mq-delete")
-        sure = gr.Button(variant="stop", visible=False, size="md", min_width=110, elem_id="mq-sure")
+        sure = gr.Button("", variant="stop", visible=False, size="md", min_width=110, elem_id="mq-sure")
         keep = gr.Button(say("runs.keep"), visible=False, size="md", min_width=110, elem_id="mq-keep")
         share = gr.Button(
             say("share.start"), interactive=False, size="md", min_width=110, visible=not desk.local,
