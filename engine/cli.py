@@ -118,8 +118,9 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
     hub = Hub(_home(options) / "cache" / "hub", offline=True)
     folder = preflight.locate(_model(options.folder), hub)
     baseline = None if options.baseline is None else preflight.locate(_model(options.baseline), hub)
-    measures = _measures(options.measure) or USUAL_MEASURES
-    if measures == ("divergence",) and baseline is None:
+    asked = _measures(options.measure) or ()
+    measures = asked or USUAL_MEASURES
+    if "divergence" in asked and baseline is None:
         raise InputError("Divergence is that of two models: name the original with --baseline.")
     headers.inspect(folder)
     from engine import pipeline  # only now: it takes seconds to import

@@ -220,13 +220,15 @@ def test_measure(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_model.write(tmp_path)
     asked: list[tuple[str, ...]] = []
 
-    def measure(folder: Path, measures: tuple[str, ...], baseline: None, emit: Emit, check: object, on: str) -> None:
+    def measure(folder: Path, measures: tuple[str, ...], baseline: Path, emit: Emit, check: object, on: str) -> None:
         asked.append(measures)
         emit("phase", {"name": "measuring"})
         emit("measurement", {"name": "kl", "value": 1.0, "unit": "nat"})
 
     monkeypatch.setattr(pipeline, "measure_folder", measure)
-    code, out, _ = call("measure", str(tmp_path / "model"), "--measure", "memory.peak,kl", "--json")
+    code, out, _ = call(
+        "measure", str(tmp_path / "model"), "--measure", "memory.peak,kl", "--baseline", "demo", "--json"
+    )
     assert code == 0
     assert asked == [("memory", "divergence")]
     assert json.loads(out[-1])["measurements"] == [{"name": "kl", "value": 1.0, "error": None, "unit": "nat"}]
@@ -234,7 +236,7 @@ def test_measure(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_divergence_wants_the_original(call, tmp_path: Path) -> None:
     small_model.write(tmp_path / "model")
-    code, out, said = call("measure", str(tmp_path / "model"), "--measure", "kl")
+    code, out, said = call("measure", str(tmp_path / "model"), "--measure", "size,kl")
     assert (code, out) == (2, [])
     assert said[-1] == "Divergence is that of two models: name the original with --baseline."
 
