@@ -124,9 +124,12 @@ def _together(model: LoadedModel, parts: list[str]) -> Iterator[list[str]]:
 def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight]) -> dict[str, JsonValue]:
     """The `quantization_config` of config.json: a group of modules for each different grid."""
     grids: dict[tuple[int, bool, str, int | None, str | None, str], list[str]] = {}
+    groups_of = {weight.group_size for weight in packed.values() if strategy(weight) == "group"}
     for name in sorted(packed, key=dot_natural_key):
         weight = packed[name]
         kind, inputs = strategy(weight), Scheme.of(weight).inputs
+        if kind == "channel" and weight.kind == "int" and inputs is None and weight.group_size in groups_of:
+            kind = "group"  # as wide as one group of the others: experts are told apart by no name
         size = weight.group_size if kind == "group" else None
         grids.setdefault(
             (weight.bits, weight.symmetric, kind, size, inputs, format_of(weight, network.get_submodule(name))), []

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from engine import hardware
-from engine.checkpoint import Checkpoint, attention, empty, part_names, part_of, read_config, shell
+from engine.checkpoint import Checkpoint, attention, empty, finite, part_names, part_of, read_config, shell
 from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, short
 from engine.headers import is_own
@@ -276,7 +276,7 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
             example = sorted(map(str, names))[0]
             raise BadModel(f"{short(folder.name)}: the weights do not fit the config ({problem[:-5]}: {example}).")
     for name, weight in network.named_parameters():
-        if not torch.isfinite(weight).all():
+        if not finite(weight):
             raise BadModel(f"{short(folder.name)}: {name} holds NaN or infinite values; the checkpoint is damaged.")
     network.to(torch.device(device))  # type: ignore[arg-type]  # the stub takes the method for an unbound one
     network.eval()  # type: ignore[no-untyped-call]

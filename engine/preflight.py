@@ -22,12 +22,13 @@ from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
-from engine.sizes import HEADS, NOT_PACKED, WIDTHS, counted_parameters, head_of
+from engine.sizes import HEADS, NOT_PACKED, WIDTHS, counted_parameters, head_of, longest_text
 from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
+LEAST_POSITIONS = 128  # a prompt, byte by byte at worst, and what is written after it
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
 
 
@@ -192,6 +193,7 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "", spare: int = 
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
+    _check_measures(recipe, shape)
     for _, params in steps:
         params.check_models(origin)
         if shape.here:  # else the worker does, once the model is
@@ -311,8 +313,28 @@ def check_steps(steps: list[tuple[Method, Params]], shape: Shape, width: int = 1
     becoming = shape
     for method, params in steps:
         _check_shapes(method, params, becoming, width)
+        _check_length(method, params, becoming)
         config, tensors = params.reshaped(becoming.config, becoming.tensors)
         becoming = replace(becoming, config=config, tensors=tensors)
+
+
+def _check_length(method: Method, params: Params, shape: Shape) -> None:
+    """Refuse sequences that are longer than the model has positions for."""
+    length, longest = getattr(params, "sequence_length", 0), longest_text(shape.config)
+    if length > longest > 0:
+        raise BadParams(
+            f"{method.name}: sequence_length {length:,} is more than the {longest:,} tokens that the model reads. "
+            f"Use {longest} or less."
+        )
+
+
+def _check_measures(recipe: Recipe, shape: Shape) -> None:
+    """Refuse to let a model write that has no positions for what is measured."""
+    longest = longest_text(shape.config)
+    if set(recipe.measure) - {"size"} and 0 < longest < LEAST_POSITIONS:
+        raise BadModel(
+            f"The model reads {longest} tokens, and measuring takes up to {LEAST_POSITIONS}. Measure its size alone."
+        )
 
 
 def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str) -> int:

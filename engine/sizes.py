@@ -75,8 +75,13 @@ def vocabulary_size(shape: Shape) -> int:
 
 
 def context_length(config: Mapping[str, JsonValue]) -> int:
-    """Tokens that a model reads at most."""
-    return _first(config, "max_position_embeddings", "n_positions", "seq_length") or 2048
+    """Tokens that a model reads at most; 2048 where its config names no limit."""
+    return longest_text(config) or 2048
+
+
+def longest_text(config: Mapping[str, JsonValue]) -> int:
+    """Tokens that a model has positions for, 0 where its config names no limit."""
+    return _first(config, "max_position_embeddings", "n_positions", "seq_length")
 
 
 def cache_bytes(

@@ -60,10 +60,16 @@ def asked(model: LoadedModel) -> Iterator[dict[str, Tensor]]:
 
     with contextlib.ExitStack() as stack:
         for name, module in model.network.named_modules():
-            if isinstance(module, Experts) or getattr(module, "gate_up_proj", torch.empty(0)).dim() == 3:
+            if isinstance(module, Experts) or _is_fused(module):
                 hook = module.register_forward_pre_hook(functools.partial(ask, name))
                 stack.callback(hook.remove)
         yield answers
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a mixture in parameters of three dimensions; Phi-3 has linears so named."""
+    weight = module._parameters.get("gate_up_proj")
+    return weight is not None and weight.dim() == 3
 
 
 def verify(request: Mapping[str, JsonValue]) -> str:

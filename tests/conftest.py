@@ -29,8 +29,9 @@ from engine.records import EventKind
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-# Whose blocks differ most. `make families` tests the others too, everywhere; test_families.py always tests all.
+# Whose blocks differ most. `make families` tests the others too, everywhere; the files in ALWAYS test all.
 DISTINCT = ("llama", "gpt2", "falcon", "gemma3", "mixtral")
+ALWAYS = ("test_families", "test_every_way")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep `make test` within a quarter of an hour: what is alike in all families is tested on those that differ."""
     if config.getoption("--all-families"):
         return
-    left = [item for item in items if item.path.stem != "test_families" and _family(item) not in (None, *DISTINCT)]
+    left = [item for item in items if item.path.stem not in ALWAYS and _family(item) not in (None, *DISTINCT)]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in set(left)]
 

@@ -41,11 +41,11 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "smollm3": SmolLM3Config(**GROUPED),
     "stablelm": StableLmConfig(**GROUPED),
     "olmo2": Olmo2Config(**GROUPED),
-    "gpt2": GPT2Config(vocab_size=1280, n_embd=64, n_layer=3, n_head=4, n_positions=64, **ENDS),
+    "gpt2": GPT2Config(vocab_size=1280, n_embd=64, n_layer=3, n_head=4, n_positions=256, **ENDS),
     "gpt_neox": GPTNeoXConfig(**SIZES),
     "opt": OPTConfig(
         vocab_size=1280, hidden_size=64, ffn_dim=128, num_hidden_layers=3, num_attention_heads=4,
-        word_embed_proj_dim=64, max_position_embeddings=64, dropout=0.0, **ENDS,
+        word_embed_proj_dim=64, max_position_embeddings=256, dropout=0.0, **ENDS,
     ),
     "bloom": BloomConfig(vocab_size=1280, hidden_size=64, n_layer=3, n_head=4, **ENDS),
     "falcon": FalconConfig(vocab_size=1280, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, **ENDS),

@@ -55,6 +55,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "There is no calibration file {name}. Give `demo` or a text or JSONL file.":
             "没有校准文件 {name}。请填写 `demo`，或文本文件、JSONL 文件。",
         "{name} is already quantized. Start from the original model.": "{name} 已经量化过。请从原始模型开始。",
+        "{method}: sequence_length {length} is more than the {longest} tokens that the model reads. Use {number} or less.":
+            "{method}：sequence_length {length} 超过该模型能读取的 {longest} 个词元。请使用 {number} 或更小的值。",
+        "The model reads {longest} tokens, and measuring takes up to {needed}. Measure its size alone.":
+            "该模型只能读取 {longest} 个词元，而测量最多需要 {needed} 个。请只测量大小。",
         "{name} is quantized; its codes cannot be trained. Name the original.": "{name} 已量化，其编码无法训练。请指定原始模型。",
         "{name} is truncated or not a safetensors file. Download it again.": "{name} 不完整，或不是 safetensors 文件。请重新下载。",
         "{name} holds only an adapter. Merge it into its base model first.": "{name} 只有适配器。请先把它合并到基座模型。",

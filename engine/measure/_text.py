@@ -17,6 +17,7 @@ from engine.kv_cache import PackedCache, RoundedLayer, read_on
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
 from engine.preflight import DEMO
+from engine.sizes import context_length
 
 LONGEST = 512  # tokens of a document that are read
 
@@ -47,12 +48,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def documents(model: LoadedModel, folder: Path = DEMO) -> list[Document]:
-    """The held-out text, one document a line."""
+    """The held-out text, one document a line, as much of each as the model has positions for."""
     lines = (folder / "heldout.txt").read_text().splitlines()
-    found = []
+    found, longest = [], min(LONGEST, context_length(model.network.config.get_text_config().to_dict()))
     for line in lines[: share(model.network.num_parameters(), len(lines))]:
         ids = encode(model.tokenizer, line)
-        kept = ids[:LONGEST]
+        kept = ids[:longest]
         size = len(line.encode()) if len(kept) == len(ids) else len(str(model.tokenizer.decode(kept[1:])).encode())
         found.append(Document(tuple(kept), size))
     return found

@@ -154,6 +154,22 @@ def _steps(step: dict[str, object]) -> tuple[object, ...]:
     return (Step.model_construct(method=method, params=params),)
 
 
+@pytest.mark.parametrize("method", ["quantize/gptq", "prune/wanda", "distill/logits", "distill/on_policy"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sequences_are_no_longer_than_the_model_reads(tmp_path: Path, family: str, method: str) -> None:
+    model = in_memory(FAMILIES[family])
+    for each in (model.network, model.tokenizer):
+        each.save_pretrained(tmp_path)
+    said = refuse(recipe(tmp_path, {method: {"sequence_length": 257}}))
+    assert said == f"{method}: sequence_length 257 is more than the 256 tokens that the model reads. Use 256 or less."
+
+
+def test_a_model_that_reads_too_little_is_not_asked_to_write(tiny_folder: Maker) -> None:
+    folder = tiny_folder(max_position_embeddings=64)
+    assert "measuring takes up to 128" in refuse(recipe(folder, measure=["size", "latency"]))
+    preflight.check(recipe(folder, measure=["size"]))
+
+
 def test_a_pattern_that_does_not_divide_the_width(tiny_folder: Maker) -> None:
     folder = tiny_folder(intermediate_size=130)
     assert "does not divide the 130 inputs" in refuse(recipe(folder, {"prune/wanda": {"pattern": "2:4"}}))

@@ -148,6 +148,8 @@ def test_large_models_read_fewer_documents() -> None:
 
 def test_a_document_that_is_too_long_is_cut(tiny: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "heldout.txt").write_text("the lamp is in the barn " * 400)
-    (document,) = _text.documents(tiny, tmp_path)
-    assert len(document.ids) == _text.LONGEST
-    assert document.bytes < 400 * 24
+    for positions, length in ((2048, _text.LONGEST), (256, 256)):
+        tiny.network.config.max_position_embeddings = positions
+        (document,) = _text.documents(tiny, tmp_path)
+        assert len(document.ids) == length
+        assert document.bytes < 400 * 24
