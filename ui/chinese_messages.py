@@ -180,6 +180,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "transformers cannot load Falcon's own linears in bitsandbytes' files. Use quantize/rtn.":
             "transformers 无法加载 bitsandbytes 文件中 Falcon 自己的线性层。请使用 quantize/rtn。",
         "{later} cannot follow {earlier}: {said}": "{later} 不能跟在 {earlier} 之后：{said}",
+        "the library's files hold no linears of two. Use another quantization, or leave one out.":
+            "该库的文件格式不支持拆成两个的线性层。请改用其他量化方法，或去掉其中一步。",
+        "the library's files hold no bitmasks. Use storage dense.": "该库的文件格式不支持位掩码。请使用 storage dense。",
         "it leaves two linears for one. Put it last of these.": "它把一个线性层变成两个。请把它放在这些步骤的最后。",
         "ranks are multiples of {multiple}, which groups of {size} do not divide. Use multiple {wanted}.":
             "秩是 {multiple} 的倍数，大小为 {size} 的组无法整除。请使用 multiple {wanted}。",

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from engine.headers import Shape
-from engine.methods import Selection
+from engine.methods import Params, Selection
 from engine.models import LoadedModel
 from engine.sparsity import Pattern, check_pattern, drop, span_of
 
@@ -26,6 +26,12 @@ class SparsityParams(Selection):
         "dense",
         description="Zeros in the file: stored as numbers that anybody reads, or as bits, smaller, for Maquette alone.",
     )
+
+    def unfit_for(self, name: str, later: Params) -> str:
+        """What has files of its own, in which a bitmask cannot stand."""
+        if self.storage == "bitmask" and name == "quantize/bitsandbytes":
+            return "the library's files hold no bitmasks. Use storage dense."
+        return ""
 
     def notes(self, shape: Shape, device: str) -> Sequence[str]:
         """What these zeros bring where they are not used by a later step."""

@@ -58,6 +58,8 @@ class Params(Selection, Moments):
         """What cuts the two linears of one again, and groups of inputs that do not divide ranks."""
         if name in ("prune/width", "prune/low_rank"):
             return "it leaves two linears for one. Put it last of these."
+        if name == "quantize/bitsandbytes":
+            return "the library's files hold no linears of two. Use another quantization, or leave one out."
         size = getattr(later, "group_size", 1)
         if name.startswith("quantize/") and getattr(later, "granularity", "group") == "group" and self.multiple % size:
             return f"ranks are multiples of {self.multiple}, which groups of {size} do not divide. Use multiple {size}."

@@ -179,6 +179,20 @@ def test_nothing_may_follow_quantization(tiny_folder: Maker) -> None:
     assert "Put quantization last" in refuse(recipe(tiny_folder(), "quantize/rtn", "prune/magnitude"))
 
 
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"prune/low_rank": {"multiple": 64}}, "hold no linears of two"),
+        *(
+            ({f"prune/{name}": {"storage": "bitmask"}}, "no bitmasks")
+            for name in ("wanda", "gradual", "l1", "sparsegpt")
+        ),
+    ],
+)
+def test_formats_of_our_own_are_none_of_a_librarys(tiny_folder: Maker, step: dict[str, object], words: str) -> None:
+    assert words in refuse(recipe(tiny_folder(), step, "quantize/bitsandbytes"))
+
+
 def test_the_kv_cache_comes_last_once(tiny_folder: Maker) -> None:
     step, folder = {"quantize/kv_cache": {"group_size": 16}}, tiny_folder()
     preflight.check(recipe(folder, {"quantize/rtn": {"group_size": 32}}, step))
