@@ -37,6 +37,10 @@ ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight")  # which are no 
 MEDIA = (  # of config.json: the parts of a model that reads or makes more than text
     "text_config", "vision_config", "audio_config", "vq_config", "text_encoder", "audio_encoder_config",
 )  # fmt: skip
+OF_EACH_BLOCK = (  # keys of config.json with an entry for each block
+    "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
+    "intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_attention_heads_per_layer",
+)  # fmt: skip
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -272,7 +276,8 @@ def integer(value: object) -> int:
 
 
 def fewer_blocks(config: dict[str, JsonValue], tensors: Tensors, left: int) -> tuple[dict[str, JsonValue], Tensors]:
-    """The config and the tensors of a model that keeps so many of its blocks, which are alike."""
+    """The config and the tensors of a model that keeps so many of its blocks, which are alike, or has as many anew."""
     numbers = {name: next((int(word) for word in name.split(".") if word.isdigit()), -1) for name in tensors}
     key = "n_layer" if "n_layer" in config else "num_hidden_layers"
-    return {**config, key: left}, {name: shape for name, shape in tensors.items() if numbers[name] < left}
+    each = {name: (kinds * left)[:left] for name in OF_EACH_BLOCK if isinstance(kinds := config.get(name), list)}
+    return {**config, **each, key: left}, {name: shape for name, shape in tensors.items() if numbers[name] < left}

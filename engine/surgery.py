@@ -22,6 +22,7 @@ from engine.anatomy import NEURONS, OFFSET_NORMS, Anatomy, Axis
 from engine.checkpoint import attention, part_names, part_of, shell
 from engine.errors import BadModel, BadParams
 from engine.experts import separate
+from engine.headers import OF_EACH_BLOCK
 from engine.models import LoadedModel, blocks, embeddings
 
 Renamed = Callable[[Mapping[str, int]], Mapping[str, int]]
@@ -29,10 +30,6 @@ BY_NUMBER = {  # what blocks compute depends on their number, by these keys of a
     "scale_attn_by_inverse_layer_idx": False, "attention_types": None, "num_kv_shared_layers": 0,
     "first_k_dense_replace": 0, "decoder_sparse_step": 1,
 }  # fmt: skip
-OF_EACH_BLOCK = (  # keys of configs with an entry for each block
-    "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
-    "intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_attention_heads_per_layer",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

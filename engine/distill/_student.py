@@ -11,6 +11,7 @@ import torch
 from engine.anatomy import NEURONS
 from engine.distill._settings import StudentParams
 from engine.errors import BadParams
+from engine.headers import OF_EACH_BLOCK
 from engine.methods import Context
 from engine.models import LoadedModel, Original, blocks, load
 from engine.preflight import locate
@@ -115,8 +116,8 @@ def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) ->
         setattr(text, neurons, max(32, round(getattr(text, neurons) * hidden_size / old / 32) * 32))
     if hasattr(text, "word_embed_proj_dim"):  # OPT's, which projects where embeddings are of another width
         text.word_embed_proj_dim = hidden_size
-    for each_block in ("layer_types", "no_rope_layers"):
-        if found := getattr(text, each_block, None):
+    for each_block in OF_EACH_BLOCK:
+        if isinstance(found := getattr(text, each_block, None), list):
             setattr(text, each_block, (found * num_blocks)[:num_blocks])
     torch.manual_seed(seed)
     return LoadedModel(fresh(config, model.network.dtype, model.device), model.tokenizer, Path(model.source))

@@ -321,6 +321,17 @@ def test_a_step_is_checked_on_the_student_that_the_step_before_leaves(
         preflight.check(chain)
 
 
+@pytest.mark.parametrize("shorter", [{"distill/logits": {"keep_every": 3}}, {"prune/depth": {"count": 2}}], ids=str)
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3", "smollm3"])
+def test_what_configs_say_of_each_block_goes_with_the_blocks(
+    tmp_path: Path, kind: str, shorter: dict[str, object]
+) -> None:
+    model = in_memory(FAMILIES[kind])
+    for each in (model.network, model.tokenizer):
+        each.save_pretrained(tmp_path)
+    preflight.check(recipe(tmp_path, shorter, {"prune/width": {"neurons": 0.25, "multiple": 32}}))
+
+
 def test_a_group_that_fits_the_original_alone_is_refused_behind_width_pruning(tiny_folder: Maker) -> None:
     narrower = {"prune/width": {"neurons": 0.25, "multiple": 32}}  # 96 of 128
     words = refuse(recipe(tiny_folder(), narrower, {"quantize/gptq": {"group_size": 64}}))
