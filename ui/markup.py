@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from markupsafe import Markup, escape
 
@@ -23,6 +23,12 @@ Attribute = str | int | float | bool | None
 
 EMPTY = {"meta", "input", "br", "hr", "line", "path", "rect", "circle", "polyline", "img"}
 NAME = re.compile(r"[a-z][a-zA-Z0-9-]*")
+ITEM = re.compile(r"(?:-|\d+\.)[ ]+")  # how an item of a list begins
+# What prose marks in a line: code, words that weigh, papers by their number. A star beside a space multiplies.
+MARKED = re.compile(
+    r"``(?P<quoted>.+?)``|`(?P<code>[^`]+)`|(?<![A-Za-z0-9*])(?:\*\*(?P<strong>[^\s*](?:[^*]*[^\s*])?)\*\*"
+    r"|\*(?P<em>[^\s*](?:[^*]*[^\s*])?)\*)(?![A-Za-z0-9*])|\b(?P<paper>arXiv \d{4}\.\d{4,5})\b"
+)
 
 
 def tag(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
@@ -121,12 +127,36 @@ def progress(done: float, total: float, label: str) -> Markup:
     )  # fmt: skip
 
 
-def prose(text: str) -> Markup:
-    """Plain text with blank lines between paragraphs; indented paragraphs stay as they are written."""
-    parts = []
-    for block in re.split(r"\n\s*\n", text.strip("\n")):
-        parts.append(tag("pre", block) if block.startswith("    ") else tag("p", " ".join(block.split())))
-    return join(parts)
+def prose(text: str, say_it: Callable[[str], str] = str) -> Markup:
+    """Text as docstrings are written: paragraphs, lists, and indented lines that stay as they are.
+
+    say_it: what stands on the page for each paragraph, written in the same way.
+    """
+    return join(_paragraph(say_it(block)) for block in re.split(r"\n\s*\n", text.strip("\n")) if block.strip())
+
+
+def _paragraph(block: str) -> Markup:
+    if block.startswith("    "):
+        return tag("pre", marked(block))
+    if not ITEM.match(block):
+        return tag("p", marked(" ".join(block.split())))
+    items = [" ".join(item.split()) for item in re.split(rf"^{ITEM.pattern}", block, flags=re.MULTILINE)[1:]]
+    return tag("ul" if block.startswith("-") else "ol", *(tag("li", marked(item)) for item in items))
+
+
+def marked(text: str) -> Markup:
+    """One line of such text."""
+    parts: list[Child] = []
+    done = 0
+    for found in MARKED.finditer(text):
+        kind, said = found.lastgroup, found[found.lastgroup or 0]
+        parts.append(text[done : found.start()])
+        if kind == "paper":
+            parts.append(link(said, f"https://arxiv.org/abs/{said.removeprefix('arXiv ')}"))
+        else:
+            parts.append(tag(kind if kind in ("strong", "em") else "code", said.strip()))
+        done = found.end()
+    return join((*parts, text[done:]))
 
 
 def code(text: str, label: str) -> Markup:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from ui import language
+from ui.chinese_documentation import DOCUMENTATION
 from ui.chinese_messages import FRAGMENTS, MESSAGES
 from ui.chinese_methods import DESCRIPTIONS, SUMMARIES, TITLES
 
@@ -125,6 +126,11 @@ def translate(text: str) -> str:
 def translate_list(text: str) -> str:
     """Names with commas between them, each as `translate` says it."""
     return (", " if language.current() == language.ENGLISH else "，").join(map(translate, text.split(", ")))
+
+
+def translate_paragraph(text: str) -> str:
+    """A paragraph of a method's documentation in the language that is spoken; as it is where it is a formula."""
+    return DOCUMENTATION.get(" ".join(text.split()), text) if language.current() == language.CHINESE else text
 
 
 @lru_cache(4096)

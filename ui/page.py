@@ -14,7 +14,7 @@ from gradio.blocks import Block
 from engine.modes import Mode
 from engine.scheduler import Scheduler
 from engine.store import Store
-from ui import comparing, hosting, markup, translated, views, wording
+from ui import comparing, hosting, links, markup, translated, views, wording
 from ui.asked import read_link
 from ui.desk import Desk, read_stored
 from ui.edge import edge, tell, visitor
@@ -108,7 +108,8 @@ def _wire_load(
     desk: Desk, page: gr.Blocks, tabs: gr.Tabs, compared: compare.ComparePage, making: compress.CompressPage,
     running: runs.RunsPage,
 ) -> None:  # fmt: skip
-    own, linked = signal(), signal()  # whether it is to show what it was not laid out with: a comparison, a recipe
+    # Whether it is to show what it was not laid out with: a comparison, a recipe, another tab or a certain run.
+    own, linked, turned = signal(), signal(), signal()
 
     @edge
     def arrive(request: gr.Request) -> object:
@@ -117,7 +118,8 @@ def _wire_load(
         working = any(not run.status.final for run in first)
         shows = secrets.token_hex(4) if "compare" in query or comparing.offered(desk, owner) else ""
         reads = secrets.token_hex(4) if "recipe" in query else ""
-        return [shows, reads, comparing.banner_for(first), gr.update(active=working)]
+        turns = secrets.token_hex(4) if query & {"tab", "run", "recipe"} else ""
+        return [shows, reads, turns, comparing.banner_for(first), gr.update(active=working)]
 
     @edge
     def fill(request: gr.Request) -> object:
@@ -136,12 +138,24 @@ def _wire_load(
     @edge
     def read(request: gr.Request) -> object:
         recipe = compress.recipe_from_link(desk, dict(request.query_params).get("recipe", ""))
-        return [gr.Tabs(selected="compress"), compress.as_draft(recipe), 1, models.written(recipe.model)]
+        return [compress.as_draft(recipe), 1, models.written(recipe.model)]
+
+    @edge
+    def turn(request: gr.Request) -> object:
+        query, picked = dict(request.query_params), ""
+        tab = links.tab_of(query)
+        try:
+            if "run" in query:
+                picked = runs.open_link(desk, visitor(request), query["run"])
+        except Exception as error:
+            tell(error)
+        return [gr.Tabs(selected=tab) if tab else gr.skip(), picked]
 
     both = [*compared.fields, *compared.size]
-    on([page.load], arrive, [], [own, linked, compared.banner, compared.timer], queue=False)
+    on([page.load], arrive, [], [own, linked, turned, compared.banner, compared.timer], queue=False)
     on([own.change], fill, [], [*both, *compared.shown])
-    on([linked.change], read, [], [tabs, making.draft, making.shape, making.source])
+    on([linked.change], read, [], [making.draft, making.shape, making.source])
+    on([turned.change], turn, [], [tabs, running.picked])
 
 
 def _wire_between(

@@ -22,7 +22,21 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 SCRIPT = """
 <meta name="color-scheme" content="light dark">
 <script>
+// The address says which tab is open and which run was chosen, so that a reload or a link comes back to them.
+const addressSays = (name, value) => {
+  const address = new URL(location.href);
+  if (value) address.searchParams.set(name, value);
+  else address.searchParams.delete(name);
+  if (address.href !== location.href) history.replaceState(history.state, "", address);
+};
+new MutationObserver((changes) => {
+  const open = changes.map(({target}) => target).find((each) => each.matches('[data-tab-id][aria-selected="true"]'));
+  if (open) addressSays("tab", open.dataset.tabId);
+}).observe(document, {subtree: true, attributeFilter: ["aria-selected"]});
 document.addEventListener("click", (event) => {
+  const run = event.target.closest("#mq-runs [data-run]");
+  if (run) addressSays("run", run.dataset.run);
+  if (event.target.closest("#mq-start, #mq-look, #mq-sure")) addressSays("run", "");  // another run is shown
   const copy = event.target.closest("[data-copy]");
   if (copy) {
     navigator.clipboard?.writeText(copy.dataset.copy);

@@ -2,10 +2,10 @@
 
 Logit distillation of the model as it is, from the original, with three choices of what may change:
 
-    all                 every weight; zeros of pruned linears stay zero
-    lora                for each linear of the blocks a product of two thin matrices is learned beside it, W + B A
-                        (LoRA, Hu et al., 2021, arXiv 2106.09685), and merged at the end, masked where zeros must stay
-    norms and scales    the weights of norms, all biases, and of quantized linears in the blocks the scales
+- `all`: every weight; zeros of pruned linears stay zero.
+- `lora`: for each linear of the blocks a product of two thin matrices is learned beside it, W + B A (LoRA, Hu et al.,
+  2021, arXiv 2106.09685), and merged at the end, masked where zeros must stay.
+- `norms and scales`: the weights of norms, all biases, and of quantized linears in the blocks the scales.
 
 `all` heals most and holds an optimizer state for everything; `lora` trains and keeps about a hundredth of it. `norms
 and scales` may follow quantization, for it never touches an integer code: w = (code - zero) * scale, where the

@@ -202,10 +202,17 @@ def test_differences_and_files_of_finished_runs(open_page: Open, returning: Stor
     run = row.get_attribute("data-run")
     row.click()
     expect(page.locator("#mq-detail .mq-files a")).to_have_count(5, timeout=30_000)
+    assert page.url.endswith(f"/?tab=runs&run={run}")
     with page.expect_download() as found:
         page.get_by_role("link", name="Recipe (YAML)").click()
     assert "quantize/gptq" in Path(found.value.path()).read_text()
-    stranger = open_page()
+    again, stranger = open_page(f"?run={run}&note=kept", state=returning), open_page(f"?run={run}")
+    for each in (again, stranger):
+        expect(each.locator("[data-tab-id=runs]")).to_have_attribute("aria-selected", "true", timeout=30_000)
+        assert each.url.endswith(f"/?run={run}&{'note=kept&' if each is again else ''}tab=runs")
+    expect(again.locator("#mq-detail .mq-run-head code")).to_have_text(str(run), timeout=30_000)
+    expect(stranger.get_by_text("Unknown run")).to_be_visible(timeout=30_000)
+    expect(stranger.locator("#mq-detail .mq-run-head")).to_have_count(0)
     for name in ("recipe.yaml", "model.zip"):
         assert stranger.request.get(f"/runs/{run}/{name}", fail_on_status_code=False).status == 404
     expect(page.locator("#mq-detail .mq-live").first).to_be_visible()
@@ -217,6 +224,7 @@ def test_differences_and_files_of_finished_runs(open_page: Open, returning: Stor
     assert "GPTQ 4 bit" in Path(drawn.value.path()).read_text()
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("tab", name="Compare", exact=True)).to_have_attribute("aria-selected", "true")
+    assert "tab=compare" in page.url
     page.wait_for_function(FITTING)  # they were drawn while their tab was hidden
 
 

@@ -19,9 +19,10 @@ from engine.recipes import load_recipe
 from engine.records import Recipe
 from engine.sources import WAYS
 from engine.ways import PHRASES
-from ui import chinese_messages, chinese_methods, language, wording
+from ui import chinese_messages, chinese_methods, language, markup, wording
+from ui.chinese_documentation import DOCUMENTATION
 from ui.edge import line
-from ui.messages import Template, translate
+from ui.messages import Template, translate, translate_paragraph
 from ui.words import ENGLISH
 
 ENGINE = Path(__file__).parents[2] / "engine"
@@ -47,8 +48,32 @@ def test_every_method_and_setting_has_chinese_words(name: str) -> None:
     assert stem in chinese_methods.STEPS
 
 
+def about(name: str) -> str:
+    """What the Methods tab shows of a method's documentation beside its summary."""
+    return get(name).documentation.partition("\n")[2]
+
+
+def paragraphs(name: str) -> list[str]:
+    found: list[str] = []
+    markup.prose(about(name), lambda block: found.append(block) or block)
+    return found
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_paragraph_about_a_method_has_chinese_words(name: str) -> None:
+    for block in paragraphs(name):
+        formula = block.startswith("    ")  # its words, if it has any, are found on the page
+        assert " ".join(block.split()) in DOCUMENTATION or formula, block
+    with language.use("zh-CN"):
+        chinese = markup.prose(about(name), translate_paragraph)
+    shape, code = r"<(?:p|pre|ul|ol|li|a [^>]*)>", r"<code>.*?</code>"
+    assert re.findall(shape, chinese) == re.findall(shape, markup.prose(about(name)))  # with the same papers
+    assert set(re.findall(code, markup.prose(about(name)))) <= set(re.findall(code, chinese))
+
+
 def test_no_method_that_is_gone_is_still_translated() -> None:
     found = methods().values()
+    assert DOCUMENTATION.keys() <= {" ".join(block.split()) for name in methods() for block in paragraphs(name)}
     assert {m.title for m in found} == chinese_methods.TITLES.keys()
     assert {m.summary for m in found} == chinese_methods.SUMMARIES.keys()
     fields = [(name, info.description) for m in found for name, info in m.params.model_fields.items()]

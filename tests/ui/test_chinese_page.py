@@ -20,6 +20,7 @@ from engine import hardware, ways
 from engine.assumptions import Assumptions
 from engine.errors import UnknownName
 from engine.fit import PARTS, Estimate, Need
+from engine.methods import methods as engine_methods
 from engine.modes import Limits, Mode
 from engine.pace import TIMES
 from engine.records import Recipe
@@ -51,7 +52,7 @@ from ui.edge import line
 from ui.flips import Flips
 from ui.journal import Journal
 from ui.login import Door
-from ui.pages import advice, compress, models, push, runs, scaling
+from ui.pages import advice, compress, methods, models, push, runs, scaling
 from ui.pages.sets import go_through
 from ui.translated import Page
 from ui.visitors import Members
@@ -64,9 +65,17 @@ NAMES = set(
     "token tokens MAQUETTE HOME HTML zip Hub qwen McNemar GB TFLOP ZeroGPU torch transformers gradio bfloat16 int4pack "
     "cpu UTC".split()
 )
+# Names in what methods say of themselves: models, architectures, tools, and letters of formulas.
+NAMES |= set(
+    "arXiv KIVI HAWQ V3 SVD TinyBERT DistilBERT ShortGPT Minitron LLaMA Llama Mistral Gemma SentencePiece BPE NVIDIA "
+    "FSDP Jensen Shannon Cholesky Tibshirani lasso L2 softmax eager float32 config XW XQ WX dL dw sqrt "
+    "tr Shortened Pruner".split()
+)
+FORMULA = set("sign shrink round mean block W0 label CE sparsity penalty".split())
+CITED = re.compile(r"[A-Z]\w+(?: 和 [A-Z]\w+)?(?: 等)?，\d{4}(?:，“[^”]*”)?|“[^”]*”，[A-Z]\w+ 等")  # who, when, what
 RUN = re.compile(r"· [0-9a-z]{6}\b")  # a piece of a run's id
 WORD = re.compile(r"[A-Za-zµ][A-Za-zµ0-9]*")
-CODE = re.compile(r"<(pre|code)\b.*?</\1>|<div lang=\"en\">.*?</div>|<a [^>]*lang=\"en\".*?</a>|`[^`]*`", re.DOTALL)
+CODE = re.compile(r"<(pre|code)\b.*?</\1>|<a [^>]*lang=\"en\".*?</a>|`[^`]*`", re.DOTALL)
 SPOKEN = re.compile(r"\b(?:aria-label|title)=\"([^\"]*)\"")  # attributes that are read out or shown
 TAG = re.compile(r"<[^>]*>")
 SETTING = re.compile(r"[a-z0-9]+(?:[./_][a-z0-9_]+)+")  # quantize/gptq, top_k, model.layers.0
@@ -74,7 +83,7 @@ SETTING = re.compile(r"[a-z0-9]+(?:[./_][a-z0-9_]+)+")  # quantize/gptq, top_k, 
 
 def left(markup: str) -> set[str]:
     """English words that a reader meets in this markup."""
-    markup = CODE.sub(" ", str(markup))
+    markup = CITED.sub(" ", CODE.sub(" ", str(markup)))
     text = html.unescape(" ".join([TAG.sub(" ", markup), *SPOKEN.findall(markup)]))
     return {word for word in WORD.findall(RUN.sub(" ", SETTING.sub(" ", text))) if len(word) > 1} - NAMES
 
@@ -120,6 +129,15 @@ def test_what_gradio_builds_once_is_chinese(desk: Desk) -> None:
                 found[f"{component['type']}: {text[:60]}"] = words
     assert found == {}
     assert len(components) > 80
+
+
+def test_what_methods_say_of_themselves_is_chinese() -> None:
+    shown = str(methods.catalogue(engine_methods()))
+    assert left(shown) == set()
+    formulas = re.findall("<pre>(.*?)</pre>", shown, re.DOTALL)
+    assert [words for each in formulas if (words := left(each) - FORMULA)] == []
+    assert len(formulas) > 5
+    assert "`" not in shown
 
 
 def test_a_comparison_and_its_charts_are_chinese(desk: Desk, scheduler: FakeScheduler) -> None:

@@ -48,6 +48,29 @@ def test_a_run_shows_names_reasons_and_logs_as_text(status: Status) -> None:
     assert "&lt;img" in html
 
 
+def test_prose_shows_what_it_marks_and_runs_nothing() -> None:
+    text = f"""
+Half of `x` and ``y z``, *not* {EVIL}, 2 * 3 * 4, arXiv
+2306.00978.
+
+- `a`: one
+  line
+- **two** <b>
+
+1.  first
+
+    a = `b` * <c>
+"""
+    shown = markup.prose(text)
+    assert shown == (
+        f"<p>Half of <code>x</code> and <code>y z</code>, <em>not</em> {markup.escape(EVIL)}, 2 * 3 * 4, "
+        '<a href="https://arxiv.org/abs/2306.00978">arXiv 2306.00978</a>.</p>'
+        "<ul><li><code>a</code>: one line</li><li><strong>two</strong> &lt;b&gt;</li></ul>"
+        "<ol><li>first</li></ol><pre>    a = <code>b</code> * &lt;c&gt;</pre>"
+    )
+    assert markup.prose("one\n\n\ntwo", str.upper) == "<p>ONE</p><p>TWO</p>"
+
+
 def test_a_link_never_runs_a_script() -> None:
     with pytest.raises(AssertionError):
         markup.link("x", "javascript:alert(1)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from engine.scheduler import Scheduler
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked, request
 from tests.ui.fakes import FakeScheduler
-from ui import ballot, comparing, edge, report, server
+from ui import ballot, comparing, edge, links, page, report, server
 from ui.desk import BASELINE, FIRST, Desk
 from ui.journal import Journal
 from ui.pages import compress, runs
+from ui.translated import Page
 
 ROOT = Path(__file__).parents[2]
 
@@ -288,6 +290,32 @@ def test_a_refresh_shows_nothing_of_another_visitor(desk: Desk, scheduler: FakeS
     shown = runs.refresh(desk, Journal(scheduler.store), BEN, run.id, "", ("", "", ""))
     assert run.id not in str(shown)
     assert "Distilled" not in str(shown)
+
+
+def test_a_run_that_a_link_may_not_open_is_refused_as_everywhere(desk: Desk, scheduler: FakeScheduler) -> None:
+    run = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    assert runs.open_link(desk, ANNA, run.id) == run.id
+    for run_id in (run.id, "00000000", "stored:0", "../" * 500):
+        with pytest.raises(UnknownName) as refused:
+            runs.open_link(desk, BEN, run_id)
+        with pytest.raises(UnknownName) as usual:
+            desk.run(run_id, BEN)
+        assert edge.line(refused.value) == edge.line(usual.value)
+    assert desk.opened.of(BEN) == ()
+
+
+def test_an_address_says_which_tab_is_open(desk: Desk) -> None:
+    async def make() -> Page:  # Gradio opens an event loop, and leaves it open, where none is running
+        return page.lay_out(desk, Journal(desk.store))
+
+    components = asyncio.run(make()).get_config_file()["components"]
+    assert tuple(each["props"]["id"] for each in components if each["type"] == "tabitem") == links.TABS
+    assert [links.tab_of({"tab": each}) for each in links.TABS] == list(links.TABS)
+    for query, tab in (
+        ({}, ""), ({"tab": "<b>"}, ""), ({"run": "x"}, "runs"), ({"recipe": "x", "lang": "en"}, "compress"),
+        ({"run": "x", "tab": "methods"}, "methods"), ({"tab": "none", "run": "x"}, "runs"), ({"compare": "a,b"}, ""),
+    ):  # fmt: skip
+        assert links.tab_of(query) == tab
 
 
 def test_the_journal_reads_each_event_once(scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -430,6 +430,33 @@ def test_what_is_shared_can_be_looked_at_and_only_the_owner_changes_it(running: 
         assert CANARY not in call(ben, "ben-share", "select")
 
 
+def test_an_address_opens_a_run_for_who_may_see_it(running: Host) -> None:
+    anna, ben = running.enter("anna"), running.enter("ben")
+    run = running.run_of(running.owner("anna", anna))
+    by_name = {fn.api_name: index for index, fn in running.page.fns.items()}
+
+    def opened(client: httpx.Client, session: str, run_id: str) -> tuple[str, str]:
+        """What the address does, and what the Runs tab shows then."""
+        heard = []
+        for name in ("turn", "open_runs"):
+            data = [None] * len(running.page.fns[by_name[name]].inputs)
+            asked = body(session, by_name[name], data, "")
+            answer = client.post("/gradio_api/run/predict", params={"run": run_id}, json=asked).json()
+            heard.append(json.dumps(answer["data"]))
+        return heard[0], heard[1]
+
+    turned, shown = opened(anna, "anna-link", run.id)
+    assert '"runs"' in turned
+    assert run.id in shown
+    stranger, unknown = opened(ben, "ben-link", run.id), opened(ben, "ben-none", "00000000")
+    assert stranger == unknown
+    assert run.id not in stranger[1]
+    running.scheduler.share(run.id, True, owner=run.owner)
+    assert (run.id in opened(ben, "ben-shared", run.id)[1]) == (running.mode is not Mode.LOCAL)
+    running.scheduler.share(run.id, False, owner=run.owner)
+    assert run.id not in opened(ben, "ben-shared", "")[1]
+
+
 def test_a_run_is_deleted_only_once_its_owner_was_asked(running: Host) -> None:
     anna = running.enter("anna")
     run = running.run_of(running.owner("anna", anna))

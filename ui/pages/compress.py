@@ -65,7 +65,7 @@ def build(desk: Desk, opened: Callable[..., object]) -> CompressPage:
                 advice.build(desk, draft, shape, token, as_recipe)
             with gr.Accordion(say("sensitivity.title"), open=False, elem_id="mq-sensitivity"):
                 blocks = gr.HTML()
-                look = gr.Button(say("sensitivity.measure"), size="sm")
+                look = gr.Button(say("sensitivity.measure"), size="sm", elem_id="mq-look")
             with gr.Accordion(say("compress.steps"), open=False, elem_id="mq-steps"):
                 cards(draft, shape)
                 with gr.Row():

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from engine.methods import FAMILIES, Method, bounds, methods
 from ui import markup
 from ui.markup import tag
-from ui.messages import translate
+from ui.messages import translate, translate_paragraph
 from ui.wording import say
 
 
@@ -48,7 +48,7 @@ def _method(method: Method) -> Markup:
         rows.append(
             (
                 tag("code", name),
-                translate(info.description or ""),
+                markup.marked(translate(info.description or "")),
                 tag("code", json.dumps(info.default)),
                 tag("code", ", ".join(map(str, choices)) if choices else span),
             )
@@ -56,9 +56,10 @@ def _method(method: Method) -> Markup:
     headers = (say("setting"), say("meaning"), say("default"), say("values"))
     settings = markup.table(headers, rows, caption=say("methods.settings", title=title))
     rest = method.documentation.split("\n", 1)[1] if "\n" in method.documentation else ""
+    about = tag("div", markup.prose(rest, translate_paragraph), class_="mq-prose")
     return tag(
         "article", tag("header", tag("h3", title), tag("code", method.name), class_="mq-run-head"),
         tag("p", translate(method.summary)), tag("p", *chips, class_="mq-chips"),
-        markup.details(say("methods.more"), tag("div", markup.prose(rest), lang="en"), settings),
+        markup.details(say("methods.more"), about, settings),
         class_="mq-card wide",
     )  # fmt: skip

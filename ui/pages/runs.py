@@ -153,15 +153,29 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
 def news(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str) -> str:
     """Another text whenever `refresh` may have other things to show."""
     runs = desk.runs(owner)
-    run = _picked(runs, run_id)
+    run = _picked(desk, runs, owner, run_id)
     clock = 1 if any(each.status is Status.RUNNING for each in runs) else 60  # seconds; what is past is told in minutes
     states = [(each.id, each.attempt, each.status, each.shared, each.expired) for each in runs]
     return str(hash((run_id, str(needle), journal.story(run).seen if run else 0, time.time() // clock, *states)))
 
 
-def _picked(runs: list[Run], run_id: str) -> Run | None:
-    """The run that is shown: the one that was chosen, else the newest."""
-    return next((run for run in runs if run.id == run_id), runs[0] if runs and not run_id else None)
+def _picked(desk: Desk, runs: list[Run], owner: str, run_id: str) -> Run | None:
+    """The run that is shown: the one that was chosen, in the list or by a link, else the newest."""
+    if not run_id:
+        return runs[0] if runs else None
+    listed = next((run for run in runs if run.id == run_id), None)
+    return listed or (desk.find(run_id, owner) if run_id in desk.opened.of(owner) else None)
+
+
+def open_link(desk: Desk, owner: str, run_id: str) -> str:
+    """The id of the run that an address names, to be picked.
+
+    Raises:
+        UnknownName: there is none that the visitor may see.
+    """
+    run = desk.run(run_id, owner)
+    desk.open_link([run.id], owner)
+    return run.id
 
 
 def shown(run_id: str, last: Shown) -> str:
@@ -172,7 +186,7 @@ def shown(run_id: str, last: Shown) -> str:
 def refresh(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
     """Table, detail, what is shown now, five buttons; what has not changed is left as it is."""
     runs = desk.runs(owner)
-    run = _picked(runs, run_id)
+    run = _picked(desk, runs, owner, run_id)
     marks = hosting.marks(runs, owner)
     table = views.runs_table(runs, run.id if run else "", str(needle or "")[:100], time.time(), marks)
     detail = describe(desk, journal, owner, run) if run else Markup("")
