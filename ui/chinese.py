@@ -88,6 +88,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "prompt.default": "Once upon a time",
         "blind.left": "左", "blind.right": "右", "vote.left": "左边更好", "vote.tie": "不分上下",
         "vote.right": "右边更好", "vote.ask": "哪段文本更好？投票后揭晓作者。",
+        "vote.alike": "两段文本相同，无从选择，不记票。",
         "vote.reveal": "左边是 {left}，右边是 {right}。",
         # charts
         "charts.title": "代价图示", "charts.about": "误差线为 95% 置信区间。",

@@ -141,6 +141,7 @@ class Round:
 
     panes: panes.Value
     ballot: dict[str, str] | None = None
+    alike: str = ""  # said where a blind round has no ballot, for both wrote the same text
     done: Panes | None = None
 
 
@@ -163,10 +164,19 @@ def stream(desk: Desk, owner: str, asked: Asked, stop: threading.Event | None = 
         if close is not None:
             close()
     if blind and all(pane.tokens for pane in shown.panes):
-        yield Round(shown.value(), ballot={"left": entries[0].key, "right": entries[1].key, "prompt": writing.prompt})
+        yield _voting(shown, entries, writing.prompt)
     elif not blind:
         desk.shelf.put(owner, Written(asked=asked, panes=tuple(_kept(pane) for pane in shown.panes)))
         yield Round(shown.value(), done=shown)
+
+
+def _voting(shown: Panes, pair: Sequence[Entry], prompt: str) -> Round:
+    """The end of a blind round: its ballot, or that a vote on two equal texts would say nothing."""
+    left, right = pair
+    if len({pane.text.rstrip() for pane in shown.panes}) == 1:
+        who = say("vote.reveal", left=wording.title(left.run.recipe), right=wording.title(right.run.recipe))
+        return Round(shown.value(), alike=f"{say('vote.alike')} {who}")
+    return Round(shown.value(), ballot={"left": left.key, "right": right.key, "prompt": prompt})
 
 
 def write(

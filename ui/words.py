@@ -80,6 +80,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "prompt.default": "Once upon a time",
         "blind.left": "Left", "blind.right": "Right", "vote.left": "Left is better", "vote.tie": "Tie",
         "vote.right": "Right is better", "vote.ask": "Which text is better? You learn after your vote who wrote it.",
+        "vote.alike": "The same text; there is nothing to choose, and no vote is kept.",
         "vote.reveal": "Left was {left}, right was {right}.",
         # charts
         "charts.title": "What it cost, drawn", "charts.about": "Bars and whiskers are 95 % intervals.",

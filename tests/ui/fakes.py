@@ -92,6 +92,7 @@ class FakeScheduler:
         self.asked: list[tuple[list[str], str, bool]] = []
         self.writing: list[dict[str, object]] = []
         self.pause = 0.0
+        self.alike = False  # whether all models write the same
         self.idle = 0
 
     def submit(self, recipe: Recipe, owner: str = "", token: str = "") -> Run:
@@ -146,6 +147,8 @@ class FakeScheduler:
                 yield pane, "loading", {}
             apart = [[*WORDS[:cut], *WORDS[cut + 4 :]] for cut in (5, 8, 2)]
             texts = [tokens(), *(tokens(kl=same_text, words=WORDS if same_text else words) for words in apart)]
+            if self.alike:
+                texts = [tokens()] * len(sources)
             stopped = False
             for index in range(len(WORDS)):
                 stopped = stop is not None and stop.is_set()

@@ -22,7 +22,7 @@ from tests.ui.fakes import FakeScheduler
 from ui import ballot, comparing, edge, report, server
 from ui.desk import BASELINE, FIRST, Desk
 from ui.journal import Journal
-from ui.pages import compress, runs
+from ui.pages import compare, compress, runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -272,6 +272,19 @@ def test_a_blind_vote_hides_names_and_drift_until_it_is_cast(desk: Desk, schedul
         ballot.cast(desk, ANNA, held, "whatever")
     with pytest.raises(UnknownName):
         ballot.cast(desk, BEN, held, "left")
+
+
+def test_a_blind_round_of_equal_texts_has_no_vote(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1).id
+    *_, last = comparing.stream(desk, ANNA, asked(small, small, "Mara", "blind"))
+    assert last.ballot is not None
+    scheduler.alike = True
+    *_, last = comparing.stream(desk, ANNA, asked(small, small, "Mara", "blind"))
+    assert last.ballot is None
+    panes, voting, held, said, *_ = compare._changes(last)
+    assert (panes, voting, held) == (last.panes, gr.skip(), gr.skip())
+    assert "The same text" in str(said)
+    assert "Left was GPTQ 4 bit" in str(said)
 
 
 def test_a_refresh_sends_only_what_changed(desk: Desk, scheduler: FakeScheduler) -> None:

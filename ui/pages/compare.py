@@ -321,6 +321,8 @@ def _changes(each: comparing.Round) -> list[object]:
     """Panes, voting, ballot, reveal, differing words, link."""
     if each.ballot is not None:
         return [each.panes, gr.update(visible=True), each.ballot, say("vote.ask"), gr.skip(), gr.skip()]
+    if each.alike:
+        return [each.panes, gr.skip(), gr.skip(), markup.notice(each.alike), gr.skip(), gr.skip()]
     if each.done is not None:
         return [each.panes, *[gr.skip()] * 3, comparing.differing(each.done), gr.skip()]
     return [each.panes, *[gr.skip()] * 5]
