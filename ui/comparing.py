@@ -38,7 +38,7 @@ def render(desk: Desk, owner: str, asked: Asked | None, cost: str, quality: str)
     if asked is None:
         return [Markup(say("compare.nothing")), None, "", None, None, None, None, None, "", ""]
     entries = [desk.entry(key, owner) for key in asked.compare]
-    output = None if asked.writing.mode == "blind" else texts(desk, owner, asked, entries)
+    output = unwritten() if asked.writing.mode == "blind" else texts(desk, owner, asked, entries)
     return _paint(desk, asked, entries, front(desk.entries(owner), cost, quality), output)
 
 
@@ -52,12 +52,11 @@ def first_view(desk: Desk) -> tuple[Asked | None, list[object]]:
     return asked, _paint(desk, asked, pair, front(entries, COSTS[0], QUALITIES[0]), output)
 
 
-def _paint(desk: Desk, asked: Asked, entries: Sequence[Entry], pareto: Chart, output: Panes | None) -> list[object]:
+def _paint(desk: Desk, asked: Asked, entries: Sequence[Entry], pareto: Chart, output: Panes) -> list[object]:
     machine = desk.stored.machine if desk.stored else ""
     drawn = [pareto, *drawings(entries)]
     return [
-        cards.comparison(entries, machine), gr.skip() if output is None else output.value(),
-        "" if output is None else differing(output), *(chart.figure for chart in drawn),
+        cards.comparison(entries, machine), output.value(), differing(output), *(chart.figure for chart in drawn),
         markup.join(chart.table() for chart in drawn), links.bar(asked),
     ]  # fmt: skip
 
@@ -107,6 +106,12 @@ def texts(desk: Desk, owner: str, asked: Asked, entries: Sequence[Entry]) -> Pan
     return panes.stored(cards.named(entries), fixed(entries, asked.writing), same, secrets.token_hex(4))
 
 
+def unwritten() -> Panes:
+    """The two panes of a blind round before it is run: what is known of the models would give them away."""
+    titles = (say("blind.left"), say("blind.right"))
+    return Panes(secrets.token_hex(4), [Pane(title, note=say("panes.empty")) for title in titles], False, True)
+
+
 def fixed(entries: Sequence[Entry], writing: Writing) -> list[Output | None]:
     """What each run wrote after a fixed prompt, greedily: the visitor's where it is one of them, else the first.
 
@@ -153,7 +158,7 @@ def stream(desk: Desk, owner: str, asked: Asked, stop: threading.Event | None = 
     titles = cards.named(entries)
     if blind:  # of more than two models, two by lot: a vote is about a pair
         entries = DICE.sample(entries, 2)
-        titles = [say("blind.left"), say("blind.right")]
+        titles = [pane.title for pane in unwritten().panes]
     shown = Panes(secrets.token_hex(4), [Pane(title, state="loading") for title in titles], same, blind)
     events = write(desk, owner, entries, writing, stop)
     try:
