@@ -83,7 +83,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "vote.alike": "The same text; there is nothing to choose, and no vote is kept.",
         "vote.reveal": "Left was {left}, right was {right}.",
         # charts
-        "charts.title": "What it cost, drawn", "charts.about": "Bars and whiskers are 95 % intervals.",
+        "charts.title": "What it cost, drawn", "charts.about": "Whiskers and ± are 95 % intervals.",
         "axis.cost": "Cost", "axis.quality": "Quality", "axis.higher": "higher is better",
         "axis.lower": "lower is better", "axis.ms": "milliseconds", "axis.percent": "right answers, %",
         "chart.pareto": "{cost} against {quality}", "chart.front": "Nothing better for less",
@@ -134,12 +134,13 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "runs.compare": "Compare",
         "file.recipe.yaml": "Recipe (YAML)", "file.measurements.csv": "Measurements (CSV)",
         "file.report.md": "Report (Markdown)",
-        "diff.title": "Differences only", "diff.about": "Pick two to six results; what is equal is left out.",
+        "diff.title": "Differences only",
+        "diff.about": "Pick two to six results; what is equal is left out. ± is a 95 % interval.",
         "diff.runs": "Results", "diff.pick": "Pick at least two.", "diff.same": "They differ in nothing.",
         # the k-bit scaling picture
         "scaling.title": "What the same bits buy",
         "scaling.about": "A line a method and bit width, a point a model. Of two lines one above the other, the higher "
-        "one makes more of the same stored bits.",
+        "one makes more of the same stored bits. Whiskers and ± are 95 % intervals.",
         "scaling.family": "Model family",
         "scaling.instead": "No run of this family has measured {wanted}: {shown} is drawn.",
         "scaling.caption": "Stored bits and {quality}, all runs of a family",
@@ -304,7 +305,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "writing.stop_strings.about": "One a line; writing ends after the first of them. \\n is a line break.",
         "sets.title": "A set of prompts", "sets.file": "Own prompts: text or JSONL",
         "sets.bundled": "Use the bundled prompts", "sets.none": "No set chosen yet.",
-        "sets.chosen": "{count} prompts chosen.", "sets.run": "Run the set", "sets.mean": "Mean over the prompts",
+        "sets.chosen": "{count} prompts chosen.", "sets.run": "Run the set",
+        "sets.mean": "Mean over the prompts, ± a 95 % interval",
         "sets.waiting": "{count} prompts to go.", "sets.split": "parts at token {place}",
         "sets.apart": "{count} of {total} part",
         "error.no_file": "Give a text or JSONL file with prompts.",
@@ -318,7 +320,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "protocol.device": "device: {value}", "protocol.batch": "batch: {value}", "protocol.items": "items: {value}",
         "file.README.md": "Model card (Markdown)", "file.model.zip": "Model (zip)",
         "card.title": "What was measured",
-        "card.about": "± is a 95 % interval. Times and memory are those of one machine.",
+        "card.about": "Times and memory are those of one machine.",
         "card.machine": "Measured on {machine}.",
         "push.title": "Push to the hub", "push.repo": "Repository", "push.token": "Your token, with write access",
         "push.about": "The model of the run above, with its card. The token is used once and kept nowhere; the upload "
@@ -328,7 +330,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "push.uploading": "Uploading {files} files, {size}, for {span} so far …", "push.done": "Pushed:",
         "push.stopped": "Stopped.",
         "noise.inside": "{change} (inside the noise)", "noise.floor": "noise: up to {floor}",
-        "noise.about": "A difference below two joint standard errors of measuring is called noise.",
+        "noise.about": "± is a 95 % interval. A difference below two joint standard errors of measuring is called "
+        "noise.",
         "flips.none": "None of {total} answers flipped.",
         "flips.chance": "{changed} of {total} answers flipped: {lost} from right to wrong, {won} from wrong to right. "
         "Chance alone splits them like that (McNemar p {p}): no difference in accuracy is shown.",
@@ -368,7 +371,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         # advice: goals, assumptions, measures
         "advice.title": "Advice: what to do first",
         "advice.about": "Say what you want; the measures come in the order of practice, the mildest first. Memory and "
-        "speed are reckoned from bytes, prices from the assumptions.",
+        "speed are reckoned from bytes, prices from the assumptions. ± is a 95 % interval.",
         "advice.goal": "Goal", "advice.goal.memory": "Fits the memory", "advice.goal.latency": "Lower latency",
         "advice.goal.cost": "Lowest cost per million tokens", "advice.number": "Number",
         "advice.number.memory": "GB of memory in which it is to be served.",
