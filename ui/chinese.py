@@ -70,6 +70,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "compare.nothing": "还没有可以对比的内容，首批运行正在进行。",
         "stored.label": "预存：{title}", "stored.chip": "预存", "stored.where": "此前在 {machine} 上测得。",
         "live.chip": "本机实测", "live.where": "双方均在本机测得。",
+        "live.where.many": "全部在本机测得。", "mixed.where.many": "部分为预存数据，来自另一台机器：请勿比较时间。",
         "mixed.chip": "混合", "mixed.where": "一方为预存数据，来自另一台机器：请勿比较时间。",
         "first.working": "正在本机测量同样的两个模型：已完成 {done} / {total}。数字会自动更新。",
         "first.failed": "实时对比在“{title}”处停止：{reason} 现显示预存的对比。",

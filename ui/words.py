@@ -61,6 +61,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "compare.nothing": "Nothing to compare yet. The first runs are on their way.",
         "stored.label": "stored: {title}", "stored.chip": "stored", "stored.where": "Measured before on {machine}.",
         "live.chip": "measured here, now", "live.where": "Both were measured on this machine.",
+        "live.where.many": "All were measured on this machine.",
+        "mixed.where.many": "Some are stored, from another machine: do not compare times.",
         "mixed.chip": "mixed", "mixed.where": "One side is stored, from another machine: do not compare times.",
         "first.working": "Measuring the same two models on this machine: {done} of {total} done. "
         "The numbers will change by themselves.",

@@ -43,6 +43,15 @@ def test_four_models_have_panes_cards_charts_and_verdicts(desk: Desk, four: Aske
     assert [pane["tokens"][5][3] for pane in panes] == [None, 0.9, 0.9, 0.9]
 
 
+def test_where_it_was_measured_counts_the_models(desk: Desk, four: Asked) -> None:
+    entries = [desk.entry(key, ANNA) for key in four.compare]
+    for picked, words in (
+        (entries[1:3], "Both were measured on this machine."), (entries[1:], "All were measured on this machine."),
+        (entries[:2], "One side is stored"), (entries, "Some are stored"),
+    ):  # fmt: skip
+        assert words in str(cards.origin(picked, ""))
+
+
 def test_each_text_is_marked_where_it_leaves_the_first(desk: Desk, four: Asked, scheduler: FakeScheduler) -> None:
     free = four.model_copy(update={"writing": read_writing({"prompt": "Mara", "mode": "free"})})
     *_, last, done = comparing.stream(desk, ANNA, free)
