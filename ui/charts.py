@@ -103,9 +103,14 @@ def _noise(figure: go.Figure, points: Sequence[tuple[str, Measurement, Measureme
     if base is None or not others or not base.error:
         return
     half = 2 * math.hypot(base.error, max(y.error or 0 for y in others))
+    low, high = (base.value - half) * share, (base.value + half) * share
+    reach = [(y.value + side * 1.96 * (y.error or 0)) * share for _, _, y in points for side in (-1, 1)]
+    bottom, top = min(low, *reach), max(high, *reach)
+    room = (top - bottom) * 0.08
+    figure.update_yaxes(range=[bottom - room, top + room])  # around the band, which else looks like the chart's ground
     figure.add_hrect(
-        y0=(base.value - half) * share, y1=(base.value + half) * share, line_width=0, layer="below",
-        fillcolor="rgba(128,128,140,0.14)", annotation={"text": say("chart.noise"), "font": {"size": 11}},
+        y0=low, y1=high, line_width=0, layer="below",
+        fillcolor="rgba(128,128,140,0.1)", annotation={"text": say("chart.noise"), "font": {"size": 11}},
         annotation_position="bottom right",
     )  # fmt: skip
 
@@ -291,4 +296,13 @@ def empty_figure(x: str, y: str) -> go.Figure:
         xaxis={**axis, "title": {"text": x, "standoff": 12}}, yaxis={**axis, "title": {"text": y, "standoff": 12}},
         dragmode=False, template="none",
     )  # fmt: skip
+    return figure
+
+
+def remark(text: str) -> go.Figure:
+    """Words in the place of a chart."""
+    figure = empty_figure("", "")
+    figure.update_layout(height=90, margin={"l": 8, "r": 8, "t": 8, "b": 8})
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    figure.add_annotation(text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
     return figure

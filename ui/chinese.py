@@ -93,7 +93,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "vote.reveal": "左边是 {left}，右边是 {right}。",
         # charts
         "charts.title": "代价图示", "charts.about": "误差线和 ± 均为 95% 置信区间。",
-        "axis.cost": "代价", "axis.quality": "质量", "axis.higher": "越高越好",
+        "charts.nothing": "还没有运行同时测量过这两项。", "axis.cost": "代价", "axis.quality": "质量", "axis.higher": "越高越好",
         "axis.lower": "越低越好", "axis.ms": "毫秒", "axis.percent": "正确率，%",
         "chart.pareto": "{cost}与{quality}", "chart.front": "同等代价下的最优",
         "chart.on_front": "在前沿上", "chart.accuracy": "各任务准确率",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import gradio as gr
+import plotly.graph_objects as go
 from markupsafe import Markup
 
 from engine.errors import BadParams, MaquetteError
@@ -55,10 +56,16 @@ def first_view(desk: Desk) -> tuple[Asked | None, list[object]]:
 def _paint(desk: Desk, asked: Asked, entries: Sequence[Entry], pareto: Chart, output: Panes) -> list[object]:
     machine = desk.stored.machine if desk.stored else ""
     drawn = [pareto, *drawings(entries)]
+    figures = [front_figure(pareto), *(chart.figure for chart in drawn[1:])]
     return [
-        cards.comparison(entries, machine), output.value(), differing(output), *(chart.figure for chart in drawn),
+        cards.comparison(entries, machine), output.value(), differing(output), *figures,
         markup.join(chart.table() for chart in drawn), links.bar(asked),
     ]  # fmt: skip
+
+
+def front_figure(pareto: Chart) -> go.Figure:
+    """The front as it is drawn, or that no run has measured both axes: other charts without numbers are not shown."""
+    return pareto.figure or charts.remark(say("charts.nothing"))
 
 
 def drawings(entries: Sequence[Entry]) -> list[Chart]:

@@ -86,6 +86,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "vote.reveal": "Left was {left}, right was {right}.",
         # charts
         "charts.title": "What it cost, drawn", "charts.about": "Whiskers and ± are 95 % intervals.",
+        "charts.nothing": "No run has measured both.",
         "axis.cost": "Cost", "axis.quality": "Quality", "axis.higher": "higher is better",
         "axis.lower": "lower is better", "axis.ms": "milliseconds", "axis.percent": "right answers, %",
         "chart.pareto": "{cost} against {quality}", "chart.front": "Nothing better for less",

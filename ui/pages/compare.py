@@ -233,7 +233,7 @@ def _wire_choice(desk: Desk, page: ComparePage, text: _Texts, more: gr.Button, f
 
     @edge
     def redraw(cost: str, quality: str, request: gr.Request) -> object:
-        return comparing.front(desk.entries(visitor(request)), cost, quality).figure
+        return comparing.front_figure(comparing.front(desk.entries(visitor(request)), cost, quality))
 
     @edge
     def tick(request: gr.Request, *values: object) -> object:
