@@ -28,7 +28,7 @@ from typing import NoReturn, Protocol, Self
 
 from pydantic import JsonValue, ValidationError
 
-from engine import advising, doctor, export, headers, methods, preflight
+from engine import advising, doctor, export, figures, headers, methods, preflight
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, short
 from engine.hub import Hub
 from engine.presets import PRESETS, preset
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
         _json(_result(ended, measurements))
     else:
         _line(f"{ended.id}  {ended.status}  {ended.recipe.title()}  {_artifact(ended) or ''}".rstrip())
-        _table(_rows(measurements))
+        _measured(measurements)
     return EXIT.get(ended.status, 1)
 
 
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
     if options.json:
         _json({**_no_result("succeeded"), "artifact": str(folder), "measurements": _values([*found.values()])})
     else:
-        _table(_rows(list(found.values())))
+        _measured([*found.values()])
     return 0
 
 
@@ -218,26 +218,36 @@ def list_runs(options: argparse.Namespace, supervisor: Callable[[Path], Supervis
 
 
 def compare(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
-    """`compare`: two runs, measurement by measurement."""
+    """`compare`: two runs, every measurement of either."""
     store = Store(_home(options) / "maquette.db", read_only=True)
     runs = [store.run(name) for name in (options.run, options.other)]
-    one, two = (store.measurements(run.id) for run in runs)
-    names = [name for name in one if name in two]
+    found = [store.measurements(run.id) for run in runs]
+    pairs = [
+        (name, [each.get(name) for each in found]) for name in dict.fromkeys(name for each in found for name in each)
+    ]
     if options.json:
-        rows: list[JsonValue] = [
-            {
-                "name": name, "unit": one[name].unit, "values": [one[name].value, two[name].value],
-                "errors": [one[name].error, two[name].error], "difference": two[name].value - one[name].value,
-                "ratio": two[name].value / one[name].value if one[name].value else None,
-            }
-            for name in names
-        ]  # fmt: skip
-        _json({"runs": [_described(run) for run in runs], "measurements": rows})
+        _json({"runs": [_described(run) for run in runs], "measurements": [_compared(*pair) for pair in pairs]})
         return 0
-    header = ["", *(f"{run.id} {run.recipe.title()}" for run in runs), "difference", ""]
-    _table([header, *([n, _value(one[n]), _value(two[n]), f"{two[n].value - one[n].value:+.4g}", one[n].unit]
-                      for n in names)])  # fmt: skip
+    rows = [["", *(f"{run.id} {run.recipe.title()}" for run in runs), "difference"]]
+    for name, (one, two) in pairs:
+        change = figures.difference(one, two) if one and two else "–"
+        rows.append([name, *(figures.shown(m) if m else "–" for m in (one, two)), change])
+    _table(rows)
+    _line(figures.INTERVAL)
     return 0
+
+
+def _compared(name: str, pair: Sequence[Measurement | None]) -> JsonValue:
+    """A measurement of two runs; null where a run has not taken it."""
+    one, two = pair
+    unit = next(m.unit for m in pair if m)
+    values: list[JsonValue] = [m.value if m else None for m in pair]
+    errors: list[JsonValue] = [m.error if m else None for m in pair]
+    return {
+        "name": name, "unit": unit, "values": values, "errors": errors,
+        "difference": two.value - one.value if one and two else None,
+        "ratio": two.value / one.value if one and two and one.value else None,
+    }  # fmt: skip
 
 
 def show_doctor(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
@@ -416,13 +426,11 @@ def _values(measurements: Sequence[Measurement]) -> list[JsonValue]:
     return [{"name": m.name, "value": m.value, "error": m.error, "unit": m.unit} for m in measurements]
 
 
-def _rows(measurements: Sequence[Measurement]) -> list[list[str]]:
-    return [[m.name, _value(m), m.unit] for m in measurements]
-
-
-def _value(measurement: Measurement) -> str:
-    error = "" if measurement.error is None else f" ± {measurement.error:.2g}"
-    return f"{measurement.value:.6g}{error}"
+def _measured(measurements: Sequence[Measurement]) -> None:
+    """Measurements as a table, and what ± says where one of them has it."""
+    _table([[m.name, figures.shown(m)] for m in measurements])
+    if any(m.error for m in measurements):
+        _line(figures.INTERVAL)
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Whether a count could be chance: an interval for a share, and a test for answers that changed.
+"""Whether a count could be chance: an interval for a share, a test for changed answers, and what few values can tell.
 
 Wilson's interval (Wilson, 1927) stays inside 0 and 1 and holds for few votes, where the usual one does not. McNemar's
 test (McNemar, 1947) looks only at the answers that changed: if nothing got better or worse, a change is as likely to
@@ -10,6 +10,14 @@ from __future__ import annotations
 import math
 
 Z95 = 1.959963984540054  # standard errors to either side of a mean that hold 95 % of a normal distribution
+
+
+def tells(count: int, percentile: int) -> bool:
+    """Whether `count` values are enough for a percentile above the median: one of them at least has to lie beyond it.
+
+    The 95th takes 20 values and the 99th 100; of fewer it would be their largest under another name.
+    """
+    return count * (100 - percentile) >= 100
 
 
 def wilson(count: int, total: int, z: float = Z95) -> tuple[float, float]:

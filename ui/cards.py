@@ -35,9 +35,10 @@ def comparison(entries: Sequence[Entry], machine: str) -> Markup:
 def origin(entries: Sequence[Entry], machine: str) -> Markup:
     """Whether the numbers are from this machine."""
     stored, mixed = all(e.stored for e in entries), len({e.stored for e in entries}) > 1
-    where = say("stored.where", machine=translate(machine)) if stored else say("mixed.where" if mixed else "live.where")
-    kind = "stored.chip" if stored else "mixed.chip" if mixed else "live.chip"
-    chip = markup.chip(say(kind), "" if stored or mixed else "good")
+    kind = "stored" if stored else "mixed" if mixed else "live"
+    many = "" if stored or len(entries) == 2 else ".many"  # two are "both"
+    where = say(f"{kind}.where{many}", machine=translate(machine))
+    chip = markup.chip(say(f"{kind}.chip"), "good" if kind == "live" else "")
     return tag("div", chip, tag("span", where, class_="mq-sub"), class_="mq-origin")
 
 

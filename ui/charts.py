@@ -17,6 +17,7 @@ from markupsafe import Markup
 from engine.records import Measurement
 from ui import markup, sheet, wording
 from ui.messages import translate_list
+from ui.spread import Spread, spread
 from ui.wording import Measured, say
 
 ACCENT = "#4f46e5"
@@ -25,6 +26,7 @@ GREY = "#737380"
 COLOURS = (GREY, ACCENT, "#c2570c", "#0e7a5f", "#a21caf", "#0369a1")
 FONT = "system-ui, PingFang SC, Microsoft YaHei, Noto Sans CJK SC, sans-serif"
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+TIMES = {"p50": "circle", "p95": "line-ns-open", "p99": "x-thin-open", "largest": "diamond-open"}
 NAMED_POINTS = 4
 Named = tuple[str, Measured]
 
@@ -101,9 +103,14 @@ def _noise(figure: go.Figure, points: Sequence[tuple[str, Measurement, Measureme
     if base is None or not others or not base.error:
         return
     half = 2 * math.hypot(base.error, max(y.error or 0 for y in others))
+    low, high = (base.value - half) * share, (base.value + half) * share
+    reach = [(y.value + side * 1.96 * (y.error or 0)) * share for _, _, y in points for side in (-1, 1)]
+    bottom, top = min(low, *reach), max(high, *reach)
+    room = (top - bottom) * 0.08
+    figure.update_yaxes(range=[bottom - room, top + room])  # around the band, which else looks like the chart's ground
     figure.add_hrect(
-        y0=(base.value - half) * share, y1=(base.value + half) * share, line_width=0, layer="below",
-        fillcolor="rgba(128,128,140,0.14)", annotation={"text": say("chart.noise"), "font": {"size": 11}},
+        y0=low, y1=high, line_width=0, layer="below",
+        fillcolor="rgba(128,128,140,0.1)", annotation={"text": say("chart.noise"), "font": {"size": 11}},
         annotation_position="bottom right",
     )  # fmt: skip
 
@@ -152,30 +159,39 @@ def accuracy(runs: Sequence[Named]) -> Chart:
 
 
 def latency(runs: Sequence[Named]) -> Chart:
-    """Where the times lie: median, 95th and 99th percentile of the first token and of each further one; by kernels."""
+    """Where the times of the first token and of each further one lie: the median, and of the tail what can be told."""
     keys = ("latency.ttft", "latency.tpot")
     caption = say("chart.latency")
-    spans = [(label, m[key], _percentiles(m[key])) for label, m in runs for key in keys if key in m]
+    spans = [(label, m[key], spread(m[key])) for label, m in runs for key in keys if key in m]
     if not spans:
         return Chart(None, caption)
     labels = list(dict.fromkeys(label for label, _, _ in spans))
     figure = empty_figure(say("axis.ms"), "")
-    for label, found, (p50, p95, p99) in spans:
+    for label, found, times in spans:
         index = labels.index(label)
+        points = {"p50": times.p50, **times.tail}
+        names = [say("chart.largest.of", count=times.count) if key == "largest" else key for key in points]
         row = f"{say('short.' + found.name)} · {label}"
         figure.add_scatter(
-            x=[1e3 * p for p in (p50, p95, p99)], y=[row] * 3, mode="lines+markers", showlegend=False, name=label,
-            line={"color": colour(index), "width": 3},
-            marker={"size": [13, 9, 9], "symbol": ["circle", "line-ns-open", "x-thin-open"], "line": {"width": 2}},
-            text=[_kernel(found)] * 3, hovertemplate="%{x:.3g} ms<br>%{text}<extra>%{y}</extra>",
+            x=[1e3 * p for p in points.values()], y=[row] * len(points), mode="lines+markers", showlegend=False,
+            name=label, line={"color": colour(index), "width": 3}, customdata=names,
+            marker={"size": [13, 9, 9], "symbol": [TIMES[key] for key in points], "line": {"width": 2}},
+            text=[_kernel(found)] * len(points),
+            hovertemplate="%{customdata}: %{x:.3g} ms<br>%{text}<extra>%{y}</extra>",
         )  # fmt: skip
     figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
-    rows = tuple(
-        (label, wording.name(found.name), *(wording.duration(p) for p in points), _kernel(found))
-        for label, found, points in spans
-    )
-    return Chart(figure, caption, (say("run"), say("measurement"), "p50", "p95", "p99", say("chart.kernel")), rows)
+    rows = tuple((label, wording.name(found.name), *_times(times), _kernel(found)) for label, found, times in spans)
+    tail = ("p50", "p95", "p99", say("chart.largest"))
+    return Chart(figure, caption, (say("run"), say("measurement"), *tail, say("chart.kernel")), rows)
+
+
+def _times(times: Spread) -> tuple[str, ...]:
+    """Median, 95th and 99th percentile, and the largest of how many; a dash for what so few values cannot tell."""
+    percentiles = (wording.duration(p) if p is not None else "–" for p in (times.p50, times.p95, times.p99))
+    if times.largest is None:
+        return (*percentiles, "–")
+    return (*percentiles, f"{wording.duration(times.largest)} ({say('chart.largest.of', count=times.count)})")
 
 
 def memory(runs: Sequence[Named]) -> Chart:
@@ -238,19 +254,6 @@ def _rows(runs: Iterable[Named], keys: Sequence[str]) -> tuple[tuple[str, ...], 
     return tuple((label, *(wording.shown(m[k]) if k in m else "–" for k in keys)) for label, m in runs)
 
 
-def _percentiles(measurement: Measurement) -> tuple[float, float, float]:
-    """p50, p95, p99 in seconds, from the details; the value itself where they are not there."""
-    known = measurement.details
-    nested = known.get("percentiles")
-    source = nested if isinstance(nested, dict) else known
-
-    def one(key: str) -> float:
-        found = source.get(key)
-        return float(found) if isinstance(found, int | float) else measurement.value
-
-    return one("p50"), one("p95"), one("p99")
-
-
 def _scale(measurement: Measurement, top: float) -> tuple[float, str]:
     if measurement.unit in ("B", "byte", "bytes"):
         return _bytes(top)
@@ -293,4 +296,13 @@ def empty_figure(x: str, y: str) -> go.Figure:
         xaxis={**axis, "title": {"text": x, "standoff": 12}}, yaxis={**axis, "title": {"text": y, "standoff": 12}},
         dragmode=False, template="none",
     )  # fmt: skip
+    return figure
+
+
+def remark(text: str) -> go.Figure:
+    """Words in the place of a chart."""
+    figure = empty_figure("", "")
+    figure.update_layout(height=90, margin={"l": 8, "r": 8, "t": 8, "b": 8})
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    figure.add_annotation(text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False)
     return figure

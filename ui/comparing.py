@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import gradio as gr
+import plotly.graph_objects as go
 from markupsafe import Markup
 
 from engine.errors import BadParams, MaquetteError
@@ -38,7 +39,7 @@ def render(desk: Desk, owner: str, asked: Asked | None, cost: str, quality: str)
     if asked is None:
         return [Markup(say("compare.nothing")), None, "", None, None, None, None, None, "", ""]
     entries = [desk.entry(key, owner) for key in asked.compare]
-    output = None if asked.writing.mode == "blind" else texts(desk, owner, asked, entries)
+    output = unwritten() if asked.writing.mode == "blind" else texts(desk, owner, asked, entries)
     return _paint(desk, asked, entries, front(desk.entries(owner), cost, quality), output)
 
 
@@ -52,14 +53,19 @@ def first_view(desk: Desk) -> tuple[Asked | None, list[object]]:
     return asked, _paint(desk, asked, pair, front(entries, COSTS[0], QUALITIES[0]), output)
 
 
-def _paint(desk: Desk, asked: Asked, entries: Sequence[Entry], pareto: Chart, output: Panes | None) -> list[object]:
+def _paint(desk: Desk, asked: Asked, entries: Sequence[Entry], pareto: Chart, output: Panes) -> list[object]:
     machine = desk.stored.machine if desk.stored else ""
     drawn = [pareto, *drawings(entries)]
+    figures = [front_figure(pareto), *(chart.figure for chart in drawn[1:])]
     return [
-        cards.comparison(entries, machine), gr.skip() if output is None else output.value(),
-        "" if output is None else differing(output), *(chart.figure for chart in drawn),
+        cards.comparison(entries, machine), output.value(), differing(output), *figures,
         markup.join(chart.table() for chart in drawn), links.bar(asked),
     ]  # fmt: skip
+
+
+def front_figure(pareto: Chart) -> go.Figure:
+    """The front as it is drawn, or that no run has measured both axes: other charts without numbers are not shown."""
+    return pareto.figure or charts.remark(say("charts.nothing"))
 
 
 def drawings(entries: Sequence[Entry]) -> list[Chart]:
@@ -107,6 +113,12 @@ def texts(desk: Desk, owner: str, asked: Asked, entries: Sequence[Entry]) -> Pan
     return panes.stored(cards.named(entries), fixed(entries, asked.writing), same, secrets.token_hex(4))
 
 
+def unwritten() -> Panes:
+    """The two panes of a blind round before it is run: what is known of the models would give them away."""
+    titles = (say("blind.left"), say("blind.right"))
+    return Panes(secrets.token_hex(4), [Pane(title, note=say("panes.empty")) for title in titles], False, True)
+
+
 def fixed(entries: Sequence[Entry], writing: Writing) -> list[Output | None]:
     """What each run wrote after a fixed prompt, greedily: the visitor's where it is one of them, else the first.
 
@@ -141,6 +153,7 @@ class Round:
 
     panes: panes.Value
     ballot: dict[str, str] | None = None
+    alike: str = ""  # said where a blind round has no ballot, for both wrote the same text
     done: Panes | None = None
 
 
@@ -152,7 +165,7 @@ def stream(desk: Desk, owner: str, asked: Asked, stop: threading.Event | None = 
     titles = cards.named(entries)
     if blind:  # of more than two models, two by lot: a vote is about a pair
         entries = DICE.sample(entries, 2)
-        titles = [say("blind.left"), say("blind.right")]
+        titles = [pane.title for pane in unwritten().panes]
     shown = Panes(secrets.token_hex(4), [Pane(title, state="loading") for title in titles], same, blind)
     events = write(desk, owner, entries, writing, stop)
     try:
@@ -163,10 +176,19 @@ def stream(desk: Desk, owner: str, asked: Asked, stop: threading.Event | None = 
         if close is not None:
             close()
     if blind and all(pane.tokens for pane in shown.panes):
-        yield Round(shown.value(), ballot={"left": entries[0].key, "right": entries[1].key, "prompt": writing.prompt})
+        yield _voting(shown, entries, writing.prompt)
     elif not blind:
         desk.shelf.put(owner, Written(asked=asked, panes=tuple(_kept(pane) for pane in shown.panes)))
         yield Round(shown.value(), done=shown)
+
+
+def _voting(shown: Panes, pair: Sequence[Entry], prompt: str) -> Round:
+    """The end of a blind round: its ballot, or that a vote on two equal texts would say nothing."""
+    left, right = pair
+    if len({pane.text.rstrip() for pane in shown.panes}) == 1:
+        who = say("vote.reveal", left=wording.title(left.run.recipe), right=wording.title(right.run.recipe))
+        return Round(shown.value(), alike=f"{say('vote.alike')} {who}")
+    return Round(shown.value(), ballot={"left": left.key, "right": right.key, "prompt": prompt})
 
 
 def write(

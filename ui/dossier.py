@@ -43,14 +43,19 @@ def html(desk: Desk, owner: str, asked: Asked) -> str:
     shown = comparing.texts(desk, owner, asked, entries) if asked.writing.mode != "blind" else None
     body = tag(
         "main", tag("h1", title), about(desk, entries), cards.verdicts(entries),
-        tag("div", *cards.cards(entries), class_="mq-cards"), tag("p", say("noise.about"), class_="mq-sub"),
-        cards.flipped(entries), tag("section", tag("h2", say("charts.title")), *_charts(entries)),
+        tag("div", *cards.cards(entries), class_="mq-cards"), _quiet("noise.about"),
+        cards.flipped(entries),
+        tag("section", tag("h2", say("charts.title")), _quiet("charts.about"), *_charts(entries)),
         None if shown is None else _texts(asked, shown),
         tag("section", tag("h2", say("compare.all")), cards.compare_table(entries)),
         tag("section", tag("h2", say("report.protocols")), _protocols(entries)),
         tag("section", tag("h2", say("recipe")), *_recipes(entries)),
     )  # fmt: skip
     return str(markup.document(title, (ASSETS / "report.css").read_text(), body, alone=True))
+
+
+def _quiet(key: str) -> Markup:
+    return tag("p", say(key), class_="mq-sub")
 
 
 def about(desk: Desk, entries: Sequence[Entry]) -> Markup:
@@ -166,7 +171,18 @@ def as_csv(desk: Desk, owner: str, asked: Asked) -> str:
     """A row for each model and measurement, with its difference to the first and whether that is noise."""
     entries = [desk.entry(key, owner) for key in asked.compare]
     rows: list[list[str | float | None]] = [
-        ["model", "run", "name", "value", "error", "unit", "higher_is_better", "difference", "inside_noise", "details"]
+        [
+            "model",
+            "run",
+            "name",
+            "value",
+            "standard_error",
+            "unit",
+            "higher_is_better",
+            "difference",
+            "inside_noise",
+            "details",
+        ]
     ]
     for title, entry in zip(cards.named(entries), entries, strict=True):
         for name in wording.sort(entry.measured):

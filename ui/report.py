@@ -23,7 +23,7 @@ def recipe(entry: Entry, baseline: Entry | None = None) -> str:
 
 def measurements(entry: Entry, baseline: Entry | None = None) -> str:
     """Every measurement as one CSV row: name, value, standard error, unit, protocol."""
-    rows: list[list[str | float | None]] = [["name", "value", "error", "unit", "higher_is_better", "details"]]
+    rows: list[list[str | float | None]] = [["name", "value", "standard_error", "unit", "higher_is_better", "details"]]
     for name in wording.sort(entry.measured):
         m = entry.measured[name]
         better = "" if m.higher_is_better is None else str(m.higher_is_better)
@@ -80,7 +80,7 @@ def markdown(entry: Entry, baseline: Entry | None = None) -> str:
         lines += [wording.verdict(baseline.measured, entry.measured), ""]
     lines += [f"{say('model')}: `{_plain(run.recipe.model.source)}` · {say('run')}: `{run.id}`", ""]
     known = baseline.measured if baseline is not None and baseline.key != entry.key else {}
-    lines += numbers(entry, known)
+    lines += [*numbers(entry, known), "", say("noise.about")]
     lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]
     return "\n".join(lines)
 

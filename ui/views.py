@@ -203,11 +203,12 @@ def run_detail(
 
 
 def _results(entry: Entry, baseline: Entry | None) -> Markup:
+    about = tag("p", say("noise.about"), class_="mq-sub")
     if baseline is None or baseline.key == entry.key:
         rows = [(wording.name(key), shown(entry.measured[key])) for key in wording.sort(entry.measured)]
-        return markup.table((say("measurement"), say("result")), rows, caption=say("result"))
+        return join((markup.table((say("measurement"), say("result")), rows, caption=say("result")), about))
     words = wording.verdict(baseline.measured, entry.measured)
-    return join((tag("p", words, class_="mq-verdict"), compare_table([baseline, entry])))
+    return join((tag("p", words, class_="mq-verdict"), compare_table([baseline, entry]), about))
 
 
 def _live(series: Series, run: Run, story: Story) -> Markup:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping
 
+from engine import figures
 from engine.records import Measurement, Recipe, Run, Status
 from ui import chinese_methods, flips, language
 from ui.chinese import CHINESE
@@ -25,7 +26,8 @@ ORDER = (
     "latency.ttft", "latency.tpot", "throughput.b1", "throughput.b4", "throughput.b8", "throughput.b16", "perplexity",
     "bits_per_byte", "accuracy", "kl", "top1_agreement", "flips",
 )  # fmt: skip
-FRACTIONS = ("accuracy", "top1_agreement", "flips", "size.sparsity")
+FRACTIONS, digits = figures.FRACTIONS, figures.digits
+UNITS = {"tokens/s": "unit.tokens_per_second"}  # the key of a unit's words where it is not its name
 DICTIONARIES: Mapping[str, Mapping[str, str]] = {language.ENGLISH: ENGLISH, language.CHINESE: CHINESE}
 
 
@@ -86,29 +88,14 @@ def _step(text: str) -> str:
 
 def size(count: float) -> str:
     """Bytes in binary units with three digits: `7.42 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1000 or unit == "TiB":
-            return f"{count:.0f} B" if unit == "B" else f"{digits(count)} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
-def digits(value: float, figures: int = 3) -> str:
-    """`value` with about three significant figures and no exponent where one can read without."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    places = max(0, figures - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{places}f}" if places <= 6 else f"{value:.1e}"
+    return " ".join(figures.size(count))
 
 
 def duration(seconds: float) -> str:
     """Seconds as `420 µs`, `31 ms`, `4.2 s`, `3 min 20 s` or `2 h 5 min`."""
-    if seconds < 0.001:
-        return f"{digits(seconds * 1e6)} µs"
-    if seconds < 1:
-        return f"{digits(seconds * 1e3)} ms"
     if seconds < 60:
-        return say("unit.seconds", value=digits(seconds, 2))
+        text, unit = figures.duration(seconds)
+        return say("unit.seconds", value=text) if unit == "s" else f"{text} {unit}"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         key = "unit.minutes_seconds" if rest else "unit.minutes"
@@ -118,8 +105,8 @@ def duration(seconds: float) -> str:
 
 def percent(fraction: float, signed: bool = False) -> str:
     """A fraction in per cent with one decimal, or none where it is round: `92.4 %`."""
-    text = f"{100 * fraction:+.1f}" if signed else f"{100 * fraction:.1f}"
-    return say("unit.percent", value=minus(text.removesuffix(".0")))
+    text = figures.percent(fraction)
+    return say("unit.percent", value=minus(f"+{text}" if signed and not text.startswith("-") else text))
 
 
 def minus(text: str) -> str:
@@ -129,18 +116,12 @@ def minus(text: str) -> str:
 
 def quantity(value: float, unit: str, label: str = "") -> str:
     """A number of a record with its unit: bytes, seconds, fractions and plain numbers each in their way."""
-    if unit in ("B", "byte", "bytes"):
-        return size(value)
-    if unit == "B/s":
-        return f"{size(value)}/s"
-    if unit in ("s", "second", "seconds"):
+    if unit in figures.SECONDS:
         return duration(value)
-    if unit in ("fraction", "%") or label.split(".")[0] in FRACTIONS or label in FRACTIONS:
+    text, shown = figures.scaled(value, unit, label)
+    if shown == "%":
         return percent(value)
-    if label.split(".")[0] == "throughput":
-        return f"{digits(value)} {say('unit.tokens_per_second')}"
-    plain = unit in ("", "1", "ratio", label)
-    return digits(value) if plain else f"{digits(value)} {known(f'unit.{unit}', unit)}"
+    return f"{text} {known(UNITS.get(shown, f'unit.{shown}'), shown)}".rstrip()
 
 
 def value(measurement: Measurement) -> str:

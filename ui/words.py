@@ -61,6 +61,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "compare.nothing": "Nothing to compare yet. The first runs are on their way.",
         "stored.label": "stored: {title}", "stored.chip": "stored", "stored.where": "Measured before on {machine}.",
         "live.chip": "measured here, now", "live.where": "Both were measured on this machine.",
+        "live.where.many": "All were measured on this machine.",
+        "mixed.where.many": "Some are stored, from another machine: do not compare times.",
         "mixed.chip": "mixed", "mixed.where": "One side is stored, from another machine: do not compare times.",
         "first.working": "Measuring the same two models on this machine: {done} of {total} done. "
         "The numbers will change by themselves.",
@@ -80,14 +82,17 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "prompt.default": "Once upon a time",
         "blind.left": "Left", "blind.right": "Right", "vote.left": "Left is better", "vote.tie": "Tie",
         "vote.right": "Right is better", "vote.ask": "Which text is better? You learn after your vote who wrote it.",
+        "vote.alike": "The same text; there is nothing to choose, and no vote is kept.",
         "vote.reveal": "Left was {left}, right was {right}.",
         # charts
-        "charts.title": "What it cost, drawn", "charts.about": "Bars and whiskers are 95 % intervals.",
+        "charts.title": "What it cost, drawn", "charts.about": "Whiskers and ± are 95 % intervals.",
+        "charts.nothing": "No run has measured both.",
         "axis.cost": "Cost", "axis.quality": "Quality", "axis.higher": "higher is better",
         "axis.lower": "lower is better", "axis.ms": "milliseconds", "axis.percent": "right answers, %",
         "chart.pareto": "{cost} against {quality}", "chart.front": "Nothing better for less",
         "chart.on_front": "On the front", "chart.accuracy": "Accuracy by task",
-        "chart.latency": "Latency: median, p95, p99", "chart.memory": "Disk and memory",
+        "chart.latency": "Latency: median, p95, p99; of few values the largest", "chart.largest": "Largest",
+        "chart.largest.of": "largest of {count}", "chart.memory": "Disk and memory",
         "chart.csv": "The same as CSV", "chart.numbers": "Numbers: {chart}",
         "live.expected": "Dashed: what was expected, {peak} at most and done after {span}.",
         "live.summary": "{name}: last {last}, peak {peak}, over {span}",
@@ -132,12 +137,13 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "runs.compare": "Compare",
         "file.recipe.yaml": "Recipe (YAML)", "file.measurements.csv": "Measurements (CSV)",
         "file.report.md": "Report (Markdown)",
-        "diff.title": "Differences only", "diff.about": "Pick two to six results; what is equal is left out.",
+        "diff.title": "Differences only",
+        "diff.about": "Pick two to six results; what is equal is left out. ± is a 95 % interval.",
         "diff.runs": "Results", "diff.pick": "Pick at least two.", "diff.same": "They differ in nothing.",
         # the k-bit scaling picture
         "scaling.title": "What the same bits buy",
         "scaling.about": "A line a method and bit width, a point a model. Of two lines one above the other, the higher "
-        "one makes more of the same stored bits.",
+        "one makes more of the same stored bits. Whiskers and ± are 95 % intervals.",
         "scaling.family": "Model family",
         "scaling.instead": "No run of this family has measured {wanted}: {shown} is drawn.",
         "scaling.caption": "Stored bits and {quality}, all runs of a family",
@@ -302,7 +308,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "writing.stop_strings.about": "One a line; writing ends after the first of them. \\n is a line break.",
         "sets.title": "A set of prompts", "sets.file": "Own prompts: text or JSONL",
         "sets.bundled": "Use the bundled prompts", "sets.none": "No set chosen yet.",
-        "sets.chosen": "{count} prompts chosen.", "sets.run": "Run the set", "sets.mean": "Mean over the prompts",
+        "sets.chosen": "{count} prompts chosen.", "sets.run": "Run the set",
+        "sets.mean": "Mean over the prompts, ± a 95 % interval",
         "sets.waiting": "{count} prompts to go.", "sets.split": "parts at token {place}",
         "sets.apart": "{count} of {total} part",
         "error.no_file": "Give a text or JSONL file with prompts.",
@@ -316,7 +323,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "protocol.device": "device: {value}", "protocol.batch": "batch: {value}", "protocol.items": "items: {value}",
         "file.README.md": "Model card (Markdown)", "file.model.zip": "Model (zip)",
         "card.title": "What was measured",
-        "card.about": "± is a 95 % interval. Times and memory are those of one machine.",
+        "card.about": "Times and memory are those of one machine.",
         "card.machine": "Measured on {machine}.",
         "push.title": "Push to the hub", "push.repo": "Repository", "push.token": "Your token, with write access",
         "push.about": "The model of the run above, with its card. The token is used once and kept nowhere; the upload "
@@ -326,7 +333,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "push.uploading": "Uploading {files} files, {size}, for {span} so far …", "push.done": "Pushed:",
         "push.stopped": "Stopped.",
         "noise.inside": "{change} (inside the noise)", "noise.floor": "noise: up to {floor}",
-        "noise.about": "A difference below two joint standard errors of measuring is called noise.",
+        "noise.about": "± is a 95 % interval. A difference below two joint standard errors of measuring is called "
+        "noise.",
         "flips.none": "None of {total} answers flipped.",
         "flips.chance": "{changed} of {total} answers flipped: {lost} from right to wrong, {won} from wrong to right. "
         "Chance alone splits them like that (McNemar p {p}): no difference in accuracy is shown.",
@@ -366,7 +374,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         # advice: goals, assumptions, measures
         "advice.title": "Advice: what to do first",
         "advice.about": "Say what you want; the measures come in the order of practice, the mildest first. Memory and "
-        "speed are reckoned from bytes, prices from the assumptions.",
+        "speed are reckoned from bytes, prices from the assumptions. ± is a 95 % interval.",
         "advice.goal": "Goal", "advice.goal.memory": "Fits the memory", "advice.goal.latency": "Lower latency",
         "advice.goal.cost": "Lowest cost per million tokens", "advice.number": "Number",
         "advice.number.memory": "GB of memory in which it is to be served.",

@@ -4,6 +4,9 @@ Prefill reads the whole prompt at once and is bound by arithmetic; decoding read
 is bound by memory. So the first token (TTFT) and the others (TPOT) are told apart, as distributions: on a
 machine that does other work the median is the model's, and the tail is the machine's. The kernels that
 computed are named. One generation warms up and is not counted.
+
+The details of TTFT and TPOT: `count` values, the `largest` of them, and those nearest to the percentiles p50, p95 and
+p99, also where they are too few for these (`significance.tells`): whoever shows them has to ask.
 """
 
 from __future__ import annotations
@@ -121,11 +124,12 @@ def _about(model: LoadedModel, prompt: list[int], new_tokens: int) -> dict[str, 
 def _duration(name: str, rows: list[list[float]], details: dict[str, JsonValue]) -> Measurement:
     """The median of all seconds in `rows`; its error from how much the repetitions' own medians differ."""
     values = sorted(value for row in rows for value in row)
-    percentiles: dict[str, JsonValue] = {f"p{p}": values[round((len(values) - 1) * p / 100)] for p in (50, 95, 99)}
+    spread: dict[str, JsonValue] = {f"p{p}": values[round((len(values) - 1) * p / 100)] for p in (50, 95, 99)}
+    spread |= {"count": len(values), "largest": values[-1]}
     return Measurement(
         name=name, value=statistics.median(values), error=_standard_error([statistics.median(row) for row in rows]),
         unit="s", higher_is_better=False,
-        details=details | percentiles | {"values": [statistics.median(row) for row in rows], "protocol": "median"},
+        details=details | spread | {"values": [statistics.median(row) for row in rows], "protocol": "median"},
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import JsonValue
 
 from engine import cli, doctor, pipeline, preflight
 from engine.errors import OutOfMemory
 from engine.methods import Emit
 from engine.presets import PRESETS
 from engine.recipes import load_recipe
-from engine.records import Model, Recipe
+from engine.records import Event, EventKind, Measurement, Model, Recipe
 from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler
 from engine.store import Store
@@ -76,7 +78,11 @@ def test_run_in_words(call) -> None:
     code, out, _ = call("run", recipe("model: demo\nseed: 1"))
     assert code == 0
     assert "succeeded" in out[0]
-    assert out[1].split() == ["kl", "1.5", "±", "0.1", "nat"]
+    assert [line.split("  ")[-1].strip() for line in out[1:]] == [
+        "1.50 nat ± 0.196 nat",
+        "100 B",
+        "± is a 95 % interval.",
+    ]
 
 
 def test_export(call, tmp_path: Path) -> None:
@@ -187,9 +193,39 @@ def test_compare(call) -> None:
         "ratio": pytest.approx(5 / 3),
     }  # fmt: skip
     code, out, _ = call("compare", *ids)
-    assert out[1].split()[:2] == ["kl", "1.5"]
-    assert "+1" in out[1]
+    assert re.split(r"  +", out[1]) == ["kl", "1.50 nat ± 0.196 nat", "2.50 nat ± 0.196 nat", "+1.00 nat"]
+    assert out[-1] == "± is a 95 % interval."
     assert call("compare", ids[0], "nope")[0] == 2
+
+
+def test_compare_shows_what_one_run_alone_has_in_units_that_people_read(call, tmp_path: Path) -> None:
+    def taken(name: str, value: float, unit: str, error: float | None = None) -> tuple[EventKind, dict[str, JsonValue]]:
+        return "measurement", Measurement(name=name, value=value, unit=unit, error=error).model_dump(mode="json")
+
+    known = (
+        [taken("size.bytes", 4_592_345, "B"), taken("latency.tpot", 0.000164, "s", 1e-6), taken("memory.peak", 1, "B")],
+        [taken("size.bytes", 1_720_000, "B"), taken("throughput.b8", 12728.4, "1/s"), taken("accuracy", 0.961, "1")],
+    )
+    with Store(tmp_path / "home" / "maquette.db") as store:
+        ids = [store.begin_attempt(store.add_run(Recipe(), "").id).id for _ in known]
+        for run_id, found in zip(ids, known, strict=True):
+            store.append(
+                Event(run=run_id, attempt=1, number=number, time=1.0, kind=kind, data=data)
+                for number, (kind, data) in enumerate(found, 1)
+            )
+    rows = [re.split(r"  +", line) for line in call("compare", *ids)[1][1:-1]]
+    assert rows == [
+        ["size.bytes", "4.38 MiB", "1.64 MiB", "-2.74 MiB"],
+        ["latency.tpot", "164 µs ± 1.96 µs", "–", "–"],
+        ["memory.peak", "1 B", "–", "–"],
+        ["throughput.b8", "–", "12728 tokens/s", "–"],
+        ["accuracy", "–", "96.1 %", "–"],
+    ]
+    body = json.loads(call("compare", *ids, "--json")[1][-1])["measurements"]
+    assert body[1] == {
+        "name": "latency.tpot", "unit": "s", "values": [0.000164, None], "errors": [1e-6, None], "difference": None,
+        "ratio": None,
+    }  # fmt: skip
 
 
 def test_no_runs_yet(call) -> None:

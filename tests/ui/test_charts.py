@@ -8,10 +8,13 @@ import re
 import urllib.parse
 
 import pytest
+from pydantic import JsonValue
 
+from engine.records import Measurement
 from tests.ui import fakes
 from ui import charts, live, views
 from ui.live import Series
+from ui.spread import spread
 from ui.wording import Measured
 
 
@@ -72,8 +75,36 @@ def test_each_chart_has_its_numbers_as_a_table_and_stands_empty_without(draw: ob
 
 
 def test_latency_shows_the_percentiles_that_were_measured() -> None:
+    largest = "5.00 ms (largest of 155)"
     rows = charts.latency(runs()[:1]).rows
-    assert rows[1] == ("original", "Time per token", "2.00 ms", "2.60 ms", "4.00 ms", "dense bfloat16")
+    assert rows[1] == ("original", "Time per token", "2.00 ms", "2.60 ms", "4.00 ms", largest, "dense bfloat16")
+
+
+def test_few_values_have_a_largest_and_no_percentile() -> None:
+    chart = charts.latency(runs()[:1])
+    assert chart.rows[0][2:6] == ("6.00 ms", "–", "–", "11.0 ms (largest of 5)")
+    assert chart.figure is not None
+    first, each = json.loads(chart.figure.to_json())["data"]
+    assert (first["x"], first["customdata"]) == ([6.0, 11.0], ["p50", "largest of 5"])
+    assert each["customdata"] == ["p50", "p95", "p99"]
+
+
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [
+        ({"count": 100, "largest": 9.0}, {"p95": 2.0, "p99": 3.0}),
+        ({"count": 99, "largest": 9.0}, {"p95": 2.0, "largest": 9.0}),
+        ({"count": 20, "largest": 9.0}, {"p95": 2.0, "largest": 9.0}),
+        ({"count": 19, "largest": 9.0}, {"largest": 9.0}),
+        ({"count": 1, "largest": 1.0}, {}),
+        ({"repetitions": 2, "new_tokens": 32}, {"p95": 2.0}),  # the second largest of 62 was kept, not the largest
+        ({"repetitions": 5, "new_tokens": 9}, {"p95": 2.0, "largest": 3.0}),
+        ({}, {}),
+    ],
+)
+def test_a_percentile_needs_a_value_beyond_it(details: dict[str, JsonValue], told: dict[str, float]) -> None:
+    known: dict[str, JsonValue] = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
+    assert spread(Measurement(name="latency.tpot", value=1.0, unit="s", details=known | details)).tail == told
 
 
 def test_latency_says_which_kernels_computed() -> None:

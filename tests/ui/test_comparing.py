@@ -43,6 +43,15 @@ def test_four_models_have_panes_cards_charts_and_verdicts(desk: Desk, four: Aske
     assert [pane["tokens"][5][3] for pane in panes] == [None, 0.9, 0.9, 0.9]
 
 
+def test_where_it_was_measured_counts_the_models(desk: Desk, four: Asked) -> None:
+    entries = [desk.entry(key, ANNA) for key in four.compare]
+    for picked, words in (
+        (entries[1:3], "Both were measured on this machine."), (entries[1:], "All were measured on this machine."),
+        (entries[:2], "One side is stored"), (entries, "Some are stored"),
+    ):  # fmt: skip
+        assert words in str(cards.origin(picked, ""))
+
+
 def test_each_text_is_marked_where_it_leaves_the_first(desk: Desk, four: Asked, scheduler: FakeScheduler) -> None:
     free = four.model_copy(update={"writing": read_writing({"prompt": "Mara", "mode": "free"})})
     *_, last, done = comparing.stream(desk, ANNA, free)
@@ -232,7 +241,18 @@ def test_a_difference_inside_the_noise_is_called_that_everywhere(desk: Desk, sch
     figure = charts.pareto([("original", entries[0].measured), ("small", entries[1].measured)]).figure
     assert figure is not None
     (band,) = figure.layout.shapes
-    assert band.y0 < 4.2 < 4.21 < band.y1
+    low, high = figure.layout.yaxis.range
+    assert low < band.y0 < 4.2 < 4.21 < band.y1 < high  # around the band: else it looks like the chart's ground
+
+
+def test_a_front_that_nobody_has_measured_says_so(desk: Desk, scheduler: FakeScheduler) -> None:
+    sizes = [fakes.finished(scheduler, recipe, ANNA, measurements=fakes.measured()[:1]).id for recipe in (FIRST, FIRST)]
+    *_, front, accuracy, latency, memory, batches, _, _ = comparing.render(
+        desk, ANNA, asked(*sizes), "size.bytes", "kl"
+    )
+    assert front.layout.annotations[0].text == "No run has measured both."  # type: ignore[attr-defined]
+    assert (accuracy, latency, batches) == (None, None, None)
+    assert memory is not None
 
 
 def test_throughput_is_drawn_by_batch_size() -> None:

@@ -21,10 +21,11 @@ from engine.records import Model, Output, Run, Token
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked
 from tests.ui.fakes import FakeScheduler
-from ui import charts, comparing, dossier, still
+from ui import cards, charts, comparing, dossier, still, views
 from ui.desk import BASELINE, FIRST, Desk
 from ui.downloads import Downloads
 from ui.edge import COOKIE
+from ui.journal import Journal
 
 EVIL = "<script>alert(1)</script>"
 
@@ -111,6 +112,19 @@ def test_csv_and_json_carry_every_number_and_no_formula(desk: Desk, small: Run, 
     (key,) = (known for known in desk._finished if known[0] == small.id)
     desk._finished[key] = type(entry)(entry.key, entry.label, entry.run, {"=cmd()": evil})
     assert ",'=cmd()," in client.get(f"/compare/comparison.csv{query}").text
+
+
+def test_everything_with_an_interval_says_which_it_is(desk: Desk, small: Run, client: TestClient) -> None:
+    entries = [desk.entry("stored:0", ANNA), desk.entry(small.id, ANNA)]
+    page = str(views.run_detail(small, Journal(desk.store).story(small), (), None, entries[1], entries[0]))
+    report = client.get(f"/compare/report.html?compare=stored:0,{small.id}").text
+    taken = [client.get(f"/runs/{small.id}/{name}").text for name in ("report.md", "README.md")]
+    for text in (page, report, str(cards.comparison(entries, "")), *taken):
+        assert "± 0.118" in text
+        assert text.count("± is a 95 % interval.") == 1
+    for table in (f"/runs/{small.id}/measurements.csv", f"/compare/comparison.csv?compare=stored:0,{small.id}"):
+        rows = {row["name"]: row for row in csv.DictReader(io.StringIO(client.get(table).text))}
+        assert rows["perplexity"]["standard_error"] == "0.06"
 
 
 def test_bad_addresses_and_other_visitors_get_nothing(small: Run, client: TestClient, scheduler: FakeScheduler) -> None:

@@ -23,7 +23,7 @@ from tests.ui.fakes import FakeScheduler
 from ui import ballot, comparing, edge, links, page, report, server
 from ui.desk import BASELINE, FIRST, Desk
 from ui.journal import Journal
-from ui.pages import compress, runs
+from ui.pages import compare, compress, runs
 from ui.translated import Page
 
 ROOT = Path(__file__).parents[2]
@@ -274,6 +274,26 @@ def test_a_blind_vote_hides_names_and_drift_until_it_is_cast(desk: Desk, schedul
         ballot.cast(desk, ANNA, held, "whatever")
     with pytest.raises(UnknownName):
         ballot.cast(desk, BEN, held, "left")
+
+
+def test_the_legend_and_the_names_go_in_a_blind_round(desk: Desk, scheduler: FakeScheduler) -> None:
+    assert [compare._is_shaded(mode)["visible"] for mode in ("same", "free", "blind")] == [True, False, False]
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1).id
+    drawn = comparing.render(desk, ANNA, asked("stored:0", small, "", "blind"), "size.bytes", "perplexity")
+    assert [(pane["title"], pane["tokens"]) for pane in drawn[1]["panes"]] == [("Left", []), ("Right", [])]
+
+
+def test_a_blind_round_of_equal_texts_has_no_vote(desk: Desk, scheduler: FakeScheduler) -> None:
+    small = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1).id
+    *_, last = comparing.stream(desk, ANNA, asked(small, small, "Mara", "blind"))
+    assert last.ballot is not None
+    scheduler.alike = True
+    *_, last = comparing.stream(desk, ANNA, asked(small, small, "Mara", "blind"))
+    assert last.ballot is None
+    panes, voting, held, said, *_ = compare._changes(last)
+    assert (panes, voting, held) == (last.panes, gr.skip(), gr.skip())
+    assert "The same text" in str(said)
+    assert "Left was GPTQ 4 bit" in str(said)
 
 
 def test_a_refresh_sends_only_what_changed(desk: Desk, scheduler: FakeScheduler) -> None:

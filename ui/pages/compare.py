@@ -130,13 +130,14 @@ def _texts(first_prompt: str, texts_of: object, differing_of: object) -> _Texts:
             start = gr.Button(say("panes.run"), variant="primary", elem_id="mq-run-both", scale=2, min_width=140)
             stop = gr.Button(say("panes.stop"), elem_id="mq-stop", scale=1, min_width=100)
             with gr.Column(scale=6, min_width=280):
-                gr.HTML(_legend())
+                legend = gr.HTML(_legend())
         output = panes.token_panes(texts_of)
         ballot = gr.State(None)
         with gr.Row(visible=False) as voting:
             votes = [gr.Button(say(f"vote.{name}"), size="sm") for name in ("left", "tie", "right")]
         reveal = gr.HTML(elem_id="mq-vote")
         differing = gr.HTML(differing_of, elem_id="mq-differing")
+    on([mode.change], _is_shaded, [mode], [legend], queue=False)
     writing: list[Block] = [prompt, mode, chat, system, *numbers, ends]
     return _Texts(writing, prompt, mode, start, stop, output, differing, voting, votes, ballot, reveal, place)
 
@@ -232,7 +233,7 @@ def _wire_choice(desk: Desk, page: ComparePage, text: _Texts, more: gr.Button, f
 
     @edge
     def redraw(cost: str, quality: str, request: gr.Request) -> object:
-        return comparing.front(desk.entries(visitor(request)), cost, quality).figure
+        return comparing.front_figure(comparing.front(desk.entries(visitor(request)), cost, quality))
 
     @edge
     def tick(request: gr.Request, *values: object) -> object:
@@ -321,9 +322,17 @@ def _changes(each: comparing.Round) -> list[object]:
     """Panes, voting, ballot, reveal, differing words, link."""
     if each.ballot is not None:
         return [each.panes, gr.update(visible=True), each.ballot, say("vote.ask"), gr.skip(), gr.skip()]
+    if each.alike:
+        return [each.panes, gr.skip(), gr.skip(), markup.notice(each.alike), gr.skip(), gr.skip()]
     if each.done is not None:
         return [each.panes, *[gr.skip()] * 3, comparing.differing(each.done), gr.skip()]
     return [each.panes, *[gr.skip()] * 5]
+
+
+@edge
+def _is_shaded(mode: str) -> object:
+    """The legend is that of the one mode in which texts are shaded."""
+    return gr.update(visible=mode == "same")
 
 
 def _legend() -> Markup:

@@ -34,6 +34,7 @@ def test_values_errors_and_the_warm_up(tiny: LoadedModel, scripted: list[int], r
     assert tpot.value == pytest.approx(0.3)
     assert tpot.error == pytest.approx(statistics.stdev([0.2, 0.3, 0.4]) / 3**0.5)
     assert tpot.details["p95"] == pytest.approx(0.4)
+    assert (tpot.details["count"], tpot.details["largest"]) == (30, 0.4)
     assert found["latency.ttft"].value == 1.0
     assert found["latency.ttft"].error == 0.0
     assert found["throughput.b1"].value == pytest.approx(1 / 0.3)
