@@ -22,9 +22,7 @@ from engine.methods import methods
 from engine.records import Run, Status
 
 DEMO = ROOT / "assets" / "demo"
-STUDENT: dict[str, JsonValue] = {
-    "student": "blocks", "keep_every": 2, "steps": 300, "batch": 16, "learning_rate": 0.003,
-}  # fmt: skip
+STUDENT: dict[str, JsonValue] = {"student": "current", "steps": 600, "batch": 16, "learning_rate": 0.002}
 RECIPES: dict[str, list[object]] = {
     "original": [],
     "GPTQ 4 bit": [{"quantize/gptq": {"bits": 4}}],
@@ -47,8 +45,11 @@ RECIPES: dict[str, list[object]] = {
     "Magnitude 50 %": [{"prune/magnitude": {"sparsity": 0.5}}],
     "Wanda 50 %": [{"prune/wanda": {"sparsity": 0.5}}],
     "Magnitude 70 %": [{"prune/magnitude": {"sparsity": 0.7}}],
-    "Half the blocks, distilled": [{"distill/logits": {**STUDENT}}],
-    "Half the blocks, labels alone": [{"distill/logits": {**STUDENT, "label_weight": 1.0}}],
+    "Three of four blocks, distilled": [{"prune/depth": {"share": 0.25}}, {"distill/logits": {**STUDENT}}],
+    "Three of four blocks, labels alone": [
+        {"prune/depth": {"share": 0.25}},
+        {"distill/logits": {**STUDENT, "label_weight": 1.0}},
+    ],
     "Prune 50 %, distill, 4 bit": [
         {"prune/wanda": {"sparsity": 0.5}},
         {"distill/logits": {"student": "current", "steps": 100, "batch": 16}},
