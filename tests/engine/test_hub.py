@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import headers, preflight
+from engine import headers, intermediate, preflight
 from engine.errors import BadModel, HubError, MaquetteError, NeedsToken, TooBig
 from engine.hub import KEPT, Hub
 from engine.modes import Limits
@@ -285,6 +285,29 @@ def test_downloads_make_room_for_each_other_but_not_one_in_use(hub: Hub, tmp_pat
         quota.look([], now=time.monotonic() + 2)
         assert [each.exists() for each in (old, warm, waiting)] == [False, True, True]
     assert not hub.here.place(Repo("org/a")).exists()
+
+
+def test_on_a_full_disk_kept_steps_make_room_too_but_none_in_use(hub: Hub, tmp_path: Path) -> None:
+    queued = Recipe.model_validate({"steps": ["prune/magnitude", {"quantize/rtn": {"group_size": 32}}]})
+    names = [*sorted(intermediate.keys(queued, hub)), "linked", "late"]
+    kept = [tmp_path / "cache" / "steps" / name for name in names]
+    for used, folder in enumerate(kept, 2):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(bytes(1 << 20))
+        os.utime(folder, (used, used))
+    os.link(kept[-2] / "weights", tmp_path / "of a running run")
+    old, new = keep(hub, "org/old", 1), keep(hub, "org/new", 99)
+    with Store(tmp_path / "maquette.db") as store:
+        store.add_run(queued)
+        gone = lambda: sum(not each.exists() for each in (old, new, *kept))  # noqa: E731
+        quota = Quotas(tmp_path, store, Limits(floor=2), gone, hub)
+        assert 3 << 20 <= quota.spare(Recipe()) < 4 << 20
+        quota.look([])
+        assert [each.exists() for each in (old, kept[-1], new)] == [False, False, True]
+        quota._limits = Limits(floor=9)
+        quota.look([], now=time.monotonic() + 2)
+        assert [each.exists() for each in (new, *kept)] == [False, *[True] * 5, False]
+        assert quota.spare(Recipe()) == 0
 
 
 def test_a_disk_that_is_too_small(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
