@@ -116,7 +116,7 @@ class Quotas:
         self._release(lambda: self._free() - needed >= self._limits.floor, partial(self._unused, recipe))
 
     def spare(self, recipe: Recipe) -> int:
-        """Bytes of the disk that are not free and that `make_room` would give to a run of the recipe."""
+        """Bytes of the disk that are not free and that `make_room` could give to a run of the recipe."""
         return sum(map(folder_size, {each.folder for each in self._unused(recipe)})) if self._bounded else 0
 
     def used(self, owner: str) -> int:

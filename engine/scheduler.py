@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -226,6 +227,10 @@ class Scheduler:
         """Bytes that a run of the recipe would find free, were the models to end that nobody writes with now."""
         return self._streams.spare(_device(recipe))
 
+    def room(self, recipe: Recipe) -> int:
+        """Bytes of the disk that a run of the recipe would find free, were what nobody uses there to be deleted."""
+        return self._quotas.spare(recipe)
+
     def history(self) -> dict[str, list[float]]:
         """The last 60 samples of each series in `status`, one a second, oldest first."""
         return self._telemetry.history()
@@ -407,12 +412,13 @@ class Scheduler:
         return next((watch for watch in self._watches.values() if watch.run.id == run_id), None)
 
     def _check(self, recipe: Recipe, token: str) -> Estimate:
+        room = partial(self.room, recipe)
         try:
-            return preflight.check(recipe, self.hub, token)
+            return preflight.check(recipe, self.hub, token, 0, room)
         except TooBig:
             if not self._streams.end_unused():  # warm models are kept only as long as nothing else needs their room
                 raise
-            return preflight.check(recipe, self.hub, token)
+            return preflight.check(recipe, self.hub, token, 0, room)
 
     def _check_queue(self, owner: str) -> None:
         if (waiting := self.store.waiting(owner)) >= self.limits.queued:

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from engine.hub import KEPT, Hub
 from engine.modes import Limits
 from engine.preflight import DEMO
 from engine.quotas import Quotas
-from engine.records import Model, Recipe
+from engine.records import Model, Recipe, Status
+from engine.scheduler import Scheduler
 from engine.snapshots import Snapshots
 from engine.sources import Bundled, Folder, Repo, classify
 from engine.store import Store
@@ -314,6 +316,21 @@ def test_a_disk_that_is_too_small(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Snapshots, "free", lambda self: 1 << 20)
     with pytest.raises(TooBig, match=r"org/tiny needs 0\.00 GiB on the disk"):
         preflight.check(Recipe(model=model(NAME)), hub)
+    with pytest.raises(TooBig, match=r"needs 0\.00 GiB"):
+        preflight.estimate(Recipe(model=model(NAME)), hub, room=lambda: 1)
+
+
+def test_what_makes_room_counts_as_free_before_it_does(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [keep(hub, f"org/old-{number}", number) for number in range(8)]  # of a mebibyte; the other holds 4.5
+    monkeypatch.setattr(Snapshots, "free", lambda self: 0)
+    scheduler = Scheduler(tmp_path, hub=hub, limits=Limits(floor=1))
+    monkeypatch.setattr(scheduler._quotas, "_free", lambda: (16 << 20) * (not old[5].exists()))
+    with closing(scheduler.store):
+        run = scheduler.submit(Recipe(model=model(NAME)))
+    assert run.status is Status.QUEUED
+    assert [each.exists() for each in old] == [False] * 6 + [True] * 2
 
 
 def test_a_gated_snapshot_is_for_those_whom_the_hub_lets(hub: Hub, server: loopback.Hub, tmp_path: Path) -> None:
