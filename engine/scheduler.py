@@ -68,6 +68,7 @@ class Scheduler:
     ) -> None:  # fmt: skip
         self.home = home.absolute()
         self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
+        self._needs: dict[str, tuple[Estimate, int]] = {}  # of runs that wait; what each leaves on disk, in bytes
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
         self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
@@ -137,7 +138,7 @@ class Scheduler:
         estimate = self._check(pinned, token)
         if self._refuses is not None:
             self._refuses(pinned, estimate)
-        self._quotas.check(pinned, owner, token)
+        left = self._quotas.check(pinned, owner, token)
         with self._guard:
             self._check_queue(owner)
             self._rates.require("start", owner, self.limits.starts)
@@ -145,6 +146,7 @@ class Scheduler:
                 if isinstance(classify(found), Repo):
                     self.hub.remember(asked, found)
             run = self.store.add_run(pinned, owner)
+            self._needs[run.id] = estimate, left
             self._keep_token(run, token)
         self._wake.set()
         return run
@@ -163,6 +165,7 @@ class Scheduler:
             elif run.status is Status.QUEUED:
                 self.store.say(run, "finished", {"status": str(Status.CANCELLED), "reason": "Cancelled."})
                 self._tokens.pop(run_id, None)
+                self._needs.pop(run_id, None)
                 self._discard(self.home / "runs" / run_id)
         self._wake.set()
 
@@ -315,7 +318,21 @@ class Scheduler:
             owners = [watch.run.owner for watch in self._watches.values()]
             if device not in self._watches and owners.count(run.owner) < self.limits.running:
                 self._served[run.owner] = time.monotonic()
+                self._make_room(run)
                 self._start_run(run, device)
+
+    def _make_room(self, run: Run) -> None:
+        """End warm models and delete files that nobody uses, as far as the run needs it: both may have come meanwhile.
+
+        Where what it needs is not known, for it is resumed or another server took it, all idle models end.
+        """
+        estimate, left = self._needs.pop(run.id, (None, 0))
+        if estimate is None:
+            self._streams.end_unused()
+            return
+        self._streams.end_unused(lambda: preflight.machine(run.recipe).free >= estimate.total)
+        here = all(self.hub.here.find(repo) for repo in preflight.repos(run.recipe))
+        self._quotas.make_room(run.recipe, left + (0 if here else estimate.download))
 
     def _start_run(self, run: Run, device: str) -> None:
         run = self.store.begin_attempt(run.id)

@@ -329,8 +329,12 @@ def test_what_makes_room_counts_as_free_before_it_does(
     monkeypatch.setattr(scheduler._quotas, "_free", lambda: (16 << 20) * (not old[5].exists()))
     with closing(scheduler.store):
         run = scheduler.submit(Recipe(model=model(NAME)))
-    assert run.status is Status.QUEUED
-    assert [each.exists() for each in old] == [False] * 6 + [True] * 2
+        assert run.status is Status.QUEUED
+        assert [each.exists() for each in old] == [False] * 6 + [True] * 2
+        late = keep(hub, "org/late", 99)  # while the run waited
+        monkeypatch.setattr(scheduler._quotas, "_free", lambda: (1 << 20) if late.exists() else (16 << 20))
+        scheduler._make_room(run)
+    assert not late.exists()
 
 
 def test_a_gated_snapshot_is_for_those_whom_the_hub_lets(hub: Hub, server: loopback.Hub, tmp_path: Path) -> None:
