@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from contextvars import Context, copy_context
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -69,6 +70,7 @@ class Scheduler:
         self.home = home.absolute()
         self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
         self._needs: dict[str, tuple[Estimate, int]] = {}  # of runs that wait; what each leaves on disk, in bytes
+        self._askers: dict[str, Context] = {}  # of runs that wait: in which each was asked for
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
         self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
@@ -147,6 +149,7 @@ class Scheduler:
                     self.hub.remember(asked, found)
             run = self.store.add_run(pinned, owner)
             self._needs[run.id] = estimate, left
+            self._askers[run.id] = copy_context()
             self._keep_token(run, token)
         self._wake.set()
         return run
@@ -166,6 +169,7 @@ class Scheduler:
                 self.store.say(run, "finished", {"status": str(Status.CANCELLED), "reason": "Cancelled."})
                 self._tokens.pop(run_id, None)
                 self._needs.pop(run_id, None)
+                self._askers.pop(run_id, None)
                 self._discard(self.home / "runs" / run_id)
         self._wake.set()
 
@@ -188,6 +192,7 @@ class Scheduler:
             self._quotas.check(run.recipe, run.owner, token, resumed=run.id)
             self._rates.require("start", run.owner, self.limits.starts)
             run = self.store.requeue(run_id)
+            self._askers[run.id] = copy_context()
             self._keep_token(run, token)
         self._wake.set()
         return run
@@ -348,7 +353,8 @@ class Scheduler:
                     "secret": run.id in self._tokens,
                 },
             )  # fmt: skip
-            worker = self._runner.start(request, device, self._tokens.pop(run.id, ""))
+            asker = self._askers.pop(run.id, None) or copy_context()
+            worker = asker.run(self._runner.start, request, device, self._tokens.pop(run.id, ""))
         except OSError as error:
             reason = f"The worker could not be started. {os_reason(error)}"
             finish(self.store, run, attempt_folder(self.home, run.id, run.attempt), Status.FAILED, reason)
