@@ -65,6 +65,10 @@ class Quotas:
     def check(self, recipe: Recipe, owner: str, token: str = "", resumed: str | None = None) -> int:
         """Refuse what is too much for this visitor, before any work; the most bytes that the run leaves on disk.
 
+        These are counted as all weights of the largest model that it reads, as they are loaded: more than a packed
+        artifact holds, but while it works the run holds the finished blocks of each step, too, and its visitor's disk
+        is bounded then as well. What is kept between steps is not a visitor's, and makes room for others.
+
         resumed: a run whose files it goes on with.
 
         Raises:
