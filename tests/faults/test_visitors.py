@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.attempts import is_live, read_pid
 from engine.records import Status
 from tests.faults.served import Served
 from tests.faults.visitor import JSON, Visitor
@@ -31,6 +34,9 @@ def served(tmp_path: Path) -> Iterator[Served]:
         yield page
     finally:
         page.close()
+        for attempt in filter(is_live, tmp_path.glob("runs/*/attempt-*")):  # a run outlives its server
+            if pid := read_pid(attempt):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def come(address: str) -> Visitor:
