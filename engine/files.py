@@ -9,10 +9,25 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"  # of an artifact: the size and SHA-256 of each file
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Files that nobody uses now and that can be had again; `used`: when they last were, in seconds since the epoch.
+
+    remove: gives their disk back, at most what `folder` holds.
+    """
+
+    used: float
+    name: str
+    folder: Path
+    remove: Callable[[], object]
 
 
 def digest(file: Path) -> str:

@@ -17,15 +17,17 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from engine import artifacts, headers, models
-from engine.errors import BadArtifact
-from engine.files import digest, make_room
+from engine import artifacts, headers, methods, models, preflight
+from engine.errors import BadArtifact, MaquetteError
+from engine.files import Unused, digest, make_room
+from engine.hub import Hub
 from engine.methods import Method, Params
 from engine.models import LoadedModel
-from engine.preflight import calibration_file
 from engine.records import Recipe
 from engine.shards import Shard
 from engine.sources import place, split
@@ -64,7 +66,8 @@ def find(
             log.warning("a kept model cannot be used and is made again: %s", error)
             shutil.rmtree(kept, ignore_errors=True)
             continue
-        os.utime(kept)
+        with suppress(OSError):  # made room just now: the links stay
+            os.utime(kept)
         return read(folder, recipe.model.dtype, device, source), count
     return None, 0
 
@@ -79,6 +82,30 @@ def read(folder: Path, dtype: str, device: str, source: Path) -> LoadedModel:
     return model
 
 
+def unused(cache: Path) -> list[Unused]:
+    """The kept models, each in a folder of its key's name, of which no run has links."""
+    found = []
+    for folder in (cache / "steps").glob("*"):
+        with suppress(OSError):  # a run makes room, too
+            if all(file.stat().st_nlink == 1 for file in folder.iterdir()):
+                remove = partial(shutil.rmtree, folder, ignore_errors=True)
+                found.append(Unused(folder.stat().st_mtime, f"the kept model {folder.name}", folder, remove))
+    return found
+
+
+def keys(recipe: Recipe, hub: Hub) -> set[str]:
+    """The keys of all models that a run of the recipe may keep or begin with, on whichever device."""
+    try:
+        steps, source = methods.check(preflight.located(recipe, hub)), preflight.locate(recipe.model, hub)
+        return {
+            key(recipe, source, steps[:count], device)
+            for count in range(1, len(steps) + 1)
+            for device in ("cpu", "cuda")
+        }
+    except (MaquetteError, OSError):  # a model or a file is not here, so nothing was made of it
+        return set()
+
+
 def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
     """What the model in `source` after these steps follows from, as 24 hexadecimal digits."""
     body = {
@@ -86,7 +113,7 @@ def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
         "dtype": recipe.model.dtype,
         "device": device,
         "seed": recipe.seed,
-        "calibration": digest(calibration_file(recipe.calibration)),
+        "calibration": digest(preflight.calibration_file(recipe.calibration)),
         "steps": [[method.name, params.model_dump(mode="json"), _read_by(params)] for method, params in steps],
         "versions": [version("torch"), version("transformers"), _code()],
     }

@@ -5,7 +5,7 @@ Knows a model by its config and headers alone (`engine.headers`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -177,10 +177,13 @@ def calibration_file(source: str) -> Path:
     raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
 
 
-def check(recipe: Recipe, hub: Hub | None = None, token: str = "", spare: int = 0) -> Estimate:
+def check(
+    recipe: Recipe, hub: Hub | None = None, token: str = "", spare: int = 0, room: Callable[[], int] = lambda: 0
+) -> Estimate:
     """Refuse what cannot work and estimate the rest. Of a repo that is not here yet only headers are read.
 
-    spare: bytes that are not free and would be, were the run to begin.
+    spare: bytes of memory that are not free and would be, were the run to begin. room: tells the same of the disk,
+    where a download needs more than is free.
 
     Raises:
         InputError: a bad model, step, setting or text, or too little memory or disk; one helpful line.
@@ -203,25 +206,26 @@ def check(recipe: Recipe, hub: Hub | None = None, token: str = "", spare: int = 
         if isinstance(params, Calibrated):
             check_text(text, shape.folder, params.sequence_length)
     where = machine(recipe, spare)
-    found = _estimate(recipe, shape, steps, where, _to_download(models(recipe), hub, token))
+    found = _estimate(recipe, shape, steps, where, _to_download(models(recipe), hub, token, room))
     if not found.fits:
         raise TooBig(_too_big(found, way_out(recipe, found, hub, token, spare)))
     return found
 
 
 def estimate(
-    recipe: Recipe, hub: Hub | None = None, token: str = "", rates: Rates | None = None, spare: int = 0
+    recipe: Recipe, hub: Hub | None = None, token: str = "", rates: Rates | None = None, spare: int = 0,
+    room: Callable[[], int] = lambda: 0,
 ) -> Estimate:  # fmt: skip
     """The estimate alone, also for what does not fit; `rates`: the speeds that earlier runs have found.
 
-    spare: as in `check`.
+    spare, room: as in `check`.
 
     Raises:
         InputError: the recipe or its model cannot be read.
         HubError: the hub does not answer.
     """
     shape = headers.inspect(open_model(recipe.model, hub, token))
-    download = _to_download(models(recipe), hub, token)
+    download = _to_download(models(recipe), hub, token, room)
     where = machine(recipe, spare)
     where = where if rates is None else replace(where, rates=rates)
     return _estimate(recipe, shape, checked(recipe, hub, token), where, download)
@@ -337,7 +341,7 @@ def _check_measures(recipe: Recipe, shape: Shape) -> None:
         )
 
 
-def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str) -> int:
+def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str, room: Callable[[], int]) -> int:
     """Bytes of these models that have to come from the hub first, where the disk has room for them.
 
     Raises:
@@ -349,10 +353,12 @@ def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str) -> int:
         if hub is not None and (missing := hub.missing(model, origin)):
             needed, names = needed + missing, [*names, short(origin.name)]
     if hub is not None and needed and needed > (free := hub.here.free()):
-        raise TooBig(
-            f"{', '.join(names)} needs {needed / 2**30:.2f} GiB on the disk, {max(0, free) / 2**30:.2f} are free. "
-            "Delete old runs, or choose another folder with MAQUETTE_HOME."
-        )
+        free += room()
+        if needed > free:
+            raise TooBig(
+                f"{', '.join(names)} needs {needed / 2**30:.2f} GiB on the disk, {max(0, free) / 2**30:.2f} are free. "
+                "Delete old runs, or choose another folder with MAQUETTE_HOME."
+            )
     return needed
 
 

@@ -2,8 +2,8 @@
 
 Before work: models and texts by where they come from, a model by its size, the disk by what the visitor's runs hold
 already. While it works: seconds of this start, the visitor's disk, and what must stay free for everybody. Files of
-runs that have ended are deleted when their time is over; what was measured stays. Of the hub's models those used
-longest ago make room, for each other and where the disk gets full, but never one in use.
+runs that have ended are deleted when their time is over; what was measured stays. Where the disk gets full, models of
+the hub and those kept between steps make room, the ones used longest ago first, but never one in use.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from functools import partial
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
-from engine import headers, preflight
+from engine import headers, intermediate, preflight
 from engine.errors import BadModel, TooBig, short
+from engine.files import Unused
 from engine.hub import Hub
 from engine.methods import field_kind, get
 from engine.modes import GIB, Limits
@@ -60,8 +62,14 @@ class Quotas:
         self._began: dict[tuple[str, int], float] = {}  # monotonic: a clock that jumps ends no run
         self._next_look = self._next_expiry = 0.0
 
-    def check(self, recipe: Recipe, owner: str, token: str = "", resumed: str | None = None) -> None:
-        """Refuse what is too much for this visitor, before any work. `resumed`: a run whose files it goes on with.
+    def check(self, recipe: Recipe, owner: str, token: str = "", resumed: str | None = None) -> int:
+        """Refuse what is too much for this visitor, before any work; the most bytes that the run leaves on disk.
+
+        These are counted as all weights of the largest model that it reads, as they are loaded: more than a packed
+        artifact holds, but while it works the run holds the finished blocks of each step, too, and its visitor's disk
+        is bounded then as well. What is kept between steps is not a visitor's, and makes room for others.
+
+        resumed: a run whose files it goes on with.
 
         Raises:
             BadModel: a source that may not be named here.
@@ -69,9 +77,8 @@ class Quotas:
         """
         limits = self._limits
         check_sources(recipe, limits)
-        bounds = (limits.parameters, limits.model_bytes, limits.disk, limits.downloads, limits.floor or None)
-        if all(bound is None for bound in bounds):
-            return
+        if not self._bounded:
+            return 0
         name, parameters, size = max(
             ((_name(model), *model_size(recipe, model, self._hub, token)) for model in preflight.models(recipe)),
             key=itemgetter(2),
@@ -92,18 +99,29 @@ class Quotas:
                 f"Your runs hold {_bytes(used)} of the {_bytes(limits.disk)} that a visitor has, and this one "
                 f"needs up to {_bytes(size)}. Delete a run on the Runs tab, or choose a smaller model."
             )
+        download = 0
         if self._hub is not None:
             for model in preflight.models(recipe):
                 origin = preflight.open_model(model, self._hub, token)
-                size += self._hub.missing(model, origin)
+                download += self._hub.missing(model, origin)
                 if origin.folder is not None:
                     self._hub.here.use(origin.folder)
-        self._release(lambda: self._free() - size >= limits.floor, recipe)
-        if (free := self._free()) - size < limits.floor:
+        needed = size + download
+        self.make_room(recipe, needed)
+        if (free := self._free()) - needed < limits.floor:
             raise TooBig(
-                f"The server's disk has {_bytes(free)} left; the run needs up to {_bytes(size)}, and "
+                f"The server's disk has {_bytes(free)} left; the run needs up to {_bytes(needed)}, and "
                 f"{_bytes(limits.floor)} stay free. Delete runs of yours, or come back later."
             )
+        return size
+
+    def make_room(self, recipe: Recipe, needed: int) -> None:
+        """Delete what nobody uses until a run of the recipe finds so many bytes of the disk, or nothing is left."""
+        self._release(lambda: self._free() - needed >= self._limits.floor, partial(self._unused, recipe))
+
+    def spare(self, recipe: Recipe) -> int:
+        """Bytes of the disk that are not free and that `make_room` could give to a run of the recipe."""
+        return sum(map(folder_size, {each.folder for each in self._unused(recipe)})) if self._bounded else 0
 
     def used(self, owner: str) -> int:
         """Bytes on disk of a visitor's runs."""
@@ -115,7 +133,10 @@ class Quotas:
         if now < self._next_look:
             return []
         self._next_look = now + LOOK_EVERY
-        self._release(self._enough)
+        if self._hub is not None and (most := self._limits.downloads) is not None:
+            downloads = self._hub.here.folder
+            self._release(lambda: folder_size(downloads) <= most, self._unused_downloads)
+        self._release(lambda: self._free() >= self._limits.floor, self._unused)
         found = [breach for run in running for breach in (self._late(run, now), self._overdrawn(run)) if breach]
         # Before work all of the floor was free, so what works may use half of it before it must end.
         if running and not found and (free := self._free()) < self._limits.floor // 2:
@@ -134,28 +155,46 @@ class Quotas:
         self._next_expiry = time.monotonic() + EXPIRE_EVERY
         before = (time.time() if now is None else now) - self._limits.keep
         if self._hub is not None:
-            for name in self._hub.here.evict(before, self._in_use(self._hub)):
+            for name in self._hub.here.evict(before, self._repos_in_use(self._hub)):
                 log.info("%s was kept long enough: its files are deleted", name)
         return self._store.ended_before(before)
 
-    def _enough(self) -> bool:
-        """Whether the hub's models take no more than they may, and leave free what must stay so."""
-        most = self._limits.downloads
-        if most is not None and self._hub is not None and folder_size(self._hub.here.folder) > most:
-            return False
-        return self._free() >= self._limits.floor
+    @property
+    def _bounded(self) -> bool:
+        """Whether anything but the number of runs is limited here; where nothing is, nothing makes room either."""
+        limits = self._limits
+        bounds = (limits.parameters, limits.model_bytes, limits.disk, limits.downloads, limits.floor or None)
+        return any(bound is not None for bound in bounds)
 
-    def _release(self, enough: Callable[[], bool], *recipes: Recipe) -> None:
-        """Delete models of the hub until it is enough, or all are in use."""
-        if self._hub is not None and not enough():
-            for name in self._hub.here.release(enough, self._in_use(self._hub, *recipes)):
-                log.info("%s was used longest ago: its files make room", name)
+    def _release(self, enough: Callable[[], bool], unused: Callable[[], list[Unused]]) -> None:
+        """Delete what was used longest ago, one by one until it is enough, or all that is left is in use."""
+        found = [] if enough() else sorted(unused(), key=attrgetter("used"), reverse=True)
+        while found and not enough():
+            oldest = found.pop()
+            oldest.remove()
+            log.info("%s was used longest ago: its files make room", oldest.name)
 
-    def _in_use(self, hub: Hub, *recipes: Recipe) -> set[str]:
+    def _unused(self, *recipes: Recipe) -> list[Unused]:
+        """What neither an unfinished run uses, nor these recipes, nor whoever writes."""
+        if self._hub is None:
+            return []
+        if kept := intermediate.unused(self._home / "cache"):
+            spared = {key for recipe in self._wanted(*recipes) for key in intermediate.keys(recipe, self._hub)}
+            kept = [each for each in kept if each.folder.stem not in spared]  # also one that is being written
+        return [*kept, *self._unused_downloads(*recipes)]
+
+    def _unused_downloads(self, *recipes: Recipe) -> list[Unused]:
+        """The models of the hub among it."""
+        return [] if self._hub is None else self._hub.here.unused(self._repos_in_use(self._hub, *recipes))
+
+    def _repos_in_use(self, hub: Hub, *recipes: Recipe) -> set[str]:
         """The repos that runs or these recipes wait for or work on, and whose models are held for writing."""
         names = {*map(hub.here.name_of, self._warm())}
-        wanted = (*recipes, *(run.recipe for run in self._store.unfinished()))
-        return names | {repo.name for recipe in wanted for repo in preflight.repos(recipe)}
+        return names | {repo.name for recipe in self._wanted(*recipes) for repo in preflight.repos(recipe)}
+
+    def _wanted(self, *recipes: Recipe) -> list[Recipe]:
+        """These, and those of all runs that wait or work."""
+        return [*recipes, *(run.recipe for run in self._store.unfinished())]
 
     def _late(self, run: Run, now: float) -> Breach | None:
         key = (run.id, run.attempt)

@@ -17,6 +17,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -67,6 +69,8 @@ class Scheduler:
     ) -> None:  # fmt: skip
         self.home = home.absolute()
         self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
+        self._needs: dict[str, tuple[Estimate, int]] = {}  # of runs that wait; what each leaves on disk, in bytes
+        self._askers: dict[str, Context] = {}  # of runs that wait: in which each was asked for
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
         self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
@@ -136,7 +140,7 @@ class Scheduler:
         estimate = self._check(pinned, token)
         if self._refuses is not None:
             self._refuses(pinned, estimate)
-        self._quotas.check(pinned, owner, token)
+        left = self._quotas.check(pinned, owner, token)
         with self._guard:
             self._check_queue(owner)
             self._rates.require("start", owner, self.limits.starts)
@@ -144,6 +148,8 @@ class Scheduler:
                 if isinstance(classify(found), Repo):
                     self.hub.remember(asked, found)
             run = self.store.add_run(pinned, owner)
+            self._needs[run.id] = estimate, left
+            self._askers[run.id] = copy_context()
             self._keep_token(run, token)
         self._wake.set()
         return run
@@ -162,6 +168,8 @@ class Scheduler:
             elif run.status is Status.QUEUED:
                 self.store.say(run, "finished", {"status": str(Status.CANCELLED), "reason": "Cancelled."})
                 self._tokens.pop(run_id, None)
+                self._needs.pop(run_id, None)
+                self._askers.pop(run_id, None)
                 self._discard(self.home / "runs" / run_id)
         self._wake.set()
 
@@ -184,6 +192,7 @@ class Scheduler:
             self._quotas.check(run.recipe, run.owner, token, resumed=run.id)
             self._rates.require("start", run.owner, self.limits.starts)
             run = self.store.requeue(run_id)
+            self._askers[run.id] = copy_context()
             self._keep_token(run, token)
         self._wake.set()
         return run
@@ -225,6 +234,10 @@ class Scheduler:
     def spare(self, recipe: Recipe) -> int:
         """Bytes that a run of the recipe would find free, were the models to end that nobody writes with now."""
         return self._streams.spare(_device(recipe))
+
+    def room(self, recipe: Recipe) -> int:
+        """Bytes of the disk that a run of the recipe would find free, were what nobody uses there to be deleted."""
+        return self._quotas.spare(recipe)
 
     def history(self) -> dict[str, list[float]]:
         """The last 60 samples of each series in `status`, one a second, oldest first."""
@@ -310,7 +323,21 @@ class Scheduler:
             owners = [watch.run.owner for watch in self._watches.values()]
             if device not in self._watches and owners.count(run.owner) < self.limits.running:
                 self._served[run.owner] = time.monotonic()
+                self._make_room(run)
                 self._start_run(run, device)
+
+    def _make_room(self, run: Run) -> None:
+        """End warm models and delete files that nobody uses, as far as the run needs it: both may have come meanwhile.
+
+        Where what it needs is not known, for it is resumed or another server took it, all idle models end.
+        """
+        estimate, left = self._needs.pop(run.id, (None, 0))
+        if estimate is None:
+            self._streams.end_unused()
+            return
+        self._streams.end_unused(lambda: preflight.machine(run.recipe).free >= estimate.total)
+        here = all(self.hub.here.find(repo) for repo in preflight.repos(run.recipe))
+        self._quotas.make_room(run.recipe, left + (0 if here else estimate.download))
 
     def _start_run(self, run: Run, device: str) -> None:
         run = self.store.begin_attempt(run.id)
@@ -326,7 +353,8 @@ class Scheduler:
                     "secret": run.id in self._tokens,
                 },
             )  # fmt: skip
-            worker = self._runner.start(request, device, self._tokens.pop(run.id, ""))
+            asker = self._askers.pop(run.id, None) or copy_context()
+            worker = asker.run(self._runner.start, request, device, self._tokens.pop(run.id, ""))
         except OSError as error:
             reason = f"The worker could not be started. {os_reason(error)}"
             finish(self.store, run, attempt_folder(self.home, run.id, run.attempt), Status.FAILED, reason)
@@ -407,12 +435,13 @@ class Scheduler:
         return next((watch for watch in self._watches.values() if watch.run.id == run_id), None)
 
     def _check(self, recipe: Recipe, token: str) -> Estimate:
+        room = partial(self.room, recipe)
         try:
-            return preflight.check(recipe, self.hub, token)
+            return preflight.check(recipe, self.hub, token, 0, room)
         except TooBig:
             if not self._streams.end_unused():  # warm models are kept only as long as nothing else needs their room
                 raise
-            return preflight.check(recipe, self.hub, token)
+            return preflight.check(recipe, self.hub, token, 0, room)
 
     def _check_queue(self, owner: str) -> None:
         if (waiting := self.store.waiting(owner)) >= self.limits.queued:

@@ -14,13 +14,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from engine.configs import weight_names
 from engine.errors import BadModel
-from engine.files import publish
+from engine.files import Unused, publish
 from engine.origin import FolderOrigin
 from engine.sources import COMMIT, Repo
 
@@ -136,13 +137,13 @@ class Snapshots:
         """
         return [self._remove(repo) for used, repo in self._by_use() if used < before and repo.name not in spared]
 
-    def release(self, enough: Callable[[], bool], spared: Collection[str]) -> list[str]:
-        """Give back the disk of the snapshots used longest ago, one by one until it is enough; the repos' names."""
-        gone: list[str] = []
-        found = [repo for _, repo in self._by_use() if repo.name not in spared]
-        while found and not enough():
-            gone.append(self._remove(found.pop(0)))
-        return gone
+    def unused(self, spared: Collection[str]) -> list[Unused]:
+        """The snapshots of all repos but those of these names."""
+        return [
+            Unused(used, repo.name, self.place(repo), partial(self._remove, repo))
+            for used, repo in self._by_use()
+            if repo.name not in spared
+        ]
 
     def _by_use(self) -> list[tuple[float, Repo]]:
         """All snapshots and when they were last used, longest ago first; also those of which little has come."""

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -231,11 +231,11 @@ class Streams:
                 if not warm.busy and now - warm.used > IDLE:
                     self._end(model)
 
-    def end_unused(self) -> bool:
-        """End the workers that nobody uses now; whether there were any."""
+    def end_unused(self, enough: Callable[[], bool] = lambda: False) -> bool:
+        """End workers that nobody uses now, the ones used longest ago first, until it is enough; whether any ended."""
         with self._guard:
             found = False
-            while self._make_room():
+            while not enough() and self._make_room():
                 found = True
             return found
 

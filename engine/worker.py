@@ -33,7 +33,7 @@ from typing import TextIO
 
 from pydantic import JsonValue
 
-from engine.attempts import EventWriter, cache_folder, is_cancelled, take_lock, write_pid
+from engine.attempts import EventReader, EventWriter, cache_folder, is_cancelled, take_lock, write_pid
 from engine.errors import (
     Cancelled,
     HubError,
@@ -153,6 +153,22 @@ def bring(request: Request, stop: Stop, token: str) -> bool:
 
     try:
         return _finish(emit, work, stop) is Status.SUCCEEDED
+    finally:
+        writer.close()
+
+
+def fail(request: Request, stop: Stop, reason: str) -> None:
+    """Finish an attempt whose work was done elsewhere and ended without its own word: failed, unless it was stopped."""
+    folder = Path(str(request["folder"]))
+    if any(event.kind == "finished" for event in EventReader(folder).read()):
+        return
+    writer = EventWriter(folder, str(request["run"]), int(str(request["attempt"])))
+
+    def work() -> None:
+        raise RunError(reason)
+
+    try:
+        _finish(writer.emit, work, stop)
     finally:
         writer.close()
 

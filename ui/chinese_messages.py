@@ -543,6 +543,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The run would take about {seconds} s; on ZeroGPU a run has {most}. Use fewer steps, calibration samples "
         "or measurements, or run Maquette on a machine of its own.":
             "该运行大约需要 {seconds} 秒；ZeroGPU 上每次运行最多 {most} 秒。请减少步数、校准样本或测量项，或在单独的机器上运行 Maquette。",
+        "ZeroGPU gave the run no GPU, or took it away. Resume it later. It said: {said}":
+            "ZeroGPU 未给该运行分配 GPU，或已将其收回。请稍后继续。其说明：{said}",
         "In local mode Maquette listens on this machine alone, not on {host}. Set MAQUETTE_MODE=team (with `python -m "
         "engine user add NAME`) or MAQUETTE_MODE=public, or HOST=127.0.0.1.":
             "本地模式下 Maquette 只在本机监听，而不监听 {host}。请设置 MAQUETTE_MODE=team（并用 `python -m engine user add NAME` "

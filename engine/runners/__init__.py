@@ -31,7 +31,10 @@ class Runner(Protocol):
     """Starts workers, and finds those that a previous scheduler started."""
 
     def start(self, request: Path, device: str, secret: str = "") -> Worker:
-        """Start a worker on a request file that lies in its attempt folder; it alone is told the `secret`."""
+        """Start a worker on a request file that lies in its attempt folder; it alone is told the `secret`.
+
+        Called in the `contextvars` context in which the run was asked for.
+        """
 
     def adopt(self, folder: Path) -> Worker | None:
         """The worker that lives in an attempt folder; None where it is dead, with all its children then."""

@@ -10,21 +10,25 @@ Away from Spaces, `spaces.GPU` passes through and the run works on a thread; wit
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 
 import psutil
 
 from engine.attempts import take_lock, write_pid
-from engine.errors import TooBig
+from engine.errors import TooBig, short
 from engine.fit import Estimate
 from engine.methods import Emit
 from engine.records import Recipe
-from engine.worker import Pipeline, Stop, bring, execute
+from engine.worker import Pipeline, Stop, bring, execute, fail
+
+log = logging.getLogger(__name__)
 
 SECONDS = 120  # that a call may last
 LARGEST = 4 << 30  # bytes that a run may need by its estimate
@@ -84,17 +88,24 @@ class ZeroWorker:
 
     def __init__(self, request: Path, call: Call, secret: str = "") -> None:
         self._folder = request.parent
-        self._error: BaseException | None = None
         lock = take_lock(self._folder)
         assert lock is not None, f"a worker lives in the new folder {self._folder}"
         write_pid(lock, os.getpid())
 
         def run() -> None:
+            body, stop = json.loads(request.read_text()), FileStop(self._folder)
             with lock:
-                if bring(json.loads(request.read_text()), FileStop(self._folder), secret):
+                if not bring(body, stop, secret):
+                    return
+                try:
                     call(str(request))
+                except Exception as error:  # the worker's edge, too: there was no GPU, or it was taken away
+                    log.exception("the GPU call ended with an error")
+                    said = short(" ".join(str(getattr(error, "message", error)).split()), 200)
+                    fail(body, stop, f"ZeroGPU gave the run no GPU, or took it away. Resume it later. It said: {said}")
 
-        self._thread = threading.Thread(target=run, name="zero", daemon=True)
+        # In the context of whoever starts it, by whose request the package knows whose daily time the call takes.
+        self._thread = threading.Thread(target=copy_context().run, args=(run,), name="zero", daemon=True)
         self._thread.start()
 
     def alive(self) -> bool:

@@ -142,7 +142,9 @@ def test_three_models_part_and_are_sent_around(
     alone.context.close()
 
 
-def test_start_then_reload_finds_the_run_and_cancel_ends_it(open_page: Open, returning: StorageState) -> None:
+def test_start_then_reload_finds_the_run_which_is_cancelled_and_deleted(
+    open_page: Open, returning: StorageState
+) -> None:
     page = open_page(state=returning)
     tab(page, "Compress")
     expect(page.locator("#mq-fit")).to_contain_text("Fits", timeout=30_000)
@@ -157,6 +159,17 @@ def test_start_then_reload_finds_the_run_and_cancel_ends_it(open_page: Open, ret
     expect(page.locator("#mq-cancel-now")).to_be_visible(timeout=60_000)
     page.locator("#mq-cancel").click()  # of the newest, which is shown where none was chosen
     expect(page.locator("#mq-detail .mq-badge")).to_have_text("cancelled", timeout=60_000)
+    page.locator("#mq-delete").click()
+    expect(page.locator("#mq-keep")).to_be_focused(timeout=30_000)
+    expect(page.locator("#mq-keep")).to_have_accessible_description(re.compile("^Delete for good: "))
+    page.keyboard.press("Enter")
+    expect(page.locator("#mq-delete")).to_be_focused()
+    expect(page.locator("#mq-sure")).to_be_hidden(timeout=30_000)
+    page.keyboard.press("Enter")
+    page.locator("#mq-sure").click(timeout=30_000)
+    expect(page.locator(f"#mq-runs [data-run='{run}']")).to_have_count(0, timeout=30_000)
+    expect(page.locator("#mq-runs [tabindex]")).to_be_focused(timeout=30_000)
+    expect(page.locator("#mq-sure")).to_be_hidden(timeout=30_000)
 
 
 def test_cards_edit_the_recipe(open_page: Open, returning: StorageState) -> None:

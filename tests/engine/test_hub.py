@@ -5,17 +5,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from engine import headers, preflight
+from engine import headers, intermediate, preflight
 from engine.errors import BadModel, HubError, MaquetteError, NeedsToken, TooBig
 from engine.hub import KEPT, Hub
 from engine.modes import Limits
 from engine.preflight import DEMO
 from engine.quotas import Quotas
-from engine.records import Model, Recipe
+from engine.records import Model, Recipe, Status
+from engine.scheduler import Scheduler
 from engine.snapshots import Snapshots
 from engine.sources import Bundled, Folder, Repo, classify
 from engine.store import Store
@@ -287,10 +289,52 @@ def test_downloads_make_room_for_each_other_but_not_one_in_use(hub: Hub, tmp_pat
     assert not hub.here.place(Repo("org/a")).exists()
 
 
+def test_on_a_full_disk_kept_steps_make_room_too_but_none_in_use(hub: Hub, tmp_path: Path) -> None:
+    queued = Recipe.model_validate({"steps": ["prune/magnitude", {"quantize/rtn": {"group_size": 32}}]})
+    names = [*sorted(intermediate.keys(queued, hub)), "linked", "late"]
+    kept = [tmp_path / "cache" / "steps" / name for name in names]
+    for used, folder in enumerate(kept, 2):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(bytes(1 << 20))
+        os.utime(folder, (used, used))
+    os.link(kept[-2] / "weights", tmp_path / "of a running run")
+    old, new = keep(hub, "org/old", 1), keep(hub, "org/new", 99)
+    with Store(tmp_path / "maquette.db") as store:
+        store.add_run(queued)
+        gone = lambda: sum(not each.exists() for each in (old, new, *kept))  # noqa: E731
+        quota = Quotas(tmp_path, store, Limits(floor=2), gone, hub)
+        assert 3 << 20 <= quota.spare(Recipe()) < 4 << 20
+        quota.look([])
+        assert [each.exists() for each in (old, kept[-1], new)] == [False, False, True]
+        quota._limits = Limits(floor=9)
+        quota.look([], now=time.monotonic() + 2)
+        assert [each.exists() for each in (new, *kept)] == [False, *[True] * 5, False]
+        assert quota.spare(Recipe()) == 0
+
+
 def test_a_disk_that_is_too_small(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Snapshots, "free", lambda self: 1 << 20)
     with pytest.raises(TooBig, match=r"org/tiny needs 0\.00 GiB on the disk"):
         preflight.check(Recipe(model=model(NAME)), hub)
+    with pytest.raises(TooBig, match=r"needs 0\.00 GiB"):
+        preflight.estimate(Recipe(model=model(NAME)), hub, room=lambda: 1)
+
+
+def test_what_makes_room_counts_as_free_before_it_does(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [keep(hub, f"org/old-{number}", number) for number in range(8)]  # of a mebibyte; the other holds 4.5
+    monkeypatch.setattr(Snapshots, "free", lambda self: 0)
+    scheduler = Scheduler(tmp_path, hub=hub, limits=Limits(floor=1))
+    monkeypatch.setattr(scheduler._quotas, "_free", lambda: (16 << 20) * (not old[5].exists()))
+    with closing(scheduler.store):
+        run = scheduler.submit(Recipe(model=model(NAME)))
+        assert run.status is Status.QUEUED
+        assert [each.exists() for each in old] == [False] * 6 + [True] * 2
+        late = keep(hub, "org/late", 99)  # while the run waited
+        monkeypatch.setattr(scheduler._quotas, "_free", lambda: (1 << 20) if late.exists() else (16 << 20))
+        scheduler._make_room(run)
+    assert not late.exists()
 
 
 def test_a_gated_snapshot_is_for_those_whom_the_hub_lets(hub: Hub, server: loopback.Hub, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from engine import intermediate, methods, pipeline
 from engine.files import make_room
+from engine.hub import Hub
 from engine.models import LoadedModel
 from engine.records import Recipe
 from tests.conftest import Recorder
@@ -55,6 +56,19 @@ def test_another_last_step_repeats_no_first_and_gives_what_a_fresh_run_gives(app
     assert model.source == fresh.source
     assert model.quantized.keys() == fresh.quantized.keys()
     same_weights(model, fresh)
+
+
+def test_what_a_run_that_waits_would_begin_with_is_known_beforehand(applied: Apply, tmp_path: Path) -> None:
+    applied(WANDA, rtn(4))
+    cache = tmp_path / "home" / "cache"
+    assert intermediate.unused(cache) == []  # the run has links of its own
+    shutil.rmtree(tmp_path / "home" / "runs")
+    (kept,) = intermediate.unused(cache)
+    source = next(path for path in tmp_path.iterdir() if path.name.startswith("model-"))
+    waits = Recipe.model_validate({"model": str(source), "steps": [WANDA, rtn(3)]})
+    assert kept.folder.name in intermediate.keys(waits, Hub(tmp_path / "hub", offline=True))
+    applied(WANDA, rtn(3))
+    assert intermediate.unused(cache) == []
 
 
 def test_the_longest_beginning_is_reused(applied: Apply) -> None:

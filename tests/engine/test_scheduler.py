@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from engine import attempts, hardware, preflight, scheduler, streams, supervision
 from engine.attempts import EventWriter, attempt_folder, is_live, prepare, read_pid
 from engine.errors import BadModel, InputError, StoreError, TooBig, UnknownName
+from engine.fit import Machine
 from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
@@ -182,6 +184,26 @@ def test_warm_models_that_nobody_uses_make_room_for_a_run(
     assert ended(scheduler, scheduler.submit(does("quick"))).status is Status.SUCCEEDED
     with pytest.raises(TooBig):
         scheduler.submit(does("huge"))
+
+
+def test_models_that_were_warmed_while_a_run_waited_end_when_it_starts_as_far_as_it_needs(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(streams, "COMMAND", (sys.executable, str(Path(__file__).with_name("fake_serve.py"))))
+    monkeypatch.setattr(preflight, "check", lambda *asked: SimpleNamespace(total=2, download=0))
+    scheduler = make()
+    monkeypatch.setattr(preflight, "machine", lambda recipe: Machine(4 - len(scheduler._streams._warm)))
+    first, second = (scheduler.submit(does("polite")) for _ in range(2))
+    working(scheduler, first)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        list(scheduler.stream([str(tmp_path / name)], "Hi", max_tokens=1))
+    until(lambda: not any(warm.busy for warm in scheduler._streams._warm.values()))
+    scheduler.cancel(first.id)
+    working(scheduler, second)
+    assert [model.name for model in scheduler._streams.models()] == ["b", "c"]  # one of three, and the oldest
+    scheduler.cancel(second.id)
+    assert scheduler._needs == {}
 
 
 @pytest.mark.parametrize("behaviour", ["polite", "deaf", "native", "family", "downloads"])

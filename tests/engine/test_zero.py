@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,12 +52,16 @@ with Scheduler(home, runner=zero.ZeroRunner(gpu), refuses=zero.check) as schedul
 """
 
 
-def ended(scheduler: Scheduler, run: Run) -> Run:
+def until(reached: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
-    while not (found := scheduler.store.run(run.id)).status.final:
+    while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return found
+
+
+def ended(scheduler: Scheduler, run: Run) -> Run:
+    until(lambda: scheduler.store.run(run.id).status.final)
+    return scheduler.store.run(run.id)
 
 
 def test_a_run_inside_a_daemonic_fork(tmp_path: Path) -> None:
@@ -92,6 +97,23 @@ def test_cancelled_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(0.01)
         scheduler.cancel(run.id)
         assert ended(scheduler, run).status is Status.CANCELLED
+
+
+def test_who_asked_is_known_to_the_call_and_why_there_was_none_to_the_asker(tmp_path: Path) -> None:
+    visitor: ContextVar[str] = ContextVar("visitor", default="nobody")
+
+    def refuse(path: str) -> None:
+        raise RuntimeError(f"{visitor.get()} has no time left.")
+
+    with Scheduler(tmp_path, runner=zero.ZeroRunner(lambda work: refuse)) as scheduler:
+        token = visitor.set("ada")
+        run = scheduler.submit(Recipe())
+        visitor.reset(token)
+        run = ended(scheduler, run)
+        assert run.status is Status.FAILED
+        assert run.reason.endswith("Resume it later. It said: ada has no time left.")
+        until(lambda: not scheduler._watches)
+        assert ended(scheduler, scheduler.resume(run.id)).reason == run.reason.replace("ada", "nobody")
 
 
 def test_what_one_call_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -134,6 +134,9 @@ class FakeScheduler:
     def spare(self, recipe: Recipe) -> int:
         return self.idle
 
+    def room(self, recipe: Recipe) -> int:
+        return 0
+
     def history(self) -> dict[str, list[float]]:
         wave = [30 + 25 * math.sin(i / 5) for i in range(60)]
         return {"cpu": wave, "ram_used": [3e9 + 1e8 * w for w in wave], "engine": [4e8 + 1e6 * w for w in wave]}

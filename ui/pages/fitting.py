@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gradio as gr
 from markupsafe import Markup
 
@@ -26,11 +28,11 @@ def look(
     check(recipe)
     desk.check_sources(recipe)
     hub = hub or desk.scheduler.hub
-    spare = desk.scheduler.spare(recipe)
-    estimate = preflight.estimate(recipe, hub, token, speeds.probed(desk.store, desk.runs(owner)), spare)
+    spare, room = desk.scheduler.spare(recipe), partial(desk.scheduler.room, recipe)
+    estimate = preflight.estimate(recipe, hub, token, speeds.probed(desk.store, desk.runs(owner)), spare, room)
     way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token, spare)
     if estimate.fits:
-        preflight.check(recipe, hub, token, spare)
+        preflight.check(recipe, hub, token, spare, room)
     return markup.join((models.facts(desk, recipe.model, token, hub), meter.fit_meter(estimate, way))), way
 
 
@@ -48,6 +50,6 @@ def changed(desk: Desk, recipe: Recipe, token: str = "", hub: Hub | None = None)
     desk.check_sources(recipe)
     hub = hub or desk.scheduler.hub
     spare = desk.scheduler.spare(recipe)
-    estimate = preflight.estimate(recipe, hub, token, spare=spare)
+    estimate = preflight.estimate(recipe, hub, token, spare=spare, room=partial(desk.scheduler.room, recipe))
     way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token, spare)
     return recipe if way is None else way.recipe

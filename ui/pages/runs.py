@@ -30,6 +30,18 @@ element.addEventListener("click", (event) => {
   if (button) trigger("select", {run: button.dataset.run});
 });
 """
+# Where the focus goes, so that a screen reader tells what was asked: to the mild answer, which the question describes.
+ASKED = """() => {
+  const look = (tries) => {
+    const keep = document.querySelector("#mq-keep");
+    if (!keep?.offsetParent) return tries && setTimeout(look, 30, tries - 1);
+    keep.setAttribute("aria-describedby", "mq-sure");
+    keep.focus();
+  };
+  look(40);
+}"""
+KEPT = """() => { document.querySelector("#mq-delete").focus(); return []; }"""
+DELETED = """() => document.querySelector("#mq-runs [tabindex]")?.focus()"""
 PICKS = 6
 Shown = tuple[str, str, str]  # hash of the table, of the detail, and the state of the buttons
 
@@ -141,10 +153,13 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     on([timer.tick], ask, [picked, needle], [known], queue=False)
     on([known.change, needle.change], tick, inputs, outputs, queue=False)
     on([table.select], select, [needle, last], [picked, *outputs])
-    on([delete.click], doubt, [picked, last], [doomed, sure, keep])
-    on([sure.click, keep.click, table.select], settle, [], [sure, keep])
-    for button, name, which in ((cancel, "cancel", picked), (resume, "resume", picked), (sure, "delete", doomed)):
-        on([button.click], act(name), [which, needle, last, token], [picked, *outputs])
+    on([delete.click], doubt, [picked, last], [doomed, sure, keep]).success(None, js=ASKED)
+    on([keep.click], settle, [], [sure, keep], js=KEPT)
+    on([sure.click, table.select], settle, [], [sure, keep])
+    for button, name in ((cancel, "cancel"), (resume, "resume")):
+        on([button.click], act(name), [picked, needle, last, token], [picked, *outputs])
+    gone = on([sure.click], act("delete"), [doomed, needle, last, token], [picked, *outputs])
+    gone.success(None, js=DELETED)
     on([share.click], toggle, inputs, [picked, *outputs])
     on([picks.input], differ, [picks], [difference])
     return RunsPage(picked, timer, tick, inputs, outputs, compare, picks, journal)
