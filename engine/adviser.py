@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from engine import fit, methods, pace, preflight, sizes
+from engine import fit, methods, pace, sizes, suitability
 from engine.assumptions import Assumptions
 from engine.errors import BadParams, InputError, short
 from engine.headers import Shape
@@ -253,7 +253,7 @@ def _of_recipes(
         recipe = Recipe.model_validate({"model": model, "steps": steps})
         try:
             checked = methods.check(recipe)
-            preflight.check_steps(checked, base.shape)
+            suitability.check_steps(checked, base.shape)
             held = [*itertools.accumulate((params for _, params in checked), Holding.after, initial=base)]
         except InputError:
             continue

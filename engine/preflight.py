@@ -10,10 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from engine import fit, hardware, headers, methods, patterns, ways
+from engine import fit, hardware, headers, methods, patterns, suitability, ways
 from engine.configs import check_tokenizer, read_object
-from engine.errors import BadModel, BadParams, BadText, InputError, TooBig, short
-from engine.experts import NAMES
+from engine.errors import BadModel, BadText, InputError, TooBig, short
 from engine.fit import Estimate, Machine
 from engine.headers import Shape
 from engine.hub import Hub
@@ -22,13 +21,12 @@ from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
-from engine.sizes import HEADS, NOT_PACKED, WIDTHS, counted_parameters, head_of, longest_text
+from engine.sizes import NOT_PACKED, WIDTHS
 from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
-LEAST_POSITIONS = 128  # a prompt, byte by byte at worst, and what is written after it
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
 
 
@@ -195,8 +193,8 @@ def check(
     check_tokenizer(origin)
     if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
-    check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
-    _check_measures(recipe, shape)
+    suitability.check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
+    suitability.check_measures(recipe, shape)
     for _, params in steps:
         params.check_models(origin)
         if shape.here:  # else the worker does, once the model is
@@ -304,43 +302,6 @@ def _too_big(found: Estimate, way: Way | None) -> str:
     return f"{said}: {way.phrase}.{'' if way.fits else f' That is too much, too. {close}'}"
 
 
-def check_steps(steps: list[tuple[Method, Params]], shape: Shape, width: int = 16) -> None:
-    """Refuse settings that cannot work on a model of this shape, each on what the steps before it leave.
-
-    width: bits of a weight as it is loaded.
-
-    Raises:
-        InputError: one line that names the method and what would work.
-    """
-    if steps:
-        _check_experts(steps, shape)
-    becoming = shape
-    for method, params in steps:
-        _check_shapes(method, params, becoming, width)
-        _check_length(method, params, becoming)
-        config, tensors = params.reshaped(becoming.config, becoming.tensors)
-        becoming = replace(becoming, config=config, tensors=tensors)
-
-
-def _check_length(method: Method, params: Params, shape: Shape) -> None:
-    """Refuse sequences that are longer than the model has positions for."""
-    length, longest = getattr(params, "sequence_length", 0), longest_text(shape.config)
-    if length > longest > 0:
-        raise BadParams(
-            f"{method.name}: sequence_length {length:,} is more than the {longest:,} tokens that the model reads. "
-            f"Use {longest} or less."
-        )
-
-
-def _check_measures(recipe: Recipe, shape: Shape) -> None:
-    """Refuse to let a model write that has no positions for what is measured."""
-    longest = longest_text(shape.config)
-    if set(recipe.measure) - {"size"} and 0 < longest < LEAST_POSITIONS:
-        raise BadModel(
-            f"The model reads {longest} tokens, and measuring takes up to {LEAST_POSITIONS}. Measure its size alone."
-        )
-
-
 def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str, room: Callable[[], int]) -> int:
     """Bytes of these models that have to come from the hub first, where the disk has room for them.
 
@@ -360,75 +321,6 @@ def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str, room: Cal
                 "Delete old runs, or choose another folder with MAQUETTE_HOME."
             )
     return needed
-
-
-def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
-    """Refuse mixtures whose layout is not known, and what a file cannot say of experts, which share one scheme."""
-    count = headers.experts(shape.config)
-    kind = str(shape.config["model_type"])
-    if count < 2:
-        return
-    if kind not in NAMES:
-        raise BadModel(
-            f"{short(shape.folder.name)} is a mixture of {count} experts of the type {kind}; Maquette can compress "
-            f"those of {', '.join(NAMES)}."
-        )
-    linears = [name for name in shape.linears if ".experts." in name]
-    for method, params in steps:
-        chosen = sum(params.selects(name) for name in linears) if isinstance(params, Selection) else len(linears)
-        if method.family != "quantize" or not chosen:
-            continue
-        if chosen < len(linears):
-            raise BadParams(
-                f"{method.name}: {chosen} of {len(linears)} linears of experts are selected; files can hold all of "
-                "them quantized or none. Ignore `*.experts.*`, or none of them."
-            )
-        if reason := params.unfit_for_experts():
-            raise BadParams(f"{method.name}: {reason} Choose other settings, or ignore `*.experts.*`.")
-
-
-def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> None:
-    linears = shape.linears  # made anew each time it is asked for
-    names = [name for name in linears if not isinstance(params, Selection) or params.selects(name)]
-    if not names and linears and isinstance(params, Selection):
-        raise BadParams(
-            f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
-            f"{short(params.ignore)!r}. Names are as in {next(iter(linears))}."
-        )
-    for key, some in params.patterns().items():
-        for pattern in some:
-            if linears and not any(patterns.matches(pattern, name) for name in names):
-                raise BadParams(
-                    f"{method.name}: {short(pattern)!r} of {key} fits no linear that is chosen. Names are as in "
-                    f"{next(iter(linears))}."
-                )
-    _check_beyond_blocks(method, params, shape)
-    try:
-        if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
-            raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
-        params.check_config(shape.config)
-        chosen = {name: linears[name] for name in names} | (head_of(shape) if params.beyond_blocks()[0] else {})
-        params.check_model(chosen, counted_parameters(shape, params, width), width)
-    except BadParams as error:
-        raise BadParams(f"{method.name}: {error}") from None
-
-
-def _check_beyond_blocks(method: Method, params: Params, shape: Shape) -> None:
-    """Refuse embeddings of their own kind, and to part a head from its embeddings where that makes the model larger."""
-    head, embeddings = params.beyond_blocks()
-    if embeddings and str(shape.config.get("model_type")).startswith("gemma3"):
-        raise BadParams(f"{method.name}: Gemma 3 has embeddings of its own kind, which can only stay as they are.")
-    tied = not any(name.endswith(HEADS) for name in shape.tensors)
-    if tied and head and "embeddings" not in type(params).model_fields:
-        raise BadParams(
-            f"{method.name}: the head of {short(shape.folder.name)} is its embeddings, which stay as they are here. "
-            "Turn head off."
-        )
-    if tied and head != embeddings:
-        raise BadParams(
-            f"{method.name}: the head of {short(shape.folder.name)} is its embeddings; quantized apart, they would be "
-            "larger. Choose both, head and embeddings, or neither."
-        )
 
 
 def check_text(text: Path, folder: Path, length: int) -> None:

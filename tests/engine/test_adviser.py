@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import adviser, cli, fit, pace, preflight
+from engine import adviser, cli, fit, pace, preflight, suitability
 from engine.adviser import Advice, Advised, Goal
 from engine.advising import TITLES, assume, rows
 from engine.assumptions import Assumptions
@@ -120,7 +120,7 @@ def test_every_recipe_can_be_run_on_the_model_it_is_for() -> None:
     assert {"gptq4", "depth_gptq4", "kv8"} <= {advice.name for advice in found}
     for advice in found:
         assert advice.recipe is not None
-        preflight.check_steps(adviser.methods.check(advice.recipe), shape)
+        suitability.check_steps(adviser.methods.check(advice.recipe), shape)
     four = named(advise("memory=8GB", shape))["gptq4"].recipe
     assert four is not None
     assert four.steps[0].params["group_size"] == 32
