@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import json
+import shlex
 import signal
 import sys
 import time
@@ -101,7 +102,8 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
     store = Store(folder / "maquette.db", read_only=True)
     ended = store.run(run_id)
     if ended.status is Status.INTERRUPTED:
-        sys.stderr.write(f"Interrupted. Go on with: python -m engine run --resume {run_id}\n")
+        place = f" --home {shlex.quote(options.home)}" if options.home else ""
+        sys.stderr.write(f"Interrupted. Go on with: python -m engine run --resume {run_id}{place}\n")
     elif ended.reason:
         sys.stderr.write(f"{ended.reason}\n")
     measurements = list(store.measurements(run_id).values())

@@ -271,7 +271,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path: Path) -> None:
         out, err = first.communicate(timeout=60)
     result = json.loads(out.splitlines()[-1])
     assert (first.returncode, result["status"]) == (130, "interrupted")
-    assert f"--resume {result['id']}" in err
+    assert f"--resume {result['id']} --home {tmp_path / 'home'}" in err
     assert "Traceback" not in err
     again = subprocess.run([*command, "--resume", result["id"]], **options, check=False, timeout=200)  # type: ignore[call-overload]
     finished = json.loads(again.stdout.splitlines()[-1])
