@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import cli, doctor, pipeline, preflight
+from engine import cli, doctor, export, pipeline, preflight
 from engine.errors import OutOfMemory
 from engine.methods import Emit
 from engine.presets import PRESETS
@@ -100,6 +100,28 @@ def test_export(call, tmp_path: Path) -> None:
     code, _, err = call("export", "artifact", "--format", "gtpq", "--to", "other")
     assert (code, len(err)) == (2, 1)
     assert "Did you mean gptq" in err[0]
+
+
+def test_a_run_stands_for_the_model_that_it_made(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = json.loads(call("run", recipe("model: demo"), "--json")[1][-1])
+    failed = json.loads(call("run", recipe("model: demo\nseed: 13"), "--json")[1][-1])["id"]
+    exported: list[Path] = []
+    monkeypatch.setattr(
+        export, "exporter", lambda name: lambda source, target: (exported.append(source), target.mkdir())
+    )
+    assert call("export", made["id"], "--format", "gptq", "--to", "out")[0] == 0
+    assert exported == [Path(made["artifact"]).resolve()]
+    assert load_recipe("\n".join(call("preset", "half", "--model", made["id"])[1])).model.source == made["artifact"]
+    call("run", "recipe.yaml", "--model", made["id"])
+    assert Store(tmp_path / "home" / "maquette.db", read_only=True).runs()[0].recipe.model.source == made["artifact"]
+    for command in (["export", failed, "--format", "gptq", "--to", "other"], ["measure", failed],
+                    ["advise", failed, "--goal", "cost"]):  # fmt: skip
+        code, _, err = call(*command)
+        assert (code, len(err)) == (2, 1)
+        assert f"Run {failed} has no model: it is failed." in err[0]
+    code, _, err = call("export", "0a1b2c3d", "--format", "gptq", "--to", "other")
+    assert (code, len(err)) == (2, 1)
+    assert "no model folder '0a1b2c3d'" in err[0]
 
 
 def test_run_elsewhere(call, tmp_path: Path) -> None:
