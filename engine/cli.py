@@ -95,11 +95,13 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
     run_id: str | None = None
     try:
         with supervisor(folder) as scheduler:
+            told = 0
             if recipe is not None:
                 run_id = scheduler.submit(recipe, token=token).id
             else:
+                told = max((event.number for event in scheduler.store.events(options.resume)), default=0)
                 run_id = scheduler.resume(options.resume, owner=None, token=token).id
-            _follow(scheduler.store, run_id)
+            _follow(scheduler.store, run_id, told)
     except KeyboardInterrupt:
         if run_id is None:
             raise
@@ -390,9 +392,8 @@ def _measures(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else choose_measures(name.strip() for name in text.split(",") if name.strip())
 
 
-def _follow(store: Store, run_id: str) -> None:
-    """Show a run's progress until it ends."""
-    after = 0
+def _follow(store: Store, run_id: str, after: int) -> None:
+    """Show a run's progress beyond the event `after` until it ends."""
     while True:
         ended = store.run(run_id).status.final  # before the events, so that the last of them are shown
         for event in store.events(run_id, after, kinds=("phase", "progress", "log")):

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def fake_pipeline(recipe: Recipe, folder: Path, emit: Emit, check: Callable[[], None]) -> None:
+    emit("log", {"text": folder.name})
     if recipe.seed == 13:
         raise OutOfMemory("It did not fit.")
     (folder / "artifact").mkdir()
@@ -142,6 +143,15 @@ def test_a_run_that_fails(call) -> None:
     assert json.loads(out[-1])["status"] == "failed"
     assert json.loads(out[-1])["reason"] == "It did not fit."
     assert err[-1] == "It did not fit."
+
+
+def test_a_resumed_run_tells_only_what_is_new(call) -> None:
+    code, out, first = call("run", recipe("model: demo\nseed: 13"), "--json")
+    assert "  attempt-1" in first
+    code, _, again = call("run", "--resume", json.loads(out[-1])["id"])
+    assert code == 1
+    assert "  attempt-2" in again
+    assert "  attempt-1" not in again
 
 
 @pytest.mark.parametrize(
