@@ -61,13 +61,18 @@ def assume(settings: Sequence[str]) -> Assumptions:
 
     Raises:
         UnknownName: there is no such assumption.
-        BadParams: a value out of its bounds, or none.
+        BadParams: no value, or one out of its bounds.
     """
     body = {}
     for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in Assumptions.model_fields:
+        name, _, value = (part.strip() for part in setting.partition("="))
+        if name and name not in Assumptions.model_fields:
             raise UnknownName("assumption", name, Assumptions.model_fields)
+        if not name or not value:
+            names = ", ".join(Assumptions.model_fields)
+            raise BadParams(
+                f"{short(setting)!r} is no assumption with its number. Write it as teacher_price=3; there are {names}."
+            )
         body[name] = value
     try:
         return Assumptions.model_validate(body)

@@ -32,6 +32,7 @@ from typing import NoReturn, Protocol, Self
 from pydantic import JsonValue, ValidationError
 
 from engine import advising, doctor, export, headers, methods, preflight
+from engine.assumptions import Assumptions
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, UnknownName, short
 from engine.hub import Hub
 from engine.presets import PRESETS, preset
@@ -342,7 +343,10 @@ def _parser() -> argparse.ArgumentParser:
     counsel = add("advise", advise)
     counsel.add_argument("model", metavar="MODEL", help=MODELS)
     counsel.add_argument("--goal", required=True, help="memory=8GB, latency=0.5 (half), cost, or cost=0.3 (USD)")
-    counsel.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help="e.g. teacher_price=3")
+    counsel.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=NUMBER",
+        help=f"e.g. teacher_price=3; of {', '.join(Assumptions.model_fields)}",
+    )  # fmt: skip
     beginner = add("preset", show_preset)
     beginner.add_argument("name", nargs="?", metavar="NAME", help=", ".join(PRESETS))
     beginner.add_argument("--model", default="demo", help=MODELS)

@@ -361,6 +361,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         # goals of the advice
         "The goal is {goal}. Write memory=8GB, latency=0.5 (half), cost or cost=0.3 (USD).":
             "目标为 {goal}。请写 memory=8GB、latency=0.5（一半）、cost 或 cost=0.3（美元）。",
+        "{setting} is no assumption with its number. Write it as teacher_price=3; there are {names}.":
+            "{setting} 不是带数值的假设。请写成 teacher_price=3；可用的有 {names}。",
         "There is no goal {goal}. Choose memory, latency or cost.": "没有目标 {goal}。请选择 memory、latency 或 cost。",
         "The goal {goal} needs a number: {example}.": "目标 {goal} 需要一个数值：{example}。",
         "The number of the goal {goal} is {value}; it must lie above 0, up to {most}.":

@@ -187,6 +187,8 @@ def test_goals_that_are_none(text: str, words: str) -> None:
         ("teacher_prize=3", UnknownName, "Did you mean teacher_price"), ("months=0", BadParams, "months"),
         ("utilization=1.5", BadParams, "utilization"), ("batch=many", BadParams, "batch"),
         ("served=nan", BadParams, "served"),
+        ("teacher_price", BadParams, "'teacher_price' is no .* Write it as teacher_price=3; there are teacher_price, "),
+        ("teacher_price= ", BadParams, "Write it as teacher_price=3"), ("", BadParams, "Write it as teacher_price=3"),
     ],
 )  # fmt: skip
 def test_assumptions_have_bounds(setting: str, error: type[InputError], words: str) -> None:
