@@ -213,6 +213,9 @@ def test_the_command_line_advises(tmp_path: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert "not measured here" in said
     assert sum(line.startswith(">") for line in said.splitlines()) == 1
+    (now,) = [line for line in said.splitlines() if "as it is" in line]
+    assert " 4.59 MB " in now
+    assert rows(advise("cost"))[1][3] == "16.06 GB"
     body = ["advise", "demo", "--goal", "cost", "--assume", "teacher_price=4", "--json", *home]
     assert cli.main(body, Scheduler) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
