@@ -666,8 +666,9 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
             "学生包含教师的每一层：大小相同，并以教师本身为起点。",
         "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
         "The student is the teacher itself.": "学生就是教师本身。",
-        "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own.":
-            "它只读取演示文本，其内容是一个虚构的小世界。请给出您自己的文本。",
+        "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own; a shared "
+        "server takes none: run Maquette on your own machine.":
+            "它只读取演示文本，其内容是一个虚构的小世界。请给出您自己的文本；共享服务器不接受文本，请在自己的机器上运行 Maquette。",
         # notes on linears
         "{said_note}; only {tokens} tokens reached it": "{said_note}；只有 {tokens} 个词元到达它",
         "only {tokens} tokens reached it": "只有 {tokens} 个词元到达它", "no token reached it": "没有词元到达它",
