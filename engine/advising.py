@@ -61,13 +61,18 @@ def assume(settings: Sequence[str]) -> Assumptions:
 
     Raises:
         UnknownName: there is no such assumption.
-        BadParams: a value out of its bounds, or none.
+        BadParams: no value, or one out of its bounds.
     """
     body = {}
     for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in Assumptions.model_fields:
+        name, _, value = (part.strip() for part in setting.partition("="))
+        if name and name not in Assumptions.model_fields:
             raise UnknownName("assumption", name, Assumptions.model_fields)
+        if not name or not value:
+            names = ", ".join(Assumptions.model_fields)
+            raise BadParams(
+                f"{short(setting)!r} is no assumption with its number. Write it as teacher_price=3; there are {names}."
+            )
         body[name] = value
     try:
         return Assumptions.model_validate(body)
@@ -79,7 +84,7 @@ def assume(settings: Sequence[str]) -> Assumptions:
 
 def rows(found: Advised) -> list[list[str]]:
     """A table with a line for each measure, marked as MARKS says."""
-    lines = [["", "", "memory, GB", "file, GB", "latency", "USD / M tokens", "GPU hours", "USD once", "quality"]]
+    lines = [["", "", "memory", "file", "latency", "USD / M tokens", "GPU hours", "USD once", "quality"]]
     now = found.now
     original = _figures(now.memory, now.file, 1.0, now.cost)
     lines.append([">" if found.met else "", "as it is", *original, "", "", _quality(found.quality)])
@@ -120,7 +125,12 @@ def _mark(advice: Advice) -> str:
 
 
 def _figures(memory: int, file: int, ratio: float, cost: float) -> list[str]:
-    return [f"{memory / 1e9:.2f}", f"{file / 1e9:.2f}", f"{ratio:.2f}x", f"{cost:.3g}"]
+    return [_size(memory), _size(file), f"{ratio:.2f}x", f"{cost:.3g}"]
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit that a goal is typed in, GB; below one in MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _quality(found: Mapping[str, Measurement]) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import mmap
+import weakref
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,20 +289,20 @@ def _visit(
 def observe(block: Block, collect: Collect) -> None:
     """Run the block over all its inputs and fill its linears' statistics.
 
-    Linears that read the same tensor (q, k and v; gate and up) share one set of statistics. What the last one gives
-    would reach no other, so it gives zeros, which saves its product.
+    Linears that read the same tensor (q, k and v; gate and up) share one set of statistics: which do, the first batch
+    shows. What the last one gives would reach no other, so from then on it gives zeros, which saves its product.
     """
     if not block.linears:
         return
-    groups = shared_inputs(block, *block.batches[0])
+    groups = _observe_first(block, collect)
     with contextlib.ExitStack() as stack:
         for group in groups:
             hook = group[0].module.register_forward_pre_hook(Accumulator(group[0], collect))
             stack.callback(hook.remove)
         if len(groups[-1]) == 1:
             stack.enter_context(_giving_zeros(groups[-1][0]))
-        for states, call in block.batches:
-            run_block(block.module, states, call)
+        for number in range(1, len(block.batches)):
+            run_block(block.module, *block.batches[number])
     for first, *others in groups:
         for other in others:
             other.hessian, other.input_norm, other.tokens = first.hessian, first.input_norm, first.tokens
@@ -319,21 +320,26 @@ def _giving_zeros(linear: BlockLinear) -> Iterator[None]:
         del linear.module.forward
 
 
-def shared_inputs(block: Block, states: Tensor, call: Call) -> list[list[BlockLinear]]:
-    """The block's linears in the order of their calls, those together that read the same tensor.
+def _observe_first(block: Block, collect: Collect) -> list[list[BlockLinear]]:
+    """Observe the first batch; the block's linears in the order of their calls, those together that read one tensor.
 
-    Linears that this call did not reach (experts) come first.
+    The first of those that stand together has the statistics. Linears that this batch did not reach (experts) come
+    first.
     """
-    readers: dict[int, tuple[Tensor, list[BlockLinear]]] = {}  # the tensors are kept, so that no id is used twice
+    groups: list[tuple[weakref.ref[Tensor], list[BlockLinear]]] = []  # an id alone may be used twice
 
     def note(linear: BlockLinear, inputs: Tensor) -> None:
-        readers.setdefault(id(inputs), (inputs, []))[1].append(linear)
+        known = next((group for tensor, group in groups if tensor() is inputs), None)
+        if known is not None:
+            known.append(linear)
+            return
+        groups.append((weakref.ref(inputs), [linear]))
+        Accumulator(linear, collect)(linear.module, (inputs,))
 
     with contextlib.ExitStack() as stack:
         for linear in block.linears:
             hook = linear.module.register_forward_pre_hook(lambda _, args, linear=linear: note(linear, args[0]))
             stack.callback(hook.remove)
-        run_block(block.module, states, call)
-    found = [group for _, group in readers.values()]
-    reached = {linear.name for group in found for linear in group}
-    return [[linear] for linear in block.linears if linear.name not in reached] + found
+        run_block(block.module, *block.batches[0])
+    reached = {linear.name for _, group in groups for linear in group}
+    return [[linear] for linear in block.linears if linear.name not in reached] + [group for _, group in groups]

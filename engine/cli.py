@@ -3,12 +3,13 @@
     python -m engine run RECIPE.yaml [--model owner/name@revision] [--home DIR] [--measure a,b] [--json]
     python -m engine run --resume RUN
     python -m engine measure MODEL [--measure a,b] [--baseline MODEL] [--json]
-    python -m engine export ARTIFACT --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
+    python -m engine export ARTIFACT|RUN --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
     python -m engine advise MODEL --goal memory=8GB|latency=0.5|cost [--assume NAME=NUMBER] [--json]
     python -m engine preset [NAME] [--model MODEL]     a recipe to begin with, as YAML; without a name, which there are
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
     python -m engine user add|remove NAME | user list     who may log in to a team server; the password comes from stdin
 
+Where a model is asked for, the id of a run means the model that it made.
 Results go to stdout, progress and errors to stderr. With --json the last line of stdout is one JSON object.
 Exit codes: 0 done, 1 failed, 2 refused with one line that says why, 130 interrupted.
 """
@@ -18,6 +19,8 @@ from __future__ import annotations
 import argparse
 import getpass
 import json
+import re
+import shlex
 import signal
 import sys
 import time
@@ -29,7 +32,8 @@ from typing import NoReturn, Protocol, Self
 from pydantic import JsonValue, ValidationError
 
 from engine import advising, doctor, export, figures, headers, methods, preflight
-from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, short
+from engine.assumptions import Assumptions
+from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, UnknownName, short
 from engine.hub import Hub
 from engine.presets import PRESETS, preset
 from engine.recipes import choose_measures, dump_recipe, load_recipe
@@ -40,6 +44,8 @@ from engine.users import UserFile
 
 Json = dict[str, JsonValue]
 EXIT = {Status.SUCCEEDED: 0, Status.REFUSED: 2, Status.INTERRUPTED: 130, Status.CANCELLED: 130}
+MODELS = "demo, owner/name[@revision] of the hub, a folder, or a run"
+RUN_ID = re.compile(r"[0-9a-f]{8}")
 FOLLOW = 0.2  # seconds between looks at a run
 
 
@@ -83,25 +89,28 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
         raise InputError("Give either a recipe file or --resume RUN.")
     recipe = None if options.recipe is None else read_recipe(Path(options.recipe), options.measure)
     if recipe is not None and options.model is not None:
-        recipe = recipe.model_copy(update={"model": _model(options.model, recipe.model.dtype)})
+        recipe = recipe.model_copy(update={"model": _model(options, options.model, recipe.model.dtype)})
     token = sys.stdin.readline().strip() if options.token_stdin else ""
     folder = _home(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: interrupted, can be resumed
     run_id: str | None = None
     try:
         with supervisor(folder) as scheduler:
+            told = 0
             if recipe is not None:
                 run_id = scheduler.submit(recipe, token=token).id
             else:
+                told = max((event.number for event in scheduler.store.events(options.resume)), default=0)
                 run_id = scheduler.resume(options.resume, owner=None, token=token).id
-            _follow(scheduler.store, run_id)
+            _follow(scheduler.store, run_id, told)
     except KeyboardInterrupt:
         if run_id is None:
             raise
     store = Store(folder / "maquette.db", read_only=True)
     ended = store.run(run_id)
     if ended.status is Status.INTERRUPTED:
-        sys.stderr.write(f"Interrupted. Go on with: python -m engine run --resume {run_id}\n")
+        place = f" --home {shlex.quote(options.home)}" if options.home else ""
+        sys.stderr.write(f"Interrupted. Go on with: python -m engine run --resume {run_id}{place}\n")
     elif ended.reason:
         sys.stderr.write(f"{ended.reason}\n")
     measurements = list(store.measurements(run_id).values())
@@ -116,8 +125,8 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
 def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`measure`: measure any model that is on this machine, in this process."""
     hub = Hub(_home(options) / "cache" / "hub", offline=True)
-    folder = preflight.locate(_model(options.folder), hub)
-    baseline = None if options.baseline is None else preflight.locate(_model(options.baseline), hub)
+    folder = preflight.locate(_model(options, options.folder), hub)
+    baseline = None if options.baseline is None else preflight.locate(_model(options, options.baseline), hub)
     asked = _measures(options.measure) or ()
     measures = asked or USUAL_MEASURES
     if "divergence" in asked and baseline is None:
@@ -144,7 +153,8 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
 
 def export_artifact(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`export`: write an artifact in a format that other programs read."""
-    source, target = preflight.resolve(options.artifact), Path(options.to).expanduser().absolute()
+    source = preflight.resolve(_made(options, options.artifact))
+    target = Path(options.to).expanduser().absolute()
     export.exporter(options.format)(source, target)
     size = sum(file.stat().st_size for file in target.iterdir())
     if options.json:
@@ -157,7 +167,7 @@ def export_artifact(options: argparse.Namespace, supervisor: Callable[[Path], Su
 def advise(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`advise`: what to do with a model for a goal, the mildest first."""
     found = advising.answer(
-        _model(options.model), options.goal, options.assume, _home(options) / "maquette.db",
+        _model(options, options.model), options.goal, options.assume, _home(options) / "maquette.db",
         Hub(_home(options) / "cache" / "hub"),
     )  # fmt: skip
     if options.json:
@@ -171,7 +181,8 @@ def advise(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]
 def show_preset(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`preset`: a recipe by name, as YAML to run or to change; without a name, all of them."""
     names = list(PRESETS) if options.name is None else [options.name]
-    found = {name: Recipe.model_validate({"model": _model(options.model), "steps": preset(name)}) for name in names}
+    model = _model(options, options.model)
+    found = {name: Recipe.model_validate({"model": model, "steps": preset(name)}) for name in names}
     if options.json:
         _json({"presets": {name: dump_recipe(recipe) for name, recipe in found.items()}})
     elif options.name is None:
@@ -325,27 +336,30 @@ def _parser() -> argparse.ArgumentParser:
     runner = add("run", run)
     runner.add_argument("recipe", nargs="?", metavar="RECIPE.yaml")
     runner.add_argument("--resume", metavar="RUN", help="go on with an interrupted or failed run")
-    runner.add_argument("--model", help="instead of the recipe's: demo, owner/name[@revision] of the hub, or a folder")
+    runner.add_argument("--model", help=f"instead of the recipe's: {MODELS}")
     runner.add_argument(
         "--token-stdin", action="store_true", help="read the hub's token for a gated model from the first line of stdin"
     )
     runner.add_argument("--measure", help=f"instead of the recipe's: {','.join(MEASURES)}")
     meter = add("measure", measure)
-    meter.add_argument("folder", metavar="MODEL", help="demo, a folder, or a downloaded owner/name of the hub")
+    meter.add_argument("folder", metavar="MODEL", help="demo, a folder, a run, or a downloaded owner/name of the hub")
     meter.add_argument("--measure", help=f"of {','.join(MEASURES)}; default: all but sensitivity")
     meter.add_argument("--baseline", help="the original model, for kl, top1_agreement and flips")
     meter.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    exporter = add("export", export_artifact, with_home=False)
-    exporter.add_argument("artifact", metavar="ARTIFACT", help="the folder that a run saved")
+    exporter = add("export", export_artifact)
+    exporter.add_argument("artifact", metavar="ARTIFACT", help="a run, or the folder that it saved")
     exporter.add_argument("--format", required=True, help=", ".join(export.formats()))
     exporter.add_argument("--to", required=True, metavar="FOLDER", help="a folder that is not there yet")
     counsel = add("advise", advise)
-    counsel.add_argument("model", metavar="MODEL", help="demo, or a model folder")
+    counsel.add_argument("model", metavar="MODEL", help=MODELS)
     counsel.add_argument("--goal", required=True, help="memory=8GB, latency=0.5 (half), cost, or cost=0.3 (USD)")
-    counsel.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help="e.g. teacher_price=3")
-    beginner = add("preset", show_preset, with_home=False)
+    counsel.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=NUMBER",
+        help=f"e.g. teacher_price=3; of {', '.join(Assumptions.model_fields)}",
+    )  # fmt: skip
+    beginner = add("preset", show_preset)
     beginner.add_argument("name", nargs="?", metavar="NAME", help=", ".join(PRESETS))
-    beginner.add_argument("--model", default="demo", help="demo, owner/name[@revision] of the hub, or a folder")
+    beginner.add_argument("--model", default="demo", help=MODELS)
     add("methods", list_methods, with_home=False)
     add("runs", list_runs)
     comparer = add("compare", compare)
@@ -362,7 +376,26 @@ def _home(options: argparse.Namespace) -> Path:
     return Path(options.home).expanduser().absolute() if options.home else home()
 
 
-def _model(text: str, dtype: str = "bfloat16") -> Model:
+def _made(options: argparse.Namespace, text: str) -> str:
+    """The folder of the model that a run made, where a text is the id of one; else the text."""
+    if not RUN_ID.fullmatch(text) or Path(text).is_dir():
+        return text
+    path = _home(options) / "maquette.db"
+    if not path.exists():
+        return text
+    try:
+        run = Store(path, read_only=True).run(text)
+    except UnknownName:  # a model of the hub may be called so
+        return text
+    folder = _artifact(run)
+    if folder is None:
+        why = "its files were deleted" if run.status is Status.SUCCEEDED else f"it is {run.status}"
+        raise InputError(f"Run {run.id} has no model: {why}. Name another of `python -m engine runs`, or a folder.")
+    return folder
+
+
+def _model(options: argparse.Namespace, text: str, dtype: str = "bfloat16") -> Model:
+    text = _made(options, text)
     try:
         return Model.model_validate({"source": text, "dtype": dtype})
     except ValidationError as error:
@@ -373,9 +406,8 @@ def _measures(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else choose_measures(name.strip() for name in text.split(",") if name.strip())
 
 
-def _follow(store: Store, run_id: str) -> None:
-    """Show a run's progress until it ends."""
-    after = 0
+def _follow(store: Store, run_id: str, after: int) -> None:
+    """Show a run's progress beyond the event `after` until it ends."""
     while True:
         ended = store.run(run_id).status.final  # before the events, so that the last of them are shown
         for event in store.events(run_id, after, kinds=("phase", "progress", "log")):

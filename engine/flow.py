@@ -121,11 +121,12 @@ class Flow:
     @torch.no_grad()
     def to_the_head(self, model: LoadedModel) -> None:
         """Let what follows the blocks (the final norm) compute, with the states in the place of what blocks give."""
-        for batch, ids in enumerate(self.ids):
-            states = self.states[batch]
-            given = (states,) if self.tuples else states
-            with standing_in(model, functools.partial(_give, given)):
-                self.states[batch] = model.network.base_model(input_ids=ids, use_cache=False)[0]
+        with model.lingering():
+            for batch, ids in enumerate(self.ids):
+                states = self.states[batch]
+                given = (states,) if self.tuples else states
+                with standing_in(model, functools.partial(_give, given)):
+                    self.states[batch] = model.network.base_model(input_ids=ids, use_cache=False)[0]
 
 
 @contextlib.contextmanager
@@ -192,8 +193,10 @@ def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Fl
         return (states,) if tuples[0] else states
 
     with standing_in(model, note) as originals:
-        for batch in batches:
-            model.network.base_model(input_ids=batch, use_cache=False)
+        model.network.base_model(input_ids=batches[0], use_cache=False)  # a block computes here, alone in memory
+        with model.lingering():
+            for batch in batches[1:]:
+                model.network.base_model(input_ids=batch, use_cache=False)
     of_head = [Call((), {})] * len(batches)
     return Flow(hidden, [*calls, of_head], batches, tuples[0])
 

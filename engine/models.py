@@ -88,6 +88,7 @@ class Parts:
     where: dict[str, Part]
     tied: Mapping[str, str]
     opened: set[str] = field(default_factory=set)
+    lingering: contextlib.ExitStack | None = None
 
     def fill(self, model: LoadedModel, part: str) -> None:
         """Give a part its weights, those too that are another's."""
@@ -152,6 +153,19 @@ class LoadedModel:
                 empty(self.network, part, list(self.parts.where))
                 inside = [name for name in self.quantized if name == part or name.startswith(f"{part}.")]
                 self.quantized |= {name: self.quantized[name].to("meta") for name in inside}
+
+    @contextlib.contextmanager
+    def lingering(self) -> Iterator[None]:
+        """Parts that are reached meanwhile stay open to the end, so that each is read once and not once a batch."""
+        if self.parts is None:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            self.parts.lingering = stack
+            try:
+                yield
+            finally:
+                self.parts.lingering = None
 
     def prefetch(self, part: str) -> None:
         """Begin to read a part that will be opened soon."""
@@ -232,7 +246,8 @@ def _open_when_reached(model: LoadedModel, part: str) -> None:
     stack = contextlib.ExitStack()
 
     def before(module: nn.Module, args: object) -> None:
-        stack.enter_context(model.opened(part))
+        lingering = None if model.parts is None else model.parts.lingering
+        (lingering or stack).enter_context(model.opened(part))
 
     def after(module: nn.Module, args: object, output: object) -> None:
         stack.close()

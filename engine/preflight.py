@@ -262,7 +262,10 @@ def _of_a_toy_world(params: Params, model: Model) -> list[str]:
     """That what a model learns from, or whose tokens it keeps, is the demo's text, where it is another model."""
     if model.source == BUNDLED or getattr(params, "text", "") != BUNDLED:
         return []
-    return ["It reads the demo's text alone, which tells of a small made-up world. Give a text of your own."]
+    return [
+        "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own; a shared "
+        "server takes none: run Maquette on your own machine."
+    ]
 
 
 def _ignored_for_nothing(params: Params, shape: Shape) -> list[str]:

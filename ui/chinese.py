@@ -117,6 +117,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "compress.read": "使用此配方", "compress.original": "同时测量原始模型",
         "compress.original.info": "仅当本机尚未测量过时。", "compress.start": "开始",
         "compress.command": "命令行形式", "compress.shell": "命令行",
+        "compress.command.about": "使用另一个数据文件夹，因为本页面运行时占用着自己的那个。Hub 上的模型会在那里再下载一次。",
         "compress.link": "此配方的链接", "preset.gptq4": "4 位 GPTQ",
         "preset.mixed": "混合位宽，平均 3.25 位", "preset.w8a8": "8 位 SmoothQuant",
         "preset.half": "减半：深度剪枝 → 蒸馏 → 8 位",

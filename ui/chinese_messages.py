@@ -368,6 +368,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         # goals of the advice
         "The goal is {goal}. Write memory=8GB, latency=0.5 (half), cost or cost=0.3 (USD).":
             "目标为 {goal}。请写 memory=8GB、latency=0.5（一半）、cost 或 cost=0.3（美元）。",
+        "{setting} is no assumption with its number. Write it as teacher_price=3; there are {names}.":
+            "{setting} 不是带数值的假设。请写成 teacher_price=3；可用的有 {names}。",
         "There is no goal {goal}. Choose memory, latency or cost.": "没有目标 {goal}。请选择 memory、latency 或 cost。",
         "The goal {goal} needs a number: {example}.": "目标 {goal} 需要一个数值：{example}。",
         "The number of the goal {goal} is {value}; it must lie above 0, up to {most}.":
@@ -673,8 +675,9 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
             "学生包含教师的每一层：大小相同，并以教师本身为起点。",
         "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
         "The student is the teacher itself.": "学生就是教师本身。",
-        "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own.":
-            "它只读取演示文本，其内容是一个虚构的小世界。请给出您自己的文本。",
+        "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own; a shared "
+        "server takes none: run Maquette on your own machine.":
+            "它只读取演示文本，其内容是一个虚构的小世界。请给出您自己的文本；共享服务器不接受文本，请在自己的机器上运行 Maquette。",
         # notes on linears
         "{said_note}; only {tokens} tokens reached it": "{said_note}；只有 {tokens} 个词元到达它",
         "only {tokens} tokens reached it": "只有 {tokens} 个词元到达它", "no token reached it": "没有词元到达它",

@@ -111,6 +111,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "compress.read": "Use this recipe", "compress.original": "Measure the original too",
         "compress.original.info": "Only where it has not been measured here.", "compress.start": "Start",
         "compress.command": "As a command line", "compress.shell": "shell",
+        "compress.command.about": "With a data folder of its own, for this page's is in use while it runs. A model of "
+        "the hub is downloaded there once more.",
         "compress.link": "This recipe as a link", "preset.gptq4": "4-bit GPTQ",
         "preset.mixed": "Mixed bits, 3.25 on average", "preset.w8a8": "8-bit SmoothQuant",
         "preset.half": "Half: prune depth → distill → 8 bit",

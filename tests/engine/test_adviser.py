@@ -187,6 +187,8 @@ def test_goals_that_are_none(text: str, words: str) -> None:
         ("teacher_prize=3", UnknownName, "Did you mean teacher_price"), ("months=0", BadParams, "months"),
         ("utilization=1.5", BadParams, "utilization"), ("batch=many", BadParams, "batch"),
         ("served=nan", BadParams, "served"),
+        ("teacher_price", BadParams, "'teacher_price' is no .* Write it as teacher_price=3; there are teacher_price, "),
+        ("teacher_price= ", BadParams, "Write it as teacher_price=3"), ("", BadParams, "Write it as teacher_price=3"),
     ],
 )  # fmt: skip
 def test_assumptions_have_bounds(setting: str, error: type[InputError], words: str) -> None:
@@ -211,6 +213,9 @@ def test_the_command_line_advises(tmp_path: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert "not measured here" in said
     assert sum(line.startswith(">") for line in said.splitlines()) == 1
+    (now,) = [line for line in said.splitlines() if "as it is" in line]
+    assert " 4.59 MB " in now
+    assert rows(advise("cost"))[1][3] == "16.06 GB"
     body = ["advise", "demo", "--goal", "cost", "--assume", "teacher_price=4", "--json", *home]
     assert cli.main(body, Scheduler) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import JsonValue
 
-from engine import cli, doctor, pipeline, preflight
+from engine import cli, doctor, export, pipeline, preflight
 from engine.errors import OutOfMemory
 from engine.methods import Emit
 from engine.presets import PRESETS
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def fake_pipeline(recipe: Recipe, folder: Path, emit: Emit, check: Callable[[], None]) -> None:
+    emit("log", {"text": folder.name})
     if recipe.seed == 13:
         raise OutOfMemory("It did not fit.")
     (folder / "artifact").mkdir()
@@ -108,6 +109,28 @@ def test_export(call, tmp_path: Path) -> None:
     assert "Did you mean gptq" in err[0]
 
 
+def test_a_run_stands_for_the_model_that_it_made(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = json.loads(call("run", recipe("model: demo"), "--json")[1][-1])
+    failed = json.loads(call("run", recipe("model: demo\nseed: 13"), "--json")[1][-1])["id"]
+    exported: list[Path] = []
+    monkeypatch.setattr(
+        export, "exporter", lambda name: lambda source, target: (exported.append(source), target.mkdir())
+    )
+    assert call("export", made["id"], "--format", "gptq", "--to", "out")[0] == 0
+    assert exported == [Path(made["artifact"]).resolve()]
+    assert load_recipe("\n".join(call("preset", "half", "--model", made["id"])[1])).model.source == made["artifact"]
+    call("run", "recipe.yaml", "--model", made["id"])
+    assert Store(tmp_path / "home" / "maquette.db", read_only=True).runs()[0].recipe.model.source == made["artifact"]
+    for command in (["export", failed, "--format", "gptq", "--to", "other"], ["measure", failed],
+                    ["advise", failed, "--goal", "cost"]):  # fmt: skip
+        code, _, err = call(*command)
+        assert (code, len(err)) == (2, 1)
+        assert f"Run {failed} has no model: it is failed." in err[0]
+    code, _, err = call("export", "0a1b2c3d", "--format", "gptq", "--to", "other")
+    assert (code, len(err)) == (2, 1)
+    assert "no model folder '0a1b2c3d'" in err[0]
+
+
 def test_run_elsewhere(call, tmp_path: Path) -> None:
     code, _, _ = call("run", recipe("model: demo"), "--home", str(tmp_path / "other"))
     assert code == 0
@@ -126,6 +149,15 @@ def test_a_run_that_fails(call) -> None:
     assert json.loads(out[-1])["status"] == "failed"
     assert json.loads(out[-1])["reason"] == "It did not fit."
     assert err[-1] == "It did not fit."
+
+
+def test_a_resumed_run_tells_only_what_is_new(call) -> None:
+    code, out, first = call("run", recipe("model: demo\nseed: 13"), "--json")
+    assert "  attempt-1" in first
+    code, _, again = call("run", "--resume", json.loads(out[-1])["id"])
+    assert code == 1
+    assert "  attempt-2" in again
+    assert "  attempt-1" not in again
 
 
 @pytest.mark.parametrize(
@@ -307,7 +339,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path: Path) -> None:
         out, err = first.communicate(timeout=60)
     result = json.loads(out.splitlines()[-1])
     assert (first.returncode, result["status"]) == (130, "interrupted")
-    assert f"--resume {result['id']}" in err
+    assert f"--resume {result['id']} --home {tmp_path / 'home'}" in err
     assert "Traceback" not in err
     again = subprocess.run([*command, "--resume", result["id"]], **options, check=False, timeout=200)  # type: ignore[call-overload]
     finished = json.loads(again.stdout.splitlines()[-1])

@@ -377,7 +377,10 @@ def test_that_another_model_learns_from_the_demos_text_is_said_before_the_run(
 ) -> None:
     folder, own = tiny_folder(), tmp_path / "own.txt"
     own.write_text("Somebody else's words. " * 500)
-    words = "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own."
+    words = (
+        "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own; a shared "
+        "server takes none: run Maquette on your own machine."
+    )
     heal = {"distill/logits": {"student": "current"}}
     for source, step, said in (
         (folder, heal, f"Logit distillation: {words}"),

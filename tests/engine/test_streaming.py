@@ -73,6 +73,22 @@ def test_only_one_block_is_in_memory(tiny_folder: Maker, context: Context) -> No
     assert in_use(model) == set()
 
 
+def test_what_lies_beside_the_blocks_is_not_read_for_each_batch(
+    tiny_folder: Maker, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.stream(tiny_folder())
+    read: list[str] = []
+    fill = models.Parts.fill
+    monkeypatch.setattr(models.Parts, "fill", lambda self, model, part: (read.append(part), fill(self, model, part))[1])
+    ran: list[bool] = []
+    blocks(model.network)[1][0].register_forward_hook(lambda *_: ran.append(True))
+    params = gptq.Params(group_size=32, samples=40, sequence_length=32)  # five batches
+    next(walk_blocks(model, context, params, "hessian"))
+    embeddings, norm = (models.embeddings(model.network)[0], "model.norm")
+    assert read.count(embeddings) == read.count(norm) == 2  # with the first batch a block computes, alone in memory
+    assert len(ran) == 1 + 5
+
+
 def test_the_next_block_is_asked_for_while_one_is_worked_on(
     tiny_folder: Maker, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

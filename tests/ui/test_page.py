@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -13,9 +17,12 @@ from typing import cast
 import gradio as gr
 import pytest
 
-from engine.errors import InputError, MaquetteError, TooBig, UnknownName
+from engine import cli
+from engine.errors import InputError, MaquetteError, StoreBusy, TooBig, UnknownName
 from engine.presets import PRESETS
+from engine.recipes import load_recipe
 from engine.records import Recipe
+from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked, request
@@ -66,6 +73,27 @@ def test_buttons_act_on_the_run_that_is_shown(desk: Desk, scheduler: FakeSchedul
     assert runs.shown("", cast(runs.Shown, now)) == first.id
     assert runs.shown("0a1b2c3d", cast(runs.Shown, now)) == "0a1b2c3d"
     assert runs.shown("", ("", "", "")) == ""
+
+
+def test_the_command_line_that_is_shown_runs_beside_the_page(
+    scheduler: FakeScheduler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
+    monkeypatch.setenv("MAQUETTE_HOME", str(scheduler.store.home))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+
+    def work(recipe: Recipe, folder: Path, *rest: object) -> None:
+        (folder / "artifact").mkdir()
+
+    command = html.unescape(re.sub("<[^>]*>", "\n", str(compress.describe(compress.as_draft(FIRST)))))
+    asked = shlex.split(next(each for each in re.findall(r"(?s)printf.*?maquette-runs", command)))
+    Path("recipe.yaml").write_text(asked[2])
+    words = asked[asked.index("engine") + 1 :]
+    assert cli.main(words, lambda home: Scheduler(home, runner=InlineRunner(work))) == 0
+    assert load_recipe(asked[2]) == FIRST
+    with pytest.raises(StoreBusy):
+        Scheduler(scheduler.store.home)
 
 
 def test_the_command_lines_owner_cannot_be_claimed() -> None:

@@ -33,6 +33,7 @@ from ui.wiring import on
 from ui.wording import say
 
 STEP_LIMIT = 8
+BESIDE = "~/maquette-runs"  # a data folder has one writer, and the page's is the page
 Draft = dict[str, JsonValue]
 
 
@@ -255,12 +256,16 @@ def describe(draft: Draft) -> Markup:
         text = dump_recipe(as_recipe(draft))
     except Exception as error:
         return markup.notice(line(error), "bad")
-    command = f"printf %s {shlex.quote(text)} > recipe.yaml && python -m engine run recipe.yaml"
+    command = f"printf %s {shlex.quote(text)} > recipe.yaml && python -m engine run recipe.yaml --home {BESIDE}"
     address = f"./?recipe={urllib.parse.quote(text)}"
     return markup.join(
         (
             markup.code(text, "recipe.yaml"),
-            markup.details(say("compress.command"), markup.code(command, say("compress.shell"))),
+            markup.details(
+                say("compress.command"),
+                markup.tag("p", say("compress.command.about"), class_="mq-sub"),
+                markup.code(command, say("compress.shell")),
+            ),
             markup.tag("p", markup.link(say("compress.link"), address), class_="mq-sub"),
         )
     )
