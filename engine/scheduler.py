@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,20 @@ TROUBLES = (OSError, sqlite3.Error, StoreError)  # a full disk, a locked file
 BUDGET_SHARE = 0.8  # of the memory that is free, or the run's own already, when its watch begins
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """What is known of a run that waits, in memory alone.
+
+    asker: the context in which it was asked for. token: for the hub, where its models are not all here. estimate: None
+    where it is resumed or another server took it. left: bytes that it leaves on disk, at most.
+    """
+
+    asker: Context = field(default_factory=copy_context)
+    token: str = ""
+    estimate: Estimate | None = None
+    left: int = 0
+
+
 class Scheduler:
     """Runs the runs of one data folder; `store` holds them.
 
@@ -68,9 +83,7 @@ class Scheduler:
         refuses: Callable[[Recipe, Estimate], None] | None = None,
     ) -> None:  # fmt: skip
         self.home = home.absolute()
-        self._tokens: dict[str, str] = {}  # of runs that wait; in memory alone
-        self._needs: dict[str, tuple[Estimate, int]] = {}  # of runs that wait; what each leaves on disk, in bytes
-        self._askers: dict[str, Context] = {}  # of runs that wait: in which each was asked for
+        self._waiting: dict[str, Waiting] = {}
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
         self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
@@ -148,9 +161,7 @@ class Scheduler:
                 if isinstance(classify(found), Repo):
                     self.hub.remember(asked, found)
             run = self.store.add_run(pinned, owner)
-            self._needs[run.id] = estimate, left
-            self._askers[run.id] = copy_context()
-            self._keep_token(run, token)
+            self._waiting[run.id] = Waiting(token=self._needed(token, run), estimate=estimate, left=left)
         self._wake.set()
         return run
 
@@ -167,9 +178,7 @@ class Scheduler:
                 watch.cancel()
             elif run.status is Status.QUEUED:
                 self.store.say(run, "finished", {"status": str(Status.CANCELLED), "reason": "Cancelled."})
-                self._tokens.pop(run_id, None)
-                self._needs.pop(run_id, None)
-                self._askers.pop(run_id, None)
+                self._waiting.pop(run_id, None)
                 self._discard(self.home / "runs" / run_id)
         self._wake.set()
 
@@ -192,8 +201,7 @@ class Scheduler:
             self._quotas.check(run.recipe, run.owner, token, resumed=run.id)
             self._rates.require("start", run.owner, self.limits.starts)
             run = self.store.requeue(run_id)
-            self._askers[run.id] = copy_context()
-            self._keep_token(run, token)
+            self._waiting[run.id] = Waiting(token=self._needed(token, run))
         self._wake.set()
         return run
 
@@ -323,23 +331,24 @@ class Scheduler:
             owners = [watch.run.owner for watch in self._watches.values()]
             if device not in self._watches and owners.count(run.owner) < self.limits.running:
                 self._served[run.owner] = time.monotonic()
-                self._make_room(run)
-                self._start_run(run, device)
+                waiting = self._waiting.pop(run.id, None) or Waiting()
+                self._make_room(run, waiting)
+                self._start_run(run, device, waiting)
 
-    def _make_room(self, run: Run) -> None:
+    def _make_room(self, run: Run, waiting: Waiting) -> None:
         """End warm models and delete files that nobody uses, as far as the run needs it: both may have come meanwhile.
 
-        Where what it needs is not known, for it is resumed or another server took it, all idle models end.
+        Where what it needs is not known, all idle models end.
         """
-        estimate, left = self._needs.pop(run.id, (None, 0))
+        estimate = waiting.estimate
         if estimate is None:
             self._streams.end_unused()
             return
         self._streams.end_unused(lambda: preflight.machine(run.recipe).free >= estimate.total)
         here = all(self.hub.here.find(repo) for repo in preflight.repos(run.recipe))
-        self._quotas.make_room(run.recipe, left + (0 if here else estimate.download))
+        self._quotas.make_room(run.recipe, waiting.left + (0 if here else estimate.download))
 
-    def _start_run(self, run: Run, device: str) -> None:
+    def _start_run(self, run: Run, device: str, waiting: Waiting) -> None:
         run = self.store.begin_attempt(run.id)
         try:
             request = prepare(
@@ -350,11 +359,10 @@ class Scheduler:
                         "endpoint": self.hub.endpoint, "offline": self.hub.offline,
                         "models": [f"{repo.name}@{repo.revision}" for repo in preflight.repos(run.recipe)],
                     },
-                    "secret": run.id in self._tokens,
+                    "secret": bool(waiting.token),
                 },
             )  # fmt: skip
-            asker = self._askers.pop(run.id, None) or copy_context()
-            worker = asker.run(self._runner.start, request, device, self._tokens.pop(run.id, ""))
+            worker = waiting.asker.run(self._runner.start, request, device, waiting.token)
         except OSError as error:
             reason = f"The worker could not be started. {os_reason(error)}"
             finish(self.store, run, attempt_folder(self.home, run.id, run.attempt), Status.FAILED, reason)
@@ -413,9 +421,10 @@ class Scheduler:
             if repo.name not in others:
                 self.hub.here.discard(repo)
 
-    def _keep_token(self, run: Run, token: str) -> None:
-        if token and any(self.hub.here.find(repo) is None for repo in preflight.repos(run.recipe)):
-            self._tokens[run.id] = check_token(token)
+    def _needed(self, token: str, run: Run) -> str:
+        """The token where a model of the run has to be downloaded with it; else none is kept."""
+        missing = any(self.hub.here.find(repo) is None for repo in preflight.repos(run.recipe))
+        return check_token(token) if token and missing else ""
 
     def _empty_trash(self) -> None:
         trash = self.home / "trash"

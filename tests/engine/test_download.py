@@ -254,7 +254,7 @@ def test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere(
         assert manifest["recipe"]["model"]["revision"] == run.recipe.model.revision
         phases = [event.data["name"] for event in scheduler.store.events(run.id, kinds=("phase",))]
         assert phases[:3] == ["downloading", "checking", "loading"]
-        assert scheduler._tokens == {}
+        assert scheduler._waiting == {}
         assert list(scheduler.stream([f"{NAME}@v1"], "Once", max_tokens=1))[-1][1] == "done"  # the snapshot serves too
     assert below(home, TOKEN) == []
     assert below(home, TOKEN[3:]) == []

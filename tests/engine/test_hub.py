@@ -333,7 +333,7 @@ def test_what_makes_room_counts_as_free_before_it_does(
         assert [each.exists() for each in old] == [False] * 6 + [True] * 2
         late = keep(hub, "org/late", 99)  # while the run waited
         monkeypatch.setattr(scheduler._quotas, "_free", lambda: (1 << 20) if late.exists() else (16 << 20))
-        scheduler._make_room(run)
+        scheduler._make_room(run, scheduler._waiting[run.id])
     assert not late.exists()
 
 

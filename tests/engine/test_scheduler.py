@@ -203,7 +203,7 @@ def test_models_that_were_warmed_while_a_run_waited_end_when_it_starts_as_far_as
     working(scheduler, second)
     assert [model.name for model in scheduler._streams.models()] == ["b", "c"]  # one of three, and the oldest
     scheduler.cancel(second.id)
-    assert scheduler._needs == {}
+    assert scheduler._waiting == {}
 
 
 @pytest.mark.parametrize("behaviour", ["polite", "deaf", "native", "family", "downloads"])
