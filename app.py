@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -16,9 +17,18 @@ from engine.store import home
 from ui.page import build
 from ui.server import address, check_free, serve
 
+SETTINGS = """It takes no arguments; the environment says the rest:
+  HOST, PORT        where it listens (127.0.0.1, 7860)
+  MAQUETTE_HOME     the folder of runs and models
+  MAQUETTE_MODE     local, team or public; README.md lists the limits of each
+"""
+
 
 def main() -> int:
     """Serve until stopped; returns the exit code."""
+    argparse.ArgumentParser(
+        description=__doc__, epilog=SETTINGS, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     host, port = address()

@@ -17,6 +17,7 @@ from typing import cast
 import gradio as gr
 import pytest
 
+import app
 from engine import cli
 from engine.errors import InputError, MaquetteError, StoreBusy, TooBig, UnknownName
 from engine.presets import PRESETS
@@ -52,6 +53,20 @@ def test_building_the_page_does_no_tensor_work_and_never_initialises_cuda(tmp_pa
         [sys.executable, "-c", script, str(tmp_path / "home")], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.stdout.strip() == "built", done.stderr
+
+
+def test_an_argument_is_refused_and_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, code, words in (
+        (["--port", "8000"], 2, "unrecognized arguments: --port"),
+        (["--help"], 0, "HOST, PORT"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["app.py", *given])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        assert ended.value.code == code
+        assert words in "".join(capsys.readouterr())
 
 
 def test_a_visitor_sees_only_own_runs(desk: Desk, scheduler: FakeScheduler) -> None:
