@@ -58,11 +58,8 @@ def test_building_the_page_does_no_tensor_work_and_never_initialises_cuda(tmp_pa
 def test_an_argument_is_refused_and_not_passed_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for given, code, words in (
-        (["--port", "8000"], 2, "unrecognized arguments: --port"),
-        (["--help"], 0, "HOST, PORT"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["app.py", *given])
+    for given, code, words in (("--port", 2, "unrecognized arguments: --port"), ("--help", 0, "HOST, PORT")):
+        monkeypatch.setattr(sys, "argv", ["app.py", given])
         with pytest.raises(SystemExit) as ended:
             app.main()
         assert ended.value.code == code
