@@ -133,7 +133,7 @@ SAMPLES = {
 BY_FILE = {
     "engine/tokens.py": {"reason": "it has 5 tokens, the model 7"},
     "engine/checkpoint.py": {"problem": "the weights do not fit the config (missing: lm_head)"},
-    "engine/preflight.py": {"error": "all 8 blocks would be removed. Keep one at least: count 7 or less."},
+    "engine/suitability.py": {"error": "all 8 blocks would be removed. Keep one at least: count 7 or less."},
     "engine/ranks.py": {"'s' * (gpus != 1)": "s"},
     "engine/repos.py": {"why": "too many requests"},
     "engine/wire.py": {"_reason(error)": "Connection refused"},
