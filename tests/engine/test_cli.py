@@ -325,7 +325,7 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(small_model.TEXT * 30)  # seconds of work for GPTQ
     (tmp_path / "recipe.yaml").write_text(
         f"model: {tmp_path / 'model'}\ncalibration: {tmp_path / 'text.txt'}\nmeasure: [size]\n"
-        "steps:\n- prune/magnitude: {}\n- quantize/gptq: {group_size: 32, samples: 512, sequence_length: 256}\n"
+        "steps:\n- prune/magnitude: {}\n- quantize/gptq: {group_size: 32, samples: 64, sequence_length: 256}\n"
     )
     command = [sys.executable, "-m", "engine", "run", "--home", str(tmp_path / "home"), "--json"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
