@@ -55,4 +55,6 @@ def test_every_method(name: str, tiny_folder: Maker, recorder: Recorder, tmp_pat
     given = {field: value for field, value in FEW.items() if field in known} | TOGETHER.get(name, {})
     artifact = through(tiny_folder(), [{name: given}], recorder, tmp_path, "size")
     assert (artifact / "config.json").exists()
-    assert {"size.bytes", "size.bits_per_weight"} <= {str(data["name"]) for kind, data in recorder.said if kind == "measurement"}
+    assert {"size.bytes", "size.bits_per_weight"} <= {
+        str(data["name"]) for kind, data in recorder.said if kind == "measurement"
+    }
