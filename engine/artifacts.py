@@ -128,12 +128,11 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
     for name in sorted(packed, key=dot_natural_key):
         weight = packed[name]
         kind, inputs = strategy(weight), Scheme.of(weight).inputs
-        if kind == "channel" and weight.kind == "int" and inputs is None and weight.group_size in groups_of:
+        format_ = format_of(weight, network.get_submodule(name))
+        if kind == "channel" and format_ == "pack-quantized" and weight.group_size in groups_of:
             kind = "group"  # as wide as one group of the others: experts are told apart by no name
         size = weight.group_size if kind == "group" else None
-        grids.setdefault(
-            (weight.bits, weight.symmetric, kind, size, inputs, format_of(weight, network.get_submodule(name))), []
-        ).append(name)
+        grids.setdefault((weight.bits, weight.symmetric, kind, size, inputs, format_), []).append(name)
     groups: dict[str, JsonValue] = {}
     for number, ((bits, symmetric, kind, size, inputs, format_), names) in enumerate(grids.items()):
         numbers = "float" if format_ == "float-quantized" else "int"

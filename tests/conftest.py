@@ -116,16 +116,20 @@ def tiny() -> LoadedModel:
     return in_memory(tiny_config())
 
 
+def saved(config: PretrainedConfig, folder: Path) -> Path:
+    """A folder with a model made at random and the demo's tokenizer."""
+    model = in_memory(config)
+    for each in (model.network, model.tokenizer):
+        each.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
     """Makes folders with a tiny model: `tiny_folder()`, `tiny_folder(num_hidden_layers=2)`."""
 
     def make(**changes: object) -> Path:
-        folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
-        model = in_memory(tiny_config(**changes))
-        model.network.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-        return folder
+        return saved(tiny_config(**changes), tmp_path / f"model-{len(list(tmp_path.iterdir()))}")
 
     return make
 

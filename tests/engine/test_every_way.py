@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from engine import methods, pipeline
 from engine.records import Recipe
-from tests.conftest import Recorder, in_memory
+from tests.conftest import Recorder, saved
 from tests.families import FAMILIES, MIXTURES
 
 Maker = Callable[..., Path]
@@ -42,11 +42,14 @@ def through(folder: Path, steps: list[JsonValue], recorder: Recorder, where: Pat
 
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_every_family(family: str, recorder: Recorder, tmp_path: Path) -> None:
-    model = in_memory((FAMILIES | MIXTURES)[family])
-    for each in (model.network, model.tokenizer):
-        each.save_pretrained(tmp_path / "model")
+    folder = saved((FAMILIES | MIXTURES)[family], tmp_path / "model")
     as_wide_as_a_block: JsonValue = {"quantize/rtn": {"bits": 4, "group_size": 64, "ignore": "*.shared_expert.*"}}
-    through(tmp_path / "model", [as_wide_as_a_block], recorder, tmp_path)
+    through(folder, [as_wide_as_a_block], recorder, tmp_path)
+
+
+def test_embeddings_as_wide_as_a_group(tiny_folder: Maker, recorder: Recorder, tmp_path: Path) -> None:
+    whole: JsonValue = {"quantize/rtn": {"group_size": 64, "head": True, "embeddings": True}}
+    through(tiny_folder(), [whole], recorder, tmp_path)
 
 
 @pytest.mark.parametrize("name", methods.methods())

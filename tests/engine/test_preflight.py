@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from engine import hardware, methods, models, preflight, sizes, sources
 from engine.errors import BadModel, BadParams, InputError, TooBig
 from engine.kv_cache import read_on
-from engine.models import LoadedModel
 from engine.records import Recipe
-from tests.conftest import in_memory
+from tests.conftest import in_memory, saved
 from tests.families import FAMILIES, MIXTURES
 
 Maker = Callable[..., Path]
@@ -157,9 +156,7 @@ def _steps(step: dict[str, object]) -> tuple[object, ...]:
 @pytest.mark.parametrize("method", ["quantize/gptq", "prune/wanda", "distill/logits", "distill/on_policy"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_sequences_are_no_longer_than_the_model_reads(tmp_path: Path, family: str, method: str) -> None:
-    model = in_memory(FAMILIES[family])
-    for each in (model.network, model.tokenizer):
-        each.save_pretrained(tmp_path)
+    saved(FAMILIES[family], tmp_path)
     said = refuse(recipe(tmp_path, {method: {"sequence_length": 257}}))
     assert said == f"{method}: sequence_length 257 is more than the 256 tokens that the model reads. Use 256 or less."
 
@@ -326,9 +323,7 @@ def test_a_step_is_checked_on_the_student_that_the_step_before_leaves(
 def test_what_configs_say_of_each_block_goes_with_the_blocks(
     tmp_path: Path, kind: str, shorter: dict[str, object]
 ) -> None:
-    model = in_memory(FAMILIES[kind])
-    for each in (model.network, model.tokenizer):
-        each.save_pretrained(tmp_path)
+    saved(FAMILIES[kind], tmp_path)
     preflight.check(recipe(tmp_path, shorter, {"prune/width": {"neurons": 0.25, "multiple": 32}}))
 
 
@@ -367,7 +362,7 @@ def test_what_files_cannot_pack_is_said_before_the_run(
     family: str, method: str, simulated: bool, tmp_path: Path
 ) -> None:
     step = {} if method == "bitsandbytes" else {"group_size": 32}
-    folder = save(in_memory(FAMILIES[family]), tmp_path / family)
+    folder = saved(FAMILIES[family], tmp_path / family)
     notes = preflight.check(recipe(folder, {f"quantize/{method}": step})).notes
     assert any("No smaller and no faster: files hold the linears" in note for note in notes) == simulated
 
@@ -432,15 +427,9 @@ def test_the_head_is_checked_before_any_work(tiny_folder: Maker, tied: bool, nam
 
 
 def test_routers_are_no_linears(tmp_path: Path) -> None:
-    folder = save(in_memory(MIXTURES["mixtral"]), tmp_path / "mixtral")
+    folder = saved(MIXTURES["mixtral"], tmp_path / "mixtral")
     wanted = {"quantize/bitsandbytes": {"scheme": "nf4", "ignore": "*.experts.*"}}
     preflight.check(recipe(folder, wanted))  # the router has 4 outputs, which the library could not take
-
-
-def save(model: LoadedModel, folder: Path) -> Path:
-    model.network.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_whoever_may_say_so_trusts_no_code_of_a_repo() -> None:
