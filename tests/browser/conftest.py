@@ -142,10 +142,10 @@ def open_page(server: str, browser: Browser) -> Iterator[Open]:
     watched: list[Watch] = []
     contexts = []
 
-    def open_(path: str = "", *, state: StorageState | None = None, width: int = 1280, dark: bool = False) -> Page:
+    def open_(path: str = "", *, state: StorageState | None = None, width: int = 1280) -> Page:
         context = browser.new_context(
             viewport={"width": width, "height": 900},
-            color_scheme="dark" if dark else "light",
+            color_scheme="light",
             storage_state=state,
             base_url=server,
         )
