@@ -73,7 +73,8 @@ def _kernels() -> list[Finding]:
         return [Finding("kernels", f"torch cannot be imported: {error}", good=False)]
     from engine.runtime.native.library import available
 
-    ours = "built" if available() else "not here (AVX-512 and g++ build them): torch's compute"
+    processor = available()
+    ours = f"built for {processor}" if processor else "not here (AVX2 and g++ build them): torch's compute"
     return [Finding("our own kernels", ours), *_operators(torch.ops.aten)]
 
 

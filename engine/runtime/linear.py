@@ -32,7 +32,7 @@ from engine.runtime.native.library import Matrix, available
 from engine.runtime.native.linear import NativeLinear, multiply, native_kernel
 
 Kernel = Literal["int4pack-cpu", "int8pack-cpu", "int4pack-cuda"]
-INT8, INT8_NATIVE = "int8-int8", "int8-int8-avx512"
+INT8 = "int8-int8"
 GROUP_SIZES = (256, 128, 64, 32)
 SIMULATED = "simulated: dense {dtype}"
 
@@ -217,8 +217,9 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.codes.shape
         codes = (weight.codes.to(torch.int16) - 2 ** (weight.bits - 1)).to(torch.int8)
         scales = weight.scale.expand(self.out_features, 1).reshape(-1).contiguous()
-        native = torch.device(device).type == "cpu" and weight.scale.dtype == torch.bfloat16 and available()
-        self.kernel = INT8_NATIVE if native else INT8
+        processor = available()
+        native = torch.device(device).type == "cpu" and weight.scale.dtype == torch.bfloat16 and processor is not None
+        self.kernel = f"{INT8}-{processor}" if native else INT8
         self.register_buffer("weight", codes.to(device))
         self.register_buffer("scales", scales.to(device))
         self.register_buffer("sums", codes.sum(dim=1, dtype=torch.int32) if native else None)

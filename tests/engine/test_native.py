@@ -18,7 +18,7 @@ from engine.generate import _read_prompt, decode
 from engine.models import blocks, linears, quantize_inputs
 from engine.packing import InputGrid, QuantizedWeight
 from engine.runtime.lean import LeanDecoder
-from engine.runtime.linear import INT8_NATIVE, Int8Linear, PackedLinear, packed_linear
+from engine.runtime.linear import INT8, Int8Linear, PackedLinear, packed_linear
 from engine.runtime.native import library
 from engine.runtime.native.columns import solve_columns
 from engine.runtime.native.decoder import NativeDecoder
@@ -168,12 +168,13 @@ def test_shapes_are_kept_and_wrong_ones_refused() -> None:
 @needs_kernels
 @pytest.mark.parametrize(
     ("bits", "groups", "columns", "kernel"),
-    [(4, 16, 256, "int4-avx512"), (4, 64, 256, None), (8, 64, 256, "int8-avx512"), (4, 1, 100, None),
-     (8, 1, 100, "int8-avx512"), (8, 1, 102, None)],
+    [(4, 16, 256, "int4"), (4, 64, 256, None), (8, 64, 256, "int8"), (4, 1, 100, None), (8, 1, 100, "int8"),
+     (8, 1, 102, None)],
 )  # fmt: skip
 def test_odd_shapes_fall_back(bits: int, groups: int, columns: int, kernel: str | None) -> None:
     weight = make(bits, groups, columns=columns)
-    assert native_kernel(weight, "cpu", torch.bfloat16) == kernel
+    found = native_kernel(weight, "cpu", torch.bfloat16)
+    assert found == (kernel and f"{kernel}-{library.available()}")
     assert native_kernel(weight, "cpu", torch.float32) is None
     assert native_kernel(weight, "cuda", torch.bfloat16) is None
     if kernel is None:
@@ -199,7 +200,7 @@ def test_integer_products_are_those_of_the_input_grid(
     made = make(8, 1, rows=rows, columns=columns)
     weight = QuantizedWeight(made.codes, made.scale, made.zero, 8, True, InputGrid(scale))
     native = Int8Linear(weight)
-    assert native.kernel == INT8_NATIVE
+    assert native.kernel == f"{INT8}-{library.available()}"
     monkeypatch.setenv(library.SWITCH, "0")
     plain = Int8Linear(weight)
     monkeypatch.delenv(library.SWITCH)
@@ -328,7 +329,7 @@ def test_builds_at_the_same_time_compile_once(tmp_path: Path, monkeypatch: pytes
     fake_compiler(tmp_path / "bin", monkeypatch, script)
     folder = tmp_path / "kernels"
     with ThreadPoolExecutor(4) as pool:  # the lock is a file's, so threads stand for processes
-        found = set(pool.map(library.build, [folder] * 4))
+        found = set(pool.map(library.build, [folder] * 4, [library.PROCESSORS[0]] * 4))
     assert calls.read_text() == "x\n"
     assert [file.read_text() for file in found] == ["whole\n"]
     assert sorted(file.name for file in folder.iterdir()) == sorted(["lock", *(file.name for file in found)])
@@ -339,7 +340,7 @@ def test_a_failed_build_leaves_nothing_and_is_said_once(
 ) -> None:
     fake_compiler(tmp_path / "bin", monkeypatch, '[ "$1" = --version ] && exit 0; echo "no such thing" >&2; exit 1')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(library, "_processor", lambda: frozenset(library.INSTRUCTIONS))
+    monkeypatch.setattr(library, "_instructions", lambda: frozenset(library.PROCESSORS[0].instructions))
     library._load.cache_clear()
     try:
         assert not library.available()
@@ -353,7 +354,7 @@ def test_a_failed_build_leaves_nothing_and_is_said_once(
 
 def test_another_processor_is_never_asked_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(library, "_processor", lambda: frozenset(library.INSTRUCTIONS[1:]))
+    monkeypatch.setattr(library, "_instructions", lambda: frozenset(["avx2"]))
     library._load.cache_clear()
     try:
         assert not library.available()
@@ -368,7 +369,7 @@ def test_the_librarys_name_follows_the_compiler(tmp_path: Path, monkeypatch: pyt
     for version in ("1", "2", "2"):
         number = len(names)
         fake_compiler(tmp_path / f"bin{number}", monkeypatch, script.replace("VERSION", version))
-        names.append(library.build(tmp_path / "kernels").name)
+        names.append(library.build(tmp_path / "kernels", library.PROCESSORS[0]).name)
     assert names[0] != names[1] == names[2]
 
 
@@ -376,7 +377,7 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels").chmod(0o777)
     with pytest.raises(PermissionError, match="others"):
-        library.build(tmp_path / "kernels")
+        library.build(tmp_path / "kernels", library.PROCESSORS[0])
 
 
 def test_large_pages_change_where_tensors_lie_and_nothing_else() -> None:

@@ -22,47 +22,42 @@ struct Slice {
 
 namespace {
 
-constexpr int VECTORS = 4, LANES = 16 * VECTORS, TOGETHER = 4;  // rows, and columns, in registers at a time
-constexpr long ENOUGH = 1 << 16;                                // products that are worth another thread
+constexpr int LANES = 16 * VECTORS, TOGETHER = 4;  // rows, and columns, in registers at a time
+constexpr long ENOUGH = 1 << 16;                   // products that are worth another thread
 
 // J columns from `first` on, for the rows from `row` on; `before` (columns, LANES) is what was missed so far.
 template <int J> void solve(const Slice& s, int first, long row, float* before) {
-    __m512 sums[J][VECTORS];
-    __mmask16 masks[VECTORS];
+    Floats sums[J][VECTORS];
+    Lanes masks[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) masks[v] = lanes(std::max(0L, s.rows - row - 16 * v));
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v)
-            sums[j][v] = _mm512_maskz_loadu_ps(masks[v], s.part + (first + j) * s.rows + row + 16 * v);
+        for (int v = 0; v < VECTORS; ++v) sums[j][v] = load(s.part + (first + j) * s.rows + row + 16 * v, masks[v]);
     const float* factor = s.factor + long(first) * s.columns;
     for (int k = 0; k < first; ++k)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
-            const __m512 error = _mm512_loadu_ps(before + k * LANES + 16 * v);
+            const Floats error = load(before + k * LANES + 16 * v);
 #pragma GCC unroll 4
-            for (int j = 0; j < J; ++j)
-                sums[j][v] = _mm512_fmadd_ps(error, _mm512_set1_ps(factor[long(j) * s.columns + k]), sums[j][v]);
+            for (int j = 0; j < J; ++j) sums[j][v] = fused(error, all(factor[long(j) * s.columns + k]), sums[j][v]);
         }
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j) {
         const long at = (first + j) * s.rows + row, group = s.groups[first + j] * s.rows + row;
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
-            const __mmask16 mask = masks[v];
-            const __m512 scale = _mm512_maskz_loadu_ps(mask, s.scale + group + 16 * v);
-            const __m512 zero = _mm512_maskz_loadu_ps(mask, s.zero + group + 16 * v);
-            const __m512 level = _mm512_roundscale_ps(_mm512_div_ps(sums[j][v], scale), 8);  // ties to even
-            const __m512 code = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(level, zero), _mm512_setzero_ps()), _mm512_set1_ps(s.top));
-            const __m512 value = _mm512_mul_ps(_mm512_sub_ps(code, zero), scale);
-            const __m512 error = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s.wanted + at + 16 * v), value);
-            _mm512_mask_cvtepi32_storeu_epi8(s.codes + at + 16 * v, mask, _mm512_cvtps_epi32(code));
-            _mm512_mask_storeu_ps(s.missed + at + 16 * v, mask, error);
-            _mm512_storeu_ps(before + (first + j) * LANES + 16 * v, error);
+            const Lanes mask = masks[v];
+            const Floats scale = load(s.scale + group + 16 * v, mask), zero = load(s.zero + group + 16 * v, mask);
+            const Floats code = smaller(larger(nearest(sums[j][v] / scale) + zero, zeros()), all(s.top));
+            const Floats error = load(s.wanted + at + 16 * v, mask) - (code - zero) * scale;
+            store(s.codes + at + 16 * v, code, mask);
+            store(s.missed + at + 16 * v, error, mask);
+            store(before + (first + j) * LANES + 16 * v, error);
 #pragma GCC unroll 4
             for (int next = j + 1; next < J; ++next)
-                sums[next][v] = _mm512_fmadd_ps(error, _mm512_set1_ps(factor[long(next) * s.columns + first + j]), sums[next][v]);
+                sums[next][v] = fused(error, all(factor[long(next) * s.columns + first + j]), sums[next][v]);
         }
     }
 }

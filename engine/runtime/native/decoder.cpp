@@ -19,16 +19,15 @@ struct Block {
 
 // RMS norm: weight times x / sqrt(mean of squares + epsilon), the quotient rounded first.
 void normalize(const bf16* x, const bf16* weight, int n, float epsilon, bf16* out) {
-    __m512 squares = _mm512_setzero_ps();
+    Floats squares = zeros();
     for (int k = 0; k < n; k += 16) {
-        const __m512 v = load(x + k, lanes(n - k));
-        squares = _mm512_fmadd_ps(v, v, squares);
+        const Floats v = load(x + k, lanes(n - k));
+        squares = fused(v, v, squares);
     }
-    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / float(n) + epsilon));
+    const Floats factor = all(1 / std::sqrt(sum(squares) / float(n) + epsilon));
     for (int k = 0; k < n; k += 16) {
-        const __mmask16 mask = lanes(n - k);
-        const __m512 v = rounded(_mm512_mul_ps(load(x + k, mask), factor));
-        store(out + k, _mm512_mul_ps(v, load(weight + k, mask)), mask);
+        const Lanes mask = lanes(n - k);
+        store(out + k, rounded(load(x + k, mask) * factor) * load(weight + k, mask), mask);
     }
 }
 
@@ -36,63 +35,54 @@ void normalize(const bf16* x, const bf16* weight, int n, float epsilon, bf16* ou
 void rotate(bf16* head, const float* cos, const float* sin, int size) {
     const int half = size / 2;
     for (int k = 0; k < half; k += 16) {
-        const __mmask16 mask = lanes(half - k);
-        const __m512 a = load(head + k, mask), b = load(head + half + k, mask);
-        const __m512 c = _mm512_maskz_loadu_ps(mask, cos + k), s = _mm512_maskz_loadu_ps(mask, sin + k);
-        store(head + k, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), mask);
-        store(head + half + k, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), mask);
+        const Lanes mask = lanes(half - k);
+        const Floats a = load(head + k, mask), b = load(head + half + k, mask);
+        const Floats c = load(cos + k, mask), s = load(sin + k, mask);
+        store(head + k, fused_less(a, c, b * s), mask);
+        store(head + half + k, fused(b, c, a * s), mask);
     }
 }
 
 void add(bf16* x, const bf16* y, long n) {
     for (long k = 0; k < n; k += 16) {
-        const __mmask16 mask = lanes(n - k);
-        store(x + k, _mm512_add_ps(load(x + k, mask), load(y + k, mask)), mask);
+        const Lanes mask = lanes(n - k);
+        store(x + k, load(x + k, mask) + load(y + k, mask), mask);
     }
 }
 
 // gate[i] = silu(gate[i]) up[i]
 void gated(bf16* gate, const bf16* up, int n) {
-    const __m512 one = _mm512_set1_ps(1);
     for (int k = 0; k < n; k += 16) {
-        const __mmask16 mask = lanes(n - k);
-        const __m512 g = load(gate + k, mask);
-        const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), g));
-        store(gate + k, _mm512_mul_ps(rounded(_mm512_div_ps(g, _mm512_add_ps(one, e))), load(up + k, mask)), mask);
+        const Lanes mask = lanes(n - k);
+        const Floats g = load(gate + k, mask);
+        store(gate + k, rounded(g / (all(1) + exponential(zeros() - g))) * load(up + k, mask), mask);
     }
 }
 
 // Softmax attention of one query (size) to keys and values (length, size); weights: room for `length` numbers.
 void attend_head(const bf16* q, const bf16* keys, const bf16* values, int length, int size, float scale, float* weights,
                  bf16* out) {
-    float largest = -INFINITY;
+    float highest = -INFINITY;
     for (int t = 0; t < length; ++t) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int k = 0; k < size; k += 32) {
-            const __mmask32 mask = size - k >= 32 ? ~__mmask32(0) : (__mmask32(1) << (size - k)) - 1;
-            sum = dot(sum, _mm512_maskz_loadu_epi16(mask, q + k),
-                      _mm512_maskz_loadu_epi16(mask, keys + long(t) * size + k));
-        }
-        weights[t] = _mm512_reduce_add_ps(sum) * scale;
-        largest = std::max(largest, weights[t]);
+        weights[t] = inner(q, keys + long(t) * size, size) * scale;
+        highest = std::max(highest, weights[t]);
     }
-    __m512 sums = _mm512_setzero_ps();
+    Floats sums = zeros();
     for (int t = 0; t < length; t += 16) {
-        const __mmask16 mask = lanes(length - t);
-        const __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, weights + t), _mm512_set1_ps(largest)));
-        _mm512_mask_storeu_ps(weights + t, mask, e);
-        sums = _mm512_mask_add_ps(sums, mask, sums, e);
+        const Lanes mask = lanes(length - t);
+        const Floats e = exponential(load(weights + t, mask) - all(highest));
+        store(weights + t, e, mask);
+        sums = sums + only(mask, e);
     }
-    const __m512 whole = _mm512_set1_ps(_mm512_reduce_add_ps(sums));
+    const Floats whole = all(sum(sums));
     for (int k = 0; k < size; k += 64) {  // four vectors at a time
-        __m512 found[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-        __mmask16 masks[4];
+        Floats found[4] = {zeros(), zeros(), zeros(), zeros()};
+        Lanes masks[4];
         for (int j = 0; j < 4; ++j) masks[j] = lanes(std::max(0, size - k - 16 * j));
         for (int t = 0; t < length; ++t)
             for (int j = 0; j < 4; ++j)
-                found[j] = _mm512_fmadd_ps(_mm512_set1_ps(weights[t]),
-                                           load(values + long(t) * size + k + 16 * j, masks[j]), found[j]);
-        for (int j = 0; j < 4; ++j) store(out + k + 16 * j, _mm512_div_ps(found[j], whole), masks[j]);
+                found[j] = fused(all(weights[t]), load(values + long(t) * size + k + 16 * j, masks[j]), found[j]);
+        for (int j = 0; j < 4; ++j) store(out + k + 16 * j, found[j] / whole, masks[j]);
     }
 }
 

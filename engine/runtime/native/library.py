@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from ctypes import c_float, c_int, c_int32, c_long, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import short
@@ -30,13 +31,38 @@ from engine.files import publish
 log = logging.getLogger(__name__)
 
 SWITCH = "MAQUETTE_NATIVE"  # 0 in the environment: never
-INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma")
-FLAGS = (
-    "-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-mprefer-vector-width=512",
-    *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
-)  # fmt: skip
-SOURCES = (
-    "products.cpp", "panels.cpp", "decoder.cpp", "moments.cpp", "columns.cpp", "codes.h", "products.h", "vectors.h",
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A kind of processor: its instructions as Linux names them, what the compiler is told, its folder of sources."""
+
+    name: str
+    instructions: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """What the compiler is given: flags, then the sources, of which those in the folder are for this kind alone."""
+        asked = [f"-m{name.replace('_', '')}" for name in self.instructions]
+        folders = [f"-I{HERE / self.name}", f"-I{HERE}"]
+        return [*FLAGS, *self.flags, *asked, *folders, *(str(path) for path in self.sources if path.suffix == ".cpp")]
+
+    @property
+    def sources(self) -> list[Path]:
+        """All files that the library is made of."""
+        return sorted(path for folder in (HERE, HERE / self.name) for path in folder.iterdir() if path.suffix in KINDS)
+
+
+KINDS = (".cpp", ".h")
+PROCESSORS = (  # best first
+    Processor(
+        "avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma"),
+        ("-mprefer-vector-width=512",),
+    ),
+    Processor("avx2", ("avx2", "fma")),
 )  # fmt: skip
 PATIENCE = 300.0  # seconds for the compiler, on a machine that does other work
 
@@ -77,19 +103,26 @@ def library() -> ctypes.CDLL | None:
     return None if os.environ.get(SWITCH) == "0" else _load()
 
 
-def available() -> bool:
-    """Whether products are computed by our own kernels here."""
-    return library() is not None
+def available() -> str | None:
+    """The kind of processor for which our own kernels compute products here; None where they do not."""
+    kind = processor()
+    return None if kind is None or library() is None else kind.name
+
+
+def processor() -> Processor | None:
+    """The best kind that this machine's processor is; None where it is none of them."""
+    return next((kind for kind in PROCESSORS if _instructions().issuperset(kind.instructions)), None)
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
-    missing = [name for name in INSTRUCTIONS if name not in _processor()]
-    if missing:
+    kind = processor()
+    if kind is None:
+        missing = sorted({*PROCESSORS[-1].instructions} - _instructions())
         log.info("packed products use torch's kernels: this processor has no %s", ", ".join(missing))
         return None
     try:
-        loaded = ctypes.CDLL(str(build(_folder())))
+        loaded = ctypes.CDLL(str(build(_folder(), kind)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = (error.stderr if isinstance(error, subprocess.CalledProcessError) else "") or str(error)
         log.warning("packed products use torch's slower kernels; ours could not be built: %s", short(detail))
@@ -100,8 +133,8 @@ def _load() -> ctypes.CDLL | None:
     return loaded
 
 
-def build(folder: Path) -> Path:
-    """The library for these sources and this compiler in `folder`, compiled where it is not yet there.
+def build(folder: Path, kind: Processor) -> Path:
+    """The library for this processor, the sources and the compiler in `folder`, compiled where it is not yet there.
 
     Processes that come at the same time wait for the first; a name that exists is always a whole library.
 
@@ -116,29 +149,30 @@ def build(folder: Path) -> Path:
     owner = folder.stat()
     if owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"others may write into {folder}")  # and what lies there is run
-    target = folder / f"maquette-{_key(compiler)}.so"
+    target = folder / f"maquette-{kind.name}-{_key(compiler, kind)}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             began = time.monotonic()
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch, target.name)
-                sources = [str(Path(__file__).with_name(name)) for name in SOURCES if name.endswith(".cpp")]
-                command = [compiler, *FLAGS, *sources, "-o", str(made)]
+                command = [compiler, *kind.command, "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
                 publish(made, target)
             log.info("built the kernels for packed weights in %.0f s: %s", time.monotonic() - began, target)
     return target
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, kind: Processor) -> str:
     """A name for what comes out: it changes with the sources, the compiler and the machine's kind."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=PATIENCE)
-    text = "\0".join([*(Path(__file__).with_name(name).read_text() for name in SOURCES), *FLAGS, version.stdout])
+    parts = [*FLAGS, *kind.flags, *kind.instructions, version.stdout, *(path.read_text() for path in kind.sources)]
+    text = "\0".join(parts)
     return hashlib.sha256(f"{platform.machine()}\0{text}".encode()).hexdigest()[:16]
 
 
-def _processor() -> frozenset[str]:
+@functools.cache
+def _instructions() -> frozenset[str]:
     """The instructions of this processor as Linux names them; nothing where there is no Linux to say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

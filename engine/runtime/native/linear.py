@@ -3,32 +3,31 @@
 Two layouts, both exact: w = (code - zero) * scale with the codes as whole bfloat16 numbers, sums in float32, and
 the zero points through the sum of a group's inputs.
 
-    int4-avx512    codes of 2 to 4 bits, 4 bits a weight
-    int8-avx512    codes of 5 to 8 bits, 8 bits a weight
+    int4-avx512, int4-avx2    codes of 2 to 4 bits, 4 bits a weight
+    int8-avx512, int8-avx2    codes of 5 to 8 bits, 8 bits a weight
 
 Blocks of 16 rows lie side by side, so that 64 bytes are 8 (4) inputs of 16 rows and a lane sums a row. From
-`MANY_ROWS` rows on the weights are unpacked to bfloat16, 64 rows at a time into the cache, and multiplied there.
+`MANY_ROWS` rows on the weights are unpacked, to bfloat16 or, without its instructions, to float32, some rows at a time
+into the cache, and multiplied there.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.packing import QuantizedWeight
-from engine.runtime.native.library import Matrix, library
+from engine.runtime.native.library import Matrix, available, library
 
-NativeKernel = Literal["int4-avx512", "int8-avx512"]
 ROWS = 16  # of a block
 MANY_ROWS = 32  # measured on Zen 4
 
 
-def native_kernel(weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> NativeKernel | None:
-    """Our kernel for `weight` and activations of `dtype`; None where there is none or the library is not there.
+def native_kernel(weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """The name of our kernel for `weight` and activations of `dtype`; None where there is none, or no library.
 
     Groups are multiples of 8 inputs (4 for more than 4 bits); rows of any number.
     """
@@ -36,9 +35,9 @@ def native_kernel(weight: QuantizedWeight, device: torch.device | str, dtype: to
         return None
     if dtype != torch.bfloat16 or weight.scale.dtype != torch.bfloat16:
         return None
-    if weight.group_size % (8 if weight.bits <= 4 else 4) or library() is None:
-        return None
-    return "int4-avx512" if weight.bits <= 4 else "int8-avx512"
+    stored = 4 if weight.bits <= 4 else 8
+    processor = available()
+    return None if processor is None or weight.group_size % (32 // stored) else f"int{stored}-{processor}"
 
 
 class NativeLinear(nn.Module):
@@ -58,7 +57,7 @@ class NativeLinear(nn.Module):
         kernel = native_kernel(weight, "cpu", torch.bfloat16)
         if kernel is None:
             raise ValueError(f"no kernel of ours for {weight.bits} bits in groups of {weight.group_size}")
-        self.kernel: NativeKernel = kernel
+        self.kernel = kernel
         self.bits = weight.bits
         self.group = weight.group_size
         self.out_features, self.in_features = weight.codes.shape

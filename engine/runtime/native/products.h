@@ -2,6 +2,9 @@
 #pragma once
 #include "vectors.h"
 
+constexpr int ROWS = 16;          // of W, one for each lane of a vector of float32
+constexpr long ENOUGH = 1 << 16;  // products of a weight with an input that are worth another thread
+
 // Mirrored by `_Matrix` in library.py. Packed weights are blocks of 16 rows of W, the last padded with rows of zeros.
 struct Matrix {
     enum Kind : int32_t {
@@ -19,9 +22,11 @@ struct Matrix {
     float input_scale;      // INT8_INT8: fixed, or 0 where each row of the inputs has its own
 };
 
+inline long blocks(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
+
 // out (M, sum of rows) = x (M, columns) times all `count` matrices, which read the same x. For few rows.
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads);
 
-// out (M, rows) = x (M, columns) W^T for the packed layouts and many rows: W is unpacked to bfloat16, 64 rows at a time;
-// INT8_INT8 (columns a multiple of 4) stays in integers.
+// out (M, rows) = x (M, columns) W^T for the packed layouts and many rows: W is unpacked some rows at a time; INT8_INT8
+// (columns a multiple of 4) stays in integers.
 void multiply_many(const Matrix& matrix, const bf16* x, long m, bf16* out, int threads);

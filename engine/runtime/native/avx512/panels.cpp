@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "codes.h"
+#include "bytes.h"
+#include "rows.h"
 
 namespace {
 
@@ -21,7 +22,7 @@ template <int KIND> void unpack_panel(const Matrix& w, long panel, uint32_t* to)
         uint32_t* at = to + part * 16;
         for (int g = 0; g < groups; ++g) {
             const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
-            const __m512 zero = w.zero ? load_zero(w.zero + (block * groups + g) * ROWS) : _mm512_setzero_ps();
+            const __m512 zero = w.zero ? load(w.zero + (block * groups + g) * ROWS) : _mm512_setzero_ps();
             for (int c = 0; c < w.group / STEP; ++c, codes += 64) {
                 __m512i pairs[PAIRS];
                 Codes<KIND>::unpack(codes, pairs);

@@ -1,0 +1,157 @@
+// Blocks of 16 rows of W times a few rows of x: AVX-512 with products of bfloat16 pairs. What is done with each byte of
+// a weight must fit beside the loads: codes become bfloat16 numbers without error and enter the processor's dot product
+// of bfloat16 pairs with float32 sums; a group's sum is multiplied by its scale once.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "products.h"
+
+namespace {  // so that what one function alone calls becomes part of it
+
+// The sixteen levels code - 8 as bfloat16, twice, so that bit 4 of an index, which belongs to the next
+// code, does not matter.
+const __m512i LEVELS = [] {
+    alignas(64) bf16 levels[32];
+    for (int i = 0; i < 32; ++i) levels[i] = narrow(float(i % 16 - 8));
+    return _mm512_load_si512(levels);
+}();
+
+// The next 64 bytes of a packed block as `PAIRS` vectors of bfloat16: (16 rows, 2 columns) each.
+template <int KIND> struct Codes;
+template <> struct Codes<Matrix::INT4> {
+    static constexpr int PAIRS = 4;
+    static void unpack(const uint8_t* from, __m512i* pairs) {
+        const __m512i codes = _mm512_loadu_si512(from);
+        pairs[0] = _mm512_permutexvar_epi16(codes, LEVELS);
+        pairs[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), LEVELS);
+        pairs[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), LEVELS);
+        pairs[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), LEVELS);
+    }
+};
+template <> struct Codes<Matrix::INT8> {
+    static constexpr int PAIRS = 2;
+    static __m512 sixteen(const uint8_t* from) { return load((const int8_t*)from); }
+    static void unpack(const uint8_t* from, __m512i* pairs) {
+        pairs[0] = (__m512i)_mm512_cvtne2ps_pbh(sixteen(from + 16), sixteen(from));
+        pairs[1] = (__m512i)_mm512_cvtne2ps_pbh(sixteen(from + 48), sixteen(from + 32));
+    }
+};
+
+// Rows of x as the packed layouts read them: (columns / 2, m), two neighbours of a row each. Dense weights read x.
+using Arranged = uint32_t;
+[[maybe_unused]] std::vector<Arranged> arrange(const Matrix& w, const bf16* x, int m) {
+    if (w.kind == Matrix::DENSE) return {};
+    std::vector<uint32_t> pairs(size_t(w.columns) / 2 * m);
+    for (int i = 0; i < m; ++i) {
+        const uint32_t* row = (const uint32_t*)(x + long(i) * w.columns);
+        for (int k = 0; k < w.columns / 2; ++k) pairs[size_t(k) * m + i] = row[k];
+    }
+    return pairs;
+}
+
+// Whether `packed_block` wants the sum of each group of x.
+[[maybe_unused]] bool wants_sums(const Matrix& w) { return w.zero != nullptr; }
+
+// totals[i] = the products of row i of x with the 16 rows of W in `block`.
+template <int KIND, int M>
+void packed_block(const Matrix& w, long block, const Arranged* x, const float* x_sums, Floats* totals) {
+    constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS, CHAINS = M <= 2 ? PAIRS : 1;
+    const int groups = w.columns / w.group;
+    const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) totals[i] = zeros();
+    for (int g = 0; g < groups; ++g) {
+        __m512 sums[CHAINS][M];
+        for (auto& chain : sums) std::fill(chain, chain + M, zeros());
+        for (int c = 0; c < w.group / STEP; ++c, codes += 64, x += PAIRS * M) {
+            __m512i pairs[PAIRS];
+            Codes<KIND>::unpack(codes, pairs);
+            for (int j = 0; j < PAIRS; ++j)
+#pragma GCC unroll 8
+                for (int i = 0; i < M; ++i)
+                    sums[j % CHAINS][i] = dot(sums[j % CHAINS][i], pairs[j], _mm512_set1_epi32(int(x[j * M + i])));
+        }
+        const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
+        const __m512 zero = w.zero ? load(w.zero + (block * groups + g) * ROWS) : zeros();
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+            __m512 sum = sums[0][i];
+            for (int j = 1; j < CHAINS; ++j) sum = sum + sums[j][i];
+            if (w.zero) sum = less_fused(sum, zero, all(x_sums[g * M + i]));
+            totals[i] = fused(sum, scale, totals[i]);
+        }
+    }
+}
+
+template <int M> void dense_block(const Matrix& w, long block, const bf16* x, const Arranged*, Floats* totals) {
+    alignas(64) float found[M][ROWS] = {};
+    for (int r = 0; r < ROWS && block * ROWS + r < w.rows; ++r) {
+        const bf16* row = (const bf16*)w.weight + (block * ROWS + r) * w.columns;
+        constexpr int CHAINS = M <= 2 ? 4 : 1;
+        __m512 sums[M][CHAINS];
+        for (auto& chains : sums) std::fill(chains, chains + CHAINS, zeros());
+        int k = 0;
+        for (; k + 32 * CHAINS <= w.columns; k += 32 * CHAINS)
+            for (int j = 0; j < CHAINS; ++j) {
+                const __m512i weights = _mm512_loadu_si512(row + k + 32 * j);
+#pragma GCC unroll 8
+                for (int i = 0; i < M; ++i)
+                    sums[i][j] = dot(sums[i][j], weights, _mm512_loadu_si512(x + long(i) * w.columns + k + 32 * j));
+            }
+        for (; k < w.columns; k += 32) {
+            const __mmask32 mask = w.columns - k >= 32 ? ~__mmask32(0) : (__mmask32(1) << (w.columns - k)) - 1;
+            const __m512i weights = _mm512_maskz_loadu_epi16(mask, row + k);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i)
+                sums[i][0] = dot(sums[i][0], weights, _mm512_maskz_loadu_epi16(mask, x + long(i) * w.columns + k));
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+            for (int j = 1; j < CHAINS; ++j) sums[i][0] = sums[i][0] + sums[i][j];
+            found[i][r] = sum(sums[i][0]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) totals[i] = _mm512_load_ps(found[i]);
+}
+
+// Inputs rounded to eight bits; plus 128, because the processor's dot product of bytes wants one unsigned side.
+using Step = uint8_t;
+constexpr int MIDDLE = 128;
+[[maybe_unused]] void store_steps(Step* to, Floats steps, Lanes mask) {
+    __m512i codes = _mm512_cvtps_epi32(steps);  // to nearest, ties to even
+    codes = _mm512_max_epi32(_mm512_min_epi32(codes, _mm512_set1_epi32(127)), _mm512_set1_epi32(-128));
+    codes = _mm512_add_epi32(codes, _mm512_set1_epi32(MIDDLE));
+    _mm_mask_storeu_epi8(to, mask, _mm512_cvtepi32_epi8(codes));
+}
+
+// As `dense_block`, in integers.
+template <int M>
+void bytes_block(const Matrix& w, long block, const Step* codes, const float* scales, Floats* totals) {
+    alignas(64) float found[M][ROWS] = {};
+    for (int r = 0; r < ROWS && block * ROWS + r < w.rows; ++r) {
+        const long at = block * ROWS + r;
+        const int8_t* row = (const int8_t*)w.weight + at * w.columns;
+        __m512i sums[M];
+        std::fill(sums, sums + M, _mm512_setzero_si512());
+        for (int k = 0; k < w.columns; k += 64) {
+            const int left = w.columns - k;
+            const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+            const __m512i weights = _mm512_maskz_loadu_epi8(mask, row + k);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i)
+                sums[i] = _mm512_dpbusd_epi32(
+                    sums[i], _mm512_maskz_loadu_epi8(mask, codes + size_t(i) * w.columns + k), weights);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+            const int32_t sum = _mm512_reduce_add_epi32(sums[i]) - MIDDLE * w.sums[at];
+            found[i][r] = float(sum) * scales[i] * widen(w.scale[at]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) totals[i] = _mm512_load_ps(found[i]);
+}
+
+}  // namespace
