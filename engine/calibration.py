@@ -33,6 +33,7 @@ from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import Linear, LoadedModel, blocks, embeddings, head, is_large, linears
 from engine.rows import packed_rows
 from engine.runtime.native.moments import add_second_moments
+from engine.wide import is_plain
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class BlockLinear:
     def put_aside(self) -> bool:
         """Free the weight's memory, until `bring_back`, where it is a linear's own; says whether it was."""
         weight = self.weight
-        if type(self.module) is not nn.Linear or weight.untyped_storage().nbytes() != weight.nbytes:
+        if not is_plain(self.module) or weight.untyped_storage().nbytes() != weight.nbytes:
             return False
         self.module.weight.data = weight.new_empty(0)
         return True

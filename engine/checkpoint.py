@@ -36,6 +36,7 @@ from engine.errors import BadModel, short
 from engine.experts import separate
 from engine.headers import Header, plain, read_header, weight_files
 from engine.low_rank import RANKS_KEY, factor
+from engine.wide import widen
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -66,6 +67,7 @@ def shell(config: PretrainedConfig, dtype: torch.dtype, device: torch.device | s
         assert isinstance(network, PreTrainedModel)
         separate(network)
         factor(network, getattr(config, RANKS_KEY, {}))
+    widen(network)
     _derive_buffers(network, torch.device(device))
     network.requires_grad_(False)
     return network.eval()  # type: ignore[no-untyped-call,no-any-return]

@@ -24,6 +24,7 @@ from engine.rows import MOST_HELD, Rows, packed_rows
 from engine.teachers import Answers, Teacher, cached, dtype_of, load_live, shared_vocabulary
 from engine.tokens import check_same_tokenizer
 from engine.training import Extras, Prune, Schedule, train
+from engine.wide import mixed_precision
 
 SHORT = 256  # tokens of a sequence up to which plain attention trains faster on a CPU than the fused kernel
 JUDGED = 50  # of the original's most probable tokens, where nobody else asks it
@@ -126,7 +127,7 @@ class Lesson:
 
     def loss(self, ids: Tensor, positions: Tensor, answers: Answers | None, objective: Objective) -> Tensor:
         """The mean loss of the tokens of a batch (B, T)."""
-        with torch.autocast(ids.device.type, torch.bfloat16):
+        with mixed_precision(self.student.network):
             hidden = self.body.hidden(ids, positions)[:, :-1].flatten(0, 1)
             return token_loss(self.body, hidden, ids[:, 1:].flatten(), answers, objective)
 

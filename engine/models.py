@@ -35,6 +35,7 @@ from engine.errors import BadModel, short
 from engine.headers import is_own
 from engine.origin import FolderOrigin
 from engine.packing import CACHE_KEY, CacheGrid, InputGrid, QuantizedWeight
+from engine.wide import is_plain, widen
 
 Linear = nn.Linear | Conv1D
 LARGE = 1 << 22  # weights
@@ -293,6 +294,7 @@ def load(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedMo
     for name, weight in network.named_parameters():
         if not finite(weight):
             raise BadModel(f"{short(folder.name)}: {name} holds NaN or infinite values; the checkpoint is damaged.")
+    widen(network)
     network.to(torch.device(device))  # type: ignore[arg-type]  # the stub takes the method for an unbound one
     network.eval()  # type: ignore[no-untyped-call]
     return LoadedModel(network, load_tokenizer(folder), folder, kv_cache=cache_grid(config, folder))
@@ -346,7 +348,7 @@ def check_inputs_storable(model: LoadedModel) -> None:
     """
     for block in blocks(model.network)[1]:
         for path, linear in linears(block):
-            if type(linear) is not nn.Linear:
+            if not is_plain(linear):
                 raise BadModel(
                     f"{type(model.network).__name__} has {type(linear).__name__} at {path}: its saved files cannot say "
                     "that inputs are rounded. Use a weight-only method for this family."

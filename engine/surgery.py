@@ -24,6 +24,7 @@ from engine.errors import BadModel, BadParams
 from engine.experts import separate
 from engine.headers import OF_EACH_BLOCK
 from engine.models import LoadedModel, blocks, embeddings
+from engine.wide import widen
 
 Renamed = Callable[[Mapping[str, int]], Mapping[str, int]]
 BY_NUMBER = {  # what blocks compute depends on their number, by these keys of a config, unless they have the value
@@ -246,6 +247,7 @@ def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) ->
     )
     assert isinstance(network, PreTrainedModel)
     separate(network)
+    widen(network)
     network.to(device)  # type: ignore[arg-type]  # the stub takes the method for an unbound one
     network.eval()  # type: ignore[no-untyped-call]
     return network

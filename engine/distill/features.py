@@ -35,6 +35,7 @@ from engine.lesson import Lesson, TrainingParams, read, token_loss
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
+from engine.wide import mixed_precision
 
 TITLE = "Feature distillation"
 CHANGES = ("disk", "memory", "latency")
@@ -66,7 +67,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
     def loss_of(numbers: Tensor) -> Tensor:
         ids, positions = text.rows.of(numbers[:, 0], student.device)
-        with torch.autocast(ids.device.type, torch.bfloat16):
+        with mixed_precision(student.network):
             ours = features(lesson.body, ids, positions, attend)
             with torch.no_grad():
                 theirs = features(teacher, ids, positions, attend)

@@ -28,6 +28,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.teachers import Live
+from engine.wide import mixed_precision
 
 TITLE = "On-policy distillation"
 CHANGES = ("disk", "memory", "latency")
@@ -77,7 +78,7 @@ def write(
     network.eval()  # type: ignore[no-untyped-call]
     ids, given = prompts, prompts
     cache: Cache | None = None
-    with torch.autocast(prompts.device.type, torch.bfloat16):
+    with mixed_precision(network):
         while ids.shape[1] < length:
             logits, cache = read_on(network, given, cache, last=True)
             odds = (logits[:, -1].float() / temperature).softmax(-1).cpu()
@@ -96,7 +97,7 @@ def own_loss(lesson: Lesson, live: Live, ids: Tensor, prompt: int, objective: Ob
         ended = (ids[:, prompt:] == end).cumsum(1) - (ids[:, prompt:] == end).long()  # ends before this token
         wanted[:, prompt - 1 :] = ended == 0
     chosen = wanted.flatten().nonzero().squeeze(1)
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    with mixed_precision(lesson.student.network):
         hidden = lesson.body.hidden(ids)[:, :-1].flatten(0, 1)[chosen]
         answers = live.of(ids, None, chosen)
         return token_loss(lesson.body, hidden, ids[:, 1:].flatten()[chosen], answers, only_teacher(objective))

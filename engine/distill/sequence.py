@@ -35,6 +35,7 @@ from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.rows import Rows
 from engine.teachers import Live, dtype_of, fingerprint, load_live, shared_vocabulary
+from engine.wide import mixed_precision
 
 TITLE = "Sequence distillation"
 CHANGES = ("disk", "memory", "latency")
@@ -81,7 +82,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             own[:, : params.prompt_tokens - 1] = 0
             wanted &= own.cumsum(1) - own == 0  # nothing after the teacher's first end
         chosen = wanted.flatten().nonzero().squeeze(1)
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with mixed_precision(student.network):
             hidden = lesson.body.hidden(batch, places)[:, :-1].flatten(0, 1)[chosen]
             return token_loss(lesson.body, hidden, labels.flatten()[chosen], None, LABELS)
 

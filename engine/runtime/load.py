@@ -26,6 +26,7 @@ from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
 from engine.runtime.pages import use_large_pages
 from engine.runtime.semi_structured import use_semi_structured
 from engine.shards import PARTS, Scheme, TensorFiles, read_quantized
+from engine.wide import WideLinear
 
 ROUNDED = "inputs rounded to 8 bits"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
@@ -159,7 +160,7 @@ def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, scheme
             return packed.kernel
         models.quantize_inputs(packed, weight.inputs)
         return f"{packed.kernel}, {ROUNDED}"
-    dense = nn.Linear(columns, rows, bias=bias is not None, device="meta", dtype=dtype)
+    dense = WideLinear(columns, rows, bias=bias is not None, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(weight.dequantize().to(device, dtype), requires_grad=False)
     if bias is not None:
         dense.bias = nn.Parameter(bias.to(device, dtype), requires_grad=False)

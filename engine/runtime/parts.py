@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
+from engine.wide import is_plain
+
 Function = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[type, Function] = {SiLUActivation: F.silu, GELUTanh: functools.partial(F.gelu, approximate="tanh")}
 
@@ -217,7 +219,7 @@ class Block:
             o if after_mlp is None else Then(o, norm(between)),
             norm(before_mlp), Side.of(rising), down if after_mlp is None else Then(down, norm(after_mlp)),
             float(vars(attention)["scaling"]), rotates(attention), sight,
-            all(type(linear) is nn.Linear for linear in [*asking, o, *rising, down]),
+            all(is_plain(linear) for linear in [*asking, o, *rising, down]),
         )  # fmt: skip
 
 

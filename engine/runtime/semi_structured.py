@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.wide import is_plain
+
 log = logging.getLogger(__name__)
 
 KERNEL = "2:4 {library}"
@@ -64,7 +66,7 @@ def use_semi_structured(network: nn.Module, device: str) -> dict[str, str]:
         return {}
     found = {}
     for name, linear in list(network.named_modules()):
-        if type(linear) is not nn.Linear or linear.weight.dtype not in (torch.bfloat16, torch.float16):
+        if not is_plain(linear) or linear.weight.dtype not in (torch.bfloat16, torch.float16):
             continue
         if linear._forward_pre_hooks or not linear.weight.is_contiguous() or not is_semi_structured(linear.weight):
             continue

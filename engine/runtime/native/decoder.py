@@ -21,6 +21,7 @@ from engine.runtime.linear import Int8Linear
 from engine.runtime.native.library import Block, Matrix, library
 from engine.runtime.native.linear import NativeLinear, multiply
 from engine.runtime.parts import rotates, windows
+from engine.wide import is_plain
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
 MOST_ROWS = 16  # sequences; products of more are bound by arithmetic, and torch's are as good
@@ -137,7 +138,7 @@ def _matrix(linear: nn.Module) -> Matrix | None:
         return None
     if isinstance(linear, NativeLinear | Int8Linear):
         return linear.matrix()
-    if type(linear) is not nn.Linear or linear.weight.dtype != torch.bfloat16 or not linear.weight.is_contiguous():
+    if not is_plain(linear) or linear.weight.dtype != torch.bfloat16 or not linear.weight.is_contiguous():
         return None
     bias = None if linear.bias is None else linear.bias.data_ptr()
     rows, columns = linear.weight.shape
