@@ -61,10 +61,11 @@ STATISTICS = ("hessian", "directions")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run would work: bytes that are free there."""
+    """Where a run would work: bytes that are free there; `wide`, where all that is trained computes in float32."""
 
     free: int
     device: Literal["cpu", "cuda"] = "cpu"
+    wide: bool = False
     rates: Rates = field(default_factory=Rates)
 
 
@@ -141,7 +142,7 @@ def estimate(
     streamed = bool(steps)
     for method, params in steps:
         streamed = streamed and not method.whole
-        needs += compressing(held, method, params, first, streamed)
+        needs += compressing(held, method, params, first, streamed, machine.wide)
         held = held.after(params)
     if not steps:
         needs.append(
@@ -177,10 +178,12 @@ def estimate(
     )
 
 
-def compressing(held: Holding, method: Method, params: Params, first: Holding, streamed: bool) -> list[Need]:
+def compressing(
+    held: Holding, method: Method, params: Params, first: Holding, streamed: bool, wide: bool
+) -> list[Need]:
     """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
     if integer(getattr(params, "steps", 0)):
-        return _training(held, method, params, first)
+        return _training(held, method, params, first, wide)
     if isinstance(params, Calibrated) and getattr(params, "by", "") == "taylor":
         return [Need("compress", _differentiating(held, params), method.title)]
     params, (largest, beside) = params.on(held.shape, held.width), held.parts()
@@ -293,7 +296,7 @@ def _widest(shape: Shape) -> int:
     return max((inputs for _, inputs in sizes.first_block(shape)), default=4 * sizes.hidden_size(shape.config))
 
 
-def _training(held: Holding, method: Method, params: Params, first: Holding) -> list[Need]:
+def _training(held: Holding, method: Method, params: Params, first: Holding, wide: bool) -> list[Need]:
     """A student in float32 with its gradients and two moments; before, where it is asked once, its teacher.
 
     Of assistants and student, which are trained one after the other, the largest counts.
@@ -318,16 +321,17 @@ def _training(held: Holding, method: Method, params: Params, first: Holding) -> 
     frozen = student.width * (parameters - trained)
     training = _parts(
         weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
-        activations=_learning(student, batch, length, trained, vocabulary),
+        activations=_learning(student, batch, length, trained, vocabulary, wide and not frozen),
         teacher=teachers if live else 0, runtime=RUNTIME + LEARNING,
     )  # fmt: skip
     return [*found, Need("compress", training, method.title)]
 
 
-def _learning(student: Holding, batch: int, length: int, trained: int, vocabulary: int) -> int:
-    """What the backward pass needs of all blocks and of the logits, and 16-bit weights."""
+def _learning(student: Holding, batch: int, length: int, trained: int, vocabulary: int, wide: bool) -> int:
+    """What the backward pass needs of all blocks and of the logits, and 16-bit weights; twice, where all is 32-bit."""
     each = sizes.blocks_of(student.shape.config) * _remembered(student, length)
-    return batch * length * each + 2 * trained + 12 * max(1 << 18, 128 * vocabulary)
+    states = batch * length * each * (2 if wide else 1)
+    return states + (0 if wide else 2 * trained) + 12 * max(1 << 18, 128 * vocabulary)
 
 
 def _remembered(held: Holding, length: int) -> int:

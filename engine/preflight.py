@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from engine import fit, hardware, headers, methods, patterns, suitability, ways
+from engine import fit, hardware, headers, methods, patterns, processor, suitability, ways
 from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, BadText, InputError, TooBig, short
 from engine.fit import Estimate, Machine
@@ -293,7 +293,7 @@ def machine(recipe: Recipe, spare: int = 0) -> Machine:
     gpu = hardware.gpu() if recipe.device != "cpu" else None
     if gpu is not None:
         return Machine(gpu.total - gpu.used + spare, "cuda")
-    return Machine(hardware.free_memory() + spare)
+    return Machine(hardware.free_memory() + spare, wide=not processor.multiplies_bfloat16())
 
 
 def _too_big(found: Estimate, way: Way | None) -> str:

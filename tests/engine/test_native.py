@@ -340,7 +340,7 @@ def test_a_failed_build_leaves_nothing_and_is_said_once(
 ) -> None:
     fake_compiler(tmp_path / "bin", monkeypatch, '[ "$1" = --version ] && exit 0; echo "no such thing" >&2; exit 1')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(library, "_instructions", lambda: frozenset(library.PROCESSORS[0].instructions))
+    monkeypatch.setattr(library, "instructions", lambda: frozenset(library.PROCESSORS[0].instructions))
     library._load.cache_clear()
     try:
         assert not library.available()
@@ -354,7 +354,7 @@ def test_a_failed_build_leaves_nothing_and_is_said_once(
 
 def test_another_processor_is_never_asked_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(library, "_instructions", lambda: frozenset(["avx2"]))
+    monkeypatch.setattr(library, "instructions", lambda: frozenset(["avx2"]))
     library._load.cache_clear()
     try:
         assert not library.available()

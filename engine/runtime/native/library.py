@@ -27,6 +27,7 @@ from pathlib import Path
 
 from engine.errors import short
 from engine.files import publish
+from engine.processor import instructions
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +112,14 @@ def available() -> str | None:
 
 def processor() -> Processor | None:
     """The best kind that this machine's processor is; None where it is none of them."""
-    return next((kind for kind in PROCESSORS if _instructions().issuperset(kind.instructions)), None)
+    return next((kind for kind in PROCESSORS if instructions().issuperset(kind.instructions)), None)
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     kind = processor()
     if kind is None:
-        missing = sorted({*PROCESSORS[-1].instructions} - _instructions())
+        missing = sorted({*PROCESSORS[-1].instructions} - instructions())
         log.info("packed products use torch's kernels: this processor has no %s", ", ".join(missing))
         return None
     try:
@@ -169,16 +170,6 @@ def _key(compiler: str, kind: Processor) -> str:
     parts = [*FLAGS, *kind.flags, *kind.instructions, version.stdout, *(path.read_text() for path in kind.sources)]
     text = "\0".join(parts)
     return hashlib.sha256(f"{platform.machine()}\0{text}".encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _instructions() -> frozenset[str]:
-    """The instructions of this processor as Linux names them; nothing where there is no Linux to say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
 def _folder() -> Path:
