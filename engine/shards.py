@@ -28,6 +28,7 @@ from engine.files import as_usual, publish
 from engine.headers import is_placeholder, weight_files
 from engine.models import LoadedModel, blocks, quantize_inputs
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
+from engine.wide import is_plain
 
 GRIDS = "maquette_grids"  # the key of a shard's metadata that says how its packed weights are to be read
 PRUNED = "maquette_pruned"  # and the one that names the linears whose zeros must stay
@@ -47,7 +48,7 @@ def packed_modules(model: LoadedModel) -> dict[str, QuantizedWeight]:
 
 def can_be_packed(module: nn.Module) -> bool:
     """Whether the format can hold a module's codes."""
-    return type(module) in (nn.Linear, nn.Embedding)
+    return is_plain(module) or type(module) is nn.Embedding
 
 
 def _module(model: LoadedModel, name: str) -> nn.Module:

@@ -26,6 +26,7 @@ from engine.errors import BadArtifact
 from engine.experts import Experts
 from engine.fit import ROOM
 from engine.models import LoadedModel
+from engine.wide import Everywhere
 
 PROBE = 48  # tokens on which the logits are compared
 TOLERANCE = 0.02  # relative distance of logits; bf16 products differ in their last bits
@@ -91,7 +92,7 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     else:
         model = models.load(folder, dtype, device)
     expected = load_file(Path(str(request["expected"])))
-    with torch.inference_mode(), asked(model) as answers:
+    with torch.inference_mode(), Everywhere(), asked(model) as answers:
         logits = model.network(input_ids=expected["ids"].to(model.device), use_cache=False).logits[0].float().cpu()
     check_answers(answers, {name: each for name, each in expected.items() if name not in ("ids", "logits")})
     distance = distance_of(logits, expected["logits"], mixture=headers.experts(config) > 1)

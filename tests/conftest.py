@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 
@@ -10,7 +11,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MAQUETTE_NICE", "0")  # tests wait for workers; beside other tests they would starve
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from engine.methods import Context
 from engine.models import LoadedModel, load_tokenizer
 from engine.preflight import DEMO
 from engine.records import EventKind
+from engine.wide import Everywhere, multiplies_bfloat16, widen
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -82,6 +84,13 @@ class Recorder:
         return [str(data["text"]) for kind, data in self.said if kind == "log"]
 
 
+@pytest.fixture(autouse=True)
+def products() -> Iterator[None]:
+    """Networks that others read are compared with ours to the last bit: on every processor they multiply alike."""
+    with contextlib.nullcontext() if multiplies_bfloat16("cpu") else Everywhere():
+        yield
+
+
 @pytest.fixture
 def recorder() -> Recorder:
     return Recorder()
@@ -108,6 +117,7 @@ def in_memory(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, see
     config = copy.deepcopy(config)  # building a model writes into its config
     network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention(config)).eval()
     separate(network)
+    widen(network)
     return LoadedModel(network, load_tokenizer(DEMO / "model"), DEMO / "model")
 
 

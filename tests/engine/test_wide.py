@@ -7,19 +7,20 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from engine import processor, wide
-from engine.checkpoint import shell
-from engine.wide import WideConv1D, WideLinear, is_plain, mixed_precision, product, widen
-from tests.conftest import in_memory, tiny_config
+from engine.checkpoint import attention, shell
+from engine.wide import Everywhere, WideConv1D, WideLinear, is_plain, mixed_precision, product, widen
+from tests.conftest import tiny_config
 from tests.families import FAMILIES
 
 SHAPES = [(1, 32, 16), (8, 64, 48), (9, 64, 48), (600, 40, 24), (3, 1, 1), (20, 1 << 15, 100)]  # M, K, N
 
 
 @pytest.fixture(autouse=True)
-def without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor without products of bfloat16, whatever this one is."""
     monkeypatch.setattr(wide, "multiplies_bfloat16", lambda kind: kind != "cpu")
 
@@ -74,7 +75,8 @@ def test_frozen_bfloat16_weights_pass_gradients_on() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_widened_network_computes_what_it_did(family: str) -> None:
-    plain = in_memory(FAMILIES[family]).network
+    config = copy.deepcopy(FAMILIES[family])
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention(config)).eval()
     widened = copy.deepcopy(plain)
     widen(widened)
     kinds = {type(module) for module in widened.modules()}
@@ -83,6 +85,9 @@ def test_a_widened_network_computes_what_it_did(family: str) -> None:
     ids = torch.arange(40).view(2, 20)
     expected, found = (each(input_ids=ids).logits.float() for each in (plain, widened))
     assert (found - expected).norm() / expected.norm() < 0.01
+    if Conv1D not in {type(module) for module in plain.modules()}:
+        with Everywhere():
+            torch.testing.assert_close(plain(input_ids=ids).logits.float(), found, rtol=0, atol=0)
 
 
 def test_only_plain_linears_are_widened() -> None:
