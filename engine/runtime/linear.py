@@ -39,7 +39,7 @@ SIMULATED = "simulated: dense {dtype}"
 # From this many rows on a product is bound by arithmetic, and unpacking a stretch of weights to bfloat16 for the dense
 # kernel is faster than the integer kernels (measured on Zen 4, two cores: 4 bits, one scale a row, halves).
 MANY_ROWS_INT4, MANY_ROWS_INT8, MANY_ROWS_HALVES = 80, 24, 40
-MANY_ROWS_INT8_INT8 = 17  # from here on our own kernel orders the weights by panels
+MANY_ROWS_INT8_INT8 = {"avx512": 17, "avx2": 48}  # from here on our own kernel orders the weights by panels
 STRETCH_BYTES = 1 << 21  # of unpacked weights at a time: they stay in the cache
 
 
@@ -220,6 +220,7 @@ class Int8Linear(nn.Module):
         processor = available()
         native = torch.device(device).type == "cpu" and weight.scale.dtype == torch.bfloat16 and processor is not None
         self.kernel = f"{INT8}-{processor}" if native else INT8
+        self.many_rows = MANY_ROWS_INT8_INT8.get(processor or "", 0)
         self.register_buffer("weight", codes.to(device))
         self.register_buffer("scales", scales.to(device))
         self.register_buffer("sums", codes.sum(dim=1, dtype=torch.int32) if native else None)
@@ -256,14 +257,14 @@ class Int8Linear(nn.Module):
         biased = [p.bias is not None for p in parts]
         if known is not None or any(p.inputs != first.inputs for p in parts) or any(biased) != all(biased):
             return known
-        return _join(parts, "weight", ("inputs", "in_features", "kernel"))
+        return _join(parts, "weight", ("inputs", "in_features", "kernel", "many_rows"))
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, by our own kernel where it knows the shape, else by torch's."""
         rows = x.reshape(-1, self.in_features)
         matrix = self.matrix()
-        if matrix is not None and (self.in_features % 4 == 0 or rows.shape[0] < MANY_ROWS_INT8_INT8):
-            return multiply(matrix, x, MANY_ROWS_INT8_INT8)
+        if matrix is not None and (self.in_features % 4 == 0 or rows.shape[0] < self.many_rows):
+            return multiply(matrix, x, self.many_rows)
         codes, scale = self.inputs.encode(rows)
         integers = codes.to(torch.int8)
         missing = max(0, 17 - rows.shape[0]) if x.is_cuda else 0  # CUDA's wants more than 16 rows

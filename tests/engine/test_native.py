@@ -22,7 +22,7 @@ from engine.runtime.linear import INT8, Int8Linear, PackedLinear, packed_linear
 from engine.runtime.native import library
 from engine.runtime.native.columns import solve_columns
 from engine.runtime.native.decoder import NativeDecoder
-from engine.runtime.native.linear import MANY_ROWS, NativeLinear, native_kernel
+from engine.runtime.native.linear import NativeLinear, native_kernel
 from engine.runtime.native.moments import add_second_moments
 from engine.runtime.pages import use_large_pages
 from tests.conftest import in_memory, tiny_config
@@ -58,12 +58,12 @@ def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, 
     weight = make(bits, groups, symmetric=symmetric, rows=rows, columns=columns)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     linear = NativeLinear(weight, bias)
-    for m in [*range(1, 18), MANY_ROWS - 1, MANY_ROWS, 100]:  # every tile of rows, and both ways
+    for m in [*range(1, 18), linear.many_rows - 1, linear.many_rows, 100]:  # every tile of rows, and both ways
         x = inputs(m, columns, m)
         y = linear(x)
         assert y.dtype == torch.bfloat16
         # Many rows meet weights that are rounded to bfloat16 themselves, as dense ones are.
-        limit = 0.0035 if m < MANY_ROWS else 0.005
+        limit = 0.0035 if m < linear.many_rows else 0.005
         assert relative_error(y, exact_product(x, weight) + bias.double()) < limit, m
 
 
@@ -204,7 +204,7 @@ def test_integer_products_are_those_of_the_input_grid(
     monkeypatch.setenv(library.SWITCH, "0")
     plain = Int8Linear(weight)
     monkeypatch.delenv(library.SWITCH)
-    for m in (*range(1, 18), 40):
+    for m in (*range(1, 18), 40, 50):
         x = inputs(m, columns, m)
         x[0, :3] = torch.tensor([9.0, -9.0, 0.0])  # beyond a fixed grid
         torch.testing.assert_close(native(x), plain(x), rtol=0, atol=0)

@@ -23,7 +23,7 @@ from engine.packing import QuantizedWeight
 from engine.runtime.native.library import Matrix, available, library
 
 ROWS = 16  # of a block
-MANY_ROWS = 32  # measured on Zen 4
+MANY_ROWS = {"avx512": 32, "avx2": 12}  # measured on Zen 4 and Zen 3
 
 
 def native_kernel(weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -58,6 +58,7 @@ class NativeLinear(nn.Module):
         if kernel is None:
             raise ValueError(f"no kernel of ours for {weight.bits} bits in groups of {weight.group_size}")
         self.kernel = kernel
+        self.many_rows = MANY_ROWS[kernel.partition("-")[2]]
         self.bits = weight.bits
         self.group = weight.group_size
         self.out_features, self.in_features = weight.codes.shape
@@ -75,7 +76,7 @@ class NativeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, weight by weight for few rows and through unpacked panels for many."""
-        return multiply(self.matrix(), x, MANY_ROWS)
+        return multiply(self.matrix(), x, self.many_rows)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, kernel={self.kernel}"
