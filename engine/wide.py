@@ -55,7 +55,7 @@ class WideLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
-        return product(x, self.weight, self.bias) if _slow(x) else super().forward(x)
+        return linear(x, self.weight, self.bias)
 
 
 class WideConv1D(Conv1D):
@@ -74,6 +74,8 @@ class Everywhere(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and _slow(args[0]):
             return product(*args, **(kwargs or {}))
+        if func is torch.addmm and args[0].dim() == 1 and not kwargs and _slow(args[1]):  # `Conv1D`'s
+            return product(args[1], args[2].t(), args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -85,6 +87,11 @@ def _slow(x: Tensor) -> bool:
     if x.device.type != "cpu" or multiplies_bfloat16("cpu"):
         return False
     return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (N, K) plus bias (N,), by whichever way is fast here."""
+    return product(x, weight, bias) if _slow(x) else F.linear(x, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from engine import wide
 from engine.packing import QuantizedWeight
 from engine.runtime.native.library import Matrix, available
 from engine.runtime.native.linear import NativeLinear, multiply, native_kernel
@@ -147,7 +148,7 @@ class PackedLinear(nn.Module):
             stop = min(start + step, self.out_features)
             if self.kernel == "int8pack-cpu":
                 dense = self.packed[start:stop].to(torch.bfloat16) * self.scales[start:stop, None]
-                y[:, start:stop] = rows @ dense.T
+                y[:, start:stop] = wide.linear(rows, dense)
             else:
                 parts = torch.matmul(rows, self._unpack(start, stop))  # (blocks, M, 64)
                 y[:, start:stop] = parts.transpose(0, 1).reshape(rows.shape[0], stop - start)

@@ -21,6 +21,7 @@ from engine.packing import QuantizedWeight
 from engine.quantize import awq, gptq, rtn
 from engine.records import Recipe
 from engine.verify import distance_of
+from engine.wide import is_plain
 from tests.conftest import Recorder, in_memory
 from tests.families import FAMILIES, MIXTURES
 
@@ -63,7 +64,7 @@ def test_gptq_reaches_every_linear_and_the_runtime_reads_it(family: str, context
     loaded = runtime.load(tmp_path / "artifact")
     ours, dense = logits(loaded.network).double(), logits(model.network).double()
     assert distance_of(ours.flatten(0, 1), dense.flatten(0, 1), mixture=family in MIXTURES) < 0.03
-    packed = {name for name in model.quantized if type(model.network.get_submodule(name)) is nn.Linear}
+    packed = {name for name in model.quantized if is_plain(model.network.get_submodule(name))}
     assert set(loaded.kernels) == packed  # GPT-2's and Falcon's linears are stored dense
     assert bool(packed) == (family not in ("gpt2", "falcon"))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from engine import solver
 from engine.errors import BadParams
@@ -164,7 +165,7 @@ def test_it_prunes_every_family(family: str, context: Context, recorder: Recorde
     assert model.pruned
     for name in model.pruned:
         module = model.network.get_submodule(name)
-        weight = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
+        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
         assert bool(((weight.reshape(-1, 4) == 0).sum(1) >= 2).all()), name
 
 

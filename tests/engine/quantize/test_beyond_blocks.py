@@ -97,7 +97,8 @@ def test_the_heads_statistics_are_those_of_what_enters_it(tied: bool, tiny_folde
     with torch.inference_mode():
         whole.network(input_ids=token_rows(whole.tokenizer, context.calibration, 32, 4), use_cache=False)
     inputs = torch.cat(entered)
-    torch.testing.assert_close(seen["lm_head"], 2 * inputs.t() @ inputs / len(inputs), rtol=2e-2, atol=2e-2)
+    expected = 2 * inputs.t() @ inputs / len(inputs)
+    torch.testing.assert_close(seen["lm_head"].triu(), expected.triu(), rtol=2e-2, atol=2e-2)
 
 
 def test_a_resumed_run_takes_the_head_and_the_embeddings_up(
