@@ -10,12 +10,15 @@ import sys
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from engine.errors import MaquetteError
-from engine.modes import check_address, limits_of, mode_of
-from engine.scheduler import Scheduler
-from engine.store import home
-from ui.page import build
-from ui.server import address, check_free, serve
+from engine.imports import swift_imports
+
+with swift_imports():
+    from engine.errors import MaquetteError
+    from engine.modes import check_address, limits_of, mode_of
+    from engine.scheduler import Scheduler
+    from engine.store import home
+    from ui.page import build
+    from ui.server import address, check_free, serve
 
 SETTINGS = """It takes no arguments; the environment says the rest:
   HOST, PORT        where it listens (127.0.0.1, 7860)

@@ -2,7 +2,10 @@
 
 import sys
 
-from engine.cli import main
-from engine.scheduler import Scheduler
+from engine.imports import swift_imports
+
+with swift_imports():
+    from engine.cli import main
+    from engine.scheduler import Scheduler
 
 sys.exit(main(sys.argv[1:], Scheduler))

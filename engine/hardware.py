@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from engine.cradle import NAME
+
 CGROUP = Path("/sys/fs/cgroup")  # of this process, as version 2 shows it inside a container
 
 
@@ -126,11 +128,14 @@ def own_memory(process: int) -> int:
 
 
 def group_memory(group: int) -> int:
-    """Resident bytes of all processes of a process group; shared pages count for each of them."""
+    """Resident bytes of all processes of a process group; shared pages count for each of them.
+
+    A cradle does nothing, and what it holds are its worker's pages: it does not count.
+    """
     total = 0
     for process in psutil.process_iter():
         try:
-            if os.getpgid(process.pid) == group:
+            if os.getpgid(process.pid) == group and process.name() != NAME:
                 total += process.memory_info().rss
         except (psutil.Error, ProcessLookupError, PermissionError):
             continue

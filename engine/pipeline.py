@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +16,19 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import save_file
 
-from engine import artifacts, hardware, headers, intermediate, methods, models, preflight, ranks, untouched, verify
+from engine import (
+    artifacts,
+    cradle,
+    hardware,
+    headers,
+    intermediate,
+    methods,
+    models,
+    preflight,
+    ranks,
+    untouched,
+    verify,
+)
 from engine.attempts import cache_folder
 from engine.children import event_kind, lines
 from engine.errors import BadArtifact, InputError, RunError, TooBig, short
@@ -213,9 +223,7 @@ def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) ->
     kind = str(request["kind"])
     path = folder / f"{kind}.json"
     path.write_text(json.dumps(request))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "engine.worker", str(path)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-    )
+    process = cradle.start(path)
     finished: dict[str, JsonValue] = {"status": "failed", "reason": f"The process for {kind} ended without a word."}
     try:
         assert process.stdout is not None

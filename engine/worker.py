@@ -34,6 +34,7 @@ from typing import TextIO
 from pydantic import JsonValue
 
 from engine.attempts import EventReader, EventWriter, cache_folder, is_cancelled, take_lock, write_pid
+from engine.cradle import cradle
 from engine.errors import (
     Cancelled,
     HubError,
@@ -45,6 +46,7 @@ from engine.errors import (
     os_reason,
     short,
 )
+from engine.imports import swift_imports
 from engine.methods import Emit
 from engine.records import EventKind, Recipe, Status
 from engine.sources import named
@@ -91,9 +93,11 @@ class Stop:
 
 def run_pipeline(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Callable[[], None]) -> object:
     """The real pipeline, imported here so that even a broken installation ends as a failed run."""
-    from engine import pipeline
-
-    return pipeline.run(recipe, folder, emit, check_cancelled)
+    with swift_imports():
+        from engine import pipeline, probe, verify  # noqa: F401  # what its children will want, too
+        from engine.measure import suite  # noqa: F401
+    with cradle(main):
+        return pipeline.run(recipe, folder, emit, check_cancelled)
 
 
 def bring_models(request: Request, token: str, emit: Emit, check_cancelled: Callable[[], None]) -> None:
@@ -222,8 +226,8 @@ def _child(request: Request, replies: TextIO) -> Status:
         _reply(replies, {"kind": kind, "data": data})
 
     def work() -> None:
-        from engine import pipeline, probe, ranks, verify
-
+        with swift_imports():
+            from engine import pipeline, probe, ranks, verify
         if request["kind"] == "train":
             ranks.work(request, emit)
         elif request["kind"] == "probe":
@@ -243,8 +247,8 @@ def _serve(request: Request, replies: TextIO) -> Status:
             _reply(replies, {"event": "error", "text": data["reason"]})
 
     def work() -> None:
-        from engine.serve import serve
-
+        with swift_imports():
+            from engine.serve import serve
         serve(str(request["model"]), str(request["device"]), sys.stdin, replies)
 
     return _finish(emit, work)

@@ -1,0 +1,123 @@
+"""Children that are forked from a process which has imported everything, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine import cradle, hardware
+
+ROOT = Path(__file__).parent.parent.parent
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are forked on Linux alone")
+
+# A parent that has children and tells what it saw, in a process of its own: pytest's has threads.
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+from engine import cradle, hardware
+
+def main(arguments):
+    what = Path(arguments[0]).read_text()
+    if what == "sleep":
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    if what == "fail":
+        raise ValueError("as asked")
+    print(what, os.getpid(), os.getpgid(0), sys.stdin.read() == "", Path("/proc/self/comm").read_text().strip())
+    return len(what)
+
+def request(what):
+    path = Path(f"{what}.txt")
+    path.write_text(what)
+    return path
+
+os.setsid()
+with cradle.cradle(main):
+    found = {"forked": isinstance(child := cradle.start(request("hello")), cradle.Forked)}
+    found["said"], found["code"] = child.stdout.read().decode().split(), child.wait()
+    child = cradle.start(request("again"))
+    found["second"], found["second code"] = child.stdout.read().decode().split(), child.wait()
+    child = cradle.start(request("fail"))
+    found["failed"] = (child.stdout.read().decode(), child.wait())
+    child = cradle.start(request("sleep"))
+    child.stdout.readline()
+    found["running"] = child.poll()
+    found["counted"] = hardware.group_memory(os.getpid())
+    found["resident"] = sum(
+        int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        for pid in (os.getpid(), child.pid)
+    )
+    child.kill()
+    found["killed"] = child.wait()
+    child.kill()
+found["after"] = len(os.listdir("/proc/self/task"))
+print(json.dumps({**found, "own": os.getpid()}))
+if sys.argv[1:] == ["die"]:
+    with cradle.cradle(main):
+        print(cradle.start(request("sleep")).stdout.readline().decode(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def run(folder: Path, *arguments: str, cuda: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": cuda}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@linux
+def test_children_start_fresh_say_what_they_have_to_and_can_be_killed(tmp_path: Path) -> None:
+    ended = run(tmp_path)
+    found = json.loads(ended.stdout)
+    assert found["forked"]
+    name, pid, group, nothing_to_read, comm = found["said"]
+    assert (name, nothing_to_read, comm, found["code"]) == ("hello", "True", "python", 5)
+    assert int(pid) != found["own"] == int(group)  # a signal to the group reaches it
+    assert found["second"][1] != pid
+    assert found["failed"] == ["", 1]
+    assert "ValueError: as asked" in ended.stderr
+    assert (found["running"], found["killed"], found["after"]) == (None, -9, 1)
+    assert found["counted"] == pytest.approx(found["resident"], rel=0.1)  # the cradle's pages are its parent's
+
+
+@linux
+def test_a_cradle_goes_with_its_parent(tmp_path: Path) -> None:
+    ended = run(tmp_path, "die")
+    child = int(ended.stdout.split()[-1])
+    group = json.loads(ended.stdout.splitlines()[0])["own"]
+    assert hardware.group_memory(group) > 0  # the child, which a runner kills with its group
+    os.kill(child, 9)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(_group(process) == group for process in psutil.process_iter()):
+        time.sleep(0.05)
+    assert not [process for process in psutil.process_iter() if _group(process) == group]
+
+
+def _group(process: psutil.Process) -> int | None:
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else os.getpgid(process.pid)
+    except (psutil.Error, ProcessLookupError):
+        return None
+
+
+def test_where_a_gpu_may_be_children_start_as_any_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has spoken with CUDA must not be forked."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with cradle.cradle(lambda arguments: 0):
+        child = cradle.start(tmp_path / "missing.json")
+    assert isinstance(child, subprocess.Popen)
+    child.communicate()
+    assert child.wait() != 0
