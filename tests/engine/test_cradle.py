@@ -66,38 +66,35 @@ if sys.argv[1:] == ["die"]:
 """
 
 
-def run(folder: Path, *arguments: str, cuda: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": cuda}
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def run(folder: Path, *arguments: str) -> tuple[str, str]:
+    """What the script wrote and complained of; into files, which its children may hold longer than it lives."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    with open(folder / "said", "w") as said, open(folder / "errors", "w") as errors:
+        command = [sys.executable, "-c", SCRIPT, *arguments]
+        subprocess.run(command, cwd=folder, env=environment, stdout=said, stderr=errors, timeout=60)
+    return (folder / "said").read_text(), (folder / "errors").read_text()
 
 
 @linux
 def test_children_start_fresh_say_what_they_have_to_and_can_be_killed(tmp_path: Path) -> None:
-    ended = run(tmp_path)
-    found = json.loads(ended.stdout)
+    said, errors = run(tmp_path)
+    found = json.loads(said)
     assert found["forked"]
     name, pid, group, nothing_to_read, comm = found["said"]
     assert (name, nothing_to_read, comm, found["code"]) == ("hello", "True", "python", 5)
     assert int(pid) != found["own"] == int(group)  # a signal to the group reaches it
     assert found["second"][1] != pid
     assert found["failed"] == ["", 1]
-    assert "ValueError: as asked" in ended.stderr
+    assert "ValueError: as asked" in errors
     assert (found["running"], found["killed"], found["after"]) == (None, -9, 1)
     assert found["counted"] == pytest.approx(found["resident"], rel=0.1)  # the cradle's pages are its parent's
 
 
 @linux
 def test_a_cradle_goes_with_its_parent(tmp_path: Path) -> None:
-    ended = run(tmp_path, "die")
-    child = int(ended.stdout.split()[-1])
-    group = json.loads(ended.stdout.splitlines()[0])["own"]
+    said, _ = run(tmp_path, "die")
+    child = int(said.split()[-1])
+    group = json.loads(said.splitlines()[0])["own"]
     assert hardware.group_memory(group) > 0  # the child, which a runner kills with its group
     os.kill(child, 9)
     deadline = time.monotonic() + 20
