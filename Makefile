@@ -3,15 +3,25 @@ PYTHON ?= python3
 PORT ?= 7860
 HOST ?= 127.0.0.1
 BIN := .venv/bin
+SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test check format families killloop bench clean
+.PHONY: run test everything ready chromium check format killloop clean
 
 run: .venv/requirements
 	HOST=$(HOST) PORT=$(PORT) $(BIN)/python app.py
 
-test: check chromium
-	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40
+# What takes long comes last, and begins only within the first minutes: all stays within a quarter of an hour.
+test: ready
+	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest $(SHARED) --minutes 8 --durations 40
+
+# All of it, on every family of models.
+everything: ready
+	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest $(SHARED) --everything
+
+# Packages of Python and of the system come at the same time.
+ready:
+	$(MAKE) --jobs 2 check chromium
 
 check: .venv/requirements-test
 	$(BIN)/ruff format --check .
@@ -22,9 +32,6 @@ check: .venv/requirements-test
 format: .venv/requirements-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-families: .venv/requirements-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --all-families tests/engine
 
 killloop: .venv/requirements-test
 	$(BIN)/python tests/killloop.py --runs 200
@@ -41,13 +48,12 @@ killloop: .venv/requirements-test
 	touch $@
 
 # Chromium for the browser tests: Debian's package as root, else the one that Playwright brings.
-.PHONY: chromium
-chromium: .venv/requirements-test
+chromium:
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq chromium fonts-noto-cjk; \
 	else \
-		$(BIN)/playwright install chromium; \
+		$(MAKE) .venv/requirements-test && $(BIN)/playwright install chromium; \
 	fi
 
 clean:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -31,23 +32,67 @@ from engine.wide import Everywhere, multiplies_bfloat16, widen
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-# Whose blocks differ most. `make families` tests the others too, everywhere; the files in ALWAYS test all.
+# Whose blocks differ most. `make everything` tests the others too, everywhere; the files in ALWAYS test all.
 DISTINCT = ("llama", "gpt2", "falcon", "gemma3", "mixtral")
 ALWAYS = ("test_families", "test_every_way")
 
 
+# What takes long, and has others beside it that see most of what it sees. It comes last, while there is time.
+LONG = (
+    "test_page.py::test_axe_finds_nothing[en-1280-light]",
+    "test_page.py::test_axe_finds_nothing[zh-CN-390-dark]",
+    "test_page.py::test_both_models_work_at_once_and_a_token_tells_its_rivals",
+    "test_page.py::test_differences_and_files_of_finished_runs",
+    "test_page.py::test_three_models_part_and_are_sent_around",
+    "test_page.py::test_a_visitor_switches_to_chinese_and_back",
+    "test_team.py::test_login_page_and_logout",
+    "test_whole_way.py::test_from_a_search_to_a_model_that_transformers_loads[zh-CN-8]",
+    "test_cli.py::test_ctrl_c_leaves_a_run_that_resume_finishes",
+    "test_container.py::test_a_run_needs_no_more_than_its_data_folder",
+    "test_demo.py::test_each_kind_of_damage_shows_more_than_the_one_before",
+    "test_demo.py::test_gptq_harms_less_than_round_to_nearest[3]",
+    "test_demo.py::test_gptq_harms_less_than_round_to_nearest[2]",
+    "test_demo.py::test_awq_and_hqq_harm_less_than_round_to_nearest[engine.quantize.awq-2]",
+    "test_demo.py::test_mixed_precision_harms_less_than_equal_bits_of_the_same_size",
+    "test_distributed.py::test_two_processes_go_on_from_one_and_make_what_one_makes",
+    "test_download.py::test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere",
+    "test_killloop.py::test_the_loop_bites",
+    "test_pipeline.py::test_the_same_recipe_gives_the_same_manifest_also_when_interrupted",
+)
+BEGAN = "MAQUETTE_TESTS_BEGAN"  # seconds of the clock, for the processes that share the tests
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--all-families`: in every test."""
-    parser.addoption("--all-families", action="store_true", help="test what is alike in all families on all of them")
+    """What `make test` leaves out, to stay within a quarter of an hour on any machine."""
+    parser.addoption("--everything", action="store_true", help="test what is alike in all families on all of them")
+    parser.addoption("--minutes", type=float, help="after so many, long tests do not begin any more")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note when the tests began, once for all processes."""
+    os.environ.setdefault(BEGAN, str(time.time()))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep `make test` within a quarter of an hour: what is alike in all families is tested on those that differ."""
-    if config.getoption("--all-families"):
+    """Put what takes long at the end, and of what is alike in all families take those that differ."""
+    items.sort(key=lambda item: is_long(item.nodeid))
+    if config.getoption("--everything"):
         return
     left = [item for item in items if item.path.stem not in ALWAYS and _family(item) not in (None, *DISTINCT)]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in set(left)]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a long test for which no time is left."""
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and is_long(item.nodeid) and time.time() - float(os.environ[BEGAN]) > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes are over: `make everything` has the time")
+
+
+def is_long(test: str) -> bool:
+    """Whether a test is one of those that take long, by its name."""
+    return any(f"/{name}" in test for name in LONG)
 
 
 def _family(item: pytest.Item) -> str | None:
@@ -60,10 +105,14 @@ def _family(item: pytest.Item) -> str | None:
 
 
 class ByFile(LoadFileScheduling):
-    """The tests of a file go to one process; so do all of the browser's, which share a server and a first visit."""
+    """The tests of a file go to one process; so do all of the browser's, which share a server and a first visit.
+
+    Long ones are apart: they come when all others are given out.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "browser" if nodeid.startswith("tests/browser/") else str(super()._split_scope(nodeid))
+        scope = "browser" if nodeid.startswith("tests/browser/") else str(super()._split_scope(nodeid))
+        return f"{scope}, long" if is_long(nodeid) else scope
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile:
