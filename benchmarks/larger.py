@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from benchmarks.sections import README, write_section
-from engine import hardware
+from engine import cradle, hardware
 from engine.checkpoint import part_names, shell
 from engine.models import blocks
 from engine.preflight import DEMO
@@ -99,13 +99,15 @@ def run(recipe: Path, home: Path, *, resume: str = "", kill_at: str = "") -> Wat
 def resident(processes: Sequence[psutil.Process]) -> int:
     """Resident bytes of processes together; those that have ended take none.
 
-    A child that still has its parent's command has only been forked: what it shows is its parent's memory.
+    A child that still has its parent's command and name has only been forked: what it shows is its parent's memory. So
+    is what a cradle shows.
     """
     found: dict[tuple[str, ...], int] = {}
     for process in processes:
         with suppress(psutil.Error):
-            command = tuple(process.cmdline())
-            found[command] = max(found.get(command, 0), process.memory_info().rss)
+            name, command = process.name(), process.cmdline()
+            if name != cradle.NAME:
+                found[name, *command] = max(found.get((name, *command), 0), process.memory_info().rss)
     return sum(found.values())
 
 

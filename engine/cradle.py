@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NoReturn, Protocol
 
-NAME = "mq-cradle"  # of its process, as Linux tells it; 15 letters at most
+NAME, BORN = "mq-cradle", "mq-child"  # of its process and its children's, as Linux tells them; 15 letters at most
 PR_SET_NAME = 15
 LONGEST = 1 << 16  # bytes of a path
 
@@ -158,7 +158,7 @@ def _be_born(request: str, output: int, main: Main) -> NoReturn:
     """Work on a request as a process that has just started does, and end."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    _call("python")
+    _call(BORN)
     code = 1
     try:
         os.dup2(output, 1)

@@ -81,7 +81,7 @@ def test_children_start_fresh_say_what_they_have_to_and_can_be_killed(tmp_path: 
     found = json.loads(said)
     assert found["forked"]
     name, pid, group, nothing_to_read, comm = found["said"]
-    assert (name, nothing_to_read, comm, found["code"]) == ("hello", "True", "python", 5)
+    assert (name, nothing_to_read, comm, found["code"]) == ("hello", "True", cradle.BORN, 5)
     assert int(pid) != found["own"] == int(group)  # a signal to the group reaches it
     assert found["second"][1] != pid
     assert found["failed"] == ["", 1]
