@@ -3,25 +3,27 @@ PYTHON ?= python3
 PORT ?= 7860
 HOST ?= 127.0.0.1
 BIN := .venv/bin
-SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test everything ready chromium check format killloop clean
+.PHONY: run test tests everything ready chromium check format killloop clean
 
 run: .venv/requirements
 	HOST=$(HOST) PORT=$(PORT) $(BIN)/python app.py
 
 # What takes long comes last, and begins only within the first minutes: all stays within a quarter of an hour.
 test: ready
-	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest $(SHARED) --minutes 8 --durations 40
+	$(MAKE) --jobs 2 check tests OPTIONS="--minutes 8 --durations 40"
 
 # All of it, on every family of models.
 everything: ready
-	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest $(SHARED) --everything
+	$(MAKE) --jobs 2 check tests OPTIONS=--everything
 
 # Packages of Python and of the system come at the same time.
 ready:
-	$(MAKE) --jobs 2 check chromium
+	$(MAKE) --jobs 2 .venv/requirements-test chromium
+
+tests:
+	REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 check: .venv/requirements-test
 	$(BIN)/ruff format --check .

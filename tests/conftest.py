@@ -40,15 +40,16 @@ ALWAYS = ("test_families", "test_every_way")
 # What takes long, and has others beside it that see most of what it sees. It comes last, while there is time.
 LONG = (
     "test_page.py::test_axe_finds_nothing[en-1280-light]",
-    "test_page.py::test_axe_finds_nothing[zh-CN-390-dark]",
+    "test_page.py::test_axe_finds_nothing[zh-CN-390",
     "test_page.py::test_both_models_work_at_once_and_a_token_tells_its_rivals",
     "test_page.py::test_differences_and_files_of_finished_runs",
+    "test_page.py::test_the_same_text_is_shaded_live",
     "test_page.py::test_three_models_part_and_are_sent_around",
     "test_page.py::test_a_visitor_switches_to_chinese_and_back",
     "test_team.py::test_login_page_and_logout",
     "test_whole_way.py::test_from_a_search_to_a_model_that_transformers_loads[zh-CN-8]",
     "test_cli.py::test_ctrl_c_leaves_a_run_that_resume_finishes",
-    "test_container.py::test_a_run_needs_no_more_than_its_data_folder",
+    "test_container.py::test_",
     "test_demo.py::test_each_kind_of_damage_shows_more_than_the_one_before",
     "test_demo.py::test_gptq_harms_less_than_round_to_nearest[3]",
     "test_demo.py::test_gptq_harms_less_than_round_to_nearest[2]",
@@ -57,6 +58,7 @@ LONG = (
     "test_distributed.py::test_two_processes_go_on_from_one_and_make_what_one_makes",
     "test_download.py::test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere",
     "test_killloop.py::test_the_loop_bites",
+    "test_pipeline.py::test_long_work_is_probed_on_one_block_first",
     "test_pipeline.py::test_the_same_recipe_gives_the_same_manifest_also_when_interrupted",
 )
 BEGAN = "MAQUETTE_TESTS_BEGAN"  # seconds of the clock, for the processes that share the tests
