@@ -28,7 +28,9 @@ from engine import hardware
 from engine.generate import decode
 from engine.packing import InputGrid, QuantizedWeight
 from engine.runtime.linear import Int8Linear, packed_linear
+from engine.runtime.native.library import available
 from engine.runtime.pages import use_large_pages
+from engine.wide import widen
 
 log = logging.getLogger("decode")
 SHAPES = {
@@ -151,6 +153,7 @@ def main() -> None:
     dense = stock
     if arguments.device == "cpu":
         dense = copy.deepcopy(stock)
+        widen(dense)  # as every network is that Maquette loads
         use_large_pages(dense)
     networks = {
         "bf16": dense,
@@ -174,7 +177,8 @@ def main() -> None:
     text = "\n\n".join([about(stock, arguments.threads), *tables])
     log.info("%s", text)
     if arguments.write:
-        write_section(README, SECTIONS[arguments.device], text)
+        section = "decode-avx2" if arguments.device == "cpu" and available() == "avx2" else SECTIONS[arguments.device]
+        write_section(README, section, text)
 
 
 def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:

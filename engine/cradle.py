@@ -5,7 +5,8 @@ reads a model back or measures it must not find what others left. So a worker fo
 imported all that its children need, before it starts a thread or touches a weight; that one forks each child when it is
 asked to, and goes with the worker. What it holds are the worker's own pages.
 
-Only on Linux and on a CPU: elsewhere forking is not safe, and children start as any process does.
+Only on Linux, on a CPU and in a process without other threads: elsewhere forking is not safe, and children start as any
+process does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +56,8 @@ def cradle(main: Main) -> Iterator[None]:
     To be entered once all is imported and before there are threads.
     """
     global _own
-    if not sys.platform.startswith("linux") or os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    alone = threading.active_count() == 1
+    if not (sys.platform.startswith("linux") and os.environ.get("CUDA_VISIBLE_DEVICES") == "" and alone):
         yield
         return
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -64,8 +67,11 @@ def cradle(main: Main) -> Iterator[None]:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        ours.close()
-        _rock(its, main)
+        try:
+            ours.close()
+            _rock(its, main)
+        finally:
+            os._exit(0)  # whatever happens: what the worker would do next is not for its copy
     its.close()
     _own = ours
     try:
@@ -126,18 +132,23 @@ class Forked:
             self._code = int(said) if said else -signal.SIGKILL  # the cradle itself was killed, and more with it
             if self._handle >= 0:
                 os.close(self._handle)
+                self._handle = -1
         return self._code
 
 
-def _rock(line: socket.socket, main: Main) -> NoReturn:
+def _rock(line: socket.socket, main: Main) -> None:
     """Fork a child for each request until nobody asks any more."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # who asks for it to end closes the line
+    for handle in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:  # its lock must end with the worker
+        if handle > 2 and handle != line.fileno():
+            with contextlib.suppress(OSError):  # that of the folder which tells
+                os.close(handle)
     _call(NAME)
     while True:
         request, handles, _, _ = socket.recv_fds(line, LONGEST, 1)
         if not request:
-            os._exit(0)
+            return
         pid = os.fork()
         if pid == 0:
             line.close()
@@ -162,9 +173,10 @@ def _be_born(request: str, output: int, main: Main) -> NoReturn:
     code = 1
     try:
         os.dup2(output, 1)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.close(output)
-        gc.unfreeze()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        for handle in (output, nothing):
+            os.close(handle)
         code = main([request])
     except BaseException:
         traceback.print_exc()

@@ -72,10 +72,16 @@ def _kernels() -> list[Finding]:
     except ImportError as error:
         return [Finding("kernels", f"torch cannot be imported: {error}", good=False)]
     from engine.runtime.native.library import available
+    from engine.wide import multiplies_bfloat16
 
     processor = available()
     ours = f"built for {processor}" if processor else "not here (AVX2 and g++ build them): torch's compute"
-    return [Finding("our own kernels", ours), *_operators(torch.ops.aten)]
+    slow = "slow on this processor: what is dense is multiplied in float32"
+    return [
+        Finding("our own kernels", ours),
+        Finding("bfloat16", "multiplied by the processor" if multiplies_bfloat16("cpu") else slow),
+        *_operators(torch.ops.aten),
+    ]
 
 
 def _operators(aten: object) -> list[Finding]:

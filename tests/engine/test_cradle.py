@@ -30,7 +30,8 @@ def main(arguments):
         time.sleep(60)
     if what == "fail":
         raise ValueError("as asked")
-    print(what, os.getpid(), os.getpgid(0), sys.stdin.read() == "", Path("/proc/self/comm").read_text().strip())
+    quiet, comm = sys.stdin.read() == "", Path("/proc/self/comm").read_text().strip()
+    print(what, os.getpid(), os.getpgid(0), quiet, comm, len(os.listdir("/proc/self/fd")))
     return len(what)
 
 def request(what):
@@ -39,6 +40,7 @@ def request(what):
     return path
 
 os.setsid()
+lock = open("lock", "w")
 with cradle.cradle(main):
     found = {"forked": isinstance(child := cradle.start(request("hello")), cradle.Forked)}
     found["said"], found["code"] = child.stdout.read().decode().split(), child.wait()
@@ -60,9 +62,12 @@ with cradle.cradle(main):
 found["after"] = len(os.listdir("/proc/self/task"))
 print(json.dumps({**found, "own": os.getpid()}))
 if sys.argv[1:] == ["die"]:
-    with cradle.cradle(main):
-        print(cradle.start(request("sleep")).stdout.readline().decode(), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        with cradle.cradle(main):
+            print(cradle.start(request("sleep")).stdout.readline().decode(), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    finally:
+        print("left by", os.getpid(), flush=True)
 """
 
 
@@ -80,9 +85,10 @@ def test_children_start_fresh_say_what_they_have_to_and_can_be_killed(tmp_path: 
     said, errors = run(tmp_path)
     found = json.loads(said)
     assert found["forked"]
-    name, pid, group, nothing_to_read, comm = found["said"]
+    name, pid, group, nothing_to_read, comm, handles = found["said"]
     assert (name, nothing_to_read, comm, found["code"]) == ("hello", "True", cradle.BORN, 5)
     assert int(pid) != found["own"] == int(group)  # a signal to the group reaches it
+    assert int(handles) == 4  # the three of every process, and that of the folder which tells: no lock of the worker's
     assert found["second"][1] != pid
     assert found["failed"] == ["", 1]
     assert "ValueError: as asked" in errors
@@ -93,7 +99,7 @@ def test_children_start_fresh_say_what_they_have_to_and_can_be_killed(tmp_path: 
 @linux
 def test_a_cradle_goes_with_its_parent(tmp_path: Path) -> None:
     said, _ = run(tmp_path, "die")
-    child = int(said.split()[-1])
+    child = int(said.splitlines()[1])
     group = json.loads(said.splitlines()[0])["own"]
     assert hardware.group_memory(group) > 0  # the child, which a runner kills with its group
     os.kill(child, 9)
@@ -101,6 +107,7 @@ def test_a_cradle_goes_with_its_parent(tmp_path: Path) -> None:
     while time.monotonic() < deadline and any(_group(process) == group for process in psutil.process_iter()):
         time.sleep(0.05)
     assert not [process for process in psutil.process_iter() if _group(process) == group]
+    assert "left by" not in (tmp_path / "said").read_text()  # its copy of the worker did nothing of the worker's
 
 
 def _group(process: psutil.Process) -> int | None:
@@ -110,9 +117,13 @@ def _group(process: psutil.Process) -> int | None:
         return None
 
 
-def test_where_a_gpu_may_be_children_start_as_any_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has spoken with CUDA must not be forked."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+@pytest.mark.parametrize(("devices", "threads"), [("0", 1), ("", 2)])
+def test_where_forking_is_not_safe_children_start_as_any_process(
+    devices: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has spoken with CUDA must not be forked, nor one with threads."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    monkeypatch.setattr("threading.active_count", lambda: threads)
     with cradle.cradle(lambda arguments: 0):
         child = cradle.start(tmp_path / "missing.json")
     assert isinstance(child, subprocess.Popen)
