@@ -31,6 +31,7 @@ from engine.calibration import token_rows
 from engine.distill._student import every_kth
 from engine.models import load
 from engine.preflight import DEMO
+from engine.wide import multiplies_bfloat16
 
 CACHE = environments.CACHE.parent / "distill"
 WAYS = {
@@ -160,7 +161,7 @@ def main() -> None:
     text = "\n".join(parts)
     log.info("%s", text)
     if options.write:
-        write_section(README, "distill", text)
+        write_section(README, "distill" if multiplies_bfloat16("cpu") else "distill-float32", text)
 
 
 if __name__ == "__main__":
