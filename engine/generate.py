@@ -24,13 +24,16 @@ from transformers.cache_utils import DynamicLayer
 from engine.kv_cache import PackedCache, read_on
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
+from engine.runtime.float8 import Float8Linear
 from engine.runtime.lean import LeanDecoder
+from engine.runtime.linear import Int8Linear
 from engine.runtime.native.decoder import NativeDecoder
 
 log = logging.getLogger(__name__)
 
 # Largest relative distance of two bfloat16 logit vectors that differ in rounding only: seen up to 0.01.
 AGREEMENT = 0.05
+ROUNDED = 0.15  # and where inputs are rounded, too: one near the middle of two steps falls on either side
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,10 @@ def allowed(odds: Tensor, top_p: float, top_k: int) -> Tensor:
     return torch.zeros_like(odds).scatter(-1, order, ordered.masked_fill(drop, 0.0))
 
 
+def _rounds_inputs(network: PreTrainedModel) -> bool:
+    return any(isinstance(module, Int8Linear | Float8Linear) for module in network.modules())
+
+
 def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor, room: int) -> _Decoder:
     """The lean decoder where it agrees with `transformers` about the prompt's end, else `transformers`.
 
@@ -226,7 +233,7 @@ def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor
         lean: _Decoder = kind(network, cache, room)
         seen = lean.step(ids[:, -1:])
         distance = (seen.float() - logits.float()).norm() / logits.float().norm()
-        if distance <= AGREEMENT:
+        if distance <= (ROUNDED if _rounds_inputs(network) else AGREEMENT):
             return lean
         log.warning("%s: the lean decoder is off by %.3f and is not used", type(network).__name__, distance)
     return _WholeModel(network, cache)
