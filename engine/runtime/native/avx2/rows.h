@@ -27,11 +27,12 @@ template <> struct Codes<Matrix::INT4> {
 template <> struct Codes<Matrix::INT8> {
     static constexpr int COLUMNS = 2, HALF = 16, OFFSET = 0;
     static __m256i read(const uint8_t* from) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)from)); }
+    // The first column times 2^24, the second times 2^8.
     template <int T> static __m256 number(__m256i codes) {
-        return _mm256_cvtepi32_ps(_mm256_srai_epi32(T == 1 ? codes : _mm256_slli_epi32(codes, 24), T == 1 ? 8 : 24));
+        return _mm256_cvtepi32_ps(T == 0 ? _mm256_slli_epi32(codes, 24) : _mm256_and_si256(codes, _mm256_set1_epi32(~255)));
     }
     static int column(int t) { return t; }
-    static float factor(int) { return 1; }
+    static float factor(int t) { return t == 0 ? 1.0f / (1 << 24) : 1.0f / (1 << 8); }
 };
 template <int KIND> constexpr int BYTES = 2 * Codes<KIND>::HALF;  // of sixteen rows of the columns that are read at once
 
