@@ -306,7 +306,8 @@ def _training(held: Holding, method: Method, params: Params, first: Holding, wid
     scope = str(getattr(params, "scope", "all"))
     trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
     batch, length = integer(getattr(params, "batch", 16)), integer(getattr(params, "sequence_length", 128))
-    teachers = first.dense + sum(Holding(each, first.width).dense for each in params.beside())
+    width = 4 if wide else first.width
+    teachers = sum(Holding(each, width).dense for each in (first.shape, *params.beside()))
     teaches = hasattr(params, "teachers")
     live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
     found = []

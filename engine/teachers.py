@@ -40,6 +40,7 @@ from engine.losses import Full, Target, TopK, averaged, chunk_size, pieces, top_
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.rows import Rows
+from engine.wide import multiplies_bfloat16
 
 FILE_TOKENS = 1 << 16  # in one file of a cache
 SHARE = 0.1  # of the free disk that answers may take
@@ -265,14 +266,18 @@ def dtype_of(model: LoadedModel) -> str:
 def load_live(folders: Sequence[Path], vocabulary: int, context: Context, dtype: str) -> Live:
     """The teachers in memory, or read part by part where they are larger than what is free.
 
+    In memory they are float32 where the processor has no products of bfloat16, weights that were bfloat16 too: they are
+    asked in every step.
+
     Raises:
         BadModel: one cannot be loaded.
     """
     bodies = []
     for folder in folders:
         shape = headers.inspect(folder)
-        fits = 2 * shape.bytes < hardware.free_memory() or context.device != "cpu"
-        teacher = (models.load if fits else models.stream)(folder, dtype, context.device)
+        width = dtype if multiplies_bfloat16(context.device) else "float32"
+        fits = (2 if width == dtype else 4) * shape.bytes < hardware.free_memory() or context.device != "cpu"
+        teacher = models.load(folder, width, context.device) if fits else models.stream(folder, dtype, context.device)
         if not fits:
             context.log(f"the teacher {folder.name} is larger than half of the free memory: one block at a time")
         teacher.network.requires_grad_(False)
