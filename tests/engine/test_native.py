@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -333,6 +335,14 @@ def test_builds_at_the_same_time_compile_once(tmp_path: Path, monkeypatch: pytes
     assert calls.read_text() == "x\n"
     assert [file.read_text() for file in found] == ["whole\n"]
     assert sorted(file.name for file in folder.iterdir()) == sorted(["lock", *(file.name for file in found)])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ for x86-64")
+@pytest.mark.parametrize("kind", library.PROCESSORS, ids=lambda kind: kind.name)
+def test_the_kernels_of_every_processor_compile(kind: library.Processor, tmp_path: Path) -> None:
+    """Also those that this one could not run; a library of theirs is not loaded, for that runs some."""
+    built = library.build(tmp_path / "kernels", kind).read_bytes()
+    assert all(name.encode() in built for name in library._POINTERS)
 
 
 def test_a_failed_build_leaves_nothing_and_is_said_once(
