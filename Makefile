@@ -38,16 +38,15 @@ format: .venv/requirements-test
 killloop: .venv/requirements-test
 	$(BIN)/python tests/killloop.py --runs 200
 
-# Modules are compiled when they are first imported: most of torch's never are.
 # torch by its exact version first: a range would let pip fetch a newer build, with gigabytes of CUDA on Linux.
 .venv/requirements: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q --no-compile torch==2.13.0 || true
-	$(BIN)/pip install -q --no-compile -r requirements.txt
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0 || true
+	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
 .venv/requirements-test: .venv/requirements requirements-test.txt
-	$(BIN)/pip install -q --no-compile -r requirements-test.txt
+	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
 # Chromium for the browser tests: Debian's package as root, else the one that Playwright brings.
