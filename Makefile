@@ -4,6 +4,8 @@ PORT ?= 7860
 HOST ?= 127.0.0.1
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Where it is set every process compiles all of our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test tests everything ready chromium check format killloop clean
 
