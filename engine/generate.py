@@ -220,7 +220,8 @@ def allowed(odds: Tensor, top_p: float, top_k: int) -> Tensor:
 
 
 def _rounds_inputs(network: PreTrainedModel) -> bool:
-    return any(isinstance(module, Int8Linear | Float8Linear) for module in network.modules())
+    """Whether linears round what they read: by their kind, or by a hook before them."""
+    return any(isinstance(each, Int8Linear | Float8Linear) or each._forward_pre_hooks for each in network.modules())
 
 
 def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor, room: int) -> _Decoder:

@@ -266,8 +266,7 @@ def dtype_of(model: LoadedModel) -> str:
 def load_live(folders: Sequence[Path], vocabulary: int, context: Context, dtype: str) -> Live:
     """The teachers in memory, or read part by part where they are larger than what is free.
 
-    In memory they are float32 where the processor has no products of bfloat16, weights that were bfloat16 too: they are
-    asked in every step.
+    Where the processor has no products of bfloat16 they are float32, if there is room: they are asked in every step.
 
     Raises:
         BadModel: one cannot be loaded.
@@ -275,9 +274,10 @@ def load_live(folders: Sequence[Path], vocabulary: int, context: Context, dtype:
     bodies = []
     for folder in folders:
         shape = headers.inspect(folder)
-        width = dtype if multiplies_bfloat16(context.device) else "float32"
-        fits = (2 if width == dtype else 4) * shape.bytes < hardware.free_memory() or context.device != "cpu"
-        teacher = models.load(folder, width, context.device) if fits else models.stream(folder, dtype, context.device)
+        free = hardware.free_memory()
+        fits = 2 * shape.bytes < free or context.device != "cpu"
+        wide = not multiplies_bfloat16(context.device) and 4 * shape.bytes < free
+        teacher = (models.load if fits else models.stream)(folder, "float32" if wide else dtype, context.device)
         if not fits:
             context.log(f"the teacher {folder.name} is larger than half of the free memory: one block at a time")
         teacher.network.requires_grad_(False)
