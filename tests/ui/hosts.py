@@ -16,6 +16,7 @@ import httpx
 import pytest
 from starlette.routing import BaseRoute
 
+from engine import sources
 from engine.modes import LIMITS, Mode
 from engine.records import Recipe, Run, Step
 from engine.scheduler import Scheduler
@@ -97,6 +98,7 @@ def host(mode: Mode, home: Path) -> Iterator[Host]:
     before = Path.cwd()
     changed = pytest.MonkeyPatch()
     changed.setattr(login, "TRIES_BY_ADDRESS", 1000)
+    changed.setattr(sources, "_base", [])  # serving sets it, for the process that serves and does nothing else
     for place in ("queueing.safe_get_lock", "utils.safe_get_lock"):  # they make event loops that nobody closes
         changed.setattr(f"gradio.{place}", asyncio.Lock)
     changed.setattr("gradio.utils.safe_get_stop_event", asyncio.Event)
