@@ -32,7 +32,8 @@ from tests.engine.test_generate import LEAN, PLAIN, PROMPT
 from tests.engine.test_runtime import exact_product, make, relative_error
 
 needs_kernels = pytest.mark.skipif(not library.available(), reason="our own kernels cannot be built here")
-SHAPES = [(128, 256, 4), (100, 256, 1), (16, 64, 8), (7, 72, 3), (130, 200, 25), (65, 8, 1)]  # rows, columns, groups
+# rows, columns, groups
+SHAPES = [(128, 256, 4), (100, 256, 1), (16, 64, 8), (7, 72, 3), (130, 200, 25), (65, 8, 1), (20, 1000, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +146,31 @@ def test_few_rows_are_exact_up_to_the_order_of_sums(bits: int, symmetric: bool) 
     torch.testing.assert_close(linear(eye), exact_product(eye, weight).to(torch.bfloat16), rtol=0, atol=0)
     x = torch.randint(-2, 3, (3, 256)).to(torch.bfloat16)
     torch.testing.assert_close(linear(x), exact_product(x, weight).to(torch.bfloat16), rtol=2**-8, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_outlier_costs_its_neighbours_nothing(bits: int, rows: int) -> None:
+    """Where inputs are multiplied as whole numbers, one that dwarfs the others leaves them their digits."""
+    weight = make(bits, 4)
+    weight.codes[:, 100] = 2 ** (bits - 1)  # times zero: what its neighbours give is all that is seen
+    linear = NativeLinear(weight)
+    for size in (1.0, 1e2, 1e4, 1e6, 1e30):
+        x = inputs(rows, 256)
+        x[-1, 100] = -size
+        assert relative_error(linear(x), exact_product(x, weight)) < 0.0035, size
+
+
+@needs_kernels
+def test_what_is_no_number_stays_none() -> None:
+    linear = NativeLinear(make(4, 4))
+    for wrong in (float("nan"), float("inf")):
+        x = inputs(3, 256)
+        x[1, 7] = wrong
+        y = linear(x)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
 
 
 @needs_kernels
@@ -281,12 +307,19 @@ def test_decoding_gives_the_same_tokens_with_and_without(weights: str, monkeypat
     used = []
     step = NativeDecoder.step
     monkeypatch.setattr(NativeDecoder, "step", lambda self, ids: used.append(1) or step(self, ids))
-    ours = [int(found.tokens) for found in decode(network(config, weights), PROMPT, 20)]
+    ours = list(decode(network(config, weights), PROMPT, 20))
     assert len(used) == 20  # one that is checked, nineteen that count
     monkeypatch.setenv(library.SWITCH, "0")
-    assert [int(found.tokens) for found in decode(network(config, weights), PROMPT, 20)] == ours
+    theirs = list(decode(network(config, weights), PROMPT, 20))
     assert len(used) == 20
-    assert len(set(ours)) > 2  # a text that varies, so that agreement says something
+    same = 0
+    while same < 20 and ours[same].tokens == theirs[same].tokens:
+        same += 1
+    if same < 20:  # only where both tokens were as likely: sums in another order choose either then
+        odds = theirs[same].logprobs[0]
+        assert odds[theirs[same].tokens] - odds[ours[same].tokens] < 0.05 * odds.std()
+    assert same > 10
+    assert len({int(found.tokens) for found in ours}) > 2  # a text that varies, so that agreement says something
 
 
 @needs_kernels

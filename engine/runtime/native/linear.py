@@ -1,14 +1,14 @@
 """A linear that computes on packed weights with our own kernels.
 
-Two layouts, both exact: w = (code - zero) * scale with the codes as whole bfloat16 numbers, sums in float32, and
-the zero points through the sum of a group's inputs.
+Two layouts, both exact: w = (code - zero) * scale, and the zero points through the sum of a group's inputs.
 
     int4-avx512, int4-avx2    codes of 2 to 4 bits, 4 bits a weight
     int8-avx512, int8-avx2    codes of 5 to 8 bits, 8 bits a weight
 
-Blocks of 16 rows lie side by side, so that 64 bytes are 8 (4) inputs of 16 rows and a lane sums a row. From
-`MANY_ROWS` rows on the weights are unpacked, to bfloat16 or, without its instructions, to float32, some rows at a time
-into the cache, and multiplied there.
+Blocks of 16 rows lie side by side, so that 64 bytes are 8 (4) inputs of 16 rows and a lane sums a row. AVX-512
+multiplies codes as whole bfloat16 numbers, and unpacks the weights some rows at a time into the cache where the inputs
+have `MANY_ROWS` rows or more. AVX2 multiplies whole numbers of 16 bits: inputs are such numbers times a power of two for
+128 of them at most, which changes none by more than a 128th of what bfloat16 rounds in the largest of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.packing import QuantizedWeight
 from engine.runtime.native.library import Matrix, available, library
 
 ROWS = 16  # of a block
-MANY_ROWS = {"avx512": 32, "avx2": 12}  # measured on Zen 4 and Zen 3
+MANY_ROWS = {"avx512": 32, "avx2": 256}  # AVX-512: measured on Zen 4; AVX2: rows that are taken at once
 
 
 def native_kernel(weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> str | None:

@@ -3,7 +3,6 @@
 #include "products.h"
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "bytes.h"
@@ -13,34 +12,30 @@ namespace {
 
 constexpr int TILE = 8;  // rows of x at a time; loops over them are unrolled, else g++ keeps the sums in memory
 
-// (groups, m): the sum of each group of each row, for zero points; nothing where nobody wants them.
-std::vector<float> group_sums(const Matrix& w, const bf16* x, int m) {
-    if ((w.kind != Matrix::INT4 && w.kind != Matrix::INT8) || !wants_sums(w)) return {};
-    std::vector<float> sums(size_t(w.columns / w.group) * m);
-    for (int i = 0; i < m; ++i)
-        for (int k = 0; k < w.columns; ++k) sums[size_t(k / w.group) * m + i] += widen(x[long(i) * w.columns + k]);
-    return sums;
-}
-
 // One matrix and `M` rows of x: everything that a block of 16 rows of W needs.
 struct Task {
-    const Matrix* w;
-    const bf16* x;
-    bf16* out;
-    long stride;  // of out
-    const Arranged* arranged;
-    std::vector<float> sums;
+    const Matrix* w = nullptr;
+    const bf16* x = nullptr;
+    bf16* out = nullptr;
+    long stride = 0;  // of out
+    Inputs own;
+    const Inputs* inputs = nullptr;  // its own, or another task's
     Bytes bytes;
 };
+
+// Whether both read x in the same order.
+bool same_inputs(const Matrix& a, const Matrix& b) {
+    return a.kind == b.kind && a.group == b.group && !a.zero == !b.zero;
+}
 
 template <int M> void run(const Task& task, long block) {
     const Matrix& w = *task.w;
     Floats totals[M];
     switch (w.kind) {
-        case Matrix::INT4: packed_block<Matrix::INT4, M>(w, block, task.arranged, task.sums.data(), totals); break;
-        case Matrix::INT8: packed_block<Matrix::INT8, M>(w, block, task.arranged, task.sums.data(), totals); break;
+        case Matrix::INT4: packed_block<Matrix::INT4, M>(w, block, *task.inputs, totals); break;
+        case Matrix::INT8: packed_block<Matrix::INT8, M>(w, block, *task.inputs, totals); break;
         case Matrix::INT8_INT8: bytes_block<M>(w, block, task.bytes.codes.data(), task.bytes.scales.data(), totals); break;
-        default: dense_block<M>(w, block, task.x, task.arranged, totals);
+        default: dense_block<M>(w, block, task.x, *task.inputs, totals);
     }
     const Lanes mask = lanes(w.rows - block * ROWS);
     const Floats bias = w.bias ? load(w.bias + block * ROWS, mask) : zeros();
@@ -54,36 +49,36 @@ constexpr Run RUNS[TILE + 1] = {nullptr, run<1>, run<2>, run<3>, run<4>, run<5>,
 }  // namespace
 
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
-    std::vector<Task> tasks;  // (tiles of x, matrices)
     const int tiles = (m + TILE - 1) / TILE;
+    const auto first = [m, tiles](int tile) { return int(long(tile) * m / tiles); };  // row of x
     long stride = 0, all = 0;
     for (int i = 0; i < count; ++i) stride += matrices[i].rows, all += blocks(matrices[i]);
-    std::vector<std::array<std::vector<Arranged>, 3>> arranged(tiles);  // shared by all matrices of a kind
-    for (int tile = 0, start = 0; tile < tiles; ++tile) {
-        const int rows = (m - start + tiles - tile - 1) / (tiles - tile);
-        const bf16* from = x + long(start) * matrices[0].columns;
-        bf16* at = out + start * stride;
-        for (int i = 0; i < count; ++i) {
-            const Matrix& w = matrices[i];
-            const bool bytes = w.kind == Matrix::INT8_INT8;
-            std::vector<Arranged>& shared = arranged[tile][bytes ? 0 : w.kind];
-            if (!bytes && shared.empty()) shared = arrange(w, from, rows);
-            tasks.push_back({&w, from, at, stride, shared.data(), group_sums(w, from, rows),
-                             bytes ? encode(w, from, rows, 1) : Bytes{}});
-            at += w.rows;
-        }
-        start += rows;
-    }
     threads = int(std::min<long>(threads, 1 + m * stride * matrices[0].columns / ENOUGH));
-#pragma omp parallel for num_threads(threads) schedule(static)
+    std::vector<Task> tasks(size_t(tiles) * count);  // (tiles of x, matrices)
+#pragma omp parallel for num_threads(std::min(threads, tiles)) schedule(static)
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int start = first(tile), rows = first(tile + 1) - start;
+        Task* const here = &tasks[size_t(tile) * count];
+        for (int i = 0, at = 0; i < count; at += matrices[i++].rows) {
+            const Matrix& w = matrices[i];
+            Task& task = here[i];
+            task.w = &w, task.x = x + long(start) * w.columns;
+            task.out = out + start * stride + at, task.stride = stride;
+            if (w.kind == Matrix::INT8_INT8) task.bytes = encode(w, task.x, rows, 1);
+            for (int j = 0; j < i && !task.inputs; ++j)
+                if (same_inputs(w, matrices[j])) task.inputs = here[j].inputs;
+            if (task.inputs) continue;
+            if (w.kind != Matrix::INT8_INT8) task.own = arrange(w, task.x, rows);
+            task.inputs = &task.own;
+        }
+    }
+    // By turns: cores are not equally fast, and not always there.
+#pragma omp parallel for num_threads(threads) schedule(dynamic, std::max(1L, all / (threads * 16L)))
     for (long unit = 0; unit < all; ++unit) {
         long block = unit;
         int i = 0;
         while (block >= blocks(matrices[i])) block -= blocks(matrices[i++]);
-        for (int tile = 0, start = 0; tile < tiles; ++tile) {
-            const int rows = (m - start + tiles - tile - 1) / (tiles - tile);
-            RUNS[rows](tasks[tile * count + i], block);
-            start += rows;
-        }
+        for (int tile = 0; tile < tiles; ++tile)
+            RUNS[first(tile + 1) - first(tile)](tasks[size_t(tile) * count + i], block);
     }
 }

@@ -1,111 +1,101 @@
 // Blocks of 16 rows of W times a few rows of x: AVX2, eight rows of W at a time. What is done with each byte of a weight
-// must fit beside the loads: codes become float32 numbers without error, where they stand in their four bytes, and meet
-// inputs that are divided by the power of two by which they are too large.
+// must fit beside the loads: codes and inputs are multiplied as whole numbers of sixteen bits, of which the processor
+// multiplies and adds pairs, twice as many at once as float32 numbers.
 #pragma once
 #include <algorithm>
-#include <vector>
 
-#include "products.h"
+#include "inputs.h"
 
 namespace {  // so that what one function alone calls becomes part of it
 
-constexpr int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of the columns in a row's four bytes of INT4, lowest bits first
-
-// Eight rows of the next columns of a packed block, 64 bytes away from their next ones.
+// Eight rows of the next 64 bytes of a packed block as `PAIRS` vectors of sixteen bits: (8 rows, 2 columns) each.
 template <int KIND> struct Codes;
 template <> struct Codes<Matrix::INT4> {
-    static constexpr int COLUMNS = 8, HALF = 32, OFFSET = 8;  // columns; bytes from the block's upper rows to its lower
-    static __m256i read(const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
-    // The t-th column in the order of the bits, plus OFFSET, times 16^t but for the last.
-    template <int T> static __m256 number(__m256i codes) {
-        if (T == 7) return _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 28));
-        return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15 << 4 * (T % 7))));
+    static constexpr int PAIRS = 4, HALF = 32, OFFSET = 8;  // bytes from the block's upper rows to its lower
+    // Codes plus OFFSET; where they are `SHIFTED`, every second vector is 16 times as large, and made without a shift.
+    template <bool SHIFTED> static void unpack(const uint8_t* from, __m256i* pairs) {
+        const __m256i low = _mm256_set1_epi16(15), high = _mm256_set1_epi16(15 << 4);
+        const __m256i first = _mm256_loadu_si256((const __m256i*)from), second = _mm256_srli_epi16(first, 8);
+        pairs[0] = _mm256_and_si256(first, low);
+        pairs[1] = _mm256_and_si256(SHIFTED ? first : _mm256_srli_epi16(first, 4), SHIFTED ? high : low);
+        pairs[2] = _mm256_and_si256(second, low);
+        pairs[3] = SHIFTED ? _mm256_and_si256(second, high) : _mm256_srli_epi16(first, 12);
     }
-    static int column(int t) { return ORDER[t]; }
-    static float factor(int t) { return t == 7 ? 1.0f : 1.0f / float(1 << 4 * t); }
 };
 template <> struct Codes<Matrix::INT8> {
-    static constexpr int COLUMNS = 2, HALF = 16, OFFSET = 0;
-    static __m256i read(const uint8_t* from) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)from)); }
-    // The first column times 2^24, the second times 2^8.
-    template <int T> static __m256 number(__m256i codes) {
-        return _mm256_cvtepi32_ps(T == 0 ? _mm256_slli_epi32(codes, 24) : _mm256_and_si256(codes, _mm256_set1_epi32(~255)));
+    static constexpr int PAIRS = 2, HALF = 16, OFFSET = 0;
+    static __m256i sixteen(const uint8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
+    template <bool> static void unpack(const uint8_t* from, __m256i* pairs) {
+        pairs[0] = sixteen(from);
+        pairs[1] = sixteen(from + 32);
     }
-    static int column(int t) { return t; }
-    static float factor(int t) { return t == 0 ? 1.0f / (1 << 24) : 1.0f / (1 << 8); }
 };
-template <int KIND> constexpr int BYTES = 2 * Codes<KIND>::HALF;  // of sixteen rows of the columns that are read at once
+template <int KIND> constexpr int COLUMNS = 2 * Codes<KIND>::PAIRS;  // whose codes lie in 64 bytes
 
-// Rows of x in float32. For packed layouts (columns, m), in the order of the codes and divided by their factors; for dense
-// weights (m, columns up to a multiple of 16), of 16 first those at even places.
-using Arranged = float;
-template <int KIND> std::vector<float> arrange_packed(const bf16* x, int columns, int m) {
-    std::vector<float> all(size_t(columns) * m);
-    for (int k = 0; k < columns; ++k) {
-        const int t = k % Codes<KIND>::COLUMNS, from = k - t + Codes<KIND>::column(t);
-        for (int i = 0; i < m; ++i) all[size_t(k) * m + i] = widen(x[long(i) * columns + from]) * Codes<KIND>::factor(t);
-    }
-    return all;
-}
-[[maybe_unused]] std::vector<Arranged> arrange(const Matrix& w, const bf16* x, int m) {
-    if (w.kind == Matrix::INT4) return arrange_packed<Matrix::INT4>(x, w.columns, m);
-    if (w.kind == Matrix::INT8) return arrange_packed<Matrix::INT8>(x, w.columns, m);
-    const int wide = (w.columns + 15) / 16 * 16;
-    std::vector<float> all(size_t(wide) * m);
-    for (int i = 0; i < m; ++i)
-        for (int k = 0; k < w.columns; ++k)
-            all[size_t(i) * wide + k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = widen(x[long(i) * w.columns + k]);
-    return all;
-}
+constexpr int AHEAD = 2048;  // bytes by which codes are asked of memory before they are wanted: a tenth less time
 
-// Whether `packed_block` wants the sum of each group of x.
-[[maybe_unused]] bool wants_sums(const Matrix& w) { return w.zero != nullptr || w.kind == Matrix::INT4; }
-
-// sums[][i] += the products of the T-th column and those after it with row i of x.
-template <int KIND, int M, int CHAINS, int T = 0>
-inline __attribute__((always_inline)) void add_columns(__m256i codes, const float* x, __m256 (&sums)[CHAINS][M]) {
-    const __m256 number = Codes<KIND>::template number<T>(codes);
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-        sums[T % CHAINS][i] = _mm256_fmadd_ps(number, _mm256_broadcast_ss(x + T * M + i), sums[T % CHAINS][i]);
-    if constexpr (T + 1 < Codes<KIND>::COLUMNS) add_columns<KIND, M, CHAINS, T + 1>(codes, x, sums);
+// sum += the products of pairs, lane by lane. In this order: g++ would add products first, and keep the sums in memory.
+[[maybe_unused]] inline void add_pairs(__m256i& sum, __m256i a, __m256i b) {
+    __m256i more = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    asm("" : "+x"(more));
+    sum = more;
 }
 
 // totals[i] = the products of row i of x with the 16 rows of W in `block`.
-template <int KIND, int M>
-void packed_block(const Matrix& w, long block, const Arranged* x, const float* x_sums, Floats* totals) {
+template <int KIND, int M> void packed_block(const Matrix& w, long block, const Inputs& in, Floats* totals) {
     using Kind = Codes<KIND>;
-    constexpr int CHAINS = M <= 2 ? std::min(4, Kind::COLUMNS) : M <= 4 ? 2 : 1;
-    const int groups = w.columns / w.group;
-    for (int half = 0; half < 2; ++half) {
-        const uint8_t* codes =
-            (const uint8_t*)w.weight + block * (w.columns / Kind::COLUMNS) * BYTES<KIND> + half * Kind::HALF;
-        const Arranged* inputs = x;
-        __m256 found[M];
-        std::fill(found, found + M, _mm256_setzero_ps());
-        for (int g = 0; g < groups; ++g) {
-            __m256 sums[CHAINS][M];
-            for (auto& chain : sums) std::fill(chain, chain + M, _mm256_setzero_ps());
-            for (int c = 0; c < w.group / Kind::COLUMNS; ++c, codes += BYTES<KIND>, inputs += Kind::COLUMNS * M)
-                add_columns<KIND, M, CHAINS>(Kind::read(codes), inputs, sums);
-            const long at = (block * groups + g) * ROWS + half * 8;
-            const __m256 scale = widened(_mm_loadu_si128((const __m128i*)(w.scale + at)));
-            __m256 zero = _mm256_set1_ps(Kind::OFFSET);
-            if (w.zero) zero = zero + load_eight(w.zero + at);
+    constexpr int PAIRS = Kind::PAIRS, TOGETHER = M <= 4 ? 2 : 1;  // halves of a block
+    constexpr bool SHIFTED = KIND == Matrix::INT4 && M <= 2;
+    const long groups = w.columns / w.group, steps = in.chunk / COLUMNS<KIND>;
+    for (int half = 0; half < 2; half += TOGETHER) {
+        const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / COLUMNS<KIND>) * 64 + half * Kind::HALF;
+        const int32_t* x = in.pairs.data();
+        __m256 found[TOGETHER][M];
+        for (auto& rows : found) std::fill(rows, rows + M, _mm256_setzero_ps());
+        for (size_t part = 0; part < in.parts.size(); ++part) {
+            const auto [column, group] = in.parts[part];
+            const uint8_t* from = codes + column / COLUMNS<KIND> * 64;
+            __m256i sums[TOGETHER][SHIFTED + 1][M];
+            for (auto& kinds : sums)
+                for (auto& rows : kinds) std::fill(rows, rows + M, _mm256_setzero_si256());
+            for (int c = 0; c < steps; ++c, from += 64, x += PAIRS * M) {
+                _mm_prefetch((const char*)from + AHEAD, _MM_HINT_T0);
+                __m256i pairs[TOGETHER][PAIRS];
+                for (int h = 0; h < TOGETHER; ++h) Kind::template unpack<SHIFTED>(from + h * Kind::HALF, pairs[h]);
+#pragma GCC unroll 4
+                for (int j = 0; j < PAIRS; ++j)
 #pragma GCC unroll 8
-            for (int i = 0; i < M; ++i) {
-                __m256 sum = sums[0][i];
-                for (int j = 1; j < CHAINS; ++j) sum = sum + sums[j][i];
-                if (wants_sums(w)) sum = _mm256_fnmadd_ps(zero, _mm256_broadcast_ss(x_sums + g * M + i), sum);
-                found[i] = _mm256_fmadd_ps(sum, scale, found[i]);
+                    for (int i = 0; i < M; ++i) {
+                        const __m256i input = _mm256_set1_epi32(x[j * M + i]);
+#pragma GCC unroll 2
+                        for (int h = 0; h < TOGETHER; ++h)
+                            add_pairs(sums[h][SHIFTED ? j % 2 : 0][i], pairs[h][j], input);
+                    }
+            }
+#pragma GCC unroll 2
+            for (int h = 0; h < TOGETHER; ++h) {
+                const long at = (block * groups + group) * ROWS + (half + h) * 8;
+                const __m256 scale = widened(_mm_loadu_si128((const __m128i*)(w.scale + at)));
+                const __m256 zero = w.zero ? load_eight(w.zero + at) : _mm256_setzero_ps();
+#pragma GCC unroll 8
+                for (int i = 0; i < M; ++i) {
+                    __m256i sum = sums[h][0][i];
+                    if (SHIFTED) sum = _mm256_add_epi32(sum, _mm256_srai_epi32(sums[h][SHIFTED][i], 4));
+                    const int inputs = in.sums[part * M + i];
+                    __m256 number = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(Kind::OFFSET * inputs)));
+                    if (w.zero) number = _mm256_fnmadd_ps(zero, _mm256_set1_ps(float(inputs)), number);
+                    found[h][i] = _mm256_fmadd_ps(number, scale * _mm256_set1_ps(in.steps[part * M + i]), found[h][i]);
+                }
             }
         }
-        for (int i = 0; i < M; ++i) (half ? totals[i].high : totals[i].low) = found[i];
+        for (int h = 0; h < TOGETHER; ++h)
+            for (int i = 0; i < M; ++i) (half + h ? totals[i].high : totals[i].low) = found[h][i];
     }
 }
 
-template <int M> void dense_block(const Matrix& w, long block, const bf16*, const Arranged* x, Floats* totals) {
+template <int M> void dense_block(const Matrix& w, long block, const bf16*, const Inputs& in, Floats* totals) {
     alignas(32) float found[M][ROWS] = {};
+    const float* x = in.wide.data();
     const int wide = (w.columns + 15) / 16 * 16;
     constexpr int CHAINS = M <= 2 ? 4 : M <= 4 ? 2 : 1;
     for (int r = 0; r < ROWS && block * ROWS + r < w.rows; ++r) {
@@ -167,7 +157,7 @@ void bytes_block(const Matrix& w, long block, const Step* codes, const float* sc
 #pragma GCC unroll 8
             for (int i = 0; i < M; ++i) {
                 const __m256i inputs = _mm256_loadu_si256((const __m256i*)(codes + size_t(i) * w.columns + k));
-                sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(weights, inputs));
+                add_pairs(sums[i], weights, inputs);
             }
         }
         if (k < w.columns) {
@@ -175,7 +165,7 @@ void bytes_block(const Matrix& w, long block, const Step* codes, const float* sc
             for (int i = 0; i < M; ++i) {
                 const Part<Step> part(codes + size_t(i) * w.columns + k, w.columns - k);
                 const __m256i inputs = _mm256_load_si256((const __m256i*)part.values);
-                sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(weights, inputs));
+                add_pairs(sums[i], weights, inputs);
             }
         }
         for (int i = 0; i < M; ++i) {

@@ -38,27 +38,31 @@ template <> struct Codes<Matrix::INT8> {
     }
 };
 
-// Rows of x as the packed layouts read them: (columns / 2, m), two neighbours of a row each. Dense weights read x.
-using Arranged = uint32_t;
-[[maybe_unused]] std::vector<Arranged> arrange(const Matrix& w, const bf16* x, int m) {
-    if (w.kind == Matrix::DENSE) return {};
-    std::vector<uint32_t> pairs(size_t(w.columns) / 2 * m);
+// Rows of x as the packed layouts read them; dense weights read x.
+struct Inputs {
+    std::vector<uint32_t> pairs;  // (columns / 2, m): two neighbours of a row each
+    std::vector<float> sums;      // (groups, m), for zero points; nothing where there are none
+};
+[[maybe_unused]] Inputs arrange(const Matrix& w, const bf16* x, int m) {
+    Inputs in;
+    if (w.kind == Matrix::DENSE) return in;
+    in.pairs.resize(size_t(w.columns) / 2 * m);
+    if (w.zero) in.sums.resize(size_t(w.columns / w.group) * m);
     for (int i = 0; i < m; ++i) {
-        const uint32_t* row = (const uint32_t*)(x + long(i) * w.columns);
-        for (int k = 0; k < w.columns / 2; ++k) pairs[size_t(k) * m + i] = row[k];
+        const bf16* row = x + long(i) * w.columns;
+        for (int k = 0; k < w.columns / 2; ++k) in.pairs[size_t(k) * m + i] = ((const uint32_t*)row)[k];
+        for (int k = 0; w.zero && k < w.columns; ++k) in.sums[size_t(k / w.group) * m + i] += widen(row[k]);
     }
-    return pairs;
+    return in;
 }
-
-// Whether `packed_block` wants the sum of each group of x.
-[[maybe_unused]] bool wants_sums(const Matrix& w) { return w.zero != nullptr; }
 
 // totals[i] = the products of row i of x with the 16 rows of W in `block`.
 template <int KIND, int M>
-void packed_block(const Matrix& w, long block, const Arranged* x, const float* x_sums, Floats* totals) {
+void packed_block(const Matrix& w, long block, const Inputs& in, Floats* totals) {
     constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS, CHAINS = M <= 2 ? PAIRS : 1;
     const int groups = w.columns / w.group;
     const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
+    const uint32_t* x = in.pairs.data();
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) totals[i] = zeros();
     for (int g = 0; g < groups; ++g) {
@@ -78,13 +82,13 @@ void packed_block(const Matrix& w, long block, const Arranged* x, const float* x
         for (int i = 0; i < M; ++i) {
             __m512 sum = sums[0][i];
             for (int j = 1; j < CHAINS; ++j) sum = sum + sums[j][i];
-            if (w.zero) sum = less_fused(sum, zero, all(x_sums[g * M + i]));
+            if (w.zero) sum = less_fused(sum, zero, all(in.sums[g * M + i]));
             totals[i] = fused(sum, scale, totals[i]);
         }
     }
 }
 
-template <int M> void dense_block(const Matrix& w, long block, const bf16* x, const Arranged*, Floats* totals) {
+template <int M> void dense_block(const Matrix& w, long block, const bf16* x, const Inputs&, Floats* totals) {
     alignas(64) float found[M][ROWS] = {};
     for (int r = 0; r < ROWS && block * ROWS + r < w.rows; ++r) {
         const bf16* row = (const bf16*)w.weight + (block * ROWS + r) * w.columns;
