@@ -41,7 +41,7 @@ def main() -> int:
         mode = mode_of(os.environ)
         check_address(mode, host)
         check_free(host, port)
-        with Scheduler(home(), limits=limits_of(mode, os.environ)) as scheduler:
+        with Scheduler(home(), limits=limits_of(mode, os.environ), standby=True) as scheduler:
             page, desk = build(scheduler.store, scheduler, mode=mode)
             serve(page, desk, host, port)
     except KeyboardInterrupt:

@@ -37,7 +37,8 @@ from engine.rates import Rates
 from engine.records import Model, Recipe, Run, Status
 from engine.repos import check_token
 from engine.runners import Runner, Worker, zero
-from engine.runners.local import LocalRunner
+from engine.runners.local import LocalRunner, environment
+from engine.runners.standby import Standby
 from engine.sources import Repo, classify
 from engine.store import Store, scratch_of
 from engine.streams import Streams
@@ -71,7 +72,8 @@ class Scheduler:
     runner: by default processes of this machine, or ZeroGPU's calls where this is such a Space. limits: what one
     visitor may take. refuses: says no to recipes that this installation does not take, beyond what preflight refuses.
     memory_budget: bytes that a run and its children may hold; None means a share of what is free when it starts. hub:
-    where models are searched and downloaded; by default the public one, with the cache of the data folder.
+    where models are searched and downloaded; by default the public one, with the cache of the data folder. standby:
+    keep a process ready for the next run while nothing runs here.
 
     Raises:
         StoreError: the folder cannot be used, or another scheduler uses it.
@@ -79,14 +81,18 @@ class Scheduler:
 
     def __init__(
         self, home: Path, *, runner: Runner | None = None, limits: Limits | None = None,
-        memory_budget: int | None = None, hub: Hub | None = None,
+        memory_budget: int | None = None, hub: Hub | None = None, standby: bool = False,
         refuses: Callable[[Recipe, Estimate], None] | None = None,
     ) -> None:  # fmt: skip
         self.home = home.absolute()
         self._waiting: dict[str, Waiting] = {}
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
-        self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner())
+        self._standby = None
+        if standby and runner is None and not zero_gpu:
+            device = _best_device()
+            self._standby = Standby(device, partial(environment, device, hardware.worker_threads()))
+        self._runner = runner or (zero.ZeroRunner() if zero_gpu else LocalRunner(standby=self._standby))
         self._refuses = refuses or (zero.check if zero_gpu else None)
         self.call_limits = (zero.SECONDS, zero.LARGEST) if zero_gpu else None  # seconds and bytes, to be shown
         self.limits = limits or Limits()
@@ -134,6 +140,8 @@ class Scheduler:
             while self._watches:
                 self._look_after()
                 time.sleep(TICK / 2)
+        if self._standby is not None:
+            self._standby.close()
         self._empty_trash()
         self.store.close()
 
@@ -240,8 +248,8 @@ class Scheduler:
         return {**self._telemetry.now(), "running": running, "progress": progress, "queued": self.store.waiting()}
 
     def spare(self, recipe: Recipe) -> int:
-        """Bytes that a run of the recipe would find free, were the models to end that nobody writes with now."""
-        return self._streams.spare(_device(recipe))
+        """Bytes that a run would find free beside those that are, were models to end that nobody writes with now."""
+        return self._streams.spare(_device(recipe)) + self._waits(recipe)
 
     def room(self, recipe: Recipe) -> int:
         """Bytes of the disk that a run of the recipe would find free, were what nobody uses there to be deleted."""
@@ -280,6 +288,8 @@ class Scheduler:
                     self._look_after()
                     self._hold_to_limits()
                     self._start_next()
+                if self._standby is not None and not self._watches:
+                    self._standby.prepare()
                 self._telemetry.sample([*self._watches.values()], self._streams.pids())
                 self._streams.end_idle()
                 self._empty_trash()
@@ -344,7 +354,8 @@ class Scheduler:
         if estimate is None:
             self._streams.end_unused()
             return
-        self._streams.end_unused(lambda: preflight.machine(run.recipe).free >= estimate.total)
+        waits = self._waits(run.recipe)
+        self._streams.end_unused(lambda: preflight.machine(run.recipe).free + waits >= estimate.total)
         here = all(self.hub.here.find(repo) for repo in preflight.repos(run.recipe))
         self._quotas.make_room(run.recipe, waiting.left + (0 if here else estimate.download))
 
@@ -446,11 +457,15 @@ class Scheduler:
     def _check(self, recipe: Recipe, token: str) -> Estimate:
         room = partial(self.room, recipe)
         try:
-            return preflight.check(recipe, self.hub, token, 0, room)
+            return preflight.check(recipe, self.hub, token, self._waits(recipe), room)
         except TooBig:
             if not self._streams.end_unused():  # warm models are kept only as long as nothing else needs their room
                 raise
-            return preflight.check(recipe, self.hub, token, 0, room)
+            return preflight.check(recipe, self.hub, token, self._waits(recipe), room)
+
+    def _waits(self, recipe: Recipe) -> int:
+        """Bytes of memory that a process holds which a run of the recipe would be in."""
+        return 0 if self._standby is None else self._standby.held(_device(recipe))
 
     def _check_queue(self, owner: str) -> None:
         if (waiting := self.store.waiting(owner)) >= self.limits.queued:
@@ -468,6 +483,9 @@ class Scheduler:
 
 def _device(recipe: Recipe) -> str:
     """The queue of a recipe."""
-    if recipe.device == "auto":
-        return "cuda" if hardware.gpu() is not None else "cpu"
-    return recipe.device
+    return _best_device() if recipe.device == "auto" else recipe.device
+
+
+def _best_device() -> str:
+    """Where runs work that do not say where."""
+    return "cuda" if hardware.gpu() is not None else "cpu"

@@ -91,11 +91,18 @@ class Stop:
         signal.signal(signal.SIGINT, on_signal)
 
 
+def import_pipeline() -> None:
+    """All that a run and its children will want; takes seconds."""
+    with swift_imports():
+        from engine import pipeline, probe, verify  # noqa: F401
+        from engine.measure import suite  # noqa: F401
+
+
 def run_pipeline(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Callable[[], None]) -> object:
     """The real pipeline, imported here so that even a broken installation ends as a failed run."""
-    with swift_imports():
-        from engine import pipeline, probe, verify  # noqa: F401  # what its children will want, too
-        from engine.measure import suite  # noqa: F401
+    import_pipeline()
+    from engine import pipeline
+
     with cradle(main):
         return pipeline.run(recipe, folder, emit, check_cancelled)
 
@@ -265,7 +272,7 @@ def niceness(kind: str, highest: str = "") -> int:
     return min(NICE.get(kind, HIGHEST_NICE), most)
 
 
-def _step_back(kind: str) -> None:
+def step_back(kind: str) -> None:
     """Let the page go first, and let the kernel take this process first when memory runs out."""
     nice = niceness(kind, os.environ.get("MAQUETTE_NICE", ""))
     missing = nice - os.nice(0)
@@ -289,7 +296,7 @@ def main(arguments: list[str] | None = None, pipeline: Pipeline = run_pipeline) 
     request: Request = json.loads(options.request.read_text())
     kind = str(request["kind"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _step_back(kind)
+    step_back(kind)
     if kind != "run":
         replies = sys.stdout  # to themselves: what a library prints goes to the log
         with redirect_stdout(sys.stderr):

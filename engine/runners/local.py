@@ -10,13 +10,15 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 
 from engine import hardware
 from engine.attempts import ASIDE, is_live, read_pid, take_lock, write_pid
+from engine.runners.standby import Standby
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = (sys.executable, "-m", "engine.worker")
@@ -46,12 +48,16 @@ def signal_group(group: int, number: signal.Signals = signal.SIGKILL) -> None:
 class LocalRunner:
     """Starts `command REQUEST --lock FD` on this machine.
 
-    threads: for the worker's tensor work; by default all cores but one, which keeps the page answering.
+    threads: for the worker's tensor work; by default all cores but one, which keeps the page answering. standby: who is
+    asked first, where a process of it may be there already.
     """
 
-    def __init__(self, command: tuple[str, ...] = COMMAND, threads: int | None = None) -> None:
+    def __init__(
+        self, command: tuple[str, ...] = COMMAND, threads: int | None = None, standby: Standby | None = None
+    ) -> None:
         self._command = command
         self._threads = threads or hardware.worker_threads()
+        self._standby = standby
 
     def start(self, request: Path, device: str, secret: str = "") -> LocalWorker:
         folder = request.parent
@@ -59,18 +65,22 @@ class LocalRunner:
         aside.mkdir(exist_ok=True)
         lock = take_lock(folder)
         assert lock is not None, f"a worker lives in the new folder {folder}"
-        # The worker inherits the locked file: it never looks dead before it has started.
-        with lock, open(folder / "worker.log", "ab") as output:
-            process = subprocess.Popen(
-                [*self._command, str(request), "--lock", str(lock.fileno())],
-                stdin=subprocess.PIPE if secret else subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder,
-                start_new_session=True, pass_fds=[lock.fileno()],
-                env={**environment(device, self._threads), "TMPDIR": str(aside)},  # deleted also where it is killed
-            )  # fmt: skip
+        added = {"TMPDIR": str(aside)}  # deleted also where it is killed
+        with ExitStack() as files:
+            # The worker inherits the locked file: it never looks dead before it has started.
+            files.enter_context(lock)
+            output = files.enter_context(open(folder / "worker.log", "ab"))
+            stdin = files.enter_context(_told(f"{secret}\n" if secret else ""))
+            process = None
+            if self._standby is not None and self._standby.device == device:
+                process = self._standby.start(request, added, (stdin, output, output, lock))
+            if process is None:
+                process = subprocess.Popen(
+                    [*self._command, str(request), "--lock", str(lock.fileno())],
+                    stdin=stdin, stdout=output, stderr=output, cwd=folder, start_new_session=True,
+                    pass_fds=[lock.fileno()], env={**environment(device, self._threads), **added},
+                )  # fmt: skip
             write_pid(lock, process.pid)
-        if process.stdin is not None:
-            with suppress(BrokenPipeError), process.stdin as stdin:  # a dead worker is noticed anyhow
-                stdin.write(f"{secret}\n".encode())
         return LocalWorker(process)
 
     def adopt(self, folder: Path) -> AdoptedWorker | None:
@@ -79,6 +89,14 @@ class LocalRunner:
             return worker
         worker.kill()  # its children may have outlived it
         return None
+
+
+def _told(text: str) -> IO[bytes]:
+    """The end of a pipe from which a text can be read, and nothing else; it fits in what a pipe holds."""
+    reading, writing = os.pipe()
+    with open(writing, "wb") as file:
+        file.write(text.encode())
+    return open(reading, "rb")
 
 
 class LocalWorker:
