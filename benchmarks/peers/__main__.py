@@ -30,6 +30,7 @@ from benchmarks.peers import environments, products, subjects, watch
 from benchmarks.peers.environments import CACHE, PACKAGES
 from benchmarks.sections import README, ROOT, write_section
 from engine import hardware
+from engine.wide import multiplies_bfloat16
 
 OURS = "maquette"
 PEERS = ("gptqmodel", "llmcompressor", OURS)
@@ -66,7 +67,7 @@ def main() -> None:
     text = report()
     log.info("%s", text)
     if options.write:
-        write_section(README, "peers", text)
+        write_section(README, "peers" if multiplies_bfloat16("cpu") else "peers-float32", text)
 
 
 def cell_file(subject: str, task: str, peer: str) -> Path:
@@ -127,11 +128,12 @@ def report() -> str:
         "± one standard error."
     )
     parts = [about + next((str(cell["priority"]) for cell in cells.values() if cell["priority"]), "")]
+    head = ["| method | by | runs | seconds | peak, GiB | perplexity | KL |", "|---|---|---:|---:|---:|---:|---:|"]
     for subject, title in subjects.TITLES.items():
-        lines = ["| method | by | runs | seconds | peak, GiB | perplexity | KL |", "|---|---|---:|---:|---:|---:|---:|"]
+        lines = []
         for task, (name, peers) in TASKS.items():
             lines += [row(name, peer, cells[key]) for peer in peers if (key := f"{subject}.{task}.{peer}") in cells]
-        parts += ["", f"On {title}:", "", *lines]
+        parts += ["", f"On {title}:", "", *head, *lines] if lines else []
     return "\n".join(parts)
 
 

@@ -80,6 +80,7 @@ constexpr int CHUNK = 128;  // columns whose products a lane can sum: 64 pairs, 
     while (w.group % in.chunk) in.chunk -= together;
     const int wide = (in.chunk + 15) / 16 * 16;
     std::vector<float> rows(size_t(m) * wide);
+    in.pairs.reserve(size_t(w.columns) / 2 * m);
     for (int column = 0; column < w.columns; column += in.chunk) {
         for (int i = 0; i < m; ++i)
             for (int k = 0; k < in.chunk; k += 16) {
