@@ -41,8 +41,11 @@ def mixed_precision(network: nn.Module) -> contextlib.AbstractContextManager[obj
 def widen(network: nn.Module) -> None:
     """Let the linears of a network compute in float32 where bfloat16 has no instructions; changes no weight."""
     for module in network.modules():
-        if type(module) in WIDE:
-            module.__class__ = WIDE[type(module)]
+        kind = type(module)
+        if kind.__name__ == "FalconLinear":
+            module.__class__ = _wide_falcon(kind)  # type: ignore[arg-type]  # mypy: classes of modules have no hash
+        elif kind in WIDE:
+            module.__class__ = WIDE[kind]
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -66,6 +69,23 @@ class WideConv1D(Conv1D):
         return product(x, self.weight.t(), self.bias) if _slow(x) else super().forward(x)  # type: ignore[no-untyped-call]
 
 
+class WideFalcon(nn.Linear):
+    """As `WideLinear`, for Falcon's, which rounds before it adds the bias; `_wide_falcon` makes it one of Falcon's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) to (..., N)."""
+        if not _slow(x):
+            return super().forward(x)
+        y = product(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+@functools.cache
+def _wide_falcon(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of linears of `transformers`' Falcon, which is not imported before one is there, widened."""
+    return type("WideFalconLinear", (WideFalcon, kind), {})
+
+
 class Everywhere(TorchFunctionMode):
     """While it lasts every linear is one of these, whoever made it and whatever else it does."""
 
@@ -76,6 +96,8 @@ class Everywhere(TorchFunctionMode):
             return product(*args, **(kwargs or {}))
         if func is torch.addmm and args[0].dim() == 1 and not kwargs and _slow(args[1]):  # `Conv1D`'s
             return product(args[1], args[2].t(), args[0])
+        if func is torch.Tensor.matmul and args[1].dim() == 2 and _slow(args[0]):  # Falcon's
+            return product(args[0], args[1].t())
         return func(*args, **(kwargs or {}))
 
 
