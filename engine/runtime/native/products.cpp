@@ -49,6 +49,7 @@ constexpr Run RUNS[TILE + 1] = {nullptr, run<1>, run<2>, run<3>, run<4>, run<5>,
 }  // namespace
 
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
+    if (m == 0) return;
     const int tiles = (m + TILE - 1) / TILE;
     const auto first = [m, tiles](int tile) { return int(long(tile) * m / tiles); };  // row of x
     long stride = 0, all = 0;
