@@ -9,11 +9,13 @@ BATCH = 8
 
 def main() -> None:
     asked = request()
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
     bits = {"gptq-4": 4, "gptq-3": 3}[asked["task"]]
     mark("loading")
-    model = GPTQModel.load(asked["model"], QuantizeConfig(bits=bits, group_size=128, sym=True), device="cpu")
+    settings = QuantizeConfig(bits=bits, group_size=128, sym=True)
+    model = GPTQModel.load(asked["model"], settings, device="cpu", dtype=getattr(torch, asked["dtype"]))
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in token_rows(asked["rows"])]
     model.quantize(rows, batch_size=BATCH)
     model.save(asked["out"])

@@ -21,7 +21,7 @@ def main() -> None:
 
     IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
     mark("loading")
-    model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=getattr(torch, asked["dtype"]))
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     rows = token_rows(asked["rows"])
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})

@@ -36,7 +36,7 @@ def main() -> None:
     def hear(kind: EventKind, data: dict[str, JsonValue]) -> None:
         if kind == "log":
             sys.stderr.write(f"{data['text']}\n")
-        if kind == "artifact":
+        if kind == "phase" and data["name"] == "verifying":
             mark("saved")
             raise Cancelled("It is saved.")  # before a process begins that would be counted with this one
 

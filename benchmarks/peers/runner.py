@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def request() -> dict[str, str]:
-    """What to do: `model`, `rows` (a JSON file of token ids), `task`, `out`."""
+    """What to do: `model`, `dtype` to load it in, `rows` (a JSON file of token ids), `task`, `out`."""
     found: dict[str, str] = json.loads(sys.argv[1])
     return found
 
