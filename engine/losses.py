@@ -12,8 +12,9 @@ T² keeps the gradient's size when T changes. Forward KL makes the student cover
 KL makes it keep to what the teacher is likely to say, Jensen-Shannon lies between them (b = `beta`, near 0 forward).
 
 A teacher can be known by its k most probable tokens and the mass of the rest, its tail. Both distributions then have
-k + 1 classes, the last for all other tokens; T softens those. By hand: p = (.7, .2, .06, .04) and k = 2 give
-(.7, .2, .1). Merging classes can only lower a divergence; it stays zero exactly where the classes agree.
+k + 1 classes, the last for all other tokens. They are softened first and merged then: the tail is the mass of the rest
+at temperature T, which grows with T. By hand: p = (.7, .2, .06, .04) and k = 2 give (.7, .2, .1). Merging classes can
+only lower a divergence; it stays zero exactly where the classes agree.
 
 Vocabulary products are large: 8,192 tokens x 128,000 logits in float32 are 4 GiB, several times over with their
 gradients. `chunked` therefore computes logits, loss and gradients for some tokens at a time and keeps the gradients
@@ -46,11 +47,15 @@ class Full:
 
 @dataclass(frozen=True)
 class TopK:
-    """Of n tokens a teacher's k largest log-probabilities (n, k), their ids (n, k), the log of the tail (n,)."""
+    """Of n tokens a teacher's k largest log-probabilities (n, k), their ids (n, k), the log of the tail (n,).
+
+    All of them are those of the distribution that `temperature` softened.
+    """
 
     ids: Tensor
     logp: Tensor
     tail: Tensor
+    temperature: float = 1.0
 
 
 Target = Full | TopK
@@ -69,22 +74,26 @@ class Objective:
         """The sum of the losses of n tokens.
 
         logits: (n, V), where V may be larger than the teacher's by padding. labels: (n,), needed unless label_weight
-        is 0. target: needed unless label_weight is 1.
+        is 0. target: needed unless label_weight is 1; a TopK is one of this objective's temperature.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = logits.new_zeros(())
         classes = ours = None
         if target is not None and self.label_weight < 1:
-            classes = logits[:, : target.logp.shape[1]] if isinstance(target, Full) else coarse(logits, target.ids)
-            theirs = target.logp if isinstance(target, Full) else torch.cat([target.logp, target.tail[:, None]], -1)
-            theirs = theirs.to(logits.dtype)
-            if isinstance(target, TopK) or self.temperature != 1:
-                theirs = functional.log_softmax(theirs / self.temperature, -1)
-            ours = functional.log_softmax(classes if self.temperature == 1 else classes / self.temperature, -1)
+            soft = logits if self.temperature == 1 else logits / self.temperature
+            if isinstance(target, TopK):
+                assert target.temperature == self.temperature
+                classes = coarse(soft, target.ids)
+                kept = torch.cat([target.logp, target.tail[:, None]], -1).to(logits.dtype)
+                theirs = functional.log_softmax(kept, -1)  # they are kept in few digits: their sum becomes 1 again
+            else:
+                classes = soft[:, : target.logp.shape[1]]
+                theirs = softened(target.logp.to(logits.dtype), self.temperature)
+            ours = functional.log_softmax(classes, -1)
             loss = (1 - self.label_weight) * self.temperature**2 * self.distance(ours, theirs)
         if self.label_weight > 0:
             assert labels is not None
-            if classes is not None and isinstance(target, TopK):  # its classes are all of the vocabulary
+            if classes is not None and isinstance(target, TopK) and self.temperature == 1:  # all of the vocabulary
                 hits = logits.gather(1, labels[:, None]).squeeze(1)
                 loss = loss + self.label_weight * (classes.logsumexp(-1) - hits).sum()
             elif ours is not None and self.temperature == 1 and ours.shape == logits.shape:
@@ -111,10 +120,16 @@ def coarse(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([logits.gather(1, ids), rest], -1)
 
 
-def top_k(logp: Tensor, k: int) -> TopK:
-    """What is kept of log-probabilities (n, V): the k largest, V - 1 at most, and the rest's mass."""
+def softened(logp: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (n, V) at a temperature: p^(1/T) over its sum."""
+    return logp if temperature == 1 else functional.log_softmax(logp / temperature, -1)
+
+
+def top_k(logp: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """What is kept of log-probabilities (n, V), softened: the k largest, V - 1 at most, and the rest's mass."""
+    logp = softened(logp, temperature)
     values, ids = logp.topk(min(k, logp.shape[1] - 1), dim=-1)
-    return TopK(ids, values, logp.scatter(1, ids, -math.inf).logsumexp(-1))
+    return TopK(ids, values, logp.scatter(1, ids, -math.inf).logsumexp(-1), temperature)
 
 
 def averaged(logps: Sequence[Tensor]) -> Tensor:

@@ -37,6 +37,19 @@ class Rows:
         numbers = numbers.cpu()
         return self.ids[numbers].long().to(device), self.positions[numbers].long().to(device)
 
+    def prompts(self, numbers: Tensor, count: int) -> Tensor:
+        """The first `count` tokens (B, count) of a document in each of some rows; of the row, where none is so long.
+
+        A row mostly begins within a document, so one that begins later is taken first.
+        """
+        ids, positions = self.of(numbers, torch.device("cpu"))
+        parts = positions.unfold(1, count, 1)  # (B, places, count)
+        begins = (parts[..., 0] == 0) & (parts[..., -1] == count - 1)
+        places = torch.arange(parts.shape[1])
+        preferred = torch.where(begins & (places > 0), 2 * len(places), 0) - places  # the first of the best
+        start = preferred.argmax(1, keepdim=True)
+        return ids.gather(1, start + torch.arange(count))
+
     def digest(self, start: int, stop: int) -> str:
         """SHA-256 of some rows, in hexadecimal."""
         found = hashlib.sha256(str(tuple(self.ids[start:stop].shape)).encode())

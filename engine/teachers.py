@@ -5,11 +5,11 @@ ids fit in 16 bits. Training then needs no teacher in memory, and other runs on 
 
     cache/teachers/<fingerprint>/<rows>.safetensors     ids (tokens, k), logp (tokens, k), tail (tokens,)
 
-The fingerprint is that of the teachers' weights, configs and tokenizers and of k; <rows> that of the token ids and
-positions in a file. So an answer is found again exactly where the same question was asked, however many rows another
-run reads, and a cache that is not finished is gone on with. A run has links of its own to the files: those used
-longest ago make room for others. Several teachers answer with the mean of their
-probabilities.
+The fingerprint is that of the teachers' weights, configs and tokenizers, of k and of the temperature that softened the
+answers; <rows> that of the token ids and positions in a file. So an answer is found again exactly where the same
+question was asked, however many rows another run reads, and a cache that is not finished is gone on with. A run has
+links of its own to the files: those used longest ago make room for others. Several teachers answer with the mean of
+their probabilities.
 """
 
 from __future__ import annotations
@@ -90,18 +90,18 @@ class Live:
 
 
 class Cached:
-    """Answers on disk, mapped into memory; `device` is where they are wanted."""
+    """Answers on disk, mapped into memory and softened by a temperature; `device` is where they are wanted."""
 
-    def __init__(self, files: Sequence[Path], rows_each: int, device: torch.device) -> None:
+    def __init__(self, files: Sequence[Path], rows_each: int, device: torch.device, temperature: float) -> None:
         self._files = [_Mapped.open(path) for path in files]
-        self._each, self._device = rows_each, device
+        self._each, self._device, self._temperature = rows_each, device, temperature
 
     def answers(self, rows: Rows, numbers: Tensor) -> Answers:
         """What the teachers said."""
         width = rows.ids.shape[1] - 1
         parts = [self._files[number // self._each].tokens(number % self._each, width) for number in numbers.tolist()]
         ids, logp, tail = (torch.cat(each).to(self._device) for each in zip(*parts, strict=True))
-        return lambda piece: TopK(ids[piece].long(), logp[piece].float(), tail[piece].float())
+        return lambda piece: TopK(ids[piece].long(), logp[piece].float(), tail[piece].float(), self._temperature)
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,23 @@ class _Mapped:
         return tuple(torch.from_numpy(each[row * width : (row + 1) * width].copy()) for each in self.arrays)
 
 
+@dataclass(frozen=True)
+class Question:
+    """How teachers are asked: in which dtype, for how many of the most probable tokens, softened by which temperature.
+
+    Their logits are those of the first `vocabulary` tokens.
+    """
+
+    dtype: str
+    k: int
+    vocabulary: int
+    temperature: float = 1.0
+
+
 def cached(
-    folders: Sequence[Path], rows: Rows, k: int, vocabulary: int, context: Context, load: Callable[[], Live], dtype: str
+    folders: Sequence[Path], rows: Rows, question: Question, context: Context, load: Callable[[], Live]
 ) -> Cached:
-    """The teachers' answers to all rows, from disk where they are; where some are missing, `load`s them, of a dtype.
+    """The teachers' answers to all rows, from disk where they are; where some are missing, `load`s them.
 
     Of several processes each asks for some of the files.
 
@@ -137,7 +150,7 @@ def cached(
         BadModel: a file of the cache is another teacher's.
         TooBig: the cache does not fit on the disk.
     """
-    whose = fingerprint(folders, dtype, k, vocabulary)
+    whose = fingerprint(folders, question)
     width = rows.ids.shape[1]
     each = max(1, FILE_TOKENS // width)
     spans = [(piece.start, piece.stop) for piece in pieces(len(rows), each)]
@@ -151,13 +164,13 @@ def cached(
     ]
     if missing:
         tokens = sum(spans[place][1] - spans[place][0] for place in missing) * (width - 1)
-        _check_room(own, tokens * bytes_per_token(k, vocabulary))
+        _check_room(own, tokens * bytes_per_token(question.k, question.vocabulary))
         mine = [place for place in missing if place % distributed.count() == distributed.rank()]
         live = load() if mine else None
         for done, place in enumerate(mine):
             assert live is not None
             context.progress(done, len(mine), "files of the teacher's answers")
-            write_answers(live, rows, spans[place], k, files[place], whose, context)
+            write_answers(live, rows, spans[place], question, files[place], whose, context)
             give(files[place], shared[place], room, SHARE)
         context.progress(len(mine), len(mine), "files of the teacher's answers")
         context.log(
@@ -166,15 +179,15 @@ def cached(
     else:
         context.log(f"reused the teacher's answers of an earlier run ({len(files)} files); it is not loaded")
     distributed.wait()  # for the answers that others ask for
-    return Cached(files, each, torch.device(context.device))
+    return Cached(files, each, torch.device(context.device), question.temperature)
 
 
 def write_answers(
-    live: Live, rows: Rows, span: tuple[int, int], k: int, path: Path, whose: str, context: Context
+    live: Live, rows: Rows, span: tuple[int, int], question: Question, path: Path, whose: str, context: Context
 ) -> None:  # fmt: skip
     """Ask for the rows of a span and write one file, whole or not at all."""
     length = rows.ids.shape[1]
-    tokens, kept = (span[1] - span[0]) * (length - 1), min(k, live.vocabulary - 1)
+    tokens, kept = (span[1] - span[0]) * (length - 1), min(question.k, live.vocabulary - 1)
     narrow = torch.int16 if live.vocabulary <= 1 << 15 else torch.int32
     # Room for all of it at once: what is kept piece by piece would lie between the pieces' large tensors, and each
     # would then need new memory.
@@ -188,7 +201,7 @@ def write_answers(
         for part in pieces(len(numbers) * (length - 1), chunk_size(live.vocabulary, live.device)):
             target = answer(part)
             assert isinstance(target, Full)
-            found = top_k(target.logp, k)
+            found = top_k(target.logp, question.k, question.temperature)
             some = slice(done + part.start, done + part.stop)
             ids[some], logp[some], tail[some] = found.ids, found.logp, found.tail
         done += len(numbers) * (length - 1)
@@ -235,9 +248,9 @@ def bytes_per_token(k: int, vocabulary: int) -> int:
     return k * ((2 if vocabulary <= 1 << 15 else 4) + 2) + 2
 
 
-def fingerprint(folders: Sequence[Path], dtype: str, k: int = 0, vocabulary: int = 0) -> str:
+def fingerprint(folders: Sequence[Path], question: Question) -> str:
     """SHA-256 of the teachers' weights, configs and tokenizers and of how they are asked, in hexadecimal."""
-    found = hashlib.sha256(f"{dtype} {k} {vocabulary}".encode())
+    found = hashlib.sha256(repr(question).encode())
     for each in sorted(_digest(folder) for folder in folders):
         found.update(each)
     return found.hexdigest()

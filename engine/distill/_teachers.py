@@ -10,7 +10,7 @@ from engine.distill._settings import CacheParams, TeacherParams
 from engine.lesson import Text
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.teachers import Cached, Live, Teacher, cached, dtype_of, load_live, shared_vocabulary
+from engine.teachers import Cached, Live, Question, Teacher, cached, dtype_of, load_live, shared_vocabulary
 from engine.tokens import check_same_tokenizer
 
 
@@ -32,11 +32,11 @@ def teachers_of(
 
     if params.teacher_logits == "live":
         return live() if params.label_weight < 1 else None, live() if len(text.held) else None
+    judging = Question(dtype_of(model), params.top_k, vocabulary)
+    teaching = replace(judging, temperature=params.temperature)
     found: list[Cached | None] = [
-        cached(folders, rows, params.top_k, vocabulary, context, live, dtype_of(model))
-        if wanted and len(rows)
-        else None
-        for rows, wanted in ((text.rows, params.label_weight < 1), (text.held, True))
+        cached(folders, rows, question, context, live) if wanted and len(rows) else None
+        for rows, question, wanted in ((text.rows, teaching, params.label_weight < 1), (text.held, judging, True))
     ]
     loaded.clear()
     hardware.give_back_memory()

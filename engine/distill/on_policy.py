@@ -60,7 +60,8 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         dice = torch.Generator().manual_seed(context.seed * 1_000_003 + step[0])
         if float(torch.rand((), generator=dice)) >= params.student_share:
             return lesson.batch_loss(numbers)
-        prompts = text.rows.of(numbers[:, 0], student.device)[0][:, : params.prompt_tokens]
+        prompts = text.rows.prompts(numbers[:, 0], params.prompt_tokens).to(student.device)
+        dice.manual_seed((context.seed * 1_000_003 + step[0]) * 1_000_003 + int(numbers[0, 0]))  # each part its own
         written = write(student, prompts, params.sequence_length, params.sampling_temperature, dice)
         return own_loss(lesson, live, written, params.prompt_tokens, params.objective)
 

@@ -34,7 +34,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.preflight import calibration_file
 from engine.rows import Rows
-from engine.teachers import Live, dtype_of, fingerprint, load_live, shared_vocabulary
+from engine.teachers import Live, Question, dtype_of, fingerprint, load_live, shared_vocabulary
 from engine.wide import mixed_precision
 
 TITLE = "Sequence distillation"
@@ -62,7 +62,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     given = read(model, params, calibration_file(params.text))
     judge = judge_of(model, given, context)
     count = min(params.sequences, len(given.rows))
-    prompts = given.rows.ids[:count, : params.prompt_tokens].long()
+    prompts = given.rows.prompts(torch.arange(count), params.prompt_tokens)
     size = model.network.config.get_text_config().vocab_size
     ids = written(folders, prompts, model, params, context, shared_vocabulary(folders, size))
     student = choose(model, params, context)
@@ -94,7 +94,7 @@ def written(
     folders: list[Path], prompts: Tensor, model: LoadedModel, params: Params, context: Context, vocabulary: int
 ) -> Tensor:
     """Token ids (sequences, length), int32: from disk where they are, else as the teacher writes them now."""
-    whose = fingerprint(folders, dtype_of(model), vocabulary=vocabulary)
+    whose = fingerprint(folders, Question(dtype_of(model), 0, vocabulary))
     how = f"{params.sequence_length} {params.sampling_temperature} {context.seed}"
     room, own = context.cache / "sequences", context.folder / "sequences"
     found: list[Tensor] = []

@@ -42,25 +42,20 @@ def merged(p: list[float], ids: list[int]) -> list[float]:
     return [p[i] for i in ids] + [sum(v for i, v in enumerate(p) if i not in ids)]
 
 
-def softened(p: list[float], temperature: float) -> list[float]:
-    powers = [v ** (1 / temperature) for v in p]
-    return [v / sum(powers) for v in powers]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.0), (1.0, 0.3), (2.5, 0.25), (0.5, 0.0), (2.0, 1.0)])
 def test_each_loss_is_its_definition(kind: Divergence, temperature: float, weight: float) -> None:
     student, teacher, labels = made()
     objective = Objective(kind, temperature, weight, beta=0.3)
     full, short = 0.0, 0.0
-    kept = top_k(teacher.log_softmax(-1), 4)
+    kept = top_k(teacher.log_softmax(-1), 4, temperature)
     for row in range(N):
         y, z = student[row].tolist(), teacher[row].tolist()
         label = -weight * math.log(probabilities(y, 1)[int(labels[row])])
         p, q = probabilities(z, temperature), probabilities(y, temperature)
         full += (1 - weight) * temperature**2 * divergence(kind, p, q, 0.3) + label
         ids = sorted(range(V), key=lambda i: -z[i])[:4]
-        p, q = (softened(merged(probabilities(v, 1), ids), temperature) for v in (z, y))
+        p, q = (merged(probabilities(v, temperature), ids) for v in (z, y))
         short += (1 - weight) * temperature**2 * divergence(kind, p, q, 0.3) + label
     assert float(objective(student, labels, Full(teacher.log_softmax(-1)))) == pytest.approx(full, rel=1e-12)
     assert float(objective(student, labels, kept)) == pytest.approx(short, rel=1e-12)
@@ -74,22 +69,23 @@ def test_gradients_are_those_of_finite_differences(kind: Divergence, temperature
     student.requires_grad_(True)
     objective = Objective(kind, temperature, 0.4, beta=0.7)
     logp = teacher.log_softmax(-1)
-    for target in (Full(logp), top_k(logp, 3)):
+    for target in (Full(logp), top_k(logp, 3, temperature)):
         assert torch.autograd.gradcheck(
             lambda y, target=target: objective(y, labels, target), (student,), fast_mode=True
         )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_classes_but_one_are_the_whole_and_fewer_are_less(kind: Divergence) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_all_classes_but_one_are_the_whole_and_fewer_are_less(kind: Divergence, temperature: float) -> None:
     student, teacher, labels = made(2)
     logp = teacher.log_softmax(-1)
-    objective = Objective(kind, 1.0)
+    objective = Objective(kind, temperature)
     whole = float(objective(student, labels, Full(logp)))
-    distances = [float(objective(student, labels, top_k(logp, k))) for k in range(1, V)]
+    distances = [float(objective(student, labels, top_k(logp, k, temperature))) for k in range(1, V)]
     assert distances[-1] == pytest.approx(whole, rel=1e-12)
     assert distances == sorted(distances)
-    assert float(objective(teacher, labels, top_k(logp, 3))) == pytest.approx(0.0, abs=1e-12)
+    assert float(objective(teacher, labels, top_k(logp, 3, temperature))) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_tail_by_hand() -> None:
@@ -138,7 +134,7 @@ def test_pieces_are_the_whole_with_their_gradients(size: int, k: int | None) -> 
     objective = Objective("js", 2.0, 0.3)
 
     def target(piece: slice) -> Target:
-        return Full(logp[piece]) if k is None else top_k(logp[piece], k)
+        return Full(logp[piece]) if k is None else top_k(logp[piece], k, objective.temperature)
 
     def loss_of(part: Tensor, piece: slice) -> Tensor:
         return objective(head(part), labels[piece], target(piece))

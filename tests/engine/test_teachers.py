@@ -19,12 +19,13 @@ from engine.models import load_tokenizer
 from engine.origin import FolderOrigin
 from engine.preflight import DEMO
 from engine.rows import Rows, packed_rows
-from engine.teachers import Cached, Live, cached, fingerprint, load_live
+from engine.teachers import Cached, Live, Question, cached, fingerprint, load_live
 from engine.tokens import check_same_files, check_same_tokenizer
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES
 
 DTYPE = "bfloat16"
+QUESTION = Question(DTYPE, 5, 1280)
 
 
 def rows_of(count: int = 6, length: int = 16) -> Rows:
@@ -103,7 +104,7 @@ def test_a_cache_says_what_the_teachers_say_and_later_runs_need_none(
     folders = [tiny_folder(), tiny_folder(num_hidden_layers=2)]
     rows = rows_of()
     live = load_live(folders, 1280, context, "bfloat16")
-    kept = cached(folders, rows, 7, 1280, context, lambda: live, DTYPE)
+    kept = cached(folders, rows, Question(DTYPE, 7, 1280), context, lambda: live)
     numbers = torch.tensor([4, 1])
     exact, found = live.answers(rows, numbers)(slice(0, 30)), kept.answers(rows, numbers)(slice(0, 30))
     assert isinstance(exact, Full)
@@ -119,12 +120,28 @@ def test_a_cache_says_what_the_teachers_say_and_later_runs_need_none(
     def never() -> Live:
         raise AssertionError("the teacher is not needed")
 
-    again = cached(folders[::-1], rows, 7, 1280, context, never, DTYPE).answers(rows, numbers)(slice(0, 30))
+    question = Question(DTYPE, 7, 1280)
+    again = cached(folders[::-1], rows, question, context, never).answers(rows, numbers)(slice(0, 30))
     assert isinstance(again, TopK)
     assert again.ids.equal(found.ids)
     assert any("not loaded" in line for line in recorder.logs())
     student = torch.randn(30, 1280, generator=torch.Generator().manual_seed(0))
     assert float(Objective()(student, None, found)) <= float(Objective()(student, None, exact)) * 1.01
+
+
+def test_a_cache_is_softened_before_the_rest_is_merged(tiny_folder: Callable[..., Path], context: Context) -> None:
+    folder, rows, numbers = tiny_folder(), rows_of(), torch.tensor([4, 1])
+    live = load_live([folder], 1280, context, DTYPE)
+    kept = cached([folder], rows, replace(QUESTION, temperature=4.0), context, lambda: live)
+    exact, found = live.answers(rows, numbers)(slice(0, 30)), kept.answers(rows, numbers)(slice(0, 30))
+    assert isinstance(exact, Full)
+    assert isinstance(found, TopK)
+    soft = (exact.logp / 4).softmax(-1)
+    torch.testing.assert_close(found.logp.exp(), soft.gather(1, found.ids), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(found.tail.exp(), 1 - soft.gather(1, found.ids).sum(-1), rtol=1e-2, atol=1e-6)
+    assert float(Objective(temperature=4.0)(exact.logp, None, found)) < 1e-2  # a sum over 30 tokens, kept in few digits
+    with pytest.raises(AssertionError):
+        Objective(temperature=2.0)(exact.logp, None, found)
 
 
 def test_a_cache_is_gone_on_with_and_grows_with_the_text(
@@ -145,11 +162,11 @@ def test_a_cache_is_gone_on_with_and_grows_with_the_text(
 
     monkeypatch.setattr(teachers, "write_answers", watched)
     with pytest.raises(KeyboardInterrupt):
-        cached([folder], rows_of(6), 5, 1280, context, lambda: live, DTYPE)
-    cached([folder], rows_of(6), 5, 1280, context, lambda: live, DTYPE)
+        cached([folder], rows_of(6), QUESTION, context, lambda: live)
+    cached([folder], rows_of(6), QUESTION, context, lambda: live)
     assert asked == [(4, 6)]
     asked.clear()
-    cached([folder], rows_of(8), 5, 1280, context, lambda: live, DTYPE)
+    cached([folder], rows_of(8), QUESTION, context, lambda: live)
     assert asked == [(6, 8)]
 
 
@@ -161,7 +178,7 @@ def test_answers_make_room_and_who_uses_them_keeps_them(
 
     def ask(run: int, k: int) -> Cached:
         own = replace(context, folder=context.folder / f"run-{run}")
-        return cached([folder], rows_of(), k, 1280, own, lambda: live, DTYPE)
+        return cached([folder], rows_of(), Question(DTYPE, k, 1280), own, lambda: live)
 
     first = ask(1, 5)
     (kept,) = room.glob("*/*")
@@ -181,15 +198,15 @@ def test_answers_make_room_and_who_uses_them_keeps_them(
 
 def test_a_cache_of_another_teacher_is_refused(tiny_folder: Callable[..., Path], context: Context) -> None:
     first, second = tiny_folder(), tiny_folder(num_hidden_layers=2)
-    assert (
-        len({fingerprint([first], "bfloat16"), fingerprint([second], "bfloat16"), fingerprint([first], "float32")}) == 3
-    )
+    others = (replace(QUESTION, dtype="float32"), replace(QUESTION, k=6), replace(QUESTION, temperature=2.0))
+    asked = [fingerprint([first], question) for question in (QUESTION, *others)]
+    assert len({*asked, fingerprint([second], QUESTION)}) == 5
     live = load_live([first], 1280, context, "bfloat16")
-    cached([first], rows_of(), 5, 1280, context, lambda: live, DTYPE)
+    cached([first], rows_of(), QUESTION, context, lambda: live)
     home = context.cache / "teachers"
-    (home / fingerprint([first], DTYPE, 5, 1280)[:32]).rename(home / fingerprint([second], DTYPE, 5, 1280)[:32])
+    (home / fingerprint([first], QUESTION)[:32]).rename(home / fingerprint([second], QUESTION)[:32])
     with pytest.raises(BadModel, match="another teacher or tokenizer"):
-        cached([second], rows_of(), 5, 1280, context, lambda: live, DTYPE)
+        cached([second], rows_of(), QUESTION, context, lambda: live)
 
 
 def test_other_tokenizers_are_refused_with_the_reason_and_padding_is_not(tiny_folder: Callable[..., Path]) -> None:
