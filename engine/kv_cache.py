@@ -148,8 +148,8 @@ class _Stream:
         return whole
 
     def forget(self, tokens: int) -> None:
-        """Drop whole groups among the first `tokens` tokens."""
-        groups = min(tokens, self.packed.tokens if self.packed else 0) // self._grid.group_size
+        """Drop whole groups among the first `tokens` tokens; none, where that is less than one group."""
+        groups = max(0, min(tokens, self.packed.tokens if self.packed else 0)) // self._grid.group_size
         if groups and self.packed:
             kept = self.packed.without_first(groups * self._grid.group_size)
             self.packed = kept if kept.tokens else None

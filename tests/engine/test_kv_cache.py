@@ -98,16 +98,17 @@ def test_what_is_held_is_not_kept_alive_by_views() -> None:
     assert recent.untyped_storage().nbytes() == recent.nbytes
 
 
-def test_a_sliding_layer_forgets_whole_groups_and_shows_its_window() -> None:
+@pytest.mark.parametrize("window", [12, 30])  # less than two groups, and several
+def test_a_sliding_layer_forgets_whole_groups_and_shows_its_window(window: int) -> None:
     keys = states(60)
-    layer = PackedLayer(CacheGrid(8, 8, 0), sliding_window=12)
+    layer = PackedLayer(CacheGrid(8, 8, 0), sliding_window=window)
     for place in range(60):
         length, first = layer.get_mask_sizes(1)
         found, _ = layer.update(keys[:, :, place : place + 1], keys[:, :, place : place + 1])
-        assert (length, first) == (min(place + 1, 12), max(0, place - 11))
+        assert (length, first) == (min(place + 1, window), max(0, place - window + 1))
         assert found.shape[TOKENS] == length
         torch.testing.assert_close(found, keys[:, :, first : place + 1], rtol=0.03, atol=0.03)
-        assert layer.nbytes <= 2 * 2 * CacheGrid(8, 8, 0).bytes(11 + 8 + 7, 32, 2)
+        assert layer.nbytes <= 2 * 2 * CacheGrid(8, 8, 0).bytes(window - 1 + 8 + 7, 32, 2)
     assert layer.get_seq_length() == 60
 
 
