@@ -231,7 +231,7 @@ def ensemble() -> str:
 def accuracy_of_mean(folders: Sequence[Path]) -> Measurement:
     """The accuracy of the mean of several models' probabilities of each option."""
     models = [load(folder) for folder in folders]
-    items = _text.items(models[0])
+    items = _text.items(models[0], models[0].network.num_parameters())
     scores = [accuracy.scores(model, items) for model in models]
     means = [[sum(map(math.exp, option)) for option in zip(*rows, strict=True)] for rows in zip(*scores, strict=True)]
     return accuracy.measure(items, [row.index(max(row)) for row in means])[0]

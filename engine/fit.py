@@ -46,12 +46,14 @@ LOGITS, PAIR = (
     10,
     20,
 )  # bytes of a logit: 16 bit, float32 and its logarithm; with those of the original, and both at work
+LOGITS_CPU, LOGITS_CUDA, FEWEST = 1 << 18, 1 << 27, 128  # that exist at once in training; of so many tokens at least
 WRITTEN = 64  # tokens of each of sixteen sequences, prompt included, when latency is measured
 BATCHES, LENGTHS = (1, 4, 16, 64), (1024, 4096, 16_384, 65_536)  # for which serving is estimated
 LARGE = "Larger than memory: one block at a time."
 ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
 ROUNDED_STRAIGHT = 13  # and while a block learns: the code, the level, what it is off, and the weight that learns
 TOGETHER = 13  # where the whole matrix has one scale
+MADE = 16  # and where it is made of what is learned beside it, for a product: itself, its gradient, copies in 16 bit
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
 PLACED = 4  # of a number in 16 bit: as it was read, and as it is moved
@@ -142,7 +144,7 @@ def estimate(
     streamed = bool(steps)
     for method, params in steps:
         streamed = streamed and not method.whole
-        needs += compressing(held, method, params, first, streamed, machine.wide)
+        needs += compressing(held, method, params, first, streamed, machine)
         held = held.after(params)
     if not steps:
         needs.append(
@@ -179,11 +181,11 @@ def estimate(
 
 
 def compressing(
-    held: Holding, method: Method, params: Params, first: Holding, streamed: bool, wide: bool
+    held: Holding, method: Method, params: Params, first: Holding, streamed: bool, machine: Machine
 ) -> list[Need]:
     """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
     if integer(getattr(params, "steps", 0)):
-        return _training(held, method, params, first, wide)
+        return _training(held, method, params, first, machine)
     if isinstance(params, Calibrated) and getattr(params, "by", "") == "taylor":
         return [Need("compress", _differentiating(held, params), method.title)]
     params, (largest, beside) = params.on(held.shape, held.width), held.parts()
@@ -296,7 +298,7 @@ def _widest(shape: Shape) -> int:
     return max((inputs for _, inputs in sizes.first_block(shape)), default=4 * sizes.hidden_size(shape.config))
 
 
-def _training(held: Holding, method: Method, params: Params, first: Holding, wide: bool) -> list[Need]:
+def _training(held: Holding, method: Method, params: Params, first: Holding, machine: Machine) -> list[Need]:
     """A student in float32 with its gradients and two moments; before, where it is asked once, its teacher.
 
     Of assistants and student, which are trained one after the other, the largest counts.
@@ -306,33 +308,49 @@ def _training(held: Holding, method: Method, params: Params, first: Holding, wid
     scope = str(getattr(params, "scope", "all"))
     trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
     batch, length = integer(getattr(params, "batch", 16)), integer(getattr(params, "sequence_length", 128))
-    width = 4 if wide else first.width
+    together = min(batch, integer(getattr(params, "micro_batch", 0)) or batch)
+    again = bool(getattr(params, "gradient_checkpointing", False))
+    width = 4 if machine.wide else first.width
     teachers = sum(Holding(each, width).dense for each in (first.shape, *params.beside()))
     teaches = hasattr(params, "teachers")
     live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
     found = []
     if teaches and not live:
-        asked = min(2048, batch * length) * vocabulary
+        asked = _logits(min(2048, batch * length), vocabulary, machine)
         found.append(
             Need("compress", _parts(
                 weights=student.width * parameters, teacher=teachers,
-                activations=4 * PAIR * min(asked, 1 << 18), runtime=RUNTIME + COMPUTING,
+                activations=4 * PAIR * asked, runtime=RUNTIME + COMPUTING,
             ), method.title)
         )  # fmt: skip
     frozen = student.width * (parameters - trained)
+    wide = machine.wide and not frozen
+    remembered = _learning(student, together, length, trained, wide=wide, again=again)
     training = _parts(
         weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
-        activations=_learning(student, batch, length, trained, vocabulary, wide and not frozen),
+        activations=remembered + 12 * _logits(together * length, vocabulary, machine),
+        solver=MADE * _largest(student.shape) if scope != "all" else 0,
         teacher=teachers if live else 0, runtime=RUNTIME + LEARNING,
     )  # fmt: skip
     return [*found, Need("compress", training, method.title)]
 
 
-def _learning(student: Holding, batch: int, length: int, trained: int, vocabulary: int, wide: bool) -> int:
-    """What the backward pass needs of all blocks and of the logits, and 16-bit weights; twice, where all is 32-bit."""
-    each = sizes.blocks_of(student.shape.config) * _remembered(student, length)
+def _learning(student: Holding, batch: int, length: int, trained: int, *, wide: bool, again: bool) -> int:
+    """What the backward pass needs of all blocks, and 16-bit weights; twice, where all is 32-bit.
+
+    Where blocks are computed `again` it needs what entered each, and all of one.
+    """
+    config, remembered = student.shape.config, _remembered(student, length)
+    blocks = sizes.blocks_of(config)
+    each = 4 * blocks * sizes.hidden_size(config) + remembered if again else blocks * remembered
     states = batch * length * each * (2 if wide else 1)
-    return states + (0 if wide else 2 * trained) + 12 * max(1 << 18, 128 * vocabulary)
+    return states + (0 if wide else 2 * trained)
+
+
+def _logits(tokens: int, vocabulary: int, machine: Machine) -> int:
+    """Logits of so many tokens that exist at once: as many as a piece of `engine.losses` has."""
+    most = LOGITS_CUDA if machine.device == "cuda" else LOGITS_CPU
+    return min(tokens * vocabulary, max(most, FEWEST * vocabulary))
 
 
 def _remembered(held: Holding, length: int) -> int:
@@ -380,7 +398,7 @@ def verifying(held: Holding, streamed: bool, free: int) -> Need:
 
 def measuring(held: Holding, original: Holding | None, wanted: set[str]) -> Need:
     """The packed model in a process of its own; logits of many tokens; beside it the original, where both are read."""
-    parameters, vocabulary = held.shape.parameters, sizes.vocabulary_size(held.shape)
+    parameters, vocabulary = (original or held).shape.parameters, sizes.vocabulary_size(held.shape)
     width = held.width
     cache = sizes.cache_bytes(held.shape.config, held.grid, width, 16, WRITTEN)
     both = original is not None and bool(wanted & {"accuracy", "divergence", "outputs"})

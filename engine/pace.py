@@ -66,7 +66,8 @@ def step_seconds(held: Holding, params: Params, rates: Rates) -> float:
         tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
         teacher = parameters
         for each in held.trained(params):  # each learns from the one before
-            work += steps * tokens * (6.0 * each.parameters + 2.0 * teacher)
+            own = 8.0 if getattr(params, "gradient_checkpointing", False) else 6.0
+            work += steps * tokens * (own * each.parameters + 2.0 * teacher)
             teacher = each.parameters
     return 4 * held.dense / rates.disk + work / rates.arithmetic
 

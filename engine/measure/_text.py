@@ -47,11 +47,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids if start is None or ids[:1] == [start] else [start, *ids]
 
 
-def documents(model: LoadedModel, folder: Path = DEMO) -> list[Document]:
-    """The held-out text, one document a line, as much of each as the model has positions for."""
+def documents(model: LoadedModel, parameters: int, folder: Path = DEMO) -> list[Document]:
+    """The held-out text, one document a line, as much of each as the model has positions for.
+
+    parameters: of the original, however the model holds its own; fewer documents where they are many.
+    """
     lines = (folder / "heldout.txt").read_text().splitlines()
     found, longest = [], min(LONGEST, context_length(model.network.config.get_text_config().to_dict()))
-    for line in lines[: share(model.network.num_parameters(), len(lines))]:
+    for line in lines[: share(parameters, len(lines))]:
         ids = encode(model.tokenizer, line)
         kept = ids[:longest]
         size = len(line.encode()) if len(kept) == len(ids) else len(str(model.tokenizer.decode(kept[1:])).encode())
@@ -59,12 +62,12 @@ def documents(model: LoadedModel, folder: Path = DEMO) -> list[Document]:
     return found
 
 
-def items(model: LoadedModel, folder: Path = DEMO) -> list[Item]:
-    """The questions of every task file."""
+def items(model: LoadedModel, parameters: int, folder: Path = DEMO) -> list[Item]:
+    """The questions of every task file; `parameters` as of `documents`."""
     found = []
     for file in sorted((folder / "tasks").glob("*.jsonl")):
         lines = file.read_text().splitlines()
-        for line in lines[: share(model.network.num_parameters(), len(lines))]:
+        for line in lines[: share(parameters, len(lines))]:
             body = json.loads(line)
             prompt = encode(model.tokenizer, body["prompt"])
             whole = [encode(model.tokenizer, body["prompt"] + option) for option in body["options"]]

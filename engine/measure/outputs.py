@@ -50,7 +50,9 @@ def force(model: LoadedModel, prompt: list[int], text: list[int], reference: Ten
     if not text:
         return []
     ours = score(model, prompt + text, len(prompt))
-    shifts = divergence(reference.to(ours.device), ours).tolist()
+    known = ours[:, : reference.shape[-1]]  # without padding that the baseline has not
+    known = known if known.shape == ours.shape else known.log_softmax(-1)
+    shifts = divergence(reference.to(ours.device), known).tolist()
     tokens = describe_all(model.tokenizer, text, list(ours))
     return [token.model_copy(update={"kl": kl}) for token, kl in zip(tokens, shifts, strict=True)]
 

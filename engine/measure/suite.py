@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from engine import headers
 from engine.measure import _text, accuracy, divergence, latency, memory, outputs, perplexity, sensitivity, size
 from engine.methods import Context, Emit
 from engine.models import LoadedModel, load_tokenizer
@@ -46,7 +47,9 @@ def measure(
     if wanted & {"memory", "latency"}:
         _speed(model, prompt, loaded, wanted, emit, say)
     other = None if baseline is None or not wanted & {"accuracy", "divergence", "outputs"} else load(baseline, device)
-    _fidelity(model, other, wanted, emit, say)
+    # The same text and questions for an original and for all that was made of it, pruned or packed.
+    parameters = headers.inspect(baseline or folder).parameters
+    _fidelity(model, other, parameters, wanted, emit, say)
     if "sensitivity" in wanted:
         _sensitivity(model, device, calibration_file(calibration), emit, say)
 
@@ -73,20 +76,22 @@ def _speed(model: LoadedModel, prompt: list[int], loaded: Measurement, wanted: s
         say(latency.measure(model, prompt, emit=emit, batches=latency.MORE))
 
 
-def _fidelity(model: LoadedModel, baseline: LoadedModel | None, wanted: set[str], emit: Emit, say: Say) -> None:
+def _fidelity(
+    model: LoadedModel, baseline: LoadedModel | None, parameters: int, wanted: set[str], emit: Emit, say: Say
+) -> None:  # fmt: skip
     """How well the model still predicts, answers and writes."""
     about = _text.about_cache(model)
 
     def tell(found: list[Measurement]) -> None:
         say([each.model_copy(update={"details": each.details | about}) for each in found])
 
-    documents = _text.documents(model)
+    documents = _text.documents(model, parameters)
     if "perplexity" in wanted:
         emit("phase", {"name": "measuring perplexity"})
         tell(perplexity.measure(model, documents))
     if "accuracy" in wanted:
         emit("phase", {"name": "measuring accuracy"})
-        items = _text.items(model)
+        items = _text.items(model, parameters)
         chosen = accuracy.choices(model, items)
         tell(accuracy.measure(items, chosen))
         if baseline is not None:

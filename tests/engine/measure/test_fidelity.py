@@ -2,19 +2,22 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import fit
+from engine import artifacts, fit, headers, methods
 from engine.errors import InputError
 from engine.generate import generate
-from engine.measure import _text, accuracy, divergence, outputs, perplexity
+from engine.measure import _text, accuracy, divergence, outputs, perplexity, suite
 from engine.measure._text import Document, Item
-from engine.models import LoadedModel
+from engine.methods import Context
+from engine.models import LoadedModel, load
 from engine.preflight import DEMO
-from tests.conftest import in_memory, tiny_config
+from engine.records import Recipe
+from tests.conftest import Recorder, in_memory, tiny_config
 
 
 def row(model: LoadedModel, ids: list[int]) -> torch.Tensor:
@@ -76,7 +79,7 @@ def test_models_with_other_vocabularies_are_not_compared(tiny: LoadedModel, docu
 
 
 def test_choices_equal_scoring_every_option_by_itself(tiny: LoadedModel) -> None:
-    items = [item for item in _text.items(tiny) if item.task in ("sums", "facts")][::25]
+    items = [item for item in _text.items(tiny, 1) if item.task in ("sums", "facts")][::25]
     assert {len(option) for item in items for option in item.options} > {1}
     for item, chosen in zip(items, accuracy.choices(tiny, items), strict=True):
         scores = []
@@ -146,10 +149,35 @@ def test_large_models_read_fewer_documents() -> None:
     assert fit.share(8_000_000_000, 20) == 20
 
 
+def test_a_packed_model_reads_what_its_original_does(
+    tiny_folder: Callable[..., Path], tmp_path: Path, context: Context, recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source, asked = tiny_folder(), set[int]()
+
+    def some(parameters: int, count: int) -> int:
+        asked.add(parameters)
+        return 2
+
+    monkeypatch.setattr(_text, "share", some)
+    rtn = methods.get("quantize/rtn")
+    model = rtn.apply(load(source), rtn.check({"group_size": 32}), context)
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    for folder, baseline in ((source, None), (tmp_path / "artifact", source)):
+        suite.measure(folder, ("perplexity", "accuracy"), baseline, "cpu", recorder)
+    assert asked == {headers.inspect(source).parameters}
+
+
+def test_padding_that_the_baseline_has_not_is_no_prediction(tiny: LoadedModel) -> None:
+    text = [5, 6, 7]
+    reference = outputs.score(tiny, [3, 4, *text], 2)[:, :1200].log_softmax(-1)
+    assert [token.kl for token in outputs.force(tiny, [3, 4], text, reference)] == pytest.approx([0.0] * 3, abs=1e-6)
+
+
 def test_a_document_that_is_too_long_is_cut(tiny: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "heldout.txt").write_text("the lamp is in the barn " * 400)
     for positions, length in ((2048, _text.LONGEST), (256, 256)):
         tiny.network.config.max_position_embeddings = positions
-        (document,) = _text.documents(tiny, tmp_path)
+        (document,) = _text.documents(tiny, 1, tmp_path)
         assert len(document.ids) == length
         assert document.bytes < 400 * 24
