@@ -6,6 +6,7 @@ Methods of distillation are lessons of a student; pruning that trains is one wit
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from engine.methods import Context, Params
 from engine.models import LoadedModel
 from engine.preflight import calibration_file, check_text, whole
 from engine.rows import MOST_HELD, Rows, packed_rows
-from engine.teachers import Answers, Teacher, cached, dtype_of, load_live, shared_vocabulary
+from engine.teachers import Answers, Question, Teacher, cached, dtype_of, load_live, shared_vocabulary
 from engine.tokens import check_same_tokenizer
 from engine.training import Extras, Prune, Schedule, train
 from engine.wide import mixed_precision
 
 SHORT = 256  # tokens of a sequence up to which plain attention trains faster on a CPU than the fused kernel
+HIGHEST = 1e-3  # learning rate where none is named
 JUDGED = 50  # of the original's most probable tokens, where nobody else asks it
 KL = Objective()  # how a student is judged, whatever it is taught with
 
@@ -52,12 +54,29 @@ class TrainingParams(TextParams):
 
     steps: int = Field(300, ge=1, le=1_000_000, description="Optimizer steps.")
     batch: int = Field(16, ge=1, le=1024, description="Sequences in each step.")
-    learning_rate: float = Field(1e-3, gt=0.0, le=1e10, description="Highest learning rate.")
+    learning_rate: float = Field(
+        0.0, ge=0.0, le=1e10, description="Highest learning rate; 0: by the size of the model, 0.001 at most."
+    )
+    micro_batch: int = Field(
+        0, ge=0, le=1024, description="Sequences of a step that are computed together; 0: all. Fewer take less memory."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute each block again in the backward pass: a third more time, far less memory."
+    )
 
-    @property
-    def schedule(self) -> Schedule:
-        """As the training loop wants it."""
-        return Schedule(self.steps, self.batch, self.learning_rate)
+    def schedule(self, parameters: int) -> Schedule:
+        """As the training loop wants it, for a model of so many parameters."""
+        rate = self.learning_rate or self.usual_rate(parameters)
+        return Schedule(
+            self.steps, self.batch, rate, micro_batch=self.micro_batch, recompute=self.gradient_checkpointing
+        )
+
+    def usual_rate(self, parameters: int) -> float:
+        """The highest learning rate where none is named: as models of that size are usually trained on.
+
+        It falls with the square root of the size: 1e-3 up to 10 M parameters, 1e-4 at 1 B, 3.5e-5 at 8 B.
+        """
+        return HIGHEST * min(1.0, math.sqrt(1e7 / parameters))
 
 
 @dataclass(frozen=True)
@@ -91,9 +110,8 @@ def judge_of(model: LoadedModel, text: Text, context: Context) -> Teacher | None
         return None
     folders, dtype = [model.source], dtype_of(model)
     shared = shared_vocabulary(folders, model.network.config.get_text_config().vocab_size)
-    return cached(
-        folders, text.held, JUDGED, shared, context, lambda: load_live(folders, shared, context, dtype), dtype
-    )
+    question = Question(dtype, JUDGED, shared)
+    return cached(folders, text.held, question, context, lambda: load_live(folders, shared, context, dtype))
 
 
 def token_loss(body: Body, hidden: Tensor, labels: Tensor, answers: Answers | None, objective: Objective) -> Tensor:
@@ -159,10 +177,13 @@ class Lesson:
         numbers = torch.arange(len(self.text.rows))[:, None]
         extras = Extras(
             tokens=params.sequence_length, beside=beside or {}, begin=begin, trainable=trainable,
-            held_out=self.held_out if self.judge is not None else None,
+            held_out=self.held_out if self.judge is not None else None, closer=self.objective.label_weight <= 0.5,
         )  # fmt: skip
+        schedule = params.schedule(self.student.network.num_parameters())
+        if not params.learning_rate:
+            context.log(f"the highest learning rate is {schedule.rate:.2g}, by the size of the model")
         plain = self.student.device.type == "cpu" and params.sequence_length <= SHORT
         with contextlib.ExitStack() as stack:
             if plain and self.body.isolation == "positions":
                 stack.enter_context(eager(self.student.network))
-            train(self.student, numbers, loss_of or self.batch_loss, params.schedule, context, prune, extras)
+            train(self.student, numbers, loss_of or self.batch_loss, schedule, context, prune, extras)

@@ -165,6 +165,10 @@ class Params(BaseModel):
         """What a reader should know before a run with a model of this shape on `cpu` or `cuda`, as sentences."""
         return ()
 
+    def heals(self) -> bool:
+        """Whether it teaches the model as it is what the original says: nothing to learn where no step came before."""
+        return False
+
     def keeps_codes(self) -> bool:
         """Whether integer codes that an earlier step found stay as they are, so that this may follow quantization."""
         return False

@@ -28,6 +28,8 @@ from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
+QUANTIZED = {"quantization_config", "quantization", CACHE_KEY}  # keys of a config; MLX has one of its own
+NOTHING_TO_HEAL = "No step before changes the model: the student begins as the teacher itself."
 
 
 def resolve(source: str) -> Path:
@@ -191,7 +193,7 @@ def check(
     origin = open_model(recipe.model, hub, token)
     shape, steps = headers.inspect(origin), checked(recipe, hub, token)
     check_tokenizer(origin)
-    if steps and ("quantization_config" in shape.config or CACHE_KEY in shape.config):
+    if steps and not QUANTIZED.isdisjoint(shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     suitability.check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
     suitability.check_measures(recipe, shape)
@@ -240,8 +242,10 @@ def _estimate(
         for note in (
             *params.notes(shape, where.device),
             *_simulated(params, shape),
+            *_rounded_otherwise(params, shape),
             *_ignored_for_nothing(params, shape),
             *_of_a_toy_world(params, recipe.model),
+            *([NOTHING_TO_HEAL] if params is steps[0][1] and params.heals() else []),
         )
     ]
     return replace(found, notes=(*said, *found.notes))
@@ -255,6 +259,16 @@ def _simulated(params: Params, shape: Shape) -> list[str]:
     return [
         f"No smaller and no faster: files hold the linears of {kind} as they are. What rounding costs is measured all "
         "the same."
+    ]
+
+
+def _rounded_otherwise(params: Params, shape: Shape) -> list[str]:
+    """That other programs round the inputs of a family's linears in another way."""
+    if not params.rounds_inputs() or shape.config.get("model_type") != "opt":
+        return []
+    return [
+        "Elsewhere it computes something else than is measured here: compressed-tensors rounds the inputs of OPT's MLP "
+        "number by number, not by token."
     ]
 
 
@@ -290,9 +304,8 @@ def way_out(
 
 def machine(recipe: Recipe, spare: int = 0) -> Machine:
     """Where the recipe would run, and what is free there, with what is spare."""
-    gpu = hardware.gpu() if recipe.device != "cpu" else None
-    if gpu is not None:
-        return Machine(gpu.total - gpu.used + spare, "cuda")
+    if recipe.device != "cpu" and hardware.gpu() is not None:
+        return Machine(hardware.free_on("cuda") + spare, "cuda")
     return Machine(hardware.free_memory() + spare, wide=not processor.multiplies_bfloat16())
 
 

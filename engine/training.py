@@ -6,7 +6,8 @@ What a step does depends on the seed and its number alone: the rows that are dra
 checkpoint needs the weights, the optimizer's two moments and the number of the step. It is written once the loss *with
 its weights* is known to be good, so a training that diverges never replaces a good checkpoint by a bad one. A loss may
 be bounded (Jensen-Shannon is, by ln 2) and so never far above where it began: the KL on held-out rows, which is not,
-is judged like it at each look.
+is judged like it at each look. Where a teacher is what is learned from, a KL that stays far above its best is
+divergence, too: a student that has collapsed to one answer for everything is still within what a beginner's may be.
 
 The loop is the same in each of several processes that `engine.distributed` joined: each takes its share of the batch's
 rows, loss and gradient are those of the batch, the first process says and writes everything. A checkpoint holds whole
@@ -15,6 +16,7 @@ tensors, whoever wrote it, so any number of processes can go on from it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -27,6 +29,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from engine import distributed
 from engine.distributed import Shards, gathered, local, scattered
@@ -42,17 +45,26 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 SAID_EVERY = 10  # steps
 LOOKS = 20  # at the held-out rows in one training
 MARGIN = 15  # nats by which a training may get worse: who knows nothing of 256,000 tokens is 12.5 from the truth
+WORSE = 1.0  # nats by which the held-out KL may be above its best at one look, not at two, nor at the last
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: optimizer steps, sequences in each, the highest learning rate."""
+    """How long and how fast: optimizer steps, sequences in each, the highest learning rate.
+
+    micro_batch: sequences of a step that are computed together, each part adding to the gradient what its share of
+        the sequences weighs; 0: all of them.
+    recompute: keep what enters each block alone, and compute the rest again in the backward pass (gradient
+        checkpointing; Chen et al., 2016, arXiv 1604.06174).
+    """
 
     steps: int
     batch: int
     rate: float
     checkpoint_every: int = 50
+    micro_batch: int = 0
+    recompute: bool = False
 
     def at(self, step: int) -> float:
         """Learning rate: linear warm-up, then half a cosine down to a tenth."""
@@ -74,7 +86,7 @@ class Extras:
     tokens: that each row stands for, where a row is no sequence of token ids. trainable: names of the parameters that
         are trained, the others staying as they are in dtype and value. beside: parameters that are trained with the
         network's and are none of it. begin: is told each step's number, from 0, before its loss is asked for.
-        held_out: the KL on rows that are never trained on.
+        held_out: the KL on rows that are never trained on; `closer`: it is what the training is to lower.
     """
 
     tokens: int | None = None
@@ -82,6 +94,7 @@ class Extras:
     beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
     begin: Callable[[int], None] | None = None
     held_out: Callable[[], float] | None = None
+    closer: bool = False
 
 
 def train(
@@ -95,7 +108,7 @@ def train(
 
     Raises:
         Diverged: the loss, the held-out KL or a gradient is not finite, or one of the first two far above where it
-            began.
+            began, or the KL that should fall stays above its best.
     """
     extras = extras or Extras()
     network, dtype = student.network, student.network.dtype
@@ -103,6 +116,8 @@ def train(
     trained = {name: each for name, each in network.named_parameters() if name in names}
     network.train().requires_grad_(False)
     cache, network.config.use_cache = network.config.use_cache, False
+    if schedule.recompute:
+        recompute(network)
     shards = None
     if distributed.count() > 1:
         assert (prune, extras.trainable, len(extras.beside)) == (None, None, 0), "not in several processes"
@@ -128,8 +143,19 @@ def train(
         cast(trained.values(), dtype)
     else:
         student.network = network = shards.whole(dtype)
+    if schedule.recompute:
+        recompute(network, again=False)
     network.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     network.config.use_cache = cache
+
+
+def recompute(network: PreTrainedModel, again: bool = True) -> None:
+    """Let the blocks of a network be computed again in the backward pass, or not."""
+    newer = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"  # from 5.24 on
+    if again:
+        getattr(network, f"{newer}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(network, f"{newer}_checkpointing_disable")()
 
 
 def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
@@ -154,6 +180,7 @@ class Training:
         self._saved = context.folder / "training.safetensors"
         self._optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=DECAY, fused=True)
         self._highest, self._furthest, self._kept = math.inf, math.inf, 0
+        self._closest, self._worse = math.inf, False
         self._zeros: list[tuple[Tensor, Tensor]] = []
 
     def resume(self) -> int:
@@ -161,7 +188,7 @@ class Training:
         if self._saved.exists():
             state = read_checkpoint(self._saved, self.parameters, self._optimizer)
             self._highest, self._kept = state["highest"], int(state["step"])
-            self._furthest = state.get("furthest", math.inf)
+            self._furthest, self._closest = state.get("furthest", math.inf), state.get("closest", math.inf)
             self._context.log(f"resumed at step {self._kept} of {self._schedule.steps}")
         self._look_for_zeros()
         return self._kept
@@ -171,16 +198,16 @@ class Training:
         schedule, parameters = self._schedule, self.parameters
         for group in self._optimizer.param_groups:
             group["lr"] = schedule.at(step)
+        # Before the loss: gradients must be the last thing that is computed with shards before they change.
+        if self._extras.held_out is not None and step % max(SAID_EVERY, schedule.steps // LOOKS) == 0:
+            self.look(step)
         torch.manual_seed(self._context.seed * 1_000_003 + step)
         if self._extras.begin is not None:
             self._extras.begin(step)
         with torch.enable_grad():
-            loss, value = self._loss(step, batch, loss_of)
-        if self._extras.held_out is not None and step % max(SAID_EVERY, schedule.steps // LOOKS) == 0:
-            self.look(step)
-        if step > self._kept and step % schedule.checkpoint_every == 0:
+            value = self._loss(step, batch, loss_of)
+        if step > self._kept and step % schedule.checkpoint_every == 0 and not self._worse:
             self.keep(step)
-        loss.backward()  # type: ignore[no-untyped-call]
         norm = gathered(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP))
         if not math.isfinite(norm):
             raise self.diverged(step, "a gradient is not finite")
@@ -210,7 +237,8 @@ class Training:
 
     def keep(self, step: int) -> None:
         """Write the checkpoint of so many steps."""
-        state = {"step": step, "highest": self._highest, "furthest": self._furthest}
+        limits = {"highest": self._highest, "furthest": self._furthest, "closest": self._closest}
+        state = {"step": step, **limits}
         write_checkpoint(self._saved, self.parameters, self._optimizer, state)
         self._kept = step
 
@@ -223,6 +251,11 @@ class Training:
         self._furthest = self._judged(step, "the held-out KL", value, self._furthest)
         self._context.sample("kl_heldout", value, "nats")
         self._student.network.train()
+        self._closest = min(self._closest, value)
+        worse = self._extras.closer and value > self._closest + WORSE
+        if worse and (self._worse or step == self._schedule.steps - 1):
+            raise self.diverged(step, f"the held-out KL is {value:.3g}, after {self._closest:.3g}")
+        self._worse = worse
 
     def say(self, step: int, loss: float, tokens: int, steps: int, seconds: float) -> None:
         """One point of each live chart, after `steps` steps that read so many tokens in so many seconds."""
@@ -237,13 +270,23 @@ class Training:
         kept = f"The checkpoint of step {self._kept} is kept." if self._kept else "No checkpoint was written yet."
         return Diverged(f"Training diverged at step {step + 1}: {why}. Use a lower learning_rate. {kept}")
 
-    def _loss(self, step: int, batch: Tensor, loss_of: Loss) -> tuple[Tensor, float]:
-        """The loss of this process's share of a batch, and that of the whole batch, judged."""
+    def _loss(self, step: int, batch: Tensor, loss_of: Loss) -> float:
+        """The loss of a batch, judged; this process adds the gradients of its share, one part after the other."""
         rows, weight = distributed.share(batch)
-        loss = weight * self._with_network(lambda: loss_of(rows))
-        value = distributed.mean(loss.item(), loss.device)
+        most = -(-len(batch) // distributed.count())  # of any process: all must compute as many parts
+        size = min(self._schedule.micro_batch or most, most)
+        value = 0.0
+        for start in range(0, most, size):
+            part = rows[start : start + size]
+            counts = weight * len(part) / len(rows)
+            part = part if len(part) else rows[:1]  # computed for nothing
+            loss = counts * self._with_network(functools.partial(loss_of, part))
+            if torch.is_grad_enabled():
+                loss.backward()  # type: ignore[no-untyped-call]
+            value += loss.item()
+        value = distributed.mean(value, rows.device)
         self._highest = self._judged(step, "the loss", value, self._highest)
-        return loss, value
+        return value
 
     def _judged(self, step: int, what: str, value: float, highest: float) -> float:
         """The highest value that is not yet divergence, which the first one says."""

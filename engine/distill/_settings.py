@@ -151,6 +151,10 @@ class StudentParams(BesideParams):
         if self.student == "size" and size and self.hidden_size % size:
             raise BadParams(f"hidden_size {self.hidden_size} is not a multiple of the head size {size} of this model.")
 
+    def heals(self) -> bool:
+        """Where the student is the model as it is."""
+        return self.student == "current"
+
     def models(self) -> Sequence[str]:
         """The checkpoint."""
         return [*super().models(), *([self.folder] if self.student == "folder" else [])]

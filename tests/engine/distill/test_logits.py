@@ -4,22 +4,23 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine import anatomy, artifacts
-from engine.distill import logits
+from engine.distill import logits, repair
 from engine.distill._student import every_kth, of_size
 from engine.distill.logits import Params
 from engine.errors import BadModel, BadParams, Cancelled, Diverged
 from engine.losses import Full, Objective
 from engine.methods import Context
-from engine.models import LoadedModel, blocks, load
+from engine.models import LoadedModel, blocks, linears, load
 from engine.preflight import DEMO
 from engine.records import Recipe
-from engine.training import Schedule, draw, train
+from engine.training import Extras, Schedule, draw, recompute, train
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES
 
@@ -146,6 +147,54 @@ def test_an_interrupted_training_ends_with_the_same_weights(context: Context, re
         torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_parts_of_a_batch_and_blocks_computed_again_learn_the_same(context: Context) -> None:
+    rows = torch.randint(1280, (40, 24), generator=torch.Generator().manual_seed(0))
+    together = []
+
+    def trained(name: str, **how: object) -> dict[str, torch.Tensor]:
+        model = in_memory(tiny_config(), torch.float32, seed=2)
+
+        def loss_of(batch: torch.Tensor) -> torch.Tensor:
+            together.append(len(batch))
+            return cross_entropy(model, batch)
+
+        schedule = dataclasses.replace(Schedule(steps=6, batch=5, rate=1e-3), **how)  # type: ignore[arg-type]
+        train(model, rows, loss_of, schedule, dataclasses.replace(context, folder=context.folder / name))
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.network.modules())
+        return dict(model.network.named_parameters())
+
+    start = in_memory(tiny_config(), torch.float32, seed=2).network.state_dict()
+    whole, again = trained("whole"), trained("again", recompute=True)
+    assert set(together) == {5}
+    parts = trained("parts", micro_batch=2)
+    assert together[-6:] == [2, 2, 1] * 2  # the last step, and the last look
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+        assert float((parts[name] - value).norm()) < 0.02 * float((value - start[name]).norm())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_can_compute_its_blocks_again(family: str) -> None:
+    network = in_memory(FAMILIES[family], torch.float32).network.train()
+    passes = []
+    _, linear = next(linears(blocks(network)[1][0]))
+    linear.register_forward_pre_hook(lambda module, args: passes.append(module))
+    recompute(network)
+    ids = torch.arange(3, 20)[None]
+    with torch.enable_grad():
+        network.requires_grad_(True)
+        network(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(passes) == 2
+
+
+def test_the_usual_learning_rate_falls_with_the_size() -> None:
+    rates = {size: Params().schedule(size).rate for size in (10**6, 10**7, 10**9, 8 * 10**9)}
+    assert rates == pytest.approx({10**6: 1e-3, 10**7: 1e-3, 10**9: 1e-4, 8 * 10**9: 3.54e-5}, rel=1e-2)
+    assert Params(learning_rate=0.5).schedule(10**9).rate == 0.5
+    repairs = {scope: repair.Params(scope=scope).schedule(8 * 10**9).rate for scope in get_args(repair.Scope)}
+    assert repairs == pytest.approx({"all": 3.54e-5, "lora": 3.54e-4, "norms and scales": 3.54e-4}, rel=1e-2)
+
+
 def test_divergence_stops_with_its_reason(context: Context) -> None:
     model = in_memory(tiny_config())
     rows = torch.randint(1280, (40, 24))
@@ -165,6 +214,31 @@ def test_what_the_last_step_did_is_judged_where_no_rows_are_held_out(context: Co
     with pytest.raises(Diverged, match=r"diverged at step 1: the loss is .*No checkpoint was written yet"):
         train(model, rows, lambda batch: cross_entropy(model, batch), Schedule(steps=1, batch=4, rate=10.0), context)
     assert not (context.folder / "training.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("kls", "said"),
+    [
+        ([0.1, 0.05, 1.2, 0.06, 1.2, 1.3, 0.0], "step 51: the held-out KL is 1.3, after 0.05"),
+        ([0.1, 0.05, 1.2, 0.06, 1.2, 0.3, 1.1], "step 60: the held-out KL is 1.1, after 0.05"),
+    ],
+)
+def test_a_kl_that_stays_above_its_best_is_divergence_where_it_should_fall(
+    kls: list[float], said: str, context: Context
+) -> None:
+    model = in_memory(tiny_config())
+    rows = torch.randint(1280, (4, 24), generator=torch.Generator().manual_seed(0))
+
+    def trained(closer: bool) -> None:
+        looks = iter(kls)
+        extras = Extras(held_out=lambda: next(looks), closer=closer)
+        schedule = Schedule(steps=60, batch=4, rate=1e-4, checkpoint_every=10)
+        train(model, rows, lambda batch: cross_entropy(model, batch), schedule, context, extras=extras)
+
+    with pytest.raises(Diverged, match=f"{said}.* The checkpoint of step [35]0 is kept"):
+        trained(closer=True)
+    (context.folder / "training.safetensors").unlink()
+    trained(closer=False)  # whose weights go, or who learns another text, may leave its teacher
 
 
 def test_an_epoch_draws_every_row_once() -> None:
