@@ -124,7 +124,12 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "Training text: `demo`, or a text or JSONL file.": "训练文本：`demo`，或文本文件、JSONL 文件。",
         "Optimizer steps.": "优化步数。",
         "Sequences in each step.": "每一步的序列数。",
-        "Highest learning rate.": "最高学习率。",
+        "Highest learning rate; 0: by the size of the model, 0.001 at most.":
+            "最高学习率；0 表示按模型大小决定，不超过 0.001。",
+        "Sequences of a step that are computed together; 0: all. Fewer take less memory.":
+            "一步之中同时计算的序列数；0 表示全部。越少越省内存。",
+        "Compute each block again in the backward pass: a third more time, far less memory.":
+            "反向传播时重新计算每一层：多用三分之一时间，内存少得多。",
         "Fraction of weights set to zero; the patterns 2:4 and 4:8 are always half.":
             "置零的权重比例；2:4 和 4:8 模式总是一半。",
         "Where the zeros may fall: anywhere, or N in each M inputs.": "零可以落在哪里：任意位置，或每 M 个输入中 N 个。",
@@ -201,9 +206,9 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "by": "评判依据", "channels": "通道", "clipping": "截断", "contiguous": "相邻", "count": "数量",
         "damping": "阻尼", "distill_steps": "蒸馏步数", "divergence": "散度", "double_quant": "双重量化",
         "embeddings": "词嵌入", "equal_tokens": "词元等权", "every": "间隔步数", "folder": "文件夹",
-        "granularity": "粒度", "group_size": "组大小", "head": "输出头", "heads": "注意力头", "hidden_size": "隐藏维度",
+        "gradient_checkpointing": "梯度检查点", "granularity": "粒度", "group_size": "组大小", "head": "输出头", "heads": "注意力头", "hidden_size": "隐藏维度",
         "hidden_weight": "隐藏状态权重", "ignore": "忽略", "inputs": "输入", "keep_every": "每几层留一层", "label_weight": "标签权重",
-        "learn_prompts": "学习提示词", "learning_rate": "学习率", "multiple": "倍数", "neurons": "神经元",
+        "learn_prompts": "学习提示词", "learning_rate": "学习率", "micro_batch": "微批大小", "multiple": "倍数", "neurons": "神经元",
         "norm": "范数", "num_blocks": "层数", "overrides": "例外位数", "pattern": "模式", "penalty": "惩罚", "prompt_tokens": "提示词元数",
         "ramp": "上升段", "rank": "秩", "ratio": "保留比例", "samples": "校准样本数", "sampling_temperature": "采样温度",
         "scheme": "方案", "scope": "范围", "sequence_length": "序列长度", "sequences": "序列数", "share": "比例",

@@ -5,7 +5,8 @@ Logit distillation of the model as it is, from the original, with three choices 
 - `all`: every weight; zeros of pruned linears stay zero.
 - `lora`: for each linear of the blocks a product of two thin matrices is learned beside it, W + B A (LoRA, Hu et al.,
   2021, arXiv 2106.09685), and merged at the end, masked where zeros must stay.
-- `norms and scales`: the weights of norms, all biases, and of quantized linears in the blocks the scales.
+- `norms and scales`: the weights of norms, all biases but the head's, and of quantized linears in the blocks the
+  scales.
 
 `all` heals most and holds an optimizer state for everything; `lora` trains and keeps about a hundredth of it. `norms
 and scales` may follow quantization, for it never touches an integer code: w = (code - zero) * scale, where the
@@ -21,14 +22,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from engine import wide
 from engine.distill._settings import CacheParams
 from engine.distill._teachers import teachers_of
 from engine.lesson import Lesson, TrainingParams, read
@@ -51,6 +52,14 @@ class Params(TrainingParams, CacheParams):
     rank: int = Field(8, ge=1, le=512, description="With scope `lora`: rank of what is added to each linear.")
     label_weight: float = Field(0.0, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
     steps: int = Field(100, ge=1, le=1_000_000, description="Optimizer steps.")
+
+    def usual_rate(self, parameters: int) -> float:
+        """Ten times as high where little is trained, as is usual for LoRA."""
+        return super().usual_rate(parameters) if self.scope == "all" else super().usual_rate(parameters // 100)
+
+    def heals(self) -> bool:
+        """Always."""
+        return True
 
     def processes(self) -> int:
         """Each needs a row of the batch; what is learned beside the network is not in shards."""
@@ -111,7 +120,10 @@ class Added(nn.Module, ABC):
 
 
 class InsteadOfWeight(Added):
-    """A weight that a linear computes with in the place of its own."""
+    """A weight that a linear computes with in the place of its own.
+
+    It is made for each product, forward and backward, so that never those of two linears exist at once.
+    """
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
@@ -125,9 +137,15 @@ class InsteadOfWeight(Added):
     def weight(self) -> Tensor:
         """The weight (out, in) to compute with."""
 
+    def product(self, x: Tensor) -> Tensor:
+        """The linear's output (..., N) for x (..., K), without its bias."""
+        y: Tensor = _Product.apply(x, self.weight, *self.parameters())  # type: ignore[no-untyped-call]
+        return y
+
     def attach(self) -> None:
         def forward(x: Tensor) -> Tensor:
-            return functional.linear(x, self.weight().to(x.dtype), self.linear.bias)
+            y = self.product(x)
+            return y if self.linear.bias is None else y + self.linear.bias.to(y.dtype)
 
         self.linear.forward = forward  # type: ignore[method-assign]
 
@@ -135,8 +153,34 @@ class InsteadOfWeight(Added):
         del self.linear.forward
 
 
+class _Product(torch.autograd.Function):
+    """x (..., K) times a weight (N, K) that `make` makes of the parameters, again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Callable[[], Tensor], *parameters: nn.Parameter) -> Tensor:
+        ctx.make, ctx.trained = make, parameters
+        ctx.save_for_backward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = make()
+        return wide.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        of_y = gradients[0].flatten(0, -2)
+        with torch.enable_grad():
+            weight = ctx.make()
+        of_weight = wide.linear(of_y.t(), x.flatten(0, -2).t().to(of_y.dtype)).to(weight.dtype)
+        of_parameters = torch.autograd.grad(weight, ctx.trained, of_weight)
+        of_x = wide.linear(of_y, weight.detach().t().to(of_y.dtype)).to(x.dtype).view(x.shape)
+        return of_x if ctx.needs_input_grad[0] else None, None, *of_parameters
+
+
 class Adapter(InsteadOfWeight):
-    """W + B A with A (rank, in) at random and B (out, rank) zero at first; where `mask` is given, only there."""
+    """W + B A with A (rank, in) at random and B (out, rank) zero at first; where `mask` is given, only there.
+
+    Without a mask x Aᵀ Bᵀ is added to x Wᵀ, and no product is as large as the weight.
+    """
 
     def __init__(self, linear: Linear, rank: int, mask: Tensor | None) -> None:
         super().__init__(linear)
@@ -150,6 +194,12 @@ class Adapter(InsteadOfWeight):
     def weight(self) -> Tensor:
         product = self.up @ self.down
         return matrix(self.linear) + (product if self._mask is None else product * self._mask)
+
+    def product(self, x: Tensor) -> Tensor:
+        if self._mask is not None:
+            return super().product(x)
+        thin = wide.linear(x, self.down.to(x.dtype))
+        return wide.linear(x, matrix(self.linear)) + wide.linear(thin, self.up.to(thin.dtype))
 
     def merge(self, model: LoadedModel, name: str) -> None:
         matrix(self.linear).copy_(self.weight())
@@ -252,10 +302,15 @@ def scales(model: LoadedModel) -> dict[str, Added]:
 
 
 def shifts(model: LoadedModel) -> dict[str, Added]:
-    """One for each vector among the parameters, by its name: norms' weights and all biases."""
+    """One for each vector among the parameters, by its name: norms' weights and all biases but the head's.
+
+    The loss takes the gradients of the head's own parameters piece by piece, and would not see what stands beside them.
+    """
     found: dict[str, Added] = {}
+    head = model.network.get_output_embeddings()  # type: ignore[no-untyped-call]
     for name, each in model.network.named_parameters():
-        if each.dim() == 1:
-            owner, _, leaf = name.rpartition(".")
-            found[name] = Shift(model.network.get_submodule(owner), leaf)
+        path, _, leaf = name.rpartition(".")
+        owner = model.network.get_submodule(path)
+        if each.dim() == 1 and owner is not head:
+            found[name] = Shift(owner, leaf)
     return found

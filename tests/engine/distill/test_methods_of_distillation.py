@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from engine import artifacts, headers, methods, models
 from engine.distill import features, on_policy, repair, sequence
@@ -16,6 +17,7 @@ from engine.methods import Context
 from engine.models import LoadedModel, blocks, load
 from engine.packing import QuantizedWeight
 from engine.preflight import DEMO, check
+from engine.quantize._grid import GridParams, round_to_nearest
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES
@@ -52,7 +54,25 @@ def test_the_loss_of_features_is_its_definition() -> None:
     assert float(features.attention_loss(p, p)) == pytest.approx(0, abs=1e-6)
 
 
-def test_feature_training_brings_hidden_states_nearer_and_gives_attention_back(
+def test_feature_training_brings_hidden_states_nearer(tiny_folder: Callable[..., Path], context: Context) -> None:
+    source = tiny_folder(num_hidden_layers=4)
+    teacher, ids = load(source), torch.arange(5, 69)[None]
+    distances = []
+    for weight in (0.0, 1.0):  # without it the labels alone are learned
+        found = apply(
+            "distill/features", load(source), dataclasses.replace(context, folder=context.folder / str(weight)),
+            keep_every=2, steps=40, batch=4, label_weight=1.0, hidden_weight=weight, learning_rate=1e-3,
+        )  # fmt: skip
+        with torch.no_grad():
+            ours, theirs = (
+                tuple(state.float() for state in each.network(ids, output_hidden_states=True).hidden_states)
+                for each in (found, teacher)
+            )
+        distances.append(float(features.hidden_loss(ours, theirs, torch.nn.Identity())))
+    assert distances[1] < 0.8 * distances[0]
+
+
+def test_feature_training_throws_its_projection_away_and_gives_attention_back(
     tiny_folder: Callable[..., Path], context: Context
 ) -> None:
     model = load(tiny_folder())
@@ -63,8 +83,6 @@ def test_feature_training_brings_hidden_states_nearer_and_gives_attention_back(
     assert found.network.config._attn_implementation == "sdpa"
     assert found.network.config.hidden_size == 32
     assert not any("projection" in name for name, _ in found.network.named_parameters())
-    losses = [float(str(data["value"])) for kind, data in context.emit.said if data.get("series") == "loss"]  # type: ignore[attr-defined]
-    assert losses
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "falcon", "gemma2", "mixtral", "bloom"])
@@ -205,6 +223,38 @@ def test_adapters_merge_to_what_was_trained_and_keep_zeros(family: str, context:
     )
     assert int(torch.linalg.matrix_rank((other - original).double(), atol=1e-6)) == 2
     torch.testing.assert_close(model.network.get_input_embeddings().weight, embeddings, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_learned_beside_a_linear_has_the_gradients_of_the_whole_weight(masked: bool, transposed: bool) -> None:
+    dice = torch.Generator().manual_seed(0)
+    linear = Conv1D(12, 20) if transposed else torch.nn.Linear(20, 12)
+    linear.requires_grad_(False)
+    mask = torch.rand(12, 20, generator=dice) < 0.5 if masked else None
+    adapter = repair.Adapter(linear, 3, mask)
+    adapter.up.data.normal_(generator=dice)
+    check_gradients(adapter, torch.randn(2, 5, 20, generator=dice))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_have_the_gradients_of_the_whole_weight(symmetric: bool) -> None:
+    linear = torch.nn.Linear(64, 12, bias=False).requires_grad_(False)
+    grid = GridParams(bits=4, group_size=32, symmetric=symmetric)
+    learned = repair.Scales(linear, round_to_nearest(linear.weight, grid, "it", torch.float32))
+    check_gradients(learned, torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
+
+
+def check_gradients(learned: repair.InsteadOfWeight, x: torch.Tensor) -> None:
+    """Those of `product` are those of its definition."""
+    x.requires_grad_(True)
+    wanted = [x, *learned.parameters()]
+    with torch.enable_grad():
+        found, exact = learned.product(x), torch.nn.functional.linear(x, learned.weight())
+        torch.testing.assert_close(found, exact)
+        gradients = [torch.autograd.grad(each.square().sum(), wanted) for each in (found, exact)]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
