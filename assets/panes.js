@@ -105,7 +105,7 @@ function explain(node) {
   detail.replaceChildren();
   element.querySelectorAll(".tok.on").forEach((other) => other.classList.remove("on"));
   node.classList.add("on");
-  const line = value.words.token.replace("{token}", JSON.stringify(token[0])).replace("{probability}", percent(token[1]));
+  const line = value.words.token.replace("{token}", () => JSON.stringify(token[0])).replace("{probability}", percent(token[1]));
   detail.append(make("p", "", line));
   const columns = make("div", "columns");
   // What another model had in mind is comparable only where it has read the same words before.

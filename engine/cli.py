@@ -87,6 +87,8 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
     """`run`: execute a recipe to its end."""
     if (options.recipe is None) == (options.resume is None):
         raise InputError("Give either a recipe file or --resume RUN.")
+    if options.resume is not None and (options.model is not None or options.measure is not None):
+        raise InputError("A run is resumed as it was begun: --model and --measure go with a recipe file.")
     recipe = None if options.recipe is None else read_recipe(Path(options.recipe), options.measure)
     if recipe is not None and options.model is not None:
         recipe = recipe.model_copy(update={"model": _model(options, options.model, recipe.model.dtype)})
@@ -263,7 +265,7 @@ def _compared(name: str, pair: Sequence[Measurement | None]) -> JsonValue:
 
 def show_doctor(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`doctor`: what this machine and installation offer."""
-    findings = doctor.examine(Path(options.home) if options.home else None)
+    findings = doctor.examine(Path(options.home).expanduser() if options.home else None)
     if options.json:
         _json({finding.name: finding.value for finding in findings})
     else:

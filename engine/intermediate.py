@@ -30,7 +30,7 @@ from engine.methods import Method, Params
 from engine.models import LoadedModel
 from engine.records import Recipe
 from engine.shards import Shard
-from engine.sources import place, split
+from engine.sources import place
 
 log = logging.getLogger(__name__)
 
@@ -121,24 +121,15 @@ def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
 
 
 def _read_by(params: Params) -> list[object]:
-    """What stands in the files and folders that a setting names, the whole of it or its words."""
-    texts = [value for value in params.model_dump().values() if isinstance(value, str)]
-    words = dict.fromkeys(word for text in texts for word in (text.strip(), *text.split(), *_quoted(text)) if word)
-    return [found for word in words if (found := _standing_in(word)) is not None]
+    """What stands in the texts and models that the settings name; patterns and choices are no names."""
+    names = dict.fromkeys([*(value for value in params.rooted().values() if isinstance(value, str)), *params.models()])
+    return [found for name in names if (found := _standing_in(name)) is not None]
 
 
-def _quoted(text: str) -> list[str]:
-    """The names in a setting of several; none where its quotes are no quotes."""
+def _standing_in(name: str) -> object:
+    """What stands in a file or folder; None where a name, such as `demo`, is no path of one."""
     try:
-        return split(text)
-    except ValueError:
-        return []
-
-
-def _standing_in(word: str) -> object:
-    """What stands in a file or folder; None where a word is no path of one: most are patterns, or no paths at all."""
-    try:
-        path = place(word)
+        path = place(name)
         if path.is_file():
             return digest(path)
         return _files(path) if path.is_dir() else None

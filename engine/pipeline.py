@@ -77,7 +77,6 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     artifacts.write(model, recipe, artifact)
     expected = folder / "expected.safetensors"
     save_file(verify.probe(model), expected)
-    emit("artifact", {"path": artifact.name})  # the data folder may be moved
     streamed, size = model.parts is not None, model.network.num_parameters() * model.network.dtype.itemsize
     del model
     hardware.give_back_memory()  # to the processes that follow
@@ -85,6 +84,7 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     request: Request = {"folder": str(artifact), "device": device}
     saved: Request = {"expected": str(expected), "streamed": streamed, "bytes": size}
     do({**request, **saved, "kind": "verify"}, folder, emit, check_cancelled)
+    emit("artifact", {"path": artifact.name})  # not before it is known to be good; the data folder may be moved
     if recipe.measure:
         baseline: JsonValue = str(source) if recipe.steps else None
         wanted: Request = {**request, "kind": "measure", "measures": list(recipe.measure), "baseline": baseline,
@@ -224,7 +224,9 @@ def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) ->
     path = folder / f"{kind}.json"
     path.write_text(json.dumps(request))
     process = cradle.start(path)
-    finished: dict[str, JsonValue] = {"status": "failed", "reason": f"The process for {kind} ended without a word."}
+    finished: dict[str, JsonValue] = {
+        "status": "failed", "reason": f"The process for {kind} ended without a word; memory may have run out.",
+    }  # fmt: skip
     try:
         assert process.stdout is not None
         for line in lines(process.stdout, check_cancelled):

@@ -11,7 +11,7 @@ from engine.errors import BadRecipe, UnknownName, short
 from engine.methods import check
 from engine.records import MEASURES, Model, Recipe, Step
 
-MAX_BYTES = 100_000
+MAX_BYTES = 20_000  # as links have: reading them takes some half a second
 DEEPEST = 32  # brackets and indents in one another
 OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken,
            yaml.BlockMappingStartToken)  # fmt: skip

@@ -84,7 +84,7 @@ class Scheduler:
         memory_budget: int | None = None, hub: Hub | None = None, standby: bool = False,
         refuses: Callable[[Recipe, Estimate], None] | None = None,
     ) -> None:  # fmt: skip
-        self.home = home.absolute()
+        self.home = home.resolve()  # as the kernel names the folder of a process
         self._waiting: dict[str, Waiting] = {}
         self.store = Store(self.home / "maquette.db")
         zero_gpu = runner is None and zero.is_zero()
@@ -286,6 +286,7 @@ class Scheduler:
             try:
                 with self._guard:
                     self._look_after()
+                    self._recover()
                     self._hold_to_limits()
                     self._start_next()
                 if self._standby is not None and not self._watches:
@@ -388,8 +389,13 @@ class Scheduler:
         self._watches[device] = Watch(self.store, run, worker, folder, budget)
 
     def _recover(self) -> None:
+        """Adopt, or say the end of, what is to be running and nobody looks after.
+
+        After a start that is what an earlier scheduler has left; later, a run whose start failed when nothing could be
+        stored.
+        """
         for run in self.store.unfinished():
-            if run.status is not Status.RUNNING:
+            if run.status is not Status.RUNNING or self._watch_of(run.id) is not None:
                 continue
             folder = attempt_folder(self.home, run.id, run.attempt)
             worker = self._runner.adopt(folder)

@@ -114,6 +114,8 @@ class Watch:
         events = self._reader.read()
         if not events:
             return
+        if self._verdict is not None:  # why it was ended says more than that it was
+            events = [event for event in events if event.data.get("status") != str(Status.INTERRUPTED)]
         self._store.append(events)
         self._reader.advance()  # only now: what could not be stored is read again
         for event in events:
@@ -156,6 +158,10 @@ def _verdict(code: int | None, cancelled: bool) -> tuple[Status, str]:
     if code is not None and -code in CRASHES:
         name = signal.Signals(-code).name
         return Status.FAILED, f"The worker crashed in native code ({name}); worker.log has the details."
+    if code == -signal.SIGKILL:  # which the kernel sends where memory is short, to our workers first
+        return Status.INTERRUPTED, (
+            "The worker was killed from outside; memory may have run out. The run can be resumed, with less beside it."
+        )
     how = f" ({signal.Signals(-code).name})" if code is not None else ""
     return Status.INTERRUPTED, f"The worker was stopped from outside{how}; the run can be resumed."
 

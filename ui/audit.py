@@ -7,6 +7,7 @@ the cell or stands in the table below.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from markupsafe import Markup, escape
@@ -20,6 +21,7 @@ from ui.wording import say
 Audit = Mapping[str, JsonValue]
 WIDTH, HEIGHT = 360, 150
 TICK = 9  # height of the mark below a histogram that stands for a level of the grid
+EXPERT = re.compile(r"\bexperts\.\d+\b")
 SHOWN, MOST = 3, 300  # histograms: of the worst, and of all once the run is done
 
 
@@ -111,11 +113,19 @@ def _map(
     linears: Sequence[Audit], key: str, caption: str, edge: str, small: Callable[[Audit], str],
     total: Callable[[Sequence[Audit]], tuple[str, str]],
 ) -> Markup:  # fmt: skip
-    """A table of the fraction `key` of each linear in per cent; `total` gives number and remark for the edges."""
-    cells = {split(str(each["name"])): each for each in linears}
+    """A table of the fraction `key` of each linear in per cent; `total` gives number and remark for the edges.
+
+    Of the experts of a block the worst stands for all of its kind; the edges count every one.
+    """
+    cells: dict[tuple[str, str], Audit] = {}
     rows: dict[str, list[Audit]] = {}
     columns: dict[str, list[Audit]] = {}
-    for (block, leaf), each in cells.items():
+    for each in linears:
+        block, leaf = split(str(each["name"]))
+        leaf = EXPERT.sub("experts.*", leaf)
+        worst = cells.setdefault((block, leaf), each)
+        if _number(each[key]) > _number(worst[key]):
+            cells[block, leaf] = each
         rows.setdefault(block, []).append(each)
         columns.setdefault(leaf, []).append(each)
     logs = [math.log10(value) for each in linears if (value := _number(each[key])) > 0] or [0.0]
@@ -144,7 +154,8 @@ def _map(
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
     table = tag("table", tag("caption", caption, class_="unseen"), head, tag("tbody", *body))
     scrolled = tag("div", table, class_="mq-heat", tabindex="0", role="region", aria_label=caption)
-    return markup.join((tag("p", caption, class_="mq-sub", aria_hidden="true"), scrolled))
+    about = tag("p", say("audit.experts"), class_="mq-sub") if len(cells) < len(linears) else None
+    return markup.join((tag("p", caption, class_="mq-sub", aria_hidden="true"), about, scrolled))
 
 
 def notes(linears: Sequence[Audit]) -> Markup:
@@ -193,7 +204,9 @@ def all_histograms(linears: Sequence[Audit]) -> Markup | None:
         markup.details(f"{say('audit.block')} {name}", tag("div", *drawn, class_="mq-bars"))
         for name, drawn in blocks.items()
     ]
-    return markup.details(say("audit.histograms.all", count=sum(map(len, blocks.values()))), *rooms)
+    shown, total = sum(map(len, blocks.values())), len(linears)
+    title = "audit.histograms.all" if total <= MOST else "audit.histograms.some"
+    return markup.details(say(title, count=shown, total=total), *rooms)
 
 
 def histogram(each: Audit) -> Markup | None:

@@ -183,6 +183,8 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "audit.kept": "未选中，保持 {bits} 位：",
         "audit.odd": "{count} 个线性层未按要求求解",
         "audit.odd_one": "1 个线性层未按要求求解",
+        "audit.experts": "同一层的专家中，以数值最大的一个代表同类。",
+        "audit.histograms.some": "前 {count} 个（共 {total} 个）线性层的权重分布，按层",
         "audit.histograms.all": "全部 {count} 个线性层的权重分布，按层",
         "audit.histograms": "误差最大的 {count} 个线性层的权重分布",
         "audit.histogram.one": "误差最大的线性层的权重分布",

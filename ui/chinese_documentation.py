@@ -24,10 +24,11 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "对每个可以把缩放系数并入前一运算的位置（见 `_fold.py`），以 x 表示各通道的均方根，取",
         "and the a is taken whose weights, rounded, change the readers' outputs least. The change is computed from "
         "the second moments H of the inputs, |(Q(W s) / s - W) X|² = tr(D H Dᵀ), without running the model again, "
-        "and of a large matrix from every so many rows. Then ranges are clipped where that lowers the error "
-        "(`clipping`), each column counting by its inputs.":
+        "and of a large matrix from every so many rows; experts of a mixture, which share the scale, count by the "
+        "tokens that reach them. Then ranges are clipped where that lowers the error (`clipping`), each column "
+        "counting by its inputs.":
             "并选用舍入后使后续线性层输出变化最小的 a。变化由输入的二阶矩 H 算出，即 |(Q(W s) / s - W) X|² = tr(D H Dᵀ)，无需再次运行模型；矩阵"
-            "很大时，只取每隔若干行的一行。然后在能降低误差之处收窄取值范围（`clipping`），各列按其输入计权。",
+            "很大时，只取每隔若干行的一行；混合专家模型的各专家共用缩放系数，按到达的词元数计权。然后在能降低误差之处收窄取值范围（`clipping`），各列按其输入计权。",
         "By hand, x = (1, 16), a = 1/2: x^a = (1, 4), divided by sqrt(4) = 2 gives s = (0.5, 2).":
             "手算示例：x = (1, 16)，a = 1/2：x^a = (1, 4)，除以 sqrt(4) = 2，得 s = (0.5, 2)。",
         # quantize/bitsandbytes
@@ -431,11 +432,11 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "对现有模型做 Logit 蒸馏，教师是原始模型；可以改变什么，有三种选择：",
         "- `all`: every weight; zeros of pruned linears stay zero. - `lora`: for each linear of the blocks a product "
         "of two thin matrices is learned beside it, W + B A (LoRA, Hu et al., 2021, arXiv 2106.09685), and merged at "
-        "the end, masked where zeros must stay. - `norms and scales`: the weights of norms, all biases, and of "
-        "quantized linears in the blocks the scales.":
+        "the end, masked where zeros must stay. - `norms and scales`: the weights of norms, all biases but the head's, "
+        "and of quantized linears in the blocks the scales.":
             "- `all`：全部权重；已剪枝线性层的零保持为零。\n- `lora`：在各层的每个线性层旁学习两个瘦矩阵的乘积，W + B A（LoRA，Hu 等，2021，"
-            "arXiv 2106.09685），最后合并，须保持为零之处加掩码。\n- `norms and scales`：归一化的权重、全部偏置，以及各层中已量化线性层的缩放系数"
-            "。",
+            "arXiv 2106.09685），最后合并，须保持为零之处加掩码。\n- `norms and scales`：归一化的权重、除输出头外的全部偏置，以及各层中已量化线性层的缩放"
+            "系数。",
         "`all` heals most and holds an optimizer state for everything; `lora` trains and keeps about a hundredth of "
         "it. `norms and scales` may follow quantization, for it never touches an integer code: w = (code - zero) * "
         "scale, where the gradient goes to the scale, and rounding it to its stored dtype is passed over "

@@ -288,7 +288,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The worker crashed in native code ({name}); worker.log has the details.": "工作进程在本机代码中崩溃（{name}）；详情见 worker.log。",
         "The worker was stopped from outside ({name}); the run can be resumed.": "工作进程被外部停止（{name}）；该运行可以继续。",
         "The worker was stopped from outside; the run can be resumed.": "工作进程被外部停止；该运行可以继续。",
-        "The process for {kind} ended without a word.": "负责 {kind} 的进程没有留下信息就结束了。",
+        "The worker was killed from outside; memory may have run out. The run can be resumed, with less beside it.":
+            "工作进程被外部终止；可能是内存不足。减少同时运行的程序后，该运行可以继续。",
+        "The process for {kind} ended without a word; memory may have run out.":
+            "负责 {kind} 的进程没有留下信息就结束了；可能是内存不足。",
         "Internal error, please report it: {kind}: {message} (the log has the details)": "内部错误，请报告：{kind}: {message}（详情见日志）",
         "Cancelled.": "已取消。",
         "Stopped.": "已停止。",
@@ -581,6 +584,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "请减少校准样本或换用较小的模型，或关闭其他程序。",
         "Larger than memory: one block at a time.": "大于内存：逐层处理。",
         # the log and the audit
+        "warning: the text is short, it has {count} of the {asked} sequences asked for":
+            "警告：文本太短，只有所要求的 {asked} 条序列中的 {count} 条",
         "calibrating on {count} sequences of {tokens} tokens": "用 {count} 条、每条 {tokens} 个词元的序列校准",
         "reused {count} finished blocks": "复用了 {count} 个已完成的层",
         "resumed at step {step} of {steps}": "从第 {step} 步（共 {steps} 步）继续",
@@ -598,6 +603,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} cannot keep packed documents apart: they see each other": "{name} 无法隔开打包的文档：它们能互相看到",
         "warning: only {count} sizes lie between the model and the student": "警告：模型与学生之间只有 {count} 种尺寸",
         "assistant {number} of {count}: {depth} blocks of {width}": "第 {number} 个助教（共 {count} 个）：{depth} 层，宽度 {width}",
+        "the highest learning rate is {rate}, by the size of the model": "最高学习率为 {rate}，按模型大小决定",
         "{count} of {total} parameters are trained": "训练 {total} 个参数中的 {count} 个",
         "{count} of {total} parameters": "{total} 个参数中的 {count} 个",
         "warning: the student is the teacher itself; there is nothing to learn from it but the labels":
@@ -675,6 +681,11 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
             "学生包含教师的每一层：大小相同，并以教师本身为起点。",
         "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
         "The student is the teacher itself.": "学生就是教师本身。",
+        "Elsewhere it computes something else than is measured here: compressed-tensors rounds the inputs of OPT's MLP "
+        "number by number, not by token.":
+            "在其他程序中，其计算结果与此处测量的不同：compressed-tensors 对 OPT 的 MLP 输入逐个数取整，而不是按词元。",
+        "No step before changes the model: the student begins as the teacher itself.":
+            "此前没有步骤改变模型：学生以教师本身为起点。",
         "It reads the demo's text alone, which tells of a small made-up world. Give a text of your own; a shared "
         "server takes none: run Maquette on your own machine.":
             "它只读取演示文本，其内容是一个虚构的小世界。请给出您自己的文本；共享服务器不接受文本，请在自己的机器上运行 Maquette。",

@@ -48,9 +48,11 @@ UPLOADS = ((WRITE, re.compile(r"/gradio_api/upload")), (READ, re.compile(r"/grad
 DOOR = (((*READ, *WRITE), re.compile(r"/login")), (WRITE, re.compile(r"/logout")))  # of a team server
 WITHOUT_LOGIN = re.compile(r"/login|/healthz|/favicon\.ico|/robots\.txt|/gradio_api/startup-events")
 BODY = 2 << 20  # bytes of a request
+UPLOAD = 256 << 10  # of one with a file: a set of prompts; what is uploaded counts in no quota
 MOST_OPEN = 64  # requests of one visitor at a time, streams of events among them
 AT_ONCE = 15  # the part of a minute's requests that may come together: each holds the server some 10 ms
 VIEWS = 120  # documents, reports and files of one visitor in a minute: each takes some 60 ms to make
+PLAIN = re.compile(r"[\w.:+/=-]*")
 SESSION_NAME = re.compile(r"[\w-]{1,64}")
 PAGES = 30  # new pages of one visitor in a minute, a third of them together; Gradio keeps the state of some of them
 YEAR = 365 * 86_400
@@ -149,7 +151,8 @@ class Guard:
         if request.scope["path"].startswith("/gradio_api/heartbeat/"):
             session = request.scope["path"].rsplit("/", 1)[-1]
         if request.method == "POST":
-            body = await _read(receive)
+            upload = request.scope["path"].startswith("/gradio_api/upload")
+            body = await _read(receive, UPLOAD if upload else BODY)
             if body is None:
                 await PlainTextResponse(say("door.body"), 413)(request.scope, receive, send)
                 return
@@ -232,8 +235,10 @@ class Guard:
     def _proved(self, request: Request, owner: str) -> Scope:
         """The request as those behind the door see it."""
         kept = [(k, v) for k, v in request.scope["headers"] if k not in (b"cookie", ADDRESS.encode())]
-        secrets = {COOKIE} if request.scope["path"] in ("/login", "/logout") else {COOKIE, SESSION}
-        cookies = {k: v for k, v in request.cookies.items() if k not in secrets} | ({COOKIE: owner} if owner else {})
+        # Ours alone, and of plain characters: a quoted value may hold a second cookie.
+        wanted = {language.COOKIE, *([SESSION] if request.scope["path"] in ("/login", "/logout") else [])}
+        cookies = {k: v for k, v in request.cookies.items() if k in wanted and PLAIN.fullmatch(v)}
+        cookies |= {COOKIE: owner} if owner else {}
         if cookies:
             kept.append((b"cookie", "; ".join(f"{k}={v}" for k, v in cookies.items()).encode("latin-1", "ignore")))
         kept.append((ADDRESS.encode(), self._address(request).encode("latin-1", "ignore")))
@@ -267,8 +272,8 @@ def _too_often(wait: float) -> Response:
     return PlainTextResponse(say("door.often"), 429, {"Retry-After": str(int(wait) + 1)})
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The whole body; None where it is too long."""
+async def _read(receive: Receive, most: int) -> bytes | None:
+    """The whole body; None where it has more bytes."""
     parts: list[bytes] = []
     size = 0
     while True:
@@ -277,7 +282,7 @@ async def _read(receive: Receive) -> bytes | None:
             return b"".join(parts)
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > BODY:
+        if size > most:
             return None
         if not message.get("more_body"):
             return b"".join(parts)

@@ -93,15 +93,15 @@ def _wire_strip(desk: Desk, page: gr.Blocks, strip: gr.HTML, cancel: gr.Button, 
         return gr.update(visible=bool(run_id))
 
     @edge
-    def stop(request: gr.Request) -> object:
-        mine = desk.find(desk.scheduler.status().get("running"), visitor(request))
+    def stop(run_id: str, request: gr.Request) -> object:
+        mine = desk.find(run_id, visitor(request))  # the one that was shown: by now another may work
         if mine is not None and desk.owns(mine, visitor(request)):
             desk.scheduler.cancel(mine.id, owner=mine.owner)
         return gr.update(visible=False)
 
     on([page.load, ticker.tick], look, [], [strip, own], queue=False)
     on([own.change], offer, [own], [cancel], queue=False)
-    on([cancel.click], stop, [], [cancel])
+    on([cancel.click], stop, [own], [cancel])
 
 
 def _wire_load(
@@ -169,9 +169,10 @@ def _wire_between(
         return [gr.Tabs(selected="runs"), run_id, gr.update(active=True)]
 
     @edge
-    def compare_it(run_id: str, cost: str, quality: str, request: gr.Request) -> object:
+    def compare_it(run_id: str, last: runs.Shown, cost: str, quality: str, request: gr.Request) -> object:
         owner = visitor(request)
-        run = desk.run(run_id or (desk.runs(owner)[0].id if desk.runs(owner) else ""), owner)
+        newest = next((run.id for run in desk.runs(owner)), "")  # for a page that has painted nothing yet
+        run = desk.run(runs.shown(run_id, last) or newest, owner)
         baseline = desk.baseline(run.recipe, owner)
         asked = comparing.pair_of(baseline or desk.entry(run.id, owner), desk.entry(run.id, owner))
         drawn = comparing.render(desk, owner, asked, cost, quality)
@@ -187,7 +188,7 @@ def _wire_between(
         on([making.look.click], look, [making.draft, making.token], opened),
     ):
         begun.then(running.tick, running.inputs, running.outputs, show_progress="hidden", api_visibility="private")
-    chosen = [running.picked, compared.cost, compared.quality]
+    chosen = [running.picked, running.last, compared.cost, compared.quality]
     shown = [tabs, *compared.fields, *compared.size, *compared.shown]
     on([running.compare.click], compare_it, chosen, shown)
 

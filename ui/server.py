@@ -86,7 +86,7 @@ def serve(page: gr.Blocks, desk: Desk, host: str, port: int, *, block: bool = Tr
     os.chdir(empty)
     page.queue(max_size=2048, default_concurrency_limit=8).launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-        footer_links=[], max_file_size="1mb", state_session_capacity=1000, blocked_paths=[str(home)],
+        footer_links=[], max_file_size="200kb", state_session_capacity=1000, blocked_paths=[str(home)],
         allowed_paths=[], favicon_path=str(ASSETS / "logo.svg"), theme=theme(),
         head=head(), show_error=False, mcp_server=False, run_history=False, enable_monitoring=False,
         app_kwargs={

@@ -180,6 +180,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "audit.kept": "Not chosen, kept in {bits} bit: ",
         "audit.odd": "{count} linears were not solved as asked",
         "audit.odd_one": "One linear was not solved as asked",
+        "audit.experts": "Of the experts of a block the one with the largest number stands for all of its kind.",
+        "audit.histograms.some": "Weights of the first {count} of {total} linears, block by block",
         "audit.histograms.all": "Weights of all {count} linears, block by block",
         "audit.histograms": "Weights of the {count} linears with the largest error",
         "audit.histogram.one": "Weights of the linear with the largest error",

@@ -188,6 +188,8 @@ def test_a_recipe_that_cannot_be_understood(call, text: str, says: str) -> None:
         (["run", "."], "cannot be read"),
         (["run", "binary.yaml"], "not text"),
         (["run", "a.yaml", "--resume", "b"], "either"),
+        (["run", "--resume", "b", "--model", "demo"], "resumed as it was begun"),
+        (["run", "--resume", "b", "--measure", "size"], "resumed as it was begun"),
         (["run", "--resume", "nope"], "Unknown run 'nope'"),
         (["run", "good.yaml", "--measure", "sise"], "Did you mean size"),
         (["measure", "/no/such/folder"], "/no/such/folder"),

@@ -20,7 +20,7 @@ WANDA = {"prune/wanda": {"samples": 2, "sequence_length": 16}}
 
 
 @pytest.fixture
-def applied(tiny_folder: Callable[..., Path], tmp_path: Path) -> Apply:
+def applied(tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Apply:
     """Applies steps to one tiny model in attempts of one home; gives the model and what was logged."""
     source, home, attempts = tiny_folder(), tmp_path / "home", iter(range(100))
 
@@ -28,6 +28,8 @@ def applied(tiny_folder: Callable[..., Path], tmp_path: Path) -> Apply:
         number, recorder = next(attempts), Recorder()
         folder = (tmp_path / f"home-{number}" if fresh else home) / "runs" / f"run-{number}" / "attempt-1"
         recipe = Recipe.model_validate({"model": str(source), "steps": list(steps), **rest})
+        folder.mkdir(parents=True)
+        monkeypatch.chdir(folder)  # where its worker stands
         model = pipeline.apply_steps(recipe, folder, "cpu", recorder, lambda: None)
         return model, [line for line in recorder.logs() if "reused" in line]
 
@@ -56,6 +58,15 @@ def test_another_last_step_repeats_no_first_and_gives_what_a_fresh_run_gives(app
     assert model.source == fresh.source
     assert model.quantized.keys() == fresh.quantized.keys()
     same_weights(model, fresh)
+
+
+def test_a_distilled_student_is_found_again(applied: Apply) -> None:
+    learn = {"distill/logits": {"student": "blocks", "steps": 2, "batch": 2, "sequence_length": 16}}
+    model, first = applied(learn, rtn(4))
+    again, second = applied(learn, rtn(4))
+    assert [line for line in first if "an earlier run" in line] == []
+    assert second == ["reused what an earlier run has done: Logit distillation"]
+    same_weights(model, again)
 
 
 def test_what_a_run_that_waits_would_begin_with_is_known_beforehand(applied: Apply, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from engine import artifacts, fit, models, pipeline, probe, verify
-from engine.errors import BadArtifact, Cancelled, InputError, TooBig
+from engine.errors import BadArtifact, Cancelled, InputError, RunError, TooBig
 from engine.fit import Estimate, Need
 from engine.quantize import rtn
 from engine.records import USUAL_MEASURES, Recipe
@@ -102,6 +103,16 @@ def test_an_artifact_that_is_not_the_model_fails_the_run(tiny_folder: Maker, tmp
         verify.verify(request)
 
 
+def test_a_model_is_handed_out_once_it_is_verified(
+    tiny_folder: Maker, tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "probe", lambda model: {"ids": torch.arange(8)[None], "logits": torch.zeros(8, 1280)})
+    with pytest.raises(RunError, match="computes other logits"):
+        pipeline.run(recipe(tiny_folder()), tmp_path, recorder, lambda: None)
+    assert (tmp_path / "artifact").is_dir()
+    assert not [data for kind, data in recorder.said if kind == "artifact"]
+
+
 def test_a_failing_child_fails_the_run_with_its_reason(tiny_folder: Maker, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     request: pipeline.Request = {
@@ -148,7 +159,8 @@ def test_a_probe_works_on_the_first_block_alone(
     tiny_folder: Maker, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = itertools.count(0, 5)
-    monkeypatch.setattr(probe.time, "monotonic", lambda: float(next(ticks)))
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))  # the module's own: other threads ask for the time
+    monkeypatch.setattr(probe, "time", clock)
     placed: list[str] = []
     monkeypatch.setattr(rtn, "place", lambda model, linear, *rest: placed.append(linear.name))
     folder = tiny_folder()

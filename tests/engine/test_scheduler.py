@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
 from engine.store import Store
+from engine.supervision import Worker
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 LONG = 60.0  # seconds; nothing here is expected to take them
@@ -363,6 +365,30 @@ def test_a_crash_before_the_worker_was_started(make: Callable[..., Scheduler], t
     assert scheduler.store.run(run.id).status is Status.INTERRUPTED
     scheduler.resume(run.id)
     assert ended(scheduler, run).status is Status.SUCCEEDED
+
+
+def test_a_run_that_nobody_looks_after_ends_while_the_server_works(make: Callable[..., Scheduler]) -> None:
+    """As after a start that failed, with a store that could not be told so."""
+    scheduler = make()
+    with scheduler._guard:
+        run = scheduler.store.begin_attempt(scheduler.store.add_run(does("quick")).id)
+    assert ended(scheduler, run).status is Status.INTERRUPTED
+    scheduler.resume(run.id)
+    assert ended(scheduler, run).status is Status.SUCCEEDED
+
+
+def test_why_a_run_was_ended_says_more_than_that_it_was(tmp_path: Path) -> None:
+    with Store(tmp_path / "maquette.db") as store:
+        run = store.begin_attempt(store.add_run(does("quick")).id)
+        folder = prepare(tmp_path, run.id, 1, {}).parent
+        gone = SimpleNamespace(alive=lambda: False, exit_code=lambda: None, kill=lambda: None)
+        watch = supervision.Watch(store, run, cast(Worker, gone), folder, None)
+        watch.fail("It took too long.")
+        writer = EventWriter(folder, run.id, 1)
+        writer.emit("finished", {"status": "interrupted", "reason": "Asked to stop."})
+        writer.close()
+        assert not watch.tick()
+        assert (store.run(run.id).status, store.run(run.id).reason) == (Status.FAILED, "It took too long.")
 
 
 def test_a_run_over_its_budget_ends_with_that_reason(make: Callable[..., Scheduler]) -> None:

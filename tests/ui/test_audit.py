@@ -53,6 +53,22 @@ def test_blocks_and_kinds_of_linears_are_summed_at_the_edges() -> None:
     assert audit.weights_of(old) == 18
 
 
+def test_of_many_experts_the_worst_stands_for_all_and_all_are_summed() -> None:
+    names = [f"model.layers.0.mlp.experts.{number}.up_proj" for number in range(12)]
+    html = audit.heat_map([linear(name, 0.01 * (number % 7 + 1)) for number, name in enumerate(names)])
+    assert html.count(">mlp.experts.*.up_proj<") == 1
+    assert ">7.0<" in html
+    assert "experts.6.up_proj" in html  # which it is
+    assert "stands for all" in html
+    assert "stands for all" not in audit.heat_map([linear("model.layers.0.mlp.up_proj")])
+
+
+def test_a_part_of_many_linears_is_called_a_part() -> None:
+    many = [linear(f"model.layers.{number}.mlp.up_proj") for number in range(audit.MOST + 5)]
+    assert f"Weights of the first {audit.MOST} of {audit.MOST + 5} linears" in str(audit.all_histograms(many))
+    assert f"Weights of all {audit.MOST} linears" in str(audit.all_histograms(many[: audit.MOST]))
+
+
 def test_outliers_are_shown_where_a_method_looked_for_them() -> None:
     assert audit.outlier_map([linear("a.0.q")]) is None
     found = [linear("a.0.q") | {"outliers": 0.04}, linear("a.0.up") | {"outliers": 0.0}]

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from engine import promptsets
 from engine.errors import InputError, NeedsToken, TooMany, UnknownName
 from engine.modes import LIMITS, Limits, Mode
 from engine.records import Run, Status
@@ -25,7 +26,7 @@ from engine.users import LONGEST, UserFile
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, request
 from tests.ui.fakes import FakeScheduler
-from ui import comparing, hosting, visitors
+from ui import comparing, hosting, language, visitors
 from ui.desk import BASELINE, Desk
 from ui.guard import ADDRESS, Guard, House, house, set_cookie
 from ui.login import Door
@@ -76,6 +77,24 @@ def test_the_app_behind_sees_the_name_that_was_proved(signed: Signed) -> None:
         "owner": cookies[COOKIE].partition(".")[0], "address": "10.0.0.1"
     }  # fmt: skip
     assert call("POST", JOIN, headers={"Cookie": f"{COOKIE}={ANNA}"}).json()["owner"] is None
+
+
+@pytest.mark.parametrize("name", ["other", language.COOKIE])
+def test_a_quoted_cookie_hides_no_second_one(name: str, signed: Signed) -> None:
+    call = calls(house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}))
+    hidden = rf'{name}="x\073 {COOKIE}={ANNA}"'
+    assert call("POST", JOIN, headers={"Cookie": hidden}).json()["owner"] is None
+    own = visitor(signed)[COOKIE]
+    found = call("POST", JOIN, headers={"Cookie": f"{COOKIE}={own}; {hidden}"}).json()["owner"]
+    assert found == own.partition(".")[0]
+
+
+def test_an_upload_is_no_larger_than_a_set_of_prompts(signed: Signed) -> None:
+    made = house(Mode.PUBLIC, LIMITS[Mode.PUBLIC], signed, {}, uploads=True)
+    call = calls(made, [Route("/gradio_api/upload", seen, methods=["POST"])])
+    for size, status in ((promptsets.LARGEST + 1000, 200), (300_000, 413)):
+        answer = call("POST", "/gradio_api/upload", cookies=visitor(signed), content=b"x" * size)
+        assert answer.status_code == status
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,9 @@ def _wire_choice(desk: Desk, page: ComparePage, text: _Texts, more: gr.Button, f
         return [*drawn, "", gr.update(visible=False), None]
 
     @edge
-    def redraw(cost: str, quality: str, request: gr.Request) -> object:
-        return comparing.front_figure(comparing.front(desk.entries(visitor(request)), cost, quality))
+    def redraw(request: gr.Request, *values: object) -> object:
+        drawn = comparing.render(desk, visitor(request), collect(values), *map(str, values[FIELDS:]))
+        return [drawn[3], drawn[8]]  # the front, and the numbers of all charts
 
     @edge
     def tick(request: gr.Request, *values: object) -> object:
@@ -266,7 +267,7 @@ def _wire_choice(desk: Desk, page: ComparePage, text: _Texts, more: gr.Button, f
     chosen = [*page.fields, page.cost, page.quality]
     outputs = [*page.shown, text.reveal, text.voting, text.ballot]
     on([*(picker.input for picker in page.pickers), text.mode.input], show, chosen, outputs)
-    on([page.cost.input, page.quality.input], redraw, [page.cost, page.quality], [page.shown[3]])
+    on([page.cost.input, page.quality.input], redraw, chosen, [page.shown[3], page.shown[8]])
     on([page.timer.tick], tick, chosen, [page.timer, page.banner, *page.pickers[:2], *page.shown], queue=False)
     resized = [*page.size, *page.pickers[2:]]
     on([more.click], step(1), page.size[:1], resized)

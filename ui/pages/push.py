@@ -6,24 +6,29 @@ The token goes from its field into the upload's process and nowhere else; the fi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import gradio as gr
+from gradio.blocks import Block
 from markupsafe import Markup
 from pydantic import JsonValue
 
 from engine import bundle
+from engine.errors import Cancelled
 from engine.push import push
 from engine.store import scratch_of
 from ui import markup, report, wording
 from ui.desk import Desk
-from ui.edge import edge
+from ui.edge import edge, visitor
 from ui.wiring import on
 from ui.wording import say
 
+Painted = tuple[str, str, str]  # what the Runs tab shows
 
-def build(desk: Desk, picked: gr.State) -> None:
-    """Lay the section out and wire it."""
+
+def build(desk: Desk, picked: gr.State, last: gr.State, whose: Callable[[str, Painted], str]) -> None:
+    """Lay the section out and wire it; `whose`: the run on the page, by what was picked and what was painted `last`."""
+    uploads: dict[str, threading.Event] = {}  # what stops each page's, as long as it goes on
     with gr.Accordion(say("push.title"), open=False, elem_id="mq-push"):
         gr.HTML(markup.tag("p", say("push.about"), class_="mq-sub"))
         with gr.Row():
@@ -38,26 +43,46 @@ def build(desk: Desk, picked: gr.State) -> None:
         told = gr.HTML(elem_id="mq-push-told")
 
     @edge
-    def upload(run_id: str, repo: str, token: str, private: bool, request: gr.Request) -> Iterator[object]:
+    def upload(
+        run_id: str, painted: Painted, repo: str, token: str, private: bool, request: gr.Request
+    ) -> Iterator[object]:
         yield ["", markup.notice(say("push.begins"))]  # the first thing: the token leaves the page
-        for line in go(desk, desk.enter(request, "start"), run_id, repo, token, private is not False):
-            yield [gr.skip(), line]
+        owner, page, own = desk.enter(request, "start"), request.session_hash or visitor(request), threading.Event()
+        uploads[page] = own
+        try:
+            for line in go(desk, owner, whose(run_id, painted), repo, token, private is not False, own):
+                yield [gr.skip(), line]
+        except Cancelled:
+            yield [gr.skip(), markup.notice(say("push.stopped"))]
+        finally:
+            if uploads.get(page) is own:
+                del uploads[page]
 
-    begun = on([start.click], upload, [picked, repo, token, private], [token, told], concurrency_limit=2)
-    on([stop.click], edge(lambda: markup.notice(say("push.stopped"))), [], [told], queue=False, cancels=[begun])
+    @edge
+    def end(request: gr.Request) -> object:
+        own = uploads.get(request.session_hash or visitor(request))
+        if own is not None:
+            own.set()  # its own last line says so
+        return gr.skip()
+
+    given: list[Block] = [picked, last, repo, token, private]
+    on([start.click], upload, given, [token, told], concurrency_limit=2)
+    on([stop.click], end, [], [told], queue=False)
 
 
-def go(desk: Desk, owner: str, run_id: str, repo: str, token: str, private: bool) -> Iterator[Markup]:
-    """The line to show, as the upload goes on; closing the iterator ends the upload.
+def go(
+    desk: Desk, owner: str, run_id: str, repo: str, token: str, private: bool, stop: threading.Event | None = None
+) -> Iterator[Markup]:
+    """The line to show, as the upload goes on; setting `stop`, or closing the iterator, ends the upload.
 
     Raises:
         UnknownName: no run that the visitor may see.
         MaquetteError: it has no model, a field is wrong, or the hub refused.
+        Cancelled: `stop` was set.
     """
-    chosen = run_id or next((run.id for run in desk.runs(owner) if run.artifact), "")
-    entry = desk.entry(desk.run(chosen, owner).id, owner)
+    entry = desk.entry(desk.run(run_id, owner).id, owner)
     files = bundle.contents(report.folder(entry), report.card(entry, desk.baseline(entry.run.recipe, owner)))
-    stop = threading.Event()
+    stop = stop or threading.Event()
     try:
         scratch = scratch_of(desk.store.home)
         for kind, data in push(

@@ -51,6 +51,7 @@ class RunsPage:
     """The components that others on the page reach for."""
 
     picked: gr.State
+    last: gr.State
     timer: gr.Timer
     tick: Callable[..., object]
     inputs: list[Block]
@@ -88,7 +89,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         gr.HTML(markup.heading(say("diff.title"), say("diff.about")))
         picks = gr.Dropdown([], multiselect=True, max_choices=PICKS, label=say("diff.runs"), elem_id="mq-picks")
         difference = gr.HTML()
-    push.build(desk, picked)
+    push.build(desk, picked, last, shown)
     scaling.build(desk, last)
     timer = gr.Timer(1.5, active=False)
     buttons = [compare, cancel, resume, delete, share]
@@ -162,7 +163,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     gone.success(None, js=DELETED)
     on([share.click], toggle, inputs, [picked, *outputs])
     on([picks.input], differ, [picks], [difference])
-    return RunsPage(picked, timer, tick, inputs, outputs, compare, picks, journal)
+    return RunsPage(picked, last, timer, tick, inputs, outputs, compare, picks, journal)
 
 
 def news(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str) -> str:
