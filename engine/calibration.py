@@ -218,6 +218,8 @@ def walk_blocks(
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         check_ids(model, rows)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
+        if len(rows) < params.samples:
+            context.log(f"warning: the text is short, it has {len(rows)} of the {params.samples} sequences asked for")
         flow = capture(model, torch.split(rows.to(model.device), batch_size(rows.shape[1])), context.folder)
     stations = [Block(number, f"{name}.{number}", module, []) for number, module in enumerate(modules)]
     if params.beyond_blocks()[0]:
@@ -300,7 +302,7 @@ def observe(block: Block, collect: Collect) -> None:
         for group in groups:
             hook = group[0].module.register_forward_pre_hook(Accumulator(group[0], collect))
             stack.callback(hook.remove)
-        if len(groups[-1]) == 1:
+        if len(groups[-1]) == 1 and all(group[0].tokens for group in groups):  # else a later one may be reached yet
             stack.enter_context(_giving_zeros(groups[-1][0]))
         for number in range(1, len(block.batches)):
             run_block(block.module, *block.batches[number])

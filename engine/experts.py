@@ -45,6 +45,11 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """All experts of a block, called as the family's own module is."""
 
+    @property
+    def readers(self) -> list[nn.Module]:
+        """The linears that read what enters the experts: of each its gate and up."""
+        return [expert.get_submodule(name) for expert in self.children() for name in list(expert._modules)[:2]]
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum (tokens, hidden) of the experts that the router chose, k for each token.
 

@@ -345,6 +345,8 @@ def read_quantized(files: TensorFiles, name: str, rows: int, columns: int, schem
         inputs = InputGrid(None if scheme.inputs == "token" else float(files.read(f"{name}.input_scale")), kind)
     scale = files.read(f"{name}.weight_scale")
     if f"{name}.weight_packed" not in files.names:
+        if not symmetric:
+            raise files.bad(f"{name}: 8-bit weights with zero points have no kernel here")
         return _read_plain(files, name, (rows, columns), scale, kind, inputs)
     packed, shape = (files.read(f"{name}.{part}") for part in ("weight_packed", "weight_shape"))
     words = -(-columns * bits // 32)

@@ -241,7 +241,7 @@ def _beyond(shape: Shape, params: Params) -> dict[str, StoredBits]:
         module = name.removesuffix(".weight")
         if embeddings and name.endswith(EMBEDDINGS):
             found[module] = StoredBits(8, 16 / size[1])
-        if head and name.endswith(HEADS) and (stored := params.stored_bits(size[0], size[1])) is not None:
+        if head and name.endswith(HEADS) and (stored := params.of(module).stored_bits(size[0], size[1])) is not None:
             found[module] = stored
     return found
 

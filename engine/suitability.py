@@ -85,9 +85,10 @@ def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> N
             f"{method.name}: no linear is left by targets {short(params.targets)!r} and ignore "
             f"{short(params.ignore)!r}. Names are as in {next(iter(linears))}."
         )
+    beyond = head_of(shape) if params.beyond_blocks()[0] else {}
     for key, some in params.patterns().items():
         for pattern in some:
-            if linears and not any(patterns.matches(pattern, name) for name in names):
+            if linears and not any(patterns.matches(pattern, name) for name in (*names, *beyond)):
                 raise BadParams(
                     f"{method.name}: {short(pattern)!r} of {key} fits no linear that is chosen. Names are as in "
                     f"{next(iter(linears))}."
@@ -97,7 +98,7 @@ def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> N
         if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
             raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
         params.check_config(shape.config)
-        chosen = {name: linears[name] for name in names} | (head_of(shape) if params.beyond_blocks()[0] else {})
+        chosen = {name: linears[name] for name in names} | beyond
         params.check_model(chosen, counted_parameters(shape, params, width), width)
     except BadParams as error:
         raise BadParams(f"{method.name}: {error}") from None

@@ -203,15 +203,17 @@ def write(
 
 def publish_folder(
     source: Path, folder: Path, files: Mapping[str, JsonValue], names: Sequence[str],
-    tensors: Callable[[str], Iterable[tuple[str, Tensor]]], recipe: Recipe,
+    tensors: Callable[[str], Iterable[tuple[str, Tensor]]], recipe: Recipe, size: int = 0,
 ) -> None:  # fmt: skip
     """Write a folder with the other files of `source`, new JSON `files`, and `tensors` of names sorted by block.
+
+    size: bytes of the tensors, where they may be more than those of the source.
 
     Raises:
         InputError: the folder exists already, or its parent does not.
         TooBig: the disk is too full.
     """
-    _check_place(source, folder)
+    _check_place(source, folder, size)
     temporary = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -230,12 +232,12 @@ def publish_folder(
         raise
 
 
-def _check_place(source: Path, folder: Path) -> None:
+def _check_place(source: Path, folder: Path, size: int) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{short(folder)} exists already. Name a folder that does not.")
     if not folder.parent.is_dir():
         raise InputError(f"There is no folder {short(folder.parent)} to write {short(folder.name)} into.")
-    needed = sum(file.stat().st_size for file in source.iterdir()) * 11 // 10
+    needed = max(size, sum(file.stat().st_size for file in source.iterdir())) * 11 // 10
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise TooBig(f"The export needs {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free.")

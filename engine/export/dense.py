@@ -44,7 +44,8 @@ def export(artifact: Path, folder: Path) -> None:
     recipe = Recipe.model_validate(json.loads((artifact / artifacts.MANIFEST).read_text())["recipe"])
     source = _Source(artifact, config)
     plain = {key: value for key, value in source.config.items() if key not in OWN_KEYS}
-    publish_folder(artifact, folder, {"config.json": plain}, source.names, source.tensors, recipe)
+    files, size = {"config.json": plain}, 2 * headers.inspect(artifact).parameters
+    publish_folder(artifact, folder, files, source.names, source.tensors, recipe, size)
 
 
 class _Source:

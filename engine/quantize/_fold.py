@@ -5,15 +5,16 @@ The division costs nothing where the operation before can carry it: a norm's wei
 linear before when nothing but an element-wise product or a weighted sum over tokens stands between (v before o;
 up before down; fc1 before fc2 behind a ReLU).
 
-Which modules read a norm's output is found by running the block, not from a list of families. Every fold is then
-tried: the block must compute the same with it, else it is dropped (a residual that reads the norm's output too, an
-activation that does not commute with scaling).
+Which modules read a norm's output is found by running the block, not from a list of families; in a mixture they are
+its router and every expert's first linears, whichever tokens these get. Every fold is then tried: the block must
+compute the same with it, else it is dropped (a residual that reads the norm's output too, an activation that does not
+commute with scaling).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.calibration import Block, BlockLinear
+from engine.experts import Experts
 from engine.flow import Call, run_block
 from engine.models import Linear
 
@@ -29,6 +31,7 @@ LINEAR_PAIRS = (
     ("v_proj", 1, "o_proj"), ("v_proj", 1, "out_proj"), ("v_proj", 1, "dense"), ("qkv_proj", 0, "o_proj"),
     ("up_proj", 1, "down_proj"), ("w3", 1, "w2"), ("gate_up_proj", 2, "down_proj"), ("fc1", 1, "fc2"),
 )  # fmt: skip
+Place = tuple[int, int]  # of a tensor in memory, and how many numbers it has
 AGREEMENT = 0.02  # relative distance of bfloat16 outputs that differ in rounding only
 
 
@@ -61,12 +64,21 @@ class Fold:
             return values
         return values.view(-1, self.repeats, self.head).mean(1).reshape(-1)
 
-    def apply(self, scale: Tensor) -> None:
-        """Divide the source's channels by `scale` (size,) and multiply the readers' columns by it."""
+    def apply(self, scale: Tensor) -> Tensor:
+        """Divide the source's channels by `scale` (size,) and multiply the readers' columns by it.
+
+        A norm's weights round as they are stored, near minus the offset by much; what they came out as is what the
+        readers are multiplied by. Returns that scale; 1 for a channel that would have been rounded away.
+        """
         weight = self.source.get_parameter("weight").data
         bias = self.source._parameters.get("bias")
         if self.rows is None:
-            weight.copy_((weight.float() + self.offset) / scale - self.offset)
+            before = weight.float() + self.offset
+            weight.copy_(before / scale - self.offset)
+            after = weight.float() + self.offset
+            gone = (after == 0) & (before != 0)
+            weight.copy_(torch.where(gone, before - self.offset, weight.float()))
+            scale = torch.where(after == 0, torch.where(gone, 1.0, scale), before / after)
         else:
             rows = weight.t()[self.rows] if isinstance(self.source, Conv1D) else weight[self.rows]
             rows.copy_(rows.float() / scale[:, None])
@@ -75,6 +87,7 @@ class Fold:
             part.copy_(part.float() / scale)
         for reader in self.readers:
             reader.weight.copy_(reader.weight.float() * self.spread(scale))
+        return scale
 
 
 def folds(block: Block, states: Tensor, call: Call) -> list[Fold]:
@@ -88,9 +101,9 @@ def folds(block: Block, states: Tensor, call: Call) -> list[Fold]:
 
 
 def _candidates(block: Block, states: Tensor, call: Call) -> Iterator[Fold]:
-    # Tensors by id, which are kept so that no id is used twice.
-    made: dict[int, tuple[Tensor, nn.Module]] = {}
-    readers: dict[int, tuple[Tensor, list[BlockLinear]]] = {}
+    # Tensors by their place, so that a view is what it is a view of; they are kept, so that no place is used twice.
+    made: dict[Place, tuple[Tensor, nn.Module]] = {}
+    readers: dict[Place, tuple[Tensor, list[BlockLinear]]] = {}
     named: dict[str, Linear] = {
         path: module for path, module in block.module.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
@@ -102,28 +115,40 @@ def _candidates(block: Block, states: Tensor, call: Call) -> Iterator[Fold]:
 
     def note_made(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
         if isinstance(output, Tensor):
-            made[id(output)] = (output, module)
+            made[_place(output)] = (output, module)
 
-    def note_read(linear: BlockLinear, inputs: Tensor) -> None:
-        readers.setdefault(id(inputs), (inputs, []))[1].append(linear)
+    def note_read(found: Sequence[BlockLinear], inputs: Tensor) -> None:
+        readers.setdefault(_place(inputs), (inputs, []))[1].extend(found)
+
+    reading: dict[nn.Module, list[BlockLinear]] = {linear.module: [linear] for linear in everything.values()}
+    for path, module in block.module.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, Experts):
+            reading[module] = [reading[first][0] for first in module.readers]
+        elif module not in reading and weight is not None and weight.dim() == 2:  # a router
+            reading[module] = [BlockLinear(f"{block.name}.{path}", module)]
 
     with contextlib.ExitStack() as stack:
         for module in block.module.modules():
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 1:
                 stack.callback(module.register_forward_hook(note_made).remove)
-        for linear in everything.values():
-            hook = linear.module.register_forward_pre_hook(lambda _, args, linear=linear: note_read(linear, args[0]))
+        for module, found in reading.items():
+            hook = module.register_forward_pre_hook(lambda _, args, found=found: note_read(found, args[0]))
             stack.callback(hook.remove)
         run_block(block.module, states, call)
-    for number, (_, found) in readers.items():
-        if number in made:
-            norm = made[number][1]
+    for place, (_, found) in readers.items():
+        if place in made:
+            norm = made[place][1]
             size = norm.get_parameter("weight").shape[0]
             for offset in (0.0, 1.0):
                 yield Fold(norm, tuple(found), size, offset=offset)
     for path, reader in everything.items():
         yield from _linear_pairs(path, reader, named)
+
+
+def _place(tensor: Tensor) -> Place:
+    return tensor.data_ptr(), tensor.numel()
 
 
 def _linear_pairs(path: str, reader: BlockLinear, named: dict[str, Linear]) -> Iterator[Fold]:

@@ -20,7 +20,7 @@ Rows = Callable[[slice], Tensor]  # some rows of a weight
 ROWS = GridParams.model_validate({"bits": 8, "granularity": "channel"})  # one scale for each row of the weight
 BINS = 40
 MOST_LEVELS = 64  # of a grid that a histogram can still show apart
-FEW_TOKENS = 256  # below which statistics of a linear's inputs are called few
+FEW_TOKENS = 256  # below which statistics of a linear's inputs are called few; where it has many, a quarter of these
 
 
 def walk(model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing") -> Iterator[Block]:
@@ -55,7 +55,7 @@ def place(
     model: LoadedModel, linear: BlockLinear, quantized: QuantizedWeight, context: Context, note: str = ""
 ) -> None:
     """Give the linear the weight that its codes stand for, and forget its statistics; emits `linear`."""
-    if linear.tokens and linear.tokens < FEW_TOKENS:
+    if 0 < linear.tokens < max(FEW_TOKENS, linear.weight.shape[1] // 4):
         note += f"{'; ' if note else ''}only {linear.tokens} tokens reached it"
 
     def after(rows: slice) -> Tensor:

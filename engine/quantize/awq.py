@@ -11,8 +11,8 @@ For each place where a scale can be folded (see `_fold.py`), with x the root mea
 
 and the a is taken whose weights, rounded, change the readers' outputs least. The change is computed from the second
 moments H of the inputs, |(Q(W s) / s - W) X|² = tr(D H Dᵀ), without running the model again, and of a large matrix
-from every so many rows. Then ranges are clipped where that lowers the error (`clipping`), each column counting by its
-inputs.
+from every so many rows; experts of a mixture, which share the scale, count by the tokens that reach them. Then ranges
+are clipped where that lowers the error (`clipping`), each column counting by its inputs.
 
 By hand, x = (1, 16), a = 1/2: x^a = (1, 4), divided by sqrt(4) = 2 gives s = (0.5, 2).
 """
@@ -69,17 +69,14 @@ def scale_block(block: Block, params: Params, context: Context) -> dict[str, Ten
             continue
         ratio, scale = best_scale(fold, readers, params)
         if ratio > 0:
-            fold.apply(scale)
-            found |= dict.fromkeys((reader.name for reader in fold.readers), fold.spread(scale))
+            exact = fold.spread(fold.apply(scale))
+            found |= dict.fromkeys((reader.name for reader in fold.readers), exact)
     return found
 
 
 def best_scale(fold: Fold, readers: list[BlockLinear], params: Params) -> tuple[float, Tensor]:
     """The exponent and the scale (size,) that change the readers' outputs least when they are rounded."""
-    moments = readers[0].hessian
-    assert moments is not None
-    mirror(moments)
-    size = fold.gather(moments.diagonal()).sqrt()
+    size = fold.gather(mean_square(readers)).sqrt()
     size = size.clamp(min=max(SMALLEST * float(size.max()), 1e-12))
     weights = [some_rows(reader.weight, params).float() for reader in readers]
     best: tuple[float, float, Tensor] | None = None
@@ -88,14 +85,27 @@ def best_scale(fold: Fold, readers: list[BlockLinear], params: Params) -> tuple[
         spread = fold.spread(scale)
         loss = 0.0
         for reader, weight in zip(readers, weights, strict=True):
+            moments = reader.hessian
+            assert moments is not None
             importance = moments.diagonal() / spread.square()
             rounded = round_to_nearest(weight * spread, params, reader.name, reader.weight.dtype, importance)
             difference = rounded.dequantize().float() / spread - weight
-            loss += float(((difference @ moments) * difference).sum())
+            loss += reader.tokens * float(((difference @ moments) * difference).sum())
         if best is None or loss < best[0]:
             best = (loss, ratio, scale)
     assert best is not None
     return best[1], best[2]
+
+
+def mean_square(readers: list[BlockLinear]) -> Tensor:
+    """The mean square of each input (in,) over all tokens that reach the readers; completes their moments."""
+    distinct = {id(reader.hessian): reader for reader in readers}
+    total, tokens = torch.zeros(()), sum(reader.tokens for reader in distinct.values())
+    for reader in distinct.values():
+        assert reader.hessian is not None
+        mirror(reader.hessian)
+        total = total.to(reader.hessian.device) + reader.hessian.diagonal() * (reader.tokens / tokens)
+    return total
 
 
 def some_rows(weight: Tensor, params: Params) -> Tensor:

@@ -96,7 +96,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         mean = sum(shares.values()) / len(shares)
         context.log(f"{mean:.2%} of the input channels have outliers above {params.threshold:g} and stay 16 bit")
     kept = [name for name, _ in linears(model.network) if name not in chosen]
-    model.stored_as = config(params, kept)
+    model.stored_as = config(params, kept, str(model.network.dtype).removeprefix("torch."))
     return model
 
 
@@ -110,7 +110,9 @@ def make(weight: Tensor, bias: Tensor | None, params: Params) -> nn.Module:
         made = library.Linear8bitLt(
             columns, rows, bias is not None, has_fp16_weights=False, threshold=params.threshold
         )  # fmt: skip
-        made.weight = library.Int8Params(weight.half().contiguous(), requires_grad=False, has_fp16_weights=False)
+        # From main memory: the library quantizes on the way from there to a GPU.
+        halves = weight.half().cpu().contiguous()
+        made.weight = library.Int8Params(halves, requires_grad=False, has_fp16_weights=False)
     else:
         made = library.Linear4bit(
             columns, rows, bias is not None, compute_dtype=weight.dtype, compress_statistics=params.double_quant,
@@ -159,13 +161,13 @@ def outliers(model: LoadedModel, params: Params, context: Context) -> dict[str, 
     return found
 
 
-def config(params: Params, kept: list[str]) -> dict[str, JsonValue]:
-    """The `quantization_config` of config.json, as transformers' BitsAndBytesConfig writes it."""
+def config(params: Params, kept: list[str], dtype: str) -> dict[str, JsonValue]:
+    """The `quantization_config` of config.json, as transformers' BitsAndBytesConfig writes it; `dtype`: of products."""
     four = params.scheme != "int8"
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four,
         "bnb_4bit_quant_type": params.scheme if four else "fp4", "bnb_4bit_use_double_quant": params.double_quant,
-        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": params.threshold,
+        "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": params.threshold,
         "llm_int8_has_fp16_weight": False, "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_skip_modules": list[JsonValue](kept),
     }  # fmt: skip

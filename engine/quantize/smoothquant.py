@@ -69,8 +69,8 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             if linear.input_max is None:
                 note = "no token reached it; one scale a token"
             elif params.activations == "tensor":
-                largest = float((linear.input_max / scale).max())
-                inputs = InputGrid(float(torch.tensor(max(largest, 1e-6) / 127.5, dtype=linear.weight.dtype)))
+                step = torch.tensor(float((linear.input_max / scale).max()) / 127.5, dtype=linear.weight.dtype)
+                inputs = InputGrid(max(float(step), float(torch.finfo(step.dtype).tiny)))
             linear.sample = None if linear.sample is None else linear.sample / scale
             rounded = round_to_nearest(linear.weight, ROWS, linear.name, linear.weight.dtype)
             place(model, linear, with_inputs(rounded, inputs), context, note)
@@ -88,9 +88,8 @@ def smooth(block: Block, strength: float) -> dict[str, Tensor]:
     for fold in folds(block, *block.batches[0]):
         readers = [reader for reader in fold.readers if reader.input_max is not None]
         if readers and not any(reader.name in found for reader in readers):
-            scale = scale_for(fold, strength)
-            fold.apply(scale)
-            found |= dict.fromkeys((reader.name for reader in fold.readers), fold.spread(scale))
+            exact = fold.spread(fold.apply(scale_for(fold, strength)))
+            found |= dict.fromkeys((reader.name for reader in fold.readers), exact)
     return found
 
 

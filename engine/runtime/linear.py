@@ -31,6 +31,7 @@ from engine import wide
 from engine.packing import QuantizedWeight
 from engine.runtime.native.library import Matrix, available
 from engine.runtime.native.linear import NativeLinear, multiply, native_kernel
+from engine.runtime.pages import give_back
 
 Kernel = Literal["int4pack-cpu", "int8pack-cpu", "int4pack-cuda"]
 INT8 = "int8-int8"
@@ -41,6 +42,7 @@ SIMULATED = "simulated: dense {dtype}"
 # kernel is faster than the integer kernels (measured on Zen 4, two cores: 4 bits, one scale a row, halves).
 MANY_ROWS_INT4, MANY_ROWS_INT8, MANY_ROWS_HALVES = 80, 24, 40
 MANY_ROWS_INT8_INT8 = {"avx512": 17, "avx2": 48}  # from here on our own kernel orders the weights by panels
+AMPERE = (8, 0)  # the oldest GPUs that torch compiles its 4-bit kernel for
 STRETCH_BYTES = 1 << 21  # of unpacked weights at a time: they stay in the cache
 
 
@@ -67,7 +69,7 @@ def kernel_for(weight: QuantizedWeight, device: torch.device | str, dtype: torch
         return None
     if kind == "cpu" and rows % 16 == 0:
         return "int4pack-cpu"
-    if kind == "cuda" and rows % 8 == 0 and columns % 128 == 0:
+    if kind == "cuda" and rows % 8 == 0 and columns % 128 == 0 and torch.cuda.get_device_capability(device) >= AMPERE:
         return "int4pack-cuda"
     return None
 
@@ -296,6 +298,8 @@ def _join(parts: Sequence[Part], matrix: str, alike: Sequence[str]) -> Part:
         setattr(joined, name, getattr(first, name))
     joined.out_features = sum(part.out_features for part in parts)
     whole = torch.cat([part.get_buffer(matrix) for part in parts])
+    for part in parts:
+        give_back(part.get_buffer(matrix))
     biases = [part.bias for part in parts if part.bias is not None]
     joined.register_buffer(matrix, whole)
     rows = 0 if first.scales.dim() == 1 else 1  # (N,) or (G, N, 2)

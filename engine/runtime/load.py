@@ -20,6 +20,7 @@ from engine import models, patterns
 from engine.checkpoint import read_config, shell
 from engine.errors import BadModel, BadParams, short
 from engine.models import LoadedModel
+from engine.packing import Kind
 from engine.runtime.embedding import KERNEL, Int8Embedding
 from engine.runtime.float8 import Float8Linear
 from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
@@ -107,8 +108,14 @@ class Schemes:
         inputs = weights.get("inputs")
         strategy = str(inputs.get("strategy")) if isinstance(inputs, dict) else None
         if strategy not in (None, "token", "tensor") or (isinstance(inputs, dict) and inputs.get("num_bits") != 8):
-            raise BadModel(f"{short(self._folder.name)}: config.json quantizes the inputs of {name} as we cannot read.")
-        return Scheme(bits, bool(symmetric), strategy, "float" if weights.get("type") == "float" else "int")
+            raise self._unreadable_inputs(name)
+        kind: Kind = "float" if weights.get("type") == "float" else "int"
+        if isinstance(inputs, dict) and not (inputs.get("symmetric", True) and inputs.get("type", "int") == kind):
+            raise self._unreadable_inputs(name)
+        return Scheme(bits, bool(symmetric), strategy, kind)
+
+    def _unreadable_inputs(self, name: str) -> BadModel:
+        return BadModel(f"{short(self._folder.name)}: config.json quantizes the inputs of {name} as we cannot read.")
 
     def _read(self, target: str) -> patterns.Expression:
         try:

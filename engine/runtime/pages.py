@@ -11,10 +11,13 @@ import mmap
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 PAGE = 1 << 21
 LINE = 64  # bytes; tensors begin at a multiple
 SMALL = 16 * PAGE  # below it caches hold the weights, and half-filled pages would show in the memory
+
+_areas = WeakTensorKeyDictionary()  # of each tensor that was moved: its memory, and where there it begins
 
 
 def use_large_pages(network: nn.Module) -> None:
@@ -38,7 +41,23 @@ def use_large_pages(network: nn.Module) -> None:
     for tensor in tensors.values():
         place = whole[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         tensor.data = place.copy_(tensor.data)
+        _areas[tensor] = (area, at)
         at += -(-tensor.nbytes // LINE) * LINE
+
+
+def give_back(tensor: Tensor) -> None:
+    """Let the system have the memory below a tensor that nobody reads any more, where it is in large pages.
+
+    All of them are one area, which would else keep it: only whole pages of the tensor's own are given back.
+    """
+    found = _areas.pop(tensor, None)  # type: ignore[no-untyped-call]
+    if found is None:
+        return
+    area, start = found
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        area.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ from engine.runtime.native.columns import solve_columns
 from engine.runtime.native.decoder import NativeDecoder
 from engine.runtime.native.linear import NativeLinear, native_kernel
 from engine.runtime.native.moments import add_second_moments
-from engine.runtime.pages import use_large_pages
+from engine.runtime.pages import give_back, use_large_pages
 from tests.conftest import in_memory, tiny_config
 from tests.engine.test_generate import LEAN, PLAIN, PROMPT
 from tests.engine.test_runtime import exact_product, make, relative_error
@@ -434,6 +434,12 @@ def test_large_pages_change_where_tensors_lie_and_nothing_else() -> None:
     for name, tensor in subject.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     assert subject[0].weight is weight is subject[1].weight
+    give_back(subject[2].weight)  # of its memory only what lies in whole pages, and nothing of its neighbours'
+    give_back(subject[2].weight)
+    for name, tensor in subject.state_dict().items():
+        if name != "2.weight":
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert float((subject[2].weight == 0).float().mean()) > 0.99
     assert places.isdisjoint(tensor.data_ptr() for tensor in subject.state_dict().values())
     small = nn.Linear(64, 64)
     place = small.weight.data_ptr()

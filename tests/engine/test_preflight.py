@@ -129,6 +129,7 @@ def test_damaged_weights_are_refused_when_loading(tiny_folder: Maker, damage: st
         ({"quantize/gptq": {"targets": "*.q_proj *.donw_proj", "group_size": 32}}, "'*.donw_proj' of targets fits no"),
         ({"quantize/gptq": {"overrides": "*.donw_proj=8", "group_size": 32}}, "'*.donw_proj' of overrides fits no"),
         ({"quantize/gptq": {"overrides": "*.k_proj=8", "ignore": "*.k_proj", "group_size": 32}}, "of overrides fits"),
+        ({"quantize/gptq": {"overrides": "lm_head=8", "group_size": 32}}, "'lm_head' of overrides fits no"),
         ({"quantize/gptq": {"group_size": 48}}, "Sizes that do: 8, 16, 32, 64, 128"),
         ({"quantize/gptq": {"bitz": 4}}, "Did you mean bits"),
         ({"quantize/kv_cache": {"bits": 3}}, "bits"),
@@ -365,6 +366,29 @@ def test_what_files_cannot_pack_is_said_before_the_run(
     folder = saved(FAMILIES[family], tmp_path / family)
     notes = preflight.check(recipe(folder, {f"quantize/{method}": step})).notes
     assert any("No smaller and no faster: files hold the linears" in note for note in notes) == simulated
+
+
+def test_the_head_may_have_bits_of_its_own(tiny_folder: Maker) -> None:
+    folder = tiny_folder(tie_word_embeddings=False)
+    four, eight = (
+        preflight.check(recipe(folder, {"quantize/gptq": {"head": True, "group_size": 32, "overrides": each}}))
+        for each in ("", "lm_head=8")
+    )
+    assert eight.serving.parts["weights"] - four.serving.parts["weights"] == 1280 * 64 // 2
+
+
+def test_that_there_is_nothing_to_heal_is_said_before_the_run(tiny_folder: Maker) -> None:
+    folder, words = tiny_folder(), "the student begins as the teacher itself"
+    for heal in ({"distill/repair": {}}, {"distill/logits": {"student": "current"}}):
+        for steps, said in (([heal], True), ([{"prune/magnitude": {}}, heal], False)):
+            assert any(words in note for note in preflight.estimate(recipe(folder, *steps)).notes) == said
+
+
+def test_that_others_round_inputs_otherwise_is_said_before_the_run(tmp_path: Path) -> None:
+    for family in ("opt", "llama"):
+        folder = saved(FAMILIES[family], tmp_path / family)
+        notes = preflight.check(recipe(folder, {"quantize/smoothquant": {"samples": 4}})).notes
+        assert any("rounds the inputs of OPT's MLP number by number" in note for note in notes) == (family == "opt")
 
 
 def test_that_another_model_learns_from_the_demos_text_is_said_before_the_run(

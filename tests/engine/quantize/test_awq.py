@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from engine.calibration import Block, BlockLinear, walk_blocks
+from engine.experts import NAMES
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
 from engine.quantize import awq
-from engine.quantize._fold import folds
+from engine.quantize._fold import Fold, folds
 from tests.conftest import in_memory
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MIXTURES
 
 # Where scales can be folded: the linear before, or "norm", and the linears that read it.
 LLAMA = ["norm q_proj k_proj v_proj", "v_proj o_proj", "norm gate_proj up_proj", "up_proj down_proj"]
@@ -22,13 +23,24 @@ PLACES = {
     "gpt2": ["norm c_attn", "norm c_fc"],
     "gpt_neox": ["norm query_key_value", "norm dense_h_to_4h"],
     "opt": ["norm q_proj k_proj v_proj", "v_proj out_proj", "norm fc1", "fc1 fc2"],
-}
+    **{
+        family: [
+            "norm q_proj k_proj v_proj", "v_proj o_proj",
+            " ".join(["norm", *(leaf for _ in range(4) for leaf in (gate, up)), "gate", *shared]),
+            *[f"{up} {down}"] * 4, *["up_proj down_proj"] * bool(shared),
+        ]
+        for family, (gate, up, down), shared in (
+            ("mixtral", NAMES["mixtral"], []), ("qwen3_moe", NAMES["qwen3_moe"], []), ("olmoe", NAMES["olmoe"], []),
+            ("qwen2_moe", NAMES["qwen2_moe"], ["gate_proj", "up_proj", "shared_expert_gate"]),
+        )
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", PLACES)
 @torch.no_grad()
 def test_folding_keeps_what_the_model_computes(family: str, context: Context) -> None:
-    model = in_memory(FAMILIES[family], torch.float32)
+    model = in_memory((FAMILIES | MIXTURES)[family], torch.float32)
     ids = torch.randint(3, 1280, (2, 24), generator=torch.Generator().manual_seed(1))
     before = model.network(input_ids=ids).logits
     names: list[list[str]] = []
@@ -38,7 +50,7 @@ def test_folding_keeps_what_the_model_computes(family: str, context: Context) ->
         for number, fold in enumerate(found):
             fold.apply(torch.rand(fold.size, generator=torch.Generator().manual_seed(number)) + 0.5)
     for each in names:
-        assert sorted(each) == sorted(PLACES[family])
+        assert sorted(map(sorted, map(str.split, each))) == sorted(map(sorted, map(str.split, PLACES[family])))
     torch.testing.assert_close(model.network(input_ids=ids).logits, before, rtol=1e-3, atol=1e-4)
 
 
@@ -46,6 +58,23 @@ def describe(source: torch.nn.Module, readers: tuple[BlockLinear, ...], block: B
     path = next(path for path, module in block.module.named_modules() if module is source)
     first = path.rpartition(".")[2] if hasattr(source, "in_features") else "norm"
     return " ".join([first, *(reader.name.rpartition(".")[2] for reader in readers)])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_readers_undo_what_a_norms_weights_came_out_as(offset: float) -> None:
+    norm, reader = torch.nn.LayerNorm(64).to(torch.bfloat16), torch.nn.Linear(64, 64)
+    dice = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(2 * torch.rand(64, generator=dice) + 1 - offset)  # a norm with an offset adds it
+        reader.weight.copy_(torch.eye(64))
+    before = norm.weight.float() + offset
+    scale = torch.logspace(0, 4, 64)  # the last would round a weight with an offset to nothing
+    with torch.no_grad():
+        exact = Fold(norm, (BlockLinear("it", reader),), 64, offset=offset).apply(scale)
+    after = (norm.weight.float() + offset) * reader.weight.diagonal()
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
+    torch.testing.assert_close(exact[:16], scale[:16], rtol=0.02, atol=0)
+    assert bool((norm.weight.float() + offset > 0).all())
 
 
 def test_the_scale_is_the_one_worked_out_by_hand() -> None:

@@ -181,6 +181,7 @@ def test_some_linears_get_other_bits(tiny: LoadedModel, context: Context) -> Non
     assert bits["1.mlp.down_proj"] == 3
     assert bits["0.mlp.down_proj"] == bits["2.mlp.down_proj"] == 8
     assert {bit for name, bit in bits.items() if "down_proj" not in name} == {4}
+    assert params.of("lm_head").bits == 4
     for wrong in ("*.down_proj", "*.down_proj=9", "=4", "*.down_proj=four"):
         with pytest.raises(ValidationError, match="is no pattern with 2 to 8 bits"):
             Params.model_validate({"overrides": wrong})
