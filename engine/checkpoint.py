@@ -173,6 +173,8 @@ class Checkpoint:
         opened = {file: safe_open(file, framework="pt", backend="pread") for file in files}
         slices = {key: self._tensor(opened[self._tensors[key][0]], key) for key in self._keys[part]}
         mapping: list[WeightConverter | WeightRenaming] = list(self._mapping)  # type: ignore[arg-type]
+        if str(device) == "cuda":  # it is read by threads, for which that is the first GPU
+            device = torch.device("cuda", torch.cuda.current_device())
         wanted = LoadStateDictConfig(device_map={"": str(device)}, dtype=network.dtype, weight_mapping=mapping)
         info, _ = convert_and_load_state_dict_in_model(network, slices, wanted)
         for name, got, needed in info.mismatched_keys:

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,13 +61,22 @@ def free_memory() -> int:
     return total - used
 
 
+def free_on(device: str) -> int:
+    """Bytes that may still be taken on `cuda`, of the GPU where there is one, or on `cpu`."""
+    found = gpu() if device == "cuda" else None
+    return free_memory() if found is None else found.total - found.used
+
+
 def give_back_memory(*, collect: bool = True) -> None:
     """Let the system have what this process has freed; the C library keeps much of it for later.
 
-    collect: what stands in circles, too, which takes a tenth of a second.
+    collect: what stands in circles, too, which takes a tenth of a second, and what was freed on a GPU.
     """
     if collect:
         gc.collect()
+        torch = sys.modules.get("torch")  # which servers do not import
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # glibc's own; others give memory back by themselves
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -104,13 +114,15 @@ def _has_driver() -> bool:
 
 
 def gpu() -> Gpu | None:
-    """The first NVIDIA GPU, or None without one or without its driver."""
-    if not _has_driver():
+    """The first NVIDIA GPU that CUDA shows to this process, or None without one or without its driver."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if shown in ("", "-1") or not _has_driver():
         return None
     import pynvml
 
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        byname = pynvml.nvmlDeviceGetHandleByUUID
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(shown)) if shown.isdigit() else byname(shown)
         info = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
     except pynvml.NVMLError:

@@ -70,8 +70,6 @@ def apply(
             artifacts.write(model, Recipe.model_validate({}), begun)
         model.network.to(torch.device("meta"))  # type: ignore[arg-type]  # the stub takes the method for an unbound one
         hardware.give_back_memory()
-        if context.device == "cuda":
-            torch.cuda.empty_cache()
         context.log(f"training in {count} processes")
         request: Request = {
             "kind": "train", "method": method.name, "params": params.model_dump(mode="json"),
@@ -109,7 +107,11 @@ def _train(request: Request, count: int, context: Context) -> None:
                 processes.append(subprocess.Popen(command, stdin=life[0], stdout=said[1], env=own))
             said[1].close()  # so that the pipe ends with the processes
             for line in lines(said[0], context.check_cancelled, look):
-                event = json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # libraries below Python write to stdout, too: NCCL, when it is asked to
+                    sys.stderr.buffer.write(line + b"\n")
+                    continue
                 if event["kind"] != "finished":
                     context.emit(event_kind(event["kind"]), event["data"])
                 elif event["data"]["status"] != "succeeded":

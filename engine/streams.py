@@ -47,7 +47,7 @@ class Warm:
     def __init__(self, model: Path, folder: Path) -> None:
         self.busy, self.used, self.ready, self.loaded = False, time.monotonic(), False, False
         self.needed = memory_of(model)
-        self.device = device = "cuda" if hardware.gpu() is not None else "cpu"
+        self.device = device = device_of_workers()
         request = folder / "request.json"
         folder.mkdir(parents=True)
         request.write_text(json.dumps({"kind": "serve", "model": str(model), "device": device}))
@@ -149,6 +149,11 @@ class Warm:
                         self.loaded = True  # also where nobody waits for it any more
                         self._replies.put(reply)
         self._replies.put(None)
+
+
+def device_of_workers() -> str:
+    """Where a warm worker holds its model."""
+    return "cpu" if hardware.gpu() is None else "cuda"
 
 
 def memory_of(model: Path) -> int:
@@ -335,13 +340,15 @@ class Streams:
             TooBig: it does not fit beside those that write, which none of them waits for.
         """
         needed = memory_of(model)
-        while len(self._warm) >= MOST or hardware.free_memory() < needed + self._reserved():
+        device = device_of_workers()
+        while len(self._warm) >= MOST or hardware.free_on(device) < needed + self._reserved():
             if self._make_room():
                 continue
             if not self._warm:
                 raise TooBig(
-                    f"This model needs {needed / 2**30:.1f} GiB to write, and {hardware.free_memory() / 2**30:.1f} GiB "
-                    "are free. Wait until a run has ended, or compare a smaller one."
+                    f"This model needs {needed / 2**30:.1f} GiB to write, and "
+                    f"{hardware.free_on(device) / 2**30:.1f} GiB are free. Wait until a run has ended, or compare a "
+                    "smaller one."
                 )
             return False
         return True

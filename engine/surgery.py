@@ -29,7 +29,8 @@ from engine.wide import widen
 Renamed = Callable[[Mapping[str, int]], Mapping[str, int]]
 BY_NUMBER = {  # what blocks compute depends on their number, by these keys of a config, unless they have the value
     "scale_attn_by_inverse_layer_idx": False, "attention_types": None, "num_kv_shared_layers": 0,
-    "first_k_dense_replace": 0, "decoder_sparse_step": 1,
+    "first_k_dense_replace": 0, "decoder_sparse_step": 1, "attn_layer_period": 1, "expert_layer_period": 1,
+    "attn_layer_indices": None,
 }  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     text = config.get_text_config()
     for key in OF_EACH_BLOCK:
         value = getattr(text, key, None)
-        if isinstance(value, list | tuple) and len(value) == len(modules):
+        follows = isinstance(getattr(type(text), key, None), property)  # from other keys
+        if not follows and isinstance(value, list | tuple) and len(value) == len(modules):
             setattr(text, key, [value[number] for number in kept])
     if getattr(text, "mlp_only_layers", None):  # of mixtures: numbers of blocks
         text.mlp_only_layers = [new for new, number in enumerate(kept) if number in text.mlp_only_layers]

@@ -21,9 +21,13 @@ def read_documents(path: Path) -> list[str]:
     text = raw.decode("utf-8", errors="ignore" if len(raw) == LONGEST_TEXT else "replace")
     if text.count("\ufffd") > len(text) // 100:
         raise BadText(f"{short(path.name)} is not UTF-8 text.")
-    lines = [line for line in text.splitlines() if line.strip()]
     if path.suffix == ".jsonl":
-        lines = [_json_text(line, number, path) for number, line in enumerate(lines, 1)]
+        whole = text.split("\n")  # other ends of lines may stand within a JSON string
+        if len(raw) == LONGEST_TEXT:
+            whole.pop()  # what was read of the last line is no JSON
+        lines = [_json_text(line, number, path) for number, line in enumerate(whole, 1) if line.strip()]
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise BadText(f"The text {short(path.name)} is empty.")
     return [line[start : start + LONGEST_LINE] for line in lines for start in range(0, len(line), LONGEST_LINE)]

@@ -84,7 +84,7 @@ def verify(request: Mapping[str, JsonValue]) -> str:
     config = json.loads((folder / "config.json").read_text())
     dtype = config["dtype"]
     own = headers.is_own(config)
-    streamed = bool(request["streamed"]) and int(str(request["bytes"])) * ROOM > hardware.free_memory()
+    streamed = bool(request["streamed"]) and int(str(request["bytes"])) * ROOM > hardware.free_on(device)
     if streamed or own:
         from engine.stranger import Stranger  # with a library that is slow to import
 

@@ -98,7 +98,10 @@ def _watch(
         return values.flatten(0, -2).float().square().sum(0)  # (width,)
 
     if anatomy.ends(name, anatomy.ATTENTION_OUT + anatomy.NARROWING):
-        axis, units = next(entry for entry in entries if entry is not None and entry[0] != "channels")
+        entry = next((entry for entry in entries if entry is not None and entry[0] != "channels"), None)
+        if entry is None:  # an expert's, which stays as it is
+            return None
+        axis, units = entry
         return module.register_forward_pre_hook(lambda _, args: sums.add(axis, block, units, squares(args[0])))
     if anatomy.is_norm(f"{name}.weight", tuple(weight.shape)) and entries[0] is not None:
         units = entries[0][1]

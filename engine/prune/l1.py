@@ -51,8 +51,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             before = torch.cat([linear.weight.abs().flatten() for linear in chosen])
             zero_smallest_(chosen, params)
             gone = torch.cat([(linear.weight == 0).flatten() for linear in chosen])
-            context.log(
-                f"cut {int(gone.sum()):,} of {len(gone):,} weights, the largest of them {before[gone].max():.2g}"
-            )
+            largest = float((before * gone).max())
+            context.log(f"cut {int(gone.sum()):,} of {len(gone):,} weights, the largest of them {largest:.2g}")
 
     return retrain(model, params, context, prune, penalty)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import calibration
+from engine import calibration, text
 from engine import flow as flow_module
 from engine.calibration import BlockLinear, accumulate_hessian, make_empty_hessian, mirror, token_rows, walk_blocks
 from engine.errors import BadText
@@ -150,6 +150,19 @@ def test_bad_text_is_refused_in_one_line(tmp_path: Path, name: str, content: byt
     with pytest.raises(BadText, match=words) as caught:
         read_documents(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_lines_of_json_end_at_line_feeds_alone_and_a_large_file_ends_within_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one\u2028two\x85three"}\n\n{"text": "four"}\r\n', encoding="utf-8", newline="")
+    assert read_documents(file) == ["one\u2028two\x85three", "four"]
+    monkeypatch.setattr(text, "LONGEST_TEXT", file.stat().st_size - 3)
+    assert read_documents(file) == ["one\u2028two\x85three"]
+    file.write_text('{"text": "one"}\n\nnonsense\n')
+    with pytest.raises(BadText, match="line 3"):
+        read_documents(file)
 
 
 def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path, tiny: LoadedModel) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,29 @@ def test_files_that_were_only_read_or_written_take_no_memory_from_a_run(
     (tmp_path / "memory.stat").write_text(f"anon {GIB // 4}\ninactive_file {GIB // 2}\nactive_file {GIB // 4}\n")
     assert hardware.memory() == (GIB // 4, GIB)
     assert hardware.free_memory() == 3 * GIB // 4
+
+
+@pytest.mark.parametrize(
+    ("shown", "asked"),
+    [(None, 0), ("0", 0), ("1,0", 1), ("GPU-ab,GPU-cd", "GPU-ab"), ("", None), ("-1", None)],
+)
+def test_the_gpu_is_the_first_that_cuda_shows(
+    shown: str | None, asked: int | str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimpleNamespace(
+        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=1, total=4),
+        nvmlDeviceGetName=lambda handle: f"number {handle}", NVMLError=OSError,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(hardware, "_has_driver", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    found = hardware.gpu()
+    assert (None if found is None else found.name) == (None if asked is None else f"number {asked}")
+    if asked is not None:
+        assert hardware.free_on("cuda") == 3
 
 
 def test_a_control_group_without_a_limit_or_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ def test_what_is_kept_belongs_to_the_weights_the_text_and_the_settings(context: 
         ({"share": 0.99}, {"num_hidden_layers": 3}, BadParams, "all 3 blocks"),
         ({"share": 0.1}, {"num_hidden_layers": 3}, BadParams, "a share of 0.1 of 3 blocks is none"),
         ({}, {"n_layer": 12, "scale_attn_by_inverse_layer_idx": True}, BadModel, "scale_attn_by_inverse_layer_idx"),
+        ({}, {"num_hidden_layers": 8, "attn_layer_period": 4}, BadModel, "attn_layer_period"),
     ],
 )
 def test_what_cannot_be_removed_is_refused_before_work(

@@ -71,6 +71,11 @@ def test_the_price_makes_weights_small_before_the_cut(context: Context, recorder
     assert priced < 0.9 * free
 
 
+def test_a_price_may_stand_without_a_cut(context: Context, recorder: Recorder) -> None:
+    pruned("prune/l1", context, sparsity=0.0)
+    assert any(line.startswith("cut 0 of ") for line in recorder.logs())
+
+
 @pytest.mark.parametrize("name", ["prune/gradual", "prune/l1"])
 @pytest.mark.parametrize("stop_at", [4, 10])
 def test_an_interrupted_run_ends_with_the_same_weights(

@@ -100,6 +100,13 @@ def test_measuring_by_taylor_leaves_the_model_as_it_was(context: Context) -> Non
 
 
 @torch.no_grad()
+def test_experts_have_no_scores_of_their_own(context: Context) -> None:
+    model = lively(MIXTURES["qwen3_moe"])
+    found = by_activation(model, rows_of(model, context), context)
+    assert all(len(heads) > 0 for heads in found.heads)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_activation_scores_equal_a_loop(family: str, context: Context) -> None:
     """On correlated inputs: the hidden states of a text."""
