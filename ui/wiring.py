@@ -26,16 +26,14 @@ def on(
     triggers: Sequence[Callable[..., object]], handler: Callable[..., object], inputs: Sequence[Target] = (),
     outputs: Sequence[Target] = (), *, queue: bool = True, concurrency_limit: int | None = 8,
     js: str | None = None, trigger_mode: Literal["once", "multiple", "always_last"] | None = None,
-    cancels: Sequence[Dependency] = (),
 ) -> Dependency:  # fmt: skip
     """Call `handler` with the inputs' values when one of `triggers` fires, and show what it returns.
 
     Without `queue` the call is a plain request: right for ticks, which are many and short. `js` may change the inputs
-    in the browser; `trigger_mode` says what becomes of a click while an earlier one is served. `cancels` ends others.
+    in the browser; `trigger_mode` says what becomes of a click while an earlier one is served.
     """
     made: Dependency = gr.on(
         list(triggers), handler, list(inputs), list(outputs), queue=queue, show_progress="hidden",
         api_visibility="private", concurrency_limit=concurrency_limit, js=js, trigger_mode=trigger_mode,
-        cancels=list(cancels) or None,
     )  # fmt: skip
     return made

@@ -92,6 +92,13 @@ def flat(routes: Sequence[BaseRoute]) -> Iterator[BaseRoute]:
             yield from flat(route.original_router.routes)
 
 
+def close_no_loops(changed: pytest.MonkeyPatch) -> None:
+    """Let Gradio make no event loops that nobody closes."""
+    for place in ("queueing.safe_get_lock", "utils.safe_get_lock"):
+        changed.setattr(f"gradio.{place}", asyncio.Lock)
+    changed.setattr("gradio.utils.safe_get_stop_event", asyncio.Event)
+
+
 @contextmanager
 def host(mode: Mode, home: Path) -> Iterator[Host]:
     """A server of a mode, with anna and ben as its people."""
@@ -99,9 +106,7 @@ def host(mode: Mode, home: Path) -> Iterator[Host]:
     changed = pytest.MonkeyPatch()
     changed.setattr(login, "TRIES_BY_ADDRESS", 1000)
     changed.setattr(sources, "_base", [])  # serving sets it, for the process that serves and does nothing else
-    for place in ("queueing.safe_get_lock", "utils.safe_get_lock"):  # they make event loops that nobody closes
-        changed.setattr(f"gradio.{place}", asyncio.Lock)
-    changed.setattr("gradio.utils.safe_get_stop_event", asyncio.Event)
+    close_no_loops(changed)
     scheduler = FakeScheduler(home)
     floods = dict.fromkeys(("requests", "starts", "streams", "questions"), 10**6)  # which have their own tests
     scheduler.limits = replace(LIMITS[mode], **floods)  # type: ignore[arg-type]
