@@ -323,9 +323,8 @@ def _training(held: Holding, method: Method, params: Params, first: Holding, mac
                 activations=4 * PAIR * asked, runtime=RUNTIME + COMPUTING,
             ), method.title)
         )  # fmt: skip
-    frozen = student.width * (parameters - trained)
-    wide = machine.wide and not frozen
-    remembered = _learning(student, together, length, trained, wide=wide, again=again)
+    frozen = (4 if machine.wide else student.width) * (parameters - trained)
+    remembered = _learning(student, together, length, trained, wide=machine.wide, again=again)
     training = _parts(
         weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
         activations=remembered + 12 * _logits(together * length, vocabulary, machine),

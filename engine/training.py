@@ -37,6 +37,7 @@ from engine.errors import Diverged
 from engine.files import publish
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.wide import multiplies_bfloat16
 
 WARMUP = 0.05  # share of the steps
 CLIP = 1.0
@@ -118,13 +119,15 @@ def train(
     cache, network.config.use_cache = network.config.use_cache, False
     if schedule.recompute:
         recompute(network)
+    # Where bfloat16 has no instructions what is not trained computes in float32, too, and comes back as it was.
+    narrow = trained.values() if multiplies_bfloat16(student.device.type) else list(network.parameters())
     shards = None
     if distributed.count() > 1:
         assert (prune, extras.trainable, len(extras.beside)) == (None, None, 0), "not in several processes"
         shards = Shards(network)
         trained = dict(shards.parameters)
     else:
-        cast(trained.values(), torch.float32)
+        cast(narrow, torch.float32)
     run = Training({**trained, **extras.beside}, student, schedule, context, extras, shards)
     with torch.enable_grad():
         for each in run.parameters.values():
@@ -140,7 +143,7 @@ def train(
             run.say(step, value, rows_each * min(schedule.batch, len(rows)) * done, done, time.monotonic() - began)
     run.finish(draw(rows, schedule.batch, schedule.steps - 1, context.seed).to(student.device), loss_of)
     if shards is None:
-        cast(trained.values(), dtype)
+        cast(narrow, dtype)
     else:
         student.network = network = shards.whole(dtype)
     if schedule.recompute:
