@@ -78,9 +78,9 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     expected = folder / "expected.safetensors"
     save_file(verify.probe(model), expected)
     streamed, size = model.parts is not None, model.network.num_parameters() * model.network.dtype.itemsize
+    emit("phase", {"name": "verifying"})
     del model
     hardware.give_back_memory()  # to the processes that follow
-    emit("phase", {"name": "verifying"})
     request: Request = {"folder": str(artifact), "device": device}
     saved: Request = {"expected": str(expected), "streamed": streamed, "bytes": size}
     do({**request, **saved, "kind": "verify"}, folder, emit, check_cancelled)

@@ -313,11 +313,12 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "SparseGPT（Frantar 和 Alistarh，2023，arXiv 2301.00774）：与 GPTQ 一样，用校准输入的 Hessian 矩阵 H = "
             "2 X Xᵀ 对每个线性层最小化 |XW - XQ|²，只是以置零代替舍入。每 128 列为一个切片，在前面的列得到补偿之后，所有行一起选择置零位置：取“最优脑外科”显著"
             "性最小的权重。使用 N:M 模式时，在 M 列中的第一列到来时选择。需要校准文本，无需训练。优于 Wanda，在模式限制选择时尤其如此，因为留下的权重会移动。",
-        "Columns are solved in their natural order, and tokens enter H as they are: on the demo model that is KL "
-        "0.024 at half the weights and 0.065 at 2:4, against 0.029 and 0.072 with inputs scaled to length 1, which "
-        "rounding prefers. The largest inputs first, which rounding prefers too, changes nothing here (0.023).":
-            "各列按自然顺序求解，词元按原样计入 H：在演示模型上，剪去一半权重时 KL 为 0.024，2:4 时为 0.065；若把输入缩放到长度 1（舍入偏好这样），则为 "
-            "0.029 和 0.072。先处理最大的输入（舍入也偏好这样）在这里没有影响（0.023）。",
+        "Columns are solved in their natural order, and tokens enter H as they are: on the demo model an early "
+        "comparison gave KL 0.024 at half the weights and 0.065 at 2:4, against 0.029 and 0.072 with inputs scaled "
+        "to length 1, which rounding prefers. The largest inputs first, which rounding prefers too, changed nothing "
+        "there (0.023).":
+            "各列按自然顺序求解，词元按原样计入 H：在演示模型上的早期比较中，剪去一半权重时 KL 为 0.024，2:4 时为 0.065；若把输入缩放到长度 1（舍入偏好这样），则为 "
+            "0.029 和 0.072。先处理最大的输入（舍入也偏好这样）在那里没有影响（0.023）。",
         "Another ratio needs the calibration again: a Hessian for each linear is too large to keep, of 8 billion "
         "weights tens of GB.":
             "换一个比例需要重新校准：每个线性层的 Hessian 矩阵太大，无法保留，80 亿权重的模型需要几十 GB。",
