@@ -11,7 +11,6 @@ under the names that checkpoints have for them: so every method sees them as the
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from engine.bitmask import MASK, SHAPE, VALUES, unpack_bitmask
 from engine.errors import BadModel, short
 from engine.experts import separate
+from engine.files import read_ahead
 from engine.headers import Header, plain, read_header, weight_files
 from engine.low_rank import RANKS_KEY, factor
 from engine.wide import widen
@@ -196,12 +196,9 @@ class Checkpoint:
 
     def prefetch(self, part: str) -> None:
         """Ask the system to read the part's bytes ahead; returns at once and takes none of our memory."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         for key in self._keys[part]:
             file, header = self._tensors[key]
-            with file.open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), header.start, header.length, os.POSIX_FADV_WILLNEED)
+            read_ahead(file, header.start, header.length)
 
     def _bad(self, problem: str) -> BadModel:
         return BadModel(f"{short(self.folder.name)}: {problem}.")

@@ -24,7 +24,7 @@ from engine import low_rank
 from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
 from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
-from engine.files import as_usual, publish
+from engine.files import as_usual, publish, read_ahead
 from engine.headers import is_placeholder, weight_files
 from engine.models import LoadedModel, blocks, quantize_inputs
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
@@ -163,7 +163,8 @@ class Shard:
                 owner._buffers[leaf] = tensor
 
     def prefetch(self, part: str) -> None:
-        """Nothing: it was written a moment ago, or will not be read again."""
+        """Ask the system to read it ahead: of a model larger than memory the next step reads it again."""
+        read_ahead(self.path)
 
     def schemes(self) -> dict[str, Scheme]:
         """How its packed weights are to be read, by module name."""

@@ -224,16 +224,19 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "2403.03853). - `angle`: the angle between the two (The Unreasonable Ineffectiveness of the Deeper Layers, "
         "Gromov et al., 2024, arXiv 2403.17887; there of contiguous blocks and of the last token, here of all "
         "tokens). - `perplexity`: what the model predicts without them (Shortened LLaMA, Kim et al., 2024, arXiv "
-        "2402.02834); slower, one pass over the text for each block.":
+        "2402.02834); slower, one pass over the text for each block. - `greedy`: as `perplexity`, but one goes at a "
+        "time, and those that are left are judged anew (SLEB, Song et al., 2024, arXiv 2402.09025); as many times "
+        "slower as blocks go.":
             "- `influence`：1 减去进入一层与离开一层的状态之间余弦的平均值（ShortGPT，Men 等，2024，arXiv 2403.03853）。\n- "
             "`angle`：二者之间的夹角（“The Unreasonable Ineffectiveness of the Deeper Layers”，Gromov 等，2024"
             "，arXiv 2403.17887；原文用于连续的层和最后一个词元，这里用于全部词元）。\n- `perplexity`：去掉这些层后模型的预测如何（Shortened "
-            "LLaMA，Kim 等，2024，arXiv 2402.02834）；较慢，每层都要读一遍文本。",
-        "Contiguous blocks are judged as one run. Free ones are judged one by one on the whole model, so that blocks "
-        "that each are dispensable may not be so together. Fewer blocks make everything smaller and faster, on every "
+            "LLaMA，Kim 等，2024，arXiv 2402.02834）；较慢，每层都要读一遍文本。\n- `greedy`：同 `perplexity`，但每次只去掉一层，"
+            "其余各层重新评判（SLEB，Song 等，2024，arXiv 2402.09025）；去掉几层，就慢几倍。",
+        "Contiguous blocks are judged as one run. Free ones are judged one by one on the whole model, but for "
+        "`greedy`, so that blocks that each are dispensable may not be so together. Fewer blocks make everything smaller and faster, on every "
         "device, in proportion; the damage is large and wants repair by training after it (distillation with student "
         "`current`).":
-            "相邻的层作为一个整体评判。不要求相邻时，各层在完整模型上逐一评判，因此单独都可去掉的几层，一起去掉未必可行。层数减少后，一切都按比例变小变快，在任何设备上都是如此；损伤很"
+            "相邻的层作为一个整体评判。不要求相邻时，除 `greedy` 外，各层在完整模型上逐一评判，因此单独都可去掉的几层，一起去掉未必可行。层数减少后，一切都按比例变小变快，在任何设备上都是如此；损伤很"
             "大，之后需要通过训练修复（学生为 `current` 的蒸馏）。",
         # prune/gradual
         "Gradual magnitude pruning (Zhu & Gupta, 2017, \"To prune, or not to prune\", arXiv 1710.01878). After step "

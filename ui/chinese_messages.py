@@ -201,6 +201,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "keep_every {every} leaves no block of {count}. Use {most} or less.": "keep_every 为 {every} 时 {count} 层中一层也不剩。请用 {most} 或更小。",
         "hidden_size {size} is not a multiple of the head size {head} of this model.": "hidden_size {size} 不是该模型头维度 {head} 的倍数。",
         "prompt_tokens {count} leave no token of {length} to write": "prompt_tokens 为 {count} 时 {length} 个词元中没有留下可写的",
+        "greedy lets blocks go one at a time, wherever they are. Use perplexity with contiguous":
+            "greedy 每次去掉任意一层。若要求相邻，请用 perplexity",
         "assistants need a student of `blocks` or `size`, between which and the model sizes lie":
             "使用助教需要学生为 `blocks` 或 `size`，助教的尺寸介于学生与模型之间",
         "{name} cannot be taken apart for its features. Use distill/logits.": "无法拆出 {name} 的特征。请使用 distill/logits。",

@@ -223,7 +223,7 @@ CHOICES: Mapping[str, str] = MappingProxyType(
     {
         "group": "分组", "channel": "按行", "tensor": "整个张量", "token": "按词元", "none": "无", "mse": "按平方误差",
         "unstructured": "任意位置", "bits": "每权重位数", "mib": "MiB", "memory": "内存 MiB", "activation": "激活值", "influence": "影响",
-        "taylor": "泰勒展开", "angle": "角度", "perplexity": "困惑度", "dense": "稠密", "bitmask": "位图",
+        "taylor": "泰勒展开", "angle": "角度", "perplexity": "困惑度", "greedy": "贪心", "dense": "稠密", "bitmask": "位图",
         "uniform": "均等", "water-filling": "注水法", "global": "全局", "all": "全部", "lora": "LoRA",
         "norms and scales": "归一化与缩放系数", "linear": "逐线性层", "blocks": "每 k 层取一层", "size": "指定尺寸",
         "current": "维持现状", "folder": "检查点文件夹", "forward": "前向", "reverse": "反向", "js": "JS",

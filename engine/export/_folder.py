@@ -30,6 +30,8 @@ from engine.runtime.load import Schemes
 from engine.shards import PARTS, TensorFiles, read_quantized
 
 CODES = ".weight_packed"
+# Where the hub's checkpoints, and all who read their like, have another name than transformers 5 has.
+IN_CHECKPOINTS = {"mixtral": (".mlp.", ".block_sparse_moe.")}
 Tensors = dict[str, Tensor]
 
 
@@ -123,10 +125,15 @@ class Artifact:
         scale, zero = (part.expand(about.rows, -1) for part in (found.scale, found.zero))
         return QuantizedWeight(found.codes, scale, zero, about.bits, about.symmetric)
 
+    def in_checkpoints(self, name: str) -> str:
+        """A tensor's or module's name in the checkpoints of its family."""
+        ours, theirs = IN_CHECKPOINTS.get(str(self.config.get("model_type")), ("", ""))
+        return name.replace(ours, theirs, 1) if ours else name
+
     def dense_linears(self) -> list[str]:
-        """The matrices inside the blocks that were left as they were."""
+        """The matrices inside the blocks that were left as they were, as checkpoints name them."""
         return [
-            name.removesuffix(".weight")
+            self.in_checkpoints(name.removesuffix(".weight"))
             for name, shape in self._shapes.items()
             if name.endswith(".weight") and len(shape) == 2 and block_of(name) >= 0
         ]
@@ -266,11 +273,12 @@ def _write_weights(
 def _tensors(
     artifact: Artifact, name: str, convert: Callable[[QuantizedWeight], Tensors]
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    known = artifact.in_checkpoints(name)
     if name not in artifact.packed:
-        yield name, artifact.files.read(name)
+        yield known, artifact.files.read(name)
         return
     for part, tensor in convert(artifact.weight(name)).items():
-        yield f"{name}.{part}", tensor.contiguous()
+        yield f"{known}.{part}", tensor.contiguous()
 
 
 def block_of(name: str) -> int:

@@ -5,9 +5,11 @@
   arXiv 2403.17887; there of contiguous blocks and of the last token, here of all tokens).
 - `perplexity`: what the model predicts without them (Shortened LLaMA, Kim et al., 2024, arXiv 2402.02834); slower, one
   pass over the text for each block.
+- `greedy`: as `perplexity`, but one goes at a time, and those that are left are judged anew (SLEB, Song et al., 2024,
+  arXiv 2402.09025); as many times slower as blocks go.
 
-Contiguous blocks are judged as one run. Free ones are judged one by one on the whole model, so that blocks that each
-are dispensable may not be so together. Fewer blocks make everything smaller and faster, on every device, in
+Contiguous blocks are judged as one run. Free ones are judged one by one on the whole model, but for `greedy`, so that
+blocks that each are dispensable may not be so together. Fewer blocks make everything smaller and faster, on every device, in
 proportion; the damage is large and wants repair by training after it (distillation with student `current`).
 """
 
@@ -17,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Literal, cast
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
 
 from engine import headers, influence, scores
@@ -31,6 +33,10 @@ from engine.surgery import check_blocks, keep_blocks
 TITLE = "Depth pruning"
 CHANGES = ("disk", "memory", "latency")
 WHOLE = True
+UNITS = {
+    "influence": "influence", "angle": "angle over pi", "perplexity": "loss in nats without it",
+    "greedy": "loss in nats without it",
+}  # fmt: skip
 VERSION = 1  # of what is kept; raise it when the measuring changes
 
 
@@ -39,10 +45,16 @@ class Params(Calibrated):
 
     share: float = Field(0.25, gt=0.0, lt=1.0, description="Share of the blocks that is removed.")
     count: int = Field(0, ge=0, le=1023, description="How many blocks are removed; 0: as `share` says.")
-    by: Literal["influence", "angle", "perplexity"] = Field(
+    by: Literal["influence", "angle", "perplexity", "greedy"] = Field(
         "influence", description="What speaks for a block: how far it moves the states, or the text's perplexity."
     )
     contiguous: bool = Field(False, description="Remove blocks that follow each other, judged as one run.")
+
+    @model_validator(mode="after")
+    def _free(self) -> Params:
+        if self.contiguous and self.by == "greedy":
+            raise ValueError("greedy lets blocks go one at a time, wherever they are. Use perplexity with contiguous")
+        return self
 
     def removed(self, blocks: int) -> int:
         """How many of so many blocks go.
@@ -77,15 +89,26 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     count = params.removed(total)
     rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples).to(model.device)
     context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
+    left = list(range(total))
+    for each in [1] * count if params.by == "greedy" else [count]:
+        left = without(model, left, each, rows, params, context)
+    return keep_blocks(model, left)
+
+
+def without(
+    model: LoadedModel, left: list[int], count: int, rows: Tensor, params: Params, context: Context
+) -> list[int]:  # fmt: skip
+    """The numbers of the blocks that stay of those that are `left` when `count` more go."""
     span = count if params.contiguous else 1
-    runs = [range(start, start + span) for start in range(total - span + 1)]
-    costs = judge(model, rows, runs, params, context)
+    runs = [range(start, start + span) for start in range(len(left) - span + 1)]
+    whole = len(left) == len(blocks(model.network)[1])
+    costs = judge(model if whole else keep_blocks(model, left), rows, runs, params, context)
     gone = choose(runs, costs, count)
-    unit = {"influence": "influence", "angle": "angle over pi", "perplexity": "loss in nats without it"}[params.by]
     for run, cost in zip(runs, costs, strict=True):
-        about = f"block {run.start}" if span == 1 else f"blocks {run.start} to {run.stop - 1}"
-        context.log(f"{about}: {unit} {cost:.4g}{', removed' if set(run) <= set(gone) else ''}")
-    return keep_blocks(model, [number for number in range(total) if number not in gone])
+        first, last = left[run.start], left[run.stop - 1]
+        about = f"block {first}" if span == 1 else f"blocks {first} to {last}"
+        context.log(f"{about}: {UNITS[params.by]} {cost:.4g}{', removed' if set(run) <= set(gone) else ''}")
+    return [number for place, number in enumerate(left) if place not in gone]
 
 
 def judge(
@@ -95,7 +118,7 @@ def judge(
     about: dict[str, JsonValue] = {
         "version": VERSION, "samples": params.samples, "sequence_length": params.sequence_length,
     }  # fmt: skip
-    if params.by == "perplexity":
+    if params.by in ("perplexity", "greedy"):
         about |= {"span": len(runs[0])}
         found = scores.measured(
             model, context, "losses without blocks", about,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from engine.quantize import rtn, smoothquant
 from engine.records import Recipe
 from engine.shards import TensorFiles
 from tests.conftest import in_memory, tiny_config
+from tests.families import MIXTURES
 
 STRANGER = "MAQUETTE_GPTQMODEL_PYTHON"  # the interpreter of an environment that has gptqmodel
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -101,6 +103,21 @@ def test_awq_holds_every_code(symmetric: bool) -> None:
     torch.testing.assert_close(zero.to(torch.uint8), weight.zero, rtol=0, atol=0)
     example = awq.interleave(torch.arange(8)[None])[0].tolist()
     assert sum(code << (4 * i) for i, code in enumerate(example)) == 0x75316420
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_mixtrals_experts_are_named_as_its_checkpoints_name_them(name: str, context: Context, tmp_path: Path) -> None:
+    model = in_memory(MIXTURES["mixtral"])
+    rtn.apply(model, rtn.Params(group_size=32, ignore="*.o_proj"), context)
+    folder = exported(model, name, tmp_path)
+    files = TensorFiles.of_folder(folder)
+    experts = {key for key in files.names if ".experts." in key}
+    assert len({key.rpartition(".")[0] for key in experts}) == 3 * 4 * 3
+    assert all(".block_sparse_moe.experts." in key and ".mlp." not in key for key in experts)
+    assert any(key.endswith(".block_sparse_moe.gate.weight") for key in files.names)
+    dynamic = json.loads((folder / "config.json").read_text())["quantization_config"]["dynamic"]
+    left = {key for key in files.names if any(re.match(p[2:], key.removesuffix(".weight")) for p in dynamic)}
+    assert {key.split(".")[-2] for key in left} == {"o_proj", "gate"}
 
 
 def exported(model: LoadedModel, name: str, tmp_path: Path) -> Path:

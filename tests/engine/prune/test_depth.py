@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
@@ -110,6 +111,28 @@ def test_by_perplexity_the_best_run_of_all_goes(context: Context) -> None:
     best = min(losses, key=losses.__getitem__)
     expected = keep_blocks(model, [number for number in range(5) if number not in (best, best + 1)])
     torch.testing.assert_close(smaller.network.state_dict(), expected.network.state_dict(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_greedily_the_best_of_those_that_are_left_goes_each_time(context: Context) -> None:
+    model = lively()
+    rows = rows_of(model, context)
+    smaller = depth.apply(model, params(by="greedy", count=2), context)
+    left = list(range(5))
+    for _ in range(2):
+        losses = {}
+        for number in left:
+            without = keep_blocks(model, [other for other in left if other != number])
+            logits = without.network(input_ids=rows).logits[:, :-1]
+            losses[number] = float(functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+        left.remove(min(losses, key=losses.__getitem__))
+    expected = keep_blocks(model, left).network.state_dict()
+    torch.testing.assert_close(smaller.network.state_dict(), expected, rtol=0, atol=0)
+
+
+def test_greed_lets_no_run_of_blocks_go() -> None:
+    with pytest.raises(ValidationError, match="one at a time"):
+        params(by="greedy", contiguous=True)
 
 
 def test_runs_are_judged_whole_and_ties_go_to_the_first() -> None:
