@@ -103,11 +103,11 @@ def without(
     runs = [range(start, start + span) for start in range(len(left) - span + 1)]
     whole = len(left) == len(blocks(model.network)[1])
     costs = judge(model if whole else keep_blocks(model, left), rows, runs, params, context)
-    gone = choose(runs, costs, count)
+    gone, unit = choose(runs, costs, count), UNITS[params.by]
     for run, cost in zip(runs, costs, strict=True):
         first, last = left[run.start], left[run.stop - 1]
         about = f"block {first}" if span == 1 else f"blocks {first} to {last}"
-        context.log(f"{about}: {UNITS[params.by]} {cost:.4g}{', removed' if set(run) <= set(gone) else ''}")
+        context.log(f"{about}: {unit} {cost:.4g}{', removed' if set(run) <= set(gone) else ''}")
     return [number for place, number in enumerate(left) if place not in gone]
 
 

@@ -97,7 +97,15 @@ def folds(block: Block, states: Tensor, call: Call) -> list[Fold]:
     """
     if isinstance(block.module, nn.Linear):
         return []
-    return [fold for fold in _candidates(block, states, call) if _holds(fold, block, states, call)]
+    before = run_block(block.module, states, call).float()
+    found: list[Fold] = []
+    settled: set[nn.Module] = set()  # what one reads is made in one place
+    for fold in _candidates(block, states, call):
+        modules = {reader.module for reader in fold.readers}
+        if modules.isdisjoint(settled) and _holds(fold, block, states, call, before):
+            found.append(fold)
+            settled |= modules
+    return found
 
 
 def _candidates(block: Block, states: Tensor, call: Call) -> Iterator[Fold]:
@@ -170,9 +178,8 @@ def _linear_pairs(path: str, reader: BlockLinear, named: dict[str, Linear]) -> I
 
 
 @torch.no_grad()
-def _holds(fold: Fold, block: Block, states: Tensor, call: Call) -> bool:
-    """Whether the block computes the same with scales that are powers of two, which round nothing."""
-    before = run_block(block.module, states, call).float()
+def _holds(fold: Fold, block: Block, states: Tensor, call: Call, before: Tensor) -> bool:
+    """Whether the block computes what it did `before` with scales that are powers of two, which round nothing."""
     tensors = [fold.source.get_parameter("weight"), *(reader.module.weight for reader in fold.readers)]
     if (bias := fold.source._parameters.get("bias")) is not None:
         tensors.append(bias)
