@@ -38,6 +38,7 @@ NICE = 5
 EVERY = 0.02  # seconds between two looks
 GPTQ = {"bits": 4, "group_size": 64, "samples": 32}
 TEACH = {"steps": 3, "batch": 4}
+PARTS = {"micro_batch": 1, "gradient_checkpointing": True}
 BATCH, TOKENS = 1, 200  # that a warm model writes
 SHAPES = {
     "0.27 B": {
@@ -74,6 +75,8 @@ def recipes(name: str) -> dict[str, Recipe]:
         "rtn": ([{"quantize/rtn": {"bits": 4, "group_size": 64}}], both),
         "gptq": ([{"quantize/gptq": GPTQ}], ["size"]),
         "teach": ([{"distill/logits": {**TEACH, "keep_every": 2}}], ["size"]),
+        "lora": ([{"distill/repair": {**TEACH, "scope": "lora"}}], ["size"]),
+        "teach in parts": ([{"distill/logits": {**TEACH, **PARTS, "keep_every": 2}}], ["size"]),
     }
     return {
         key: Recipe.model_validate({"model": model(name), "steps": each, "measure": wanted, "device": "cpu"})

@@ -260,8 +260,9 @@ class Shift(Added):
         module, leaf, dtype = self._module[0], self._leaf, self._kept.dtype
         del module._parameters[leaf]
 
-        def before(module: nn.Module, args: object) -> None:
-            module.__dict__[leaf] = self.value().to(dtype)
+        def before(module: nn.Module, args: tuple[object, ...]) -> None:
+            entering = args[0].dtype if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else dtype
+            module.__dict__[leaf] = self.value().to(entering)  # a norm wants both of one kind
 
         self._stop = module.register_forward_pre_hook(before).remove
 

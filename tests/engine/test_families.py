@@ -118,9 +118,7 @@ def test_every_expert_is_calibrated_or_reported(context: Context, recorder: Reco
     assert unseen == {f"model.layers.0.mlp.experts.3.{leaf}" for leaf in ("w1", "w2", "w3")}
 
 
-def test_awq_scales_experts_and_keeps_every_note_on_them(
-    context: Context, recorder: Recorder, tmp_path: Path
-) -> None:
+def test_awq_scales_experts_and_keeps_every_note_on_them(context: Context, recorder: Recorder, tmp_path: Path) -> None:
     model = models.stream(mixture(tmp_path))
     before = logits(model.network)
     awq.apply(model, awq.Params(bits=8, group_size=32, samples=4, sequence_length=32), context)

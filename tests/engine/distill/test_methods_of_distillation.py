@@ -290,6 +290,19 @@ def test_norms_and_scales_keep_every_code_and_come_nearer(
     assert float((ours - theirs).norm() / ours.norm()) < 0.02
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_norms_of_every_family_are_learned(family: str, context: Context) -> None:
+    model = in_memory(FAMILIES[family])
+    before = {name: each.clone() for name, each in model.network.named_parameters()}
+    apply("distill/repair", model, context, scope="norms and scales", learning_rate=0.1, label_weight=1.0)
+    after = dict(model.network.named_parameters())
+    assert {each.dtype for each in after.values()} == {torch.bfloat16}
+    assert {name for name in before if not after[name].equal(before[name])} <= {
+        n for n in before if before[n].dim() == 1
+    }
+    assert any("norm" in name or "ln_" in name for name in before if not after[name].equal(before[name]))
+
+
 def test_repair_of_norms_and_scales_may_follow_quantization_and_nothing_else_may() -> None:
     def recipe(*steps: object) -> Recipe:
         return Recipe.model_validate({"steps": list(steps)})
