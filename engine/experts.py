@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from engine.low_rank import Factored
+
 # gate, up and down in checkpoints, for the families whose experts compute down(act(gate(x)) * up(x)), no biases.
 NAMES: Mapping[str, tuple[str, str, str]] = {
     "mixtral": ("w1", "w3", "w2"),
@@ -47,8 +49,9 @@ class Experts(nn.ModuleList):
 
     @property
     def readers(self) -> list[nn.Module]:
-        """The linears that read what enters the experts: of each its gate and up."""
-        return [expert.get_submodule(name) for expert in self.children() for name in list(expert._modules)[:2]]
+        """The linears that read what enters the experts: each one's gate and up, or the first half of a product."""
+        first = [expert.get_submodule(name) for expert in self.children() for name in list(expert._modules)[:2]]
+        return [each.down if isinstance(each, Factored) else each for each in first]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum (tokens, hidden) of the experts that the router chose, k for each token.

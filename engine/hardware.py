@@ -113,6 +113,17 @@ def _has_driver() -> bool:
     return True
 
 
+def _number(name: str) -> int:
+    """The number of the first GPU whose UUID begins so, as CUDA finds it; 0 where none does."""
+    import pynvml
+
+    for number in range(pynvml.nvmlDeviceGetCount()):
+        uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(number))
+        if (uuid if isinstance(uuid, str) else uuid.decode()).startswith(name):
+            return number
+    return 0
+
+
 def gpu() -> Gpu | None:
     """The first NVIDIA GPU that CUDA shows to this process, or None without one or without its driver."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
@@ -121,8 +132,7 @@ def gpu() -> Gpu | None:
     import pynvml
 
     try:
-        byname = pynvml.nvmlDeviceGetHandleByUUID
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(shown)) if shown.isdigit() else byname(shown)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(shown) if shown.isdigit() else _number(shown))
         info = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
     except pynvml.NVMLError:

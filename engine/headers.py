@@ -93,6 +93,9 @@ class Shape:
         return found
 
 
+QUANTIZED = {"quantization_config", "quantization", CACHE_KEY}  # keys of a config; MLX has one of its own
+
+
 def inspect(place: Path | Origin) -> Shape:
     """The config and tensor shapes of a model.
 

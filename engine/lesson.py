@@ -177,7 +177,7 @@ class Lesson:
         numbers = torch.arange(len(self.text.rows))[:, None]
         extras = Extras(
             tokens=params.sequence_length, beside=beside or {}, begin=begin, trainable=trainable,
-            held_out=self.held_out if self.judge is not None else None, closer=self.objective.label_weight <= 0.5,
+            held_out=self.held_out if self.judge is not None else None, closer=self.objective.closer,
         )  # fmt: skip
         schedule = params.schedule(self.student.network.num_parameters())
         if not params.learning_rate:

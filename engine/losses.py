@@ -70,6 +70,16 @@ class Objective:
     label_weight: float = 0.0
     beta: float = 0.5
 
+    @property
+    def closer(self) -> bool:
+        """Whether KL(teacher || student) falls for who learns by it, whatever the text.
+
+        Not by the reverse KL, which leaves much that the teacher says aside; nor where labels of a text that the
+        teacher does not know weigh more than the divergence holds.
+        """
+        held = self.divergence == "forward" and self.temperature == 1 and self.label_weight <= 0.5
+        return self.divergence != "reverse" and (held or self.label_weight == 0)
+
     def __call__(self, logits: Tensor, labels: Tensor | None, target: Target | None) -> Tensor:
         """The sum of the losses of n tokens.
 

@@ -40,7 +40,8 @@ def seconds(
     for method, params in steps:
         work += rates.steps.get(method.name, 1.0) * step_seconds(held, params, rates)
         held = held.after(params)
-    reads = 2e5 * min(last.shape.parameters, 5e7) * bool(set(measures) - {"size"})  # large models read less text
+    text = min(1.0, 5e7 / max(1, first.shape.parameters))  # of large models, and of what is made of them, less is read
+    reads = 2e5 * last.shape.parameters * text * bool(set(measures) - {"size"})
     found = {
         "download": download / rates.download,
         "load": rates.start + first.dense / rates.disk * (1 if steps else 2),

@@ -19,7 +19,6 @@ from engine.hub import Hub
 from engine.methods import Calibrated, Method, Params, Selection
 from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
-from engine.packing import CACHE_KEY
 from engine.records import Model, Recipe
 from engine.sizes import NOT_PACKED, WIDTHS
 from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
@@ -28,7 +27,6 @@ from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
-QUANTIZED = {"quantization_config", "quantization", CACHE_KEY}  # keys of a config; MLX has one of its own
 NOTHING_TO_HEAL = "No step before changes the model: the student begins as the teacher itself."
 
 
@@ -193,7 +191,7 @@ def check(
     origin = open_model(recipe.model, hub, token)
     shape, steps = headers.inspect(origin), checked(recipe, hub, token)
     check_tokenizer(origin)
-    if steps and not QUANTIZED.isdisjoint(shape.config):
+    if steps and not headers.QUANTIZED.isdisjoint(shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     suitability.check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
     suitability.check_measures(recipe, shape)

@@ -11,23 +11,23 @@ from engine.errors import BadRecipe, UnknownName, short
 from engine.methods import check
 from engine.records import MEASURES, Model, Recipe, Step
 
-MAX_BYTES = 20_000  # as links have: reading them takes some half a second
+MAX_BYTES = 100_000
 DEEPEST = 32  # brackets and indents in one another
 OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken,
            yaml.BlockMappingStartToken)  # fmt: skip
 CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
-def load_recipe(text: str) -> Recipe:
-    """The recipe that a YAML text describes, checked down to each method's settings.
+def load_recipe(text: str, most: int = MAX_BYTES) -> Recipe:
+    """The recipe that a YAML text of at most so many characters describes, checked down to each method's settings.
 
     Raises:
         BadRecipe: no YAML, no mapping, or a value of the wrong kind.
         UnknownName: a key, method, setting or measurement that does not exist.
         BadParams: a setting out of its bounds.
     """
-    if len(text) > MAX_BYTES:
-        raise BadRecipe(f"The recipe has {len(text):,} characters; the limit is {MAX_BYTES:,}.")
+    if len(text) > most:
+        raise BadRecipe(f"The recipe has {len(text):,} characters; the limit is {most:,}.")
     try:
         _check_tokens(text)
         body = _Loader(text).get_single_data()

@@ -66,6 +66,7 @@ class Watch:
         self._next_sample = 0.0
         self._deadline: float | None = None
         self._verdict: tuple[Status, str] | None = None
+        self._asked = False
 
     def cancel(self) -> None:
         """Ask the worker to stop because the user wants it to; killed when it does not."""
@@ -75,7 +76,7 @@ class Watch:
     def interrupt(self) -> None:
         """Ask the worker to stop, to be resumed later; killed when it does not."""
         if self._deadline is None:
-            self._deadline = time.monotonic() + GRACE
+            self._deadline, self._asked = time.monotonic() + GRACE, True
             self._worker.ask()
 
     def fail(self, reason: str) -> None:
@@ -128,7 +129,8 @@ class Watch:
         self._worker.kill()  # children that outlived it
         self._carry(now)
         if not self._store.run(self.run.id).status.final:
-            finish(self._store, self.run, self.folder, *(self._verdict or _verdict(code, is_cancelled(self.folder))))
+            found = self._verdict or _verdict(code, is_cancelled(self.folder), asked=self._asked)
+            finish(self._store, self.run, self.folder, *found)
 
 
 def conclude(store: Store, run: Run, folder: Path) -> None:
@@ -149,8 +151,8 @@ def finish(store: Store, run: Run, folder: Path, status: Status, reason: str) ->
     store.say(run, "finished", data)
 
 
-def _verdict(code: int | None, cancelled: bool) -> tuple[Status, str]:
-    """The status of an attempt whose worker ended without saying so."""
+def _verdict(code: int | None, cancelled: bool, asked: bool = False) -> tuple[Status, str]:
+    """The status of an attempt whose worker ended without saying so; `asked`: we wanted it to end."""
     if cancelled:
         return Status.CANCELLED, "Cancelled."
     if code is not None and code >= 0:
@@ -158,7 +160,7 @@ def _verdict(code: int | None, cancelled: bool) -> tuple[Status, str]:
     if code is not None and -code in CRASHES:
         name = signal.Signals(-code).name
         return Status.FAILED, f"The worker crashed in native code ({name}); worker.log has the details."
-    if code == -signal.SIGKILL:  # which the kernel sends where memory is short, to our workers first
+    if code == -signal.SIGKILL and not asked:  # which the kernel sends where memory is short, to our workers first
         return Status.INTERRUPTED, (
             "The worker was killed from outside; memory may have run out. The run can be resumed, with less beside it."
         )

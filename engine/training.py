@@ -231,7 +231,7 @@ class Training:
         if distributed.mean(float(bad), self._student.device) > 0:
             raise self.diverged(steps - 1, "weights are not finite")
         if self._extras.held_out is not None:
-            self.look(steps - 1)
+            self.look(steps - 1, last=True)
         else:
             with torch.no_grad():
                 self._loss(steps - 1, batch, loss_of)
@@ -245,7 +245,7 @@ class Training:
         write_checkpoint(self._saved, self.parameters, self._optimizer, state)
         self._kept = step
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, last: bool = False) -> None:
         """Say the KL on held-out rows, and judge it."""
         assert self._extras.held_out is not None
         self._student.network.eval()  # type: ignore[no-untyped-call]
@@ -256,7 +256,7 @@ class Training:
         self._student.network.train()
         self._closest = min(self._closest, value)
         worse = self._extras.closer and value > self._closest + WORSE
-        if worse and (self._worse or step == self._schedule.steps - 1):
+        if worse and (self._worse or last):
             raise self.diverged(step, f"the held-out KL is {value:.3g}, after {self._closest:.3g}")
         self._worse = worse
 

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+CLICKED = "(...values) => [...values.slice(0, -1), Date.now()]"  # the last input becomes the time of the click
 MOST = 1000  # pages whose last Stop is remembered
 
 

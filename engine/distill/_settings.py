@@ -152,8 +152,8 @@ class StudentParams(BesideParams):
             raise BadParams(f"hidden_size {self.hidden_size} is not a multiple of the head size {size} of this model.")
 
     def heals(self) -> bool:
-        """Where the student is the model as it is."""
-        return self.student == "current"
+        """Where the student is the model as it is, and nobody else teaches it."""
+        return self.student == "current" and not getattr(self, "teachers", "")
 
     def models(self) -> Sequence[str]:
         """The checkpoint."""
@@ -169,7 +169,7 @@ class StudentParams(BesideParams):
         super().check_models(origin)
         if self.student == "folder":
             own = self.origin(self.folder)
-            if "quantization_config" in headers.inspect(own).config:
+            if not headers.QUANTIZED.isdisjoint(headers.inspect(own).config):
                 raise BadModel(f"{short(own.name)} is quantized; its codes cannot be trained. Name the original.")
             _check_beside(origin, own)
 

@@ -61,7 +61,8 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         if float(torch.rand((), generator=dice)) >= params.student_share:
             return lesson.batch_loss(numbers)
         prompts = text.rows.prompts(numbers[:, 0], params.prompt_tokens).to(student.device)
-        dice.manual_seed((context.seed * 1_000_003 + step[0]) * 1_000_003 + int(numbers[0, 0]))  # each part its own
+        own = (context.seed * 1_000_003 + step[0]) * 1_000_003 + int(numbers[0, 0])  # of each part of a batch
+        dice.manual_seed(own % (1 << 63))
         written = write(student, prompts, params.sequence_length, params.sampling_temperature, dice)
         return own_loss(lesson, live, written, params.prompt_tokens, params.objective)
 

@@ -58,8 +58,8 @@ class Params(TrainingParams, CacheParams):
         return super().usual_rate(parameters) if self.scope == "all" else super().usual_rate(parameters // 100)
 
     def heals(self) -> bool:
-        """Always."""
-        return True
+        """Where nobody else teaches the model."""
+        return not self.teachers
 
     def processes(self) -> int:
         """Each needs a row of the batch; what is learned beside the network is not in shards."""
@@ -139,7 +139,7 @@ class InsteadOfWeight(Added):
 
     def product(self, x: Tensor) -> Tensor:
         """The linear's output (..., N) for x (..., K), without its bias."""
-        y: Tensor = _Product.apply(x, self.weight, *self.parameters())  # type: ignore[no-untyped-call]
+        y: Tensor = _MadeAgain.apply(x, self.weight, *self.parameters())  # type: ignore[no-untyped-call]
         return y
 
     def attach(self) -> None:
@@ -153,7 +153,7 @@ class InsteadOfWeight(Added):
         del self.linear.forward
 
 
-class _Product(torch.autograd.Function):
+class _MadeAgain(torch.autograd.Function):
     """x (..., K) times a weight (N, K) that `make` makes of the parameters, again in the backward pass."""
 
     @staticmethod

@@ -33,7 +33,7 @@ from engine.quantize._place import place, walk
 TITLE = "AWQ"
 CHANGES = ("disk", "memory", "latency")
 RATIOS = tuple(step / 20 for step in range(21))
-ENOUGH = 1 << 23  # weights of a linear that are rounded with each ratio
+ENOUGH, LEAST = 1 << 23, 1 << 16  # weights that are rounded with each ratio: of a fold, and at least of each reader
 SMALLEST = 1e-4  # of the largest channel: what is smaller counts as this
 
 
@@ -78,7 +78,8 @@ def best_scale(fold: Fold, readers: list[BlockLinear], params: Params) -> tuple[
     """The exponent and the scale (size,) that change the readers' outputs least when they are rounded."""
     size = fold.gather(mean_square(readers)).sqrt()
     size = size.clamp(min=max(SMALLEST * float(size.max()), 1e-12))
-    weights = [some_rows(reader.weight, params).float() for reader in readers]
+    most = max(LEAST, ENOUGH // len({id(reader.hessian) for reader in readers}))
+    weights = [some_rows(reader.weight, params, most).float() for reader in readers]
     best: tuple[float, float, Tensor] | None = None
     for ratio in RATIOS:
         scale = scale_for(size, ratio)
@@ -108,9 +109,9 @@ def mean_square(readers: list[BlockLinear]) -> Tensor:
     return total
 
 
-def some_rows(weight: Tensor, params: Params) -> Tensor:
+def some_rows(weight: Tensor, params: Params, most: int) -> Tensor:
     """Every so many rows of a large weight (N, K): they are rounded each on its own, and enough of them tell."""
-    step = 1 if params.granularity == "tensor" else max(1, weight.numel() // ENOUGH)
+    step = 1 if params.granularity == "tensor" else max(1, weight.numel() // most)
     return weight[::step]
 
 

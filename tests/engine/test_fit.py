@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from engine import fit, methods, pace, sizes, ways
+from engine import fit, losses, methods, pace, sizes, ways
 from engine.fit import Estimate, Machine, Need
 from engine.headers import Shape
 from engine.pace import Rates
@@ -219,6 +219,10 @@ def test_a_block_that_learns_stands_in_float32_beside_itself_with_what_it_gave()
     assert found["calibration"] == 2 * fit.HELD  # what enters the block, and what it gave; more stands in files
     few = step(estimate(LARGE, {"quantize/zeroquant": body | {"samples": 1}})).parts
     assert few["calibration"] == 2 * 2048 * 4096 * 2
+
+
+def test_as_many_logits_are_counted_as_a_piece_of_the_loss_has() -> None:
+    assert (fit.LOGITS_CPU, fit.LOGITS_CUDA, fit.FEWEST) == (losses.CHUNK, losses.CHUNK_CUDA, losses.FEWEST)
 
 
 def test_training_holds_weights_gradients_and_two_moments_in_float32() -> None:

@@ -27,13 +27,14 @@ def test_files_that_were_only_read_or_written_take_no_memory_from_a_run(
 
 @pytest.mark.parametrize(
     ("shown", "asked"),
-    [(None, 0), ("0", 0), ("1,0", 1), ("GPU-ab,GPU-cd", "GPU-ab"), ("", None), ("-1", None)],
+    [(None, 0), ("0", 0), ("1,0", 1), ("GPU-cd0,GPU-ab", 1), ("GPU-c", 1), ("MIG-x", 0), ("", None), ("-1", None)],
 )
 def test_the_gpu_is_the_first_that_cuda_shows(
-    shown: str | None, asked: int | str | None, monkeypatch: pytest.MonkeyPatch
+    shown: str | None, asked: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = SimpleNamespace(
-        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetUUID=lambda handle: ("GPU-ab0", "GPU-cd0")[handle],
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=1, total=4),
         nvmlDeviceGetName=lambda handle: f"number {handle}", NVMLError=OSError,
     )  # fmt: skip

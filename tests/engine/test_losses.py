@@ -96,6 +96,33 @@ def test_the_tail_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("objective", "closer"),
+    [
+        (Objective(), True), (Objective(label_weight=0.5), True), (Objective(temperature=4.0), True),
+        (Objective("js"), True), (Objective("js", label_weight=0.1), False), (Objective(label_weight=0.6), False),
+        (Objective(temperature=4.0, label_weight=0.5), False), (Objective("reverse"), False),
+    ],
+)  # fmt: skip
+def test_whether_the_kl_must_fall(objective: Objective, closer: bool) -> None:
+    """At the best that can be learned of a token that the text has and the teacher finds unlikely."""
+    assert objective.closer == closer
+    teacher = torch.full((1, 50), 0.98 / 49, dtype=torch.float64).index_fill(1, torch.tensor(0), 0.02).log()
+    student = teacher.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([student], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = objective(student, torch.tensor([0]), Full(teacher))
+        found.backward()
+        return found
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    if closer:
+        assert float(Objective()(student.detach(), None, Full(teacher))) < 0.75
+
+
 def test_jensen_shannon_is_symmetric_at_a_half_and_bounded() -> None:
     student, teacher, _ = made(3)
     ours, theirs = student.log_softmax(-1), teacher.log_softmax(-1)

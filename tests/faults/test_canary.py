@@ -130,7 +130,7 @@ def compress_and_push(visitor: Visitor, home: Path) -> None:
     answer, lines = visitor.call(start, [None, False, READS])
     assert answer["success"], lines
     assert ended(home).artifact is not None
-    assert visitor.call(push, [None, None, "anna/small", WRITES, True])[0]["success"]
+    assert visitor.call(push, [None, None, "anna/small", WRITES, True, 1])[0]["success"]
 
 
 def ended(home: Path) -> Run:

@@ -50,13 +50,15 @@ def test_stop_ends_the_upload_of_the_page_that_asks(
 
     monkeypatch.setattr(push, "push", endless)
     run = artifact(scheduler)
-    steps = handlers["upload"](run, ("", "", ""), "anna/small", "hf_token", True, request(ANNA))
+    steps = handlers["upload"](run, ("", "", ""), "anna/small", "hf_token", True, 5.0, request(ANNA))
     assert isinstance(steps, Iterator)
     assert "Uploading" in str([next(steps) for _ in range(3)])
-    handlers["end"](request(ANNA, session="s2"))  # another page's
+    handlers["end"](6.0, request(ANNA, session="s2"))  # another page's
     assert "Uploading" in str(next(steps))
-    handlers["end"](request(ANNA))
+    handlers["end"](6.0, request(ANNA))
     assert "Stopped." in str(list(steps)[-1])
+    late = handlers["upload"](run, ("", "", ""), "anna/small", "t", True, 5.5, request(ANNA))  # it had to wait
+    assert [str(each) for each in late if "Uploading" in str(each)] == []  # type: ignore[attr-defined]
 
 
 def test_the_run_that_is_shown_is_pushed_and_no_other(
@@ -74,6 +76,6 @@ def test_the_run_that_is_shown_is_pushed_and_no_other(
     warned: list[str] = []
     monkeypatch.setattr(gr, "Warning", lambda text, **rest: warned.append(text))
     for painted, count in ((newest, 0), (older, 1)):
-        list(handlers["upload"]("", ("", "", f"{painted} x False"), "anna/small", "t", True, request(ANNA)))  # type: ignore[call-overload]
+        list(handlers["upload"]("", ("", "", f"{painted} x False"), "anna/small", "t", True, 1.0, request(ANNA)))  # type: ignore[call-overload]
         assert len(asked) == count
     assert len(warned) == 1

@@ -20,11 +20,10 @@ from ui.comparing import COSTS, QUALITIES
 from ui.desk import STORED, Desk
 from ui.edge import edge, visitor
 from ui.pages import sets
-from ui.turns import Turns
+from ui.turns import CLICKED, Turns
 from ui.wiring import on
 from ui.wording import say
 
-CLICKED = "(...values) => [...values.slice(0, -1), Date.now()]"  # the last input becomes the time of the click
 PICKERS = 4
 FIELDS = PICKERS + len(Writing.model_fields)  # inputs that say what is compared and how it is written
 

@@ -33,6 +33,7 @@ from ui.wiring import on
 from ui.wording import say
 
 STEP_LIMIT = 8
+LONGEST = 20_000  # characters of a recipe that is pasted or linked to: reading them takes some half a second
 BESIDE = "~/maquette-runs"  # a data folder has one writer, and the page's is the page
 Draft = dict[str, JsonValue]
 
@@ -100,7 +101,7 @@ def build(desk: Desk, opened: Callable[..., object]) -> CompressPage:
 
     @edge
     def paste(text: str, shape: int) -> object:
-        recipe = load_recipe(str(text or ""))
+        recipe = load_recipe(str(text or ""), LONGEST)
         desk.check_sources(recipe)
         return [as_draft(recipe), shape + 1, models.written(recipe.model)]
 
@@ -317,7 +318,7 @@ def recipe_from_link(desk: Desk, text: str) -> Recipe:
     Raises:
         InputError: it is none.
     """
-    if len(text) > 20_000:
+    if len(text) > LONGEST:
         raise BadRecipe(say("error.long_link"))
     recipe = load_recipe(text)
     desk.check_sources(recipe)

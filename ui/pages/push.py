@@ -20,6 +20,7 @@ from engine.store import scratch_of
 from ui import markup, report, wording
 from ui.desk import Desk
 from ui.edge import edge, visitor
+from ui.turns import CLICKED, Turns
 from ui.wiring import on
 from ui.wording import say
 
@@ -28,7 +29,7 @@ Painted = tuple[str, str, str]  # what the Runs tab shows
 
 def build(desk: Desk, picked: gr.State, last: gr.State, whose: Callable[[str, Painted], str]) -> None:
     """Lay the section out and wire it; `whose`: the run on the page, by what was picked and what was painted `last`."""
-    uploads: dict[str, threading.Event] = {}  # what stops each page's, as long as it goes on
+    turns, clicked = Turns(), gr.Number(0, visible=False)
     with gr.Accordion(say("push.title"), open=False, elem_id="mq-push"):
         gr.HTML(markup.tag("p", say("push.about"), class_="mq-sub"))
         with gr.Row():
@@ -44,30 +45,27 @@ def build(desk: Desk, picked: gr.State, last: gr.State, whose: Callable[[str, Pa
 
     @edge
     def upload(
-        run_id: str, painted: Painted, repo: str, token: str, private: bool, request: gr.Request
+        run_id: str, painted: Painted, repo: str, token: str, private: bool, moment: float, request: gr.Request
     ) -> Iterator[object]:
-        yield ["", markup.notice(say("push.begins"))]  # the first thing: the token leaves the page
-        owner, page, own = desk.enter(request, "start"), request.session_hash or visitor(request), threading.Event()
-        uploads[page] = own
+        page = request.session_hash or visitor(request)
+        turn = turns.begin(page, moment)
         try:
-            for line in go(desk, owner, whose(run_id, painted), repo, token, private is not False, own):
+            yield ["", markup.notice(say("push.begins"))]  # the first thing: the token leaves the page
+            owner = desk.enter(request, "start")
+            for line in go(desk, owner, whose(run_id, painted), repo, token, private is not False, turn.stop):
                 yield [gr.skip(), line]
         except Cancelled:
             yield [gr.skip(), markup.notice(say("push.stopped"))]
         finally:
-            if uploads.get(page) is own:
-                del uploads[page]
+            turns.end(page, turn)
 
     @edge
-    def end(request: gr.Request) -> object:
-        own = uploads.get(request.session_hash or visitor(request))
-        if own is not None:
-            own.set()  # its own last line says so
-        return gr.skip()
+    def end(moment: float, request: gr.Request) -> None:
+        turns.stop(request.session_hash or visitor(request), moment)  # its own last line says so
 
-    given: list[Block] = [picked, last, repo, token, private]
-    on([start.click], upload, given, [token, told], concurrency_limit=2)
-    on([stop.click], end, [], [told], queue=False)
+    given: list[Block] = [picked, last, repo, token, private, clicked]
+    on([start.click], upload, given, [token, told], concurrency_limit=2, js=CLICKED)
+    on([stop.click], end, [clicked], queue=False, js=CLICKED)
 
 
 def go(

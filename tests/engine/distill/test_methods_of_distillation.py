@@ -454,6 +454,11 @@ def test_what_a_teacher_samples_follows_from_its_dice(tiny_folder: Callable[...,
     assert cold.equal(sequence.continuations(live, prompts, 7, 0.0, torch.Generator()))
 
 
+def test_the_largest_seed_lets_a_student_write(context: Context) -> None:
+    largest = dataclasses.replace(context, seed=2**31 - 1)
+    apply("distill/on_policy", in_memory(tiny_config()), largest, student_share=1.0, prompt_tokens=4)
+
+
 JS = {"divergence": "js", "label_weight": 0.0}  # at most ln 2
 
 

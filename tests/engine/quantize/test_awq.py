@@ -1,5 +1,7 @@
 """AWQ: folding changes nothing, the best scale is never worse than none, and the arithmetic is the paper's."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,8 +9,10 @@ from engine.calibration import Block, BlockLinear, walk_blocks
 from engine.experts import NAMES
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
+from engine.prune import low_rank
 from engine.quantize import awq
 from engine.quantize._fold import Fold, folds
+from engine.quantize._grid import round_to_nearest
 from tests.conftest import in_memory
 from tests.families import FAMILIES, MIXTURES
 
@@ -75,6 +79,42 @@ def test_readers_undo_what_a_norms_weights_came_out_as(offset: float) -> None:
     torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
     torch.testing.assert_close(exact[:16], scale[:16], rtol=0.02, atol=0)
     assert bool((norm.weight.float() + offset > 0).all())
+
+
+def test_experts_count_by_the_tokens_that_reach_them() -> None:
+    dice = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(count, 32, generator=dice) * torch.rand(32, generator=dice).exp() for count in (300, 20)]
+    readers = []
+    for number, x in enumerate(inputs):
+        linear = BlockLinear(f"expert-{number}", torch.nn.Linear(32, 16, bias=False), tokens=len(x))
+        linear.hessian = (2 * x.t() @ x / len(x)).triu()
+        readers.append(linear)
+    everything = torch.cat(inputs)
+    torch.testing.assert_close(awq.mean_square(readers), 2 * everything.square().mean(0))
+    params = awq.Params(bits=3, group_size=32)
+    fold = Fold(torch.nn.LayerNorm(32), tuple(readers), 32)
+    ratio, _ = awq.best_scale(fold, readers, params)
+    size = everything.square().mean(0).sqrt()
+    costs = {}
+    for each in awq.RATIOS:
+        scale, moved = awq.scale_for(size, each), 0.0
+        for reader, x in zip(readers, inputs, strict=True):
+            importance = 2 * x.square().mean(0) / scale.square()
+            rounded = round_to_nearest(reader.weight * scale, params, "it", torch.float32, importance)
+            moved += float(((rounded.dequantize() / scale - reader.weight) @ x.t()).square().sum())
+        costs[each] = moved
+    assert ratio == min(costs, key=costs.__getitem__)
+
+
+def test_a_low_rank_mixture_can_be_scaled(context: Context) -> None:
+    model = in_memory(MIXTURES["mixtral"])
+    small = {"samples": 4, "sequence_length": 16}
+    low_rank.apply(model, low_rank.Params.model_validate({"ratio": 0.5, "multiple": 8, **small}), context)
+    apart = dataclasses.replace(context, folder=context.folder / "awq")
+    for block in walk_blocks(model, apart, Calibrated(samples=4, sequence_length=16)):
+        assert any(
+            describe(fold.source, fold.readers, block).startswith("norm") for fold in folds(block, *block.batches[0])
+        )
 
 
 def test_the_scale_is_the_one_worked_out_by_hand() -> None:
