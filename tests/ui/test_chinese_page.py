@@ -67,7 +67,7 @@ NAMES = set(
 )
 # Names in what methods say of themselves: models, architectures, tools, and letters of formulas.
 NAMES |= set(
-    "arXiv KIVI HAWQ V3 SVD TinyBERT DistilBERT ShortGPT Minitron LLaMA Llama Mistral Gemma SentencePiece BPE NVIDIA "
+    "arXiv KIVI HAWQ V3 SVD TinyBERT DistilBERT ShortGPT SLEB Minitron LLaMA Llama Mistral Gemma SentencePiece BPE NVIDIA "
     "FSDP Jensen Shannon Cholesky Tibshirani lasso L2 softmax eager float32 config XW XQ WX dL dw sqrt "
     "tr Shortened Pruner".split()
 )
