@@ -45,7 +45,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # no longer: other tests want children that are processes
 def scene(tmp_path_factory: pytest.TempPathFactory, page: Served, model: Path) -> Iterator[Scene]:
     """The scheduler, Ben's finished run in it, and the page beside it."""
     with (
