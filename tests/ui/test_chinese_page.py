@@ -67,8 +67,8 @@ NAMES = set(
 )
 # Names in what methods say of themselves: models, architectures, tools, and letters of formulas.
 NAMES |= set(
-    "arXiv KIVI HAWQ V3 SVD TinyBERT DistilBERT ShortGPT SLEB Minitron LLaMA Llama Mistral Gemma SentencePiece BPE NVIDIA "
-    "FSDP Jensen Shannon Cholesky Tibshirani lasso L2 softmax eager float32 config XW XQ WX dL dw sqrt "
+    "arXiv KIVI HAWQ V3 SVD TinyBERT DistilBERT ShortGPT SLEB Minitron LLaMA Llama Mistral Gemma SentencePiece BPE "
+    "NVIDIA FSDP Jensen Shannon Cholesky Tibshirani lasso L2 softmax eager float32 config XW XQ WX dL dw sqrt "
     "tr Shortened Pruner".split()
 )
 FORMULA = set("sign shrink round mean block W0 label CE sparsity penalty".split())
