@@ -57,6 +57,7 @@ LONG = (
     "test_demo.py::test_gptq_harms_less_than_round_to_nearest[2]",
     "test_demo.py::test_awq_and_hqq_harm_less_than_round_to_nearest",
     "test_demo.py::test_mixed_precision_harms_less_than_equal_bits_of_the_same_size",
+    "test_awq.py::test_a_resumed_block_keeps_its_folded_norm",
     "test_beyond_blocks.py::test_everybody_reads_a_model_that_is_quantized_throughout",
     "test_distributed.py::test_two_processes_go_on_from_one_and_make_what_one_makes",
     "test_download.py::test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere",
@@ -67,8 +68,14 @@ LONG = (
     "test_memory.py::test_a_packed_model_takes_less_than_the_dense_one",
     "test_methods.py::test_same_seed_same_result_and_shapes_are_kept[quantize/awq]",
     "test_methods.py::test_same_seed_same_result_and_shapes_are_kept[quantize/mixed]",
+    "test_methods_of_distillation.py::test_an_interrupted_on_policy_training_ends_with_the_same_weights",
+    "test_methods_of_distillation.py::test_feature_training_brings_hidden_states_nearer",
     "test_methods_of_distillation.py::test_norms_and_scales_keep_every_code_and_come_nearer",
+    "test_methods_of_distillation.py::test_norms_of_every_family_are_learned",
     "test_pipeline.py::test_long_work_is_probed_on_one_block_first",
+    "test_scheduler.py::test_a_flood_hurts_only_its_sender",
+    "test_scheduler.py::test_cancel_takes_the_whole_family_and_the_files[deaf]",
+    "test_scheduler.py::test_cancel_takes_the_whole_family_and_the_files[native]",
     "test_pipeline.py::test_the_same_recipe_gives_the_same_manifest_also_when_interrupted",
 )
 # Files with much to do, which one process would have left for the end.
