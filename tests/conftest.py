@@ -73,10 +73,10 @@ LONG = (
     "test_methods_of_distillation.py::test_norms_and_scales_keep_every_code_and_come_nearer",
     "test_methods_of_distillation.py::test_norms_of_every_family_are_learned",
     "test_pipeline.py::test_long_work_is_probed_on_one_block_first",
+    "test_pipeline.py::test_the_same_recipe_gives_the_same_manifest_also_when_interrupted",
     "test_scheduler.py::test_a_flood_hurts_only_its_sender",
     "test_scheduler.py::test_cancel_takes_the_whole_family_and_the_files[deaf]",
     "test_scheduler.py::test_cancel_takes_the_whole_family_and_the_files[native]",
-    "test_pipeline.py::test_the_same_recipe_gives_the_same_manifest_also_when_interrupted",
 )
 # Files with much to do, which one process would have left for the end.
 FIRST = ("tests/browser/", "tests/ui/test_routes.py", "tests/faults/", "tests/engine/test_killloop.py")
