@@ -55,7 +55,7 @@ PROBE_LOGITS = 1 << 26  # that are held of the original at most
 WEIGHED = 17  # bytes of a weight while an option is weighed: itself, its code, what it is off, and two products of that
 LOGIT = 10  # bytes of a logit as it is predicted: in 16 bit, in float32, and its logarithm
 CELLS = 4000
-VERSION = 4  # of what is kept; raise it when steps 1 or 2 change
+VERSION = 3  # of what is kept; raise it when steps 1 or 2 change
 
 
 class Params(gptq.SolverParams, Beyond, Range):
@@ -265,10 +265,7 @@ def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, in
             rounded = round_to_nearest(weight, grid, linear.name, dtype, importance, SOLVED)
             error = _energy(rounded.dequantize().float() - weight, moments) / energy
             found.append((bits, size, rounded.bits_per_weight() * weight.numel(), error))
-    # As step 2 rounds it: there ranges are chosen without the inputs.
-    grid = params.grid(PROBE_BITS, next(size for size in GROUP_SIZES if weight.shape[1] % size == 0))
-    rounded = round_to_nearest(weight, grid, linear.name, dtype, least=SOLVED)
-    probe = _energy(rounded.dequantize().float() - weight, moments) / energy
+    probe = next(error for bits, _, _, error in found if bits == PROBE_BITS)
     return found, max(probe, 1e-30)
 
 
