@@ -37,6 +37,7 @@ ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight")  # which are no 
 MEDIA = (  # of config.json: the parts of a model that reads or makes more than text
     "text_config", "vision_config", "audio_config", "vq_config", "text_encoder", "audio_encoder_config",
 )  # fmt: skip
+QUANTIZED = {"quantization_config", "quantization", CACHE_KEY}  # keys of a config; MLX has one of its own
 OF_EACH_BLOCK = (  # keys of config.json with an entry for each block
     "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
     "intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_attention_heads_per_layer",
@@ -91,9 +92,6 @@ class Shape:
                 out, into = shape[::-1] if transposed else shape
                 found[name.removesuffix(".weight")] = (out, into)
         return found
-
-
-QUANTIZED = {"quantization_config", "quantization", CACHE_KEY}  # keys of a config; MLX has one of its own
 
 
 def inspect(place: Path | Origin) -> Shape:

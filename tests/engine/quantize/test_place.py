@@ -8,7 +8,7 @@ from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
 from engine.quantize import gptq, rtn
 from engine.quantize._place import BINS, histogram, levels, relative_error
-from tests.conftest import Recorder
+from tests.conftest import Recorder, in_memory, tiny_config
 
 
 def audits(recorder: Recorder) -> list[dict]:
@@ -30,6 +30,13 @@ def test_every_linear_is_told_of_once(tiny: LoadedModel, context: Context, recor
         assert len(each["histogram"]["levels"]) == 8
         assert each["note"] == ""
         assert sum(each["histogram"]["before"]) == sum(each["histogram"]["after"])
+
+
+def test_few_tokens_are_a_quarter_of_the_inputs_where_these_are_many(context: Context, recorder: Recorder) -> None:
+    model = in_memory(tiny_config(intermediate_size=2048))
+    gptq.apply(model, gptq.Params(group_size=32, samples=12, sequence_length=32), context)
+    noted = {each["name"].rpartition(".")[2] for each in audits(recorder) if each["note"]}
+    assert noted == {"down_proj"}  # 384 tokens for 2,048 inputs
 
 
 def test_fewer_bits_give_a_larger_error_and_few_tokens_are_noted(
