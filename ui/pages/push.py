@@ -48,7 +48,7 @@ def build(desk: Desk, picked: gr.State, last: gr.State, whose: Callable[[str, Pa
         run_id: str, painted: Painted, repo: str, token: str, private: bool, moment: float, request: gr.Request
     ) -> Iterator[object]:
         page = request.session_hash or visitor(request)
-        turn = turns.begin(page, moment)
+        turn = turns.begin(page, moment or 0.0)
         try:
             yield ["", markup.notice(say("push.begins"))]  # the first thing: the token leaves the page
             owner = desk.enter(request, "start")
@@ -61,7 +61,7 @@ def build(desk: Desk, picked: gr.State, last: gr.State, whose: Callable[[str, Pa
 
     @edge
     def end(moment: float, request: gr.Request) -> None:
-        turns.stop(request.session_hash or visitor(request), moment)  # its own last line says so
+        turns.stop(request.session_hash or visitor(request), moment or 0.0)  # its own last line says so
 
     given: list[Block] = [picked, last, repo, token, private, clicked]
     on([start.click], upload, given, [token, told], concurrency_limit=2, js=CLICKED)
