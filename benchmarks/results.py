@@ -51,6 +51,13 @@ RECIPES: dict[str, list[object]] = {
     "GPTQ 2 bit": [{"quantize/gptq": {"bits": 2}}],
     "RTN 2 bit": [{"quantize/rtn": {"bits": 2}}],
     "Mixed, 2.25 bits a weight": [{"quantize/mixed": {"budget": 2.25}}],
+    "GPTQ 3 bit, healed: norms and scales": [
+        {"quantize/gptq": {"bits": 3}},
+        {"distill/repair": {"scope": "norms and scales"}},
+    ],
+    "GPTQ 3 bit, healed: low-rank additions": [{"quantize/gptq": {"bits": 3}}, {"distill/repair": {"scope": "lora"}}],
+    "GPTQ 3 bit, healed: all, on the grid": [{"quantize/gptq": {"bits": 3}}, {"distill/repair": {}}],
+    "GPTQ 2 bit, healed: all, on the grid": [{"quantize/gptq": {"bits": 2}}, {"distill/repair": {}}],
     "Magnitude 50 %": [{"prune/magnitude": {"sparsity": 0.5}}],
     "Wanda 50 %": [{"prune/wanda": {"sparsity": 0.5}}],
     "Magnitude 70 %": [{"prune/magnitude": {"sparsity": 0.7}}],

@@ -54,6 +54,7 @@ ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the fl
 ROUNDED_STRAIGHT = 13  # and while a block learns: the code, the level, what it is off, and the weight that learns
 TOGETHER = 13  # where the whole matrix has one scale
 MADE = 16  # and where it is made of what is learned beside it, for a product: itself, its gradient, copies in 16 bit
+MADE_OF_CODES = 40  # where it is rounded to its grid besides: in steps, within bounds, rounded, passed straight
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
 PLACED = 4  # of a number in 16 bit: as it was read, and as it is moved
@@ -323,12 +324,15 @@ def _training(held: Holding, method: Method, params: Params, first: Holding, mac
                 activations=4 * PAIR * asked, runtime=RUNTIME + COMPUTING,
             ), method.title)
         )  # fmt: skip
-    frozen = (4 if machine.wide else student.width) * (parameters - trained)
+    codes = sum(out * into for name, (out, into) in student.shape.linears.items() if name in student.bits)
+    dense = parameters - trained + (codes if scope == "all" else 0)  # what codes stand for stays beside what they learn
+    frozen = (4 if machine.wide else student.width) * dense
+    made = MADE_OF_CODES if codes and scope != "norms and scales" else MADE
     remembered = _learning(student, together, length, trained, wide=machine.wide, again=again)
     training = _parts(
         weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
         activations=remembered + 12 * _logits(together * length, vocabulary, machine),
-        solver=MADE * _largest(student.shape) if scope != "all" else 0,
+        codes=codes, solver=_largest(student.shape) * (0 if scope == "all" and not codes else made),
         teacher=teachers if live else 0, runtime=RUNTIME + LEARNING,
     )  # fmt: skip
     return [*found, Need("compress", training, method.title)]

@@ -169,12 +169,12 @@ class Params(BaseModel):
         """Whether it teaches the model as it is what the original says: nothing to learn where no step came before."""
         return False
 
-    def keeps_codes(self) -> bool:
-        """Whether integer codes that an earlier step found stay as they are, so that this may follow quantization."""
+    def keeps_grids(self) -> bool:
+        """Whether weights that an earlier step put on a grid stay on it, so that this may follow quantization."""
         return False
 
     def leaves_codes(self) -> bool:
-        """Whether a quantizing step leaves integer codes of our own, which a step that `keeps_codes` can go on from."""
+        """Whether a quantizing step leaves integer codes of our own, which a step that `keeps_grids` goes on from."""
         return True
 
     def reshaped(
@@ -405,12 +405,12 @@ def check(recipe: Recipe) -> list[tuple[Method, Params]]:
         if settings.cache_grid() is not None:
             raise BadRecipe(f"{later.name} cannot follow {earlier.name}. Put {earlier.name} last, once.")
         quantized = quantized or earlier.family == "quantize"
-        if quantized and next_settings.keeps_codes() and not settings.leaves_codes():
+        if quantized and next_settings.keeps_grids() and not settings.leaves_codes():
             raise BadRecipe(f"{later.name} cannot follow {earlier.name}, whose weights are a library's. Leave one out.")
-        if quantized and next_settings.cache_grid() is None and not next_settings.keeps_codes():
+        if quantized and next_settings.cache_grid() is None and not next_settings.keeps_grids():
             raise BadRecipe(
                 f"{later.name} cannot follow {earlier.name}: it would change weights whose integer codes are "
-                "already fixed. Put quantization last; distill/repair of norms and scales may follow it."
+                "already fixed. Put quantization last; distill/repair may follow it."
             )
     return steps
 

@@ -51,6 +51,9 @@ def wanted(params: Params, model: LoadedModel, context: Context) -> int:
         # An expert without a token has no gradient: the processes would not exchange the same.
         context.log("mixtures of experts train in one process")
         return 1
+    if found > 1 and model.quantized:
+        context.log("weights on a grid train in one process")  # they are learned beside the network
+        return 1
     return found
 
 

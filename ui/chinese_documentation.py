@@ -442,13 +442,16 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "arXiv 2106.09685），最后合并，须保持为零之处加掩码。\n- `norms and scales`：归一化的权重、除输出头外的全部偏置，以及各层中已量化线性层的缩放"
             "系数。",
         "`all` heals most and holds an optimizer state for everything; `lora` trains and keeps about a hundredth of "
-        "it. `norms and scales` may follow quantization, for it never touches an integer code: w = (code - zero) * "
-        "scale, where the gradient goes to the scale, and rounding it to its stored dtype is passed over "
-        "(straight-through, Bengio et al., 2013, arXiv 1308.3432). Inputs that are rounded are passed over likewise. "
-        "Files hold the same codes with new scales.":
-            "`all` 恢复得最多，并为全部权重保存优化器状态；`lora` 训练和保存的约为其百分之一。`norms and scales` 可以放在量化之后，因为它从不改动整数码"
-            "：`w = (code - zero) * scale`，梯度传给缩放系数，把它舍入到存储类型的一步被直接穿过（直通估计，Bengio 等，2013，arXiv "
-            "1308.3432）。输入的舍入同样被直接穿过。文件中编码不变，缩放系数是新的。",
+        "it. All three may follow quantization, and what comes out has the same grids: `norms and scales` never "
+        "touches an integer code, w = (code - zero) * scale, where the gradient goes to the scale. `all` and `lora` "
+        "are quantization-aware training (as LLM-QAT, Liu et al., 2023, arXiv 2305.17888): the quantized linears of "
+        "the blocks learn weights that are rounded to the grid for every product, and its scales; head and embeddings "
+        "that are quantized stay as they are. Rounding, also of inputs, is passed over by the gradient "
+        "(straight-through, Bengio et al., 2013, arXiv 1308.3432).":
+            "`all` 恢复得最多，并为全部权重保存优化器状态；`lora` 训练和保存的约为其百分之一。三者都可以放在量化之后，结果仍在同样的网格上：`norms and scales` "
+            "从不改动整数码，`w = (code - zero) * scale`，梯度传给缩放系数。`all` 和 `lora` 是量化感知训练（如 LLM-QAT，Liu 等，2023，arXiv "
+            "2305.17888）：各层中已量化的线性层学习浮点权重，每次相乘前舍入到网格上，并学习网格的缩放系数；已量化的输出头和嵌入保持不变。舍入（包括输入的舍入）被梯度直接穿过"
+            "（直通估计，Bengio 等，2013，arXiv 1308.3432）。",
         "The adapters are written here: `peft` would be one more package for these few lines. Needs training text.":
             "适配器在这里自行实现：为这几行代码引入 `peft` 不值得多一个软件包。需要训练文本。",
         # distill/sequence

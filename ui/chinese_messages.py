@@ -44,9 +44,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{method} cannot follow {earlier}, whose weights are a library's. Leave one out.":
             "{method} 不能排在 {earlier} 之后：后者的权重属于第三方库的格式。请去掉其中一个。",
         "{method} cannot follow {earlier}: it would change weights whose integer codes are already fixed. "
-        "Put quantization last; distill/repair of norms and scales may follow it.":
+        "Put quantization last; distill/repair may follow it.":
             "{method} 不能排在 {earlier} 之后：它会改变整数码已经确定的权重。"
-            "请把量化放在最后；其后可以接只调整归一化与缩放系数的 distill/repair。",
+            "请把量化放在最后；其后可以接 distill/repair。",
         # folders and files of models
         "There is no model folder {name}. Give `demo` or the path of a folder.":
             "没有模型文件夹 {name}。请填写 `demo` 或文件夹路径。",
@@ -594,6 +594,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{linear}: {said}": "{linear}：{said}",
         "training in {count} processes": "用 {count} 个进程训练",
         "mixtures of experts train in one process": "混合专家模型用一个进程训练",
+        "weights on a grid train in one process": "网格上的权重用一个进程训练",
         "the teacher answered for {tokens} tokens; {reused} of {count} files reused": "教师为 {tokens} 个词元给出了答案；{count} 个文件中复用 {reused} 个",
         "reused the teacher's answers of an earlier run ({count} files); it is not loaded": "复用了先前运行中教师的答案（{count} 个文件）；不加载教师",
         "the teacher {name} is larger than half of the free memory: one block at a time": "教师 {name} 大于可用内存的一半：逐层处理",

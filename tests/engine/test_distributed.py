@@ -19,6 +19,7 @@ from engine.errors import Cancelled, InputError
 from engine.experts import Experts
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.quantize._grid import GridParams, round_to_nearest
 from engine.records import EventKind, Recipe
 from tests.conftest import Recorder
 
@@ -185,3 +186,12 @@ def test_mixtures_train_in_one_process(
     tiny.network.add_module("experts", Experts([]))
     assert ranks.wanted(logits.Params(), tiny, context) == 1
     assert recorder.logs() == ["mixtures of experts train in one process"]
+
+
+def test_weights_on_a_grid_train_in_one_process(
+    tiny: LoadedModel, context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ranks.VARIABLE, "2")
+    tiny.quantized["a.linear"] = round_to_nearest(torch.ones(2, 64), GridParams(), "a.linear", torch.float32)
+    assert ranks.wanted(repair.Params(), tiny, context) == 1
+    assert recorder.logs() == ["weights on a grid train in one process"]

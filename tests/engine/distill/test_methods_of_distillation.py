@@ -1,4 +1,4 @@
-"""Features, on-policy, sequences, repair: each against its definition, and what must stay as it was."""
+"""Features, on-policy, sequences: each against its definition, and what must stay as it was."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,18 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
-from engine import artifacts, headers, methods, models
-from engine.distill import features, on_policy, repair, sequence
+from engine import headers, methods, models
+from engine.distill import features, on_policy, sequence
 from engine.distill._student import assistants, between, spread
-from engine.errors import BadRecipe, InputError
+from engine.errors import InputError
 from engine.losses import Objective
 from engine.methods import Context
-from engine.models import LoadedModel, blocks, load
-from engine.packing import QuantizedWeight
+from engine.models import LoadedModel, load
 from engine.preflight import DEMO, check
-from engine.quantize._grid import GridParams, round_to_nearest
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES
@@ -202,121 +199,6 @@ def test_the_teacher_writes_once(
     again = dataclasses.replace(context, folder=context.folder / "again")
     apply("distill/sequence", load(model.source), again, **settings)
     assert any("reused" in line for line in recorder.logs())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
-def test_adapters_merge_to_what_was_trained_and_keep_zeros(family: str, context: Context) -> None:
-    model = in_memory(FAMILIES[family], torch.float32)
-    prefix, modules = blocks(model.network)
-    path, linear = next(repair.linears(modules[0]))
-    repair.matrix(linear)[:, ::2] = 0
-    model.pruned = {f"{prefix}.0.{path}"}
-    embeddings = model.network.get_input_embeddings().weight.clone()
-    before = repair.matrix(linear).clone()
-    apply("distill/repair", model, context, scope="lora", rank=2, learning_rate=1e-2, steps=6)
-    after = repair.matrix(linear)
-    assert bool((after[:, ::2] == 0).all())
-    assert not after.equal(before)
-    other = repair.matrix(list(repair.linears(modules[1]))[-1][1])
-    original = repair.matrix(
-        list(repair.linears(blocks(in_memory(FAMILIES[family], torch.float32).network)[1][1]))[-1][1]
-    )
-    assert int(torch.linalg.matrix_rank((other - original).double(), atol=1e-6)) == 2
-    torch.testing.assert_close(model.network.get_input_embeddings().weight, embeddings, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_what_is_learned_beside_a_linear_has_the_gradients_of_the_whole_weight(masked: bool, transposed: bool) -> None:
-    dice = torch.Generator().manual_seed(0)
-    linear = Conv1D(12, 20) if transposed else torch.nn.Linear(20, 12)
-    linear.requires_grad_(False)
-    mask = torch.rand(12, 20, generator=dice) < 0.5 if masked else None
-    adapter = repair.Adapter(linear, 3, mask)
-    adapter.up.data.normal_(generator=dice)
-    check_gradients(adapter, torch.randn(2, 5, 20, generator=dice))
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_scales_have_the_gradients_of_the_whole_weight(symmetric: bool) -> None:
-    linear = torch.nn.Linear(64, 12, bias=False).requires_grad_(False)
-    grid = GridParams(bits=4, group_size=32, symmetric=symmetric)
-    learned = repair.Scales(linear, round_to_nearest(linear.weight, grid, "it", torch.float32))
-    check_gradients(learned, torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
-
-
-def check_gradients(learned: repair.InsteadOfWeight, x: torch.Tensor) -> None:
-    """Those of `product` are those of its definition."""
-    x.requires_grad_(True)
-    wanted = [x, *learned.parameters()]
-    with torch.enable_grad():
-        found, exact = learned.product(x), torch.nn.functional.linear(x, learned.weight())
-        torch.testing.assert_close(found, exact)
-        gradients = [torch.autograd.grad(each.square().sum(), wanted) for each in (found, exact)]
-        for ours, theirs in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "step", [{"quantize/rtn": {"bits": 4, "group_size": 32, "symmetric": False}}, {"quantize/smoothquant": {}}]
-)
-def test_norms_and_scales_keep_every_code_and_come_nearer(
-    step: dict[str, dict[str, object]], context: Context, tmp_path: Path
-) -> None:
-    model = load(DEMO / "model")
-    ((name, given),) = step.items()
-    given = given | ({"samples": 4, "sequence_length": 16} if "smooth" in name else {"bits": 3})
-    with torch.no_grad():
-        model = methods.get(name).apply(model, methods.get(name).check(given), context)  # type: ignore[arg-type]
-    codes = {name: weight.codes.clone() for name, weight in model.quantized.items()}
-    found = apply(
-        "distill/repair", model, context, scope="norms and scales", steps=20, batch=4, sequence_length=32,
-        learning_rate=1e-3,
-    )  # fmt: skip
-    said = [float(str(d["value"])) for k, d in context.emit.said if d.get("series") == "kl_heldout"]  # type: ignore[attr-defined]
-    assert said[-1] < said[0]
-    moved = 0
-    for name, weight in found.quantized.items():
-        assert isinstance(weight, QuantizedWeight)
-        torch.testing.assert_close(weight.codes, codes[name], rtol=0, atol=0)
-        torch.testing.assert_close(found.network.get_submodule(name).weight, weight.dequantize(), rtol=0, atol=0)
-        moved += 1
-    assert moved == 28
-    ids = torch.arange(3, 90)[None]
-    artifacts.write(found, Recipe.model_validate({}), tmp_path / "artifact")
-    again = load(tmp_path / "artifact")
-    with torch.inference_mode():
-        ours, theirs = found.network(ids).logits.float(), again.network(ids).logits.float()
-    assert float((ours - theirs).norm() / ours.norm()) < 0.02
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_norms_of_every_family_are_learned(family: str, context: Context) -> None:
-    model = in_memory(FAMILIES[family])
-    before = {name: each.clone() for name, each in model.network.named_parameters()}
-    apply("distill/repair", model, context, scope="norms and scales", learning_rate=0.1, label_weight=1.0)
-    after = dict(model.network.named_parameters())
-    assert {each.dtype for each in after.values()} == {torch.bfloat16}
-    assert {name for name in before if not after[name].equal(before[name])} <= {
-        n for n in before if before[n].dim() == 1
-    }
-    assert any("norm" in name or "ln_" in name for name in before if not after[name].equal(before[name]))
-
-
-def test_repair_of_norms_and_scales_may_follow_quantization_and_nothing_else_may() -> None:
-    def recipe(*steps: object) -> Recipe:
-        return Recipe.model_validate({"steps": list(steps)})
-
-    healed = {"distill/repair": {"scope": "norms and scales"}}
-    methods.check(recipe({"quantize/rtn": {}}, healed))
-    methods.check(recipe({"quantize/rtn": {}}, healed, {"quantize/kv_cache": {}}))
-    for steps in (
-        [{"quantize/rtn": {}}, {"distill/repair": {}}],
-        [{"quantize/rtn": {}}, healed, {"prune/magnitude": {}}],
-        [{"quantize/bitsandbytes": {}}, healed],
-    ):
-        with pytest.raises(BadRecipe):
-            methods.check(recipe(*steps))
 
 
 def test_a_chain_of_assistants_is_taught_one_by_the_other(context: Context, recorder: Recorder) -> None:
