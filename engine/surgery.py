@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from engine.anatomy import NEURONS, OFFSET_NORMS, Anatomy, Axis
 from engine.checkpoint import attention, part_names, part_of, shell
 from engine.errors import BadModel, BadParams
 from engine.experts import separate
-from engine.headers import OF_EACH_BLOCK
+from engine.headers import OF_EACH_BLOCK, Tensors
 from engine.models import LoadedModel, blocks, embeddings
 from engine.wide import widen
 
@@ -141,15 +142,28 @@ def widths(config: Mapping[str, JsonValue]) -> Anatomy:
     return anatomy.of_dict(config)
 
 
-def narrowed(config: Mapping[str, JsonValue], sizes: Mapping[Axis, int]) -> dict[str, JsonValue]:
-    """The config.json of a model that keeps so many units along these axes."""
+def narrowed(
+    config: Mapping[str, JsonValue], tensors: Tensors, sizes: Mapping[Axis, int]
+) -> tuple[dict[str, JsonValue], Tensors]:
+    """The config.json and the tensors' shapes of a model that keeps so many units along these axes."""
     body = widths(config)
     each = {axis: [range(size)] * body.blocks for axis, size in sizes.items()}
     made = anatomy.read(config)
     channels = range(sizes["channels"]) if "channels" in sizes else None
     _say(made.get_text_config(), body, Kept(each.get("neurons"), each.get("heads"), channels))
     changed: dict[str, JsonValue] = made.to_dict()
-    return changed
+    found: Tensors = {}
+    alike: dict[tuple[object, ...], tuple[int, ...]] = {}  # of tensors that differ in their block's number alone
+    for name, shape in tensors.items():
+        key = (shape, *(word for word in name.split(".") if not word.isdigit()))
+        if key not in alike:
+            entries = anatomy.units(body, name, shape) if name.endswith(".weight") and len(shape) <= 2 else []
+            alike[key] = tuple(
+                size if entry is None or entry[0] not in sizes else len(places(entry[1], range(sizes[entry[0]])))
+                for size, entry in itertools.zip_longest(shape, entries)
+            )
+        found[name] = alike[key]
+    return changed, found
 
 
 def places(units: Tensor, kept: Sequence[int]) -> Tensor:

@@ -12,28 +12,22 @@ damage wants repair by training after it (distillation with student `current`). 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, Literal, cast
 
-import torch
 from pydantic import Field, JsonValue
 
-from engine import anatomy, headers, scores, surgery
+from engine import anatomy, headers, importance, surgery
 from engine.anatomy import Anatomy, Axis
-from engine.calibration import token_rows
 from engine.errors import BadParams
+from engine.importance import By, largest
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
-from engine.prune._importance import MEASURES, Importance
 from engine.surgery import Kept, narrow
 
 TITLE = "Width pruning"
 CHANGES = ("disk", "memory", "latency")
 WHOLE = True
-VERSION = 1  # of what is kept; raise it when the measuring changes
 LABELS: dict[Axis, str] = {"neurons": "feed-forward neurons", "heads": "attention units", "channels": "channels"}
 
 
@@ -43,7 +37,7 @@ class Params(Calibrated):
     neurons: float = Field(0.25, ge=0.0, lt=1.0, description="Share of each block's feed-forward neurons to remove.")
     heads: float = Field(0.0, ge=0.0, lt=1.0, description="Share of attention heads to remove, whole key-value groups.")
     channels: float = Field(0.0, ge=0.0, lt=1.0, description="Share of the model's channels (hidden size) to remove.")
-    by: Literal["activation", "taylor"] = Field(
+    by: By = Field(
         "activation", description="Importance: norms of activations, or what the loss changes to first order."
     )
     multiple: int = Field(
@@ -99,22 +93,7 @@ class Params(Calibrated):
         self, config: dict[str, JsonValue], tensors: headers.Tensors
     ) -> tuple[dict[str, JsonValue], headers.Tensors]:
         """Narrower linears; which units stay, is not known yet, but how many."""
-        body = surgery.widths(config)
-        sizes = self.sizes(body)
-        found = {}
-        alike: dict[tuple[object, ...], tuple[int, ...]] = {}  # of tensors that differ in their block's number alone
-        for name, shape in tensors.items():
-            key = (shape, *(word for word in name.split(".") if not word.isdigit()))
-            if key not in alike:
-                entries = anatomy.units(body, name, shape) if name.endswith(".weight") and len(shape) <= 2 else []
-                alike[key] = tuple(
-                    size
-                    if entry is None or entry[0] not in sizes
-                    else len(surgery.places(entry[1], range(sizes[entry[0]])))
-                    for size, entry in itertools.zip_longest(shape, entries)
-                )
-            found[name] = alike[key]
-        return surgery.narrowed(config, sizes), found
+        return surgery.narrowed(config, tensors, self.sizes(surgery.widths(config)))
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
@@ -122,10 +101,10 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     model.load_all()
     body = anatomy.of(model.network.config)
     sizes = params.sizes(body)
-    importance = measure(model, params, context)
+    matters = importance.measure(model, params.by, params.samples, params.sequence_length, context)
     kept: dict[Axis, list[list[int]]] = {}
     for axis, size in sizes.items():
-        found = importance.of(axis)
+        found = matters.of(axis)
         kept[axis] = [largest(row, size) for row in found]
         staying = sum(row[unit] for row, units in zip(found, kept[axis], strict=True) for unit in units)
         share = staying / (sum(map(sum, found)) or 1.0)
@@ -133,24 +112,3 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         context.log(f"{LABELS[axis]}: {size} of {body.size(axis)} stay{of_each}, with {share:.1%} of the importance")
     channels = kept["channels"][0] if "channels" in kept else None
     return narrow(model, Kept(kept.get("neurons"), kept.get("heads"), channels))
-
-
-def measure(model: LoadedModel, params: Params, context: Context) -> Importance:
-    """The importance of everything; other shares find it kept."""
-    about: dict[str, JsonValue] = {
-        "version": VERSION, "samples": params.samples, "sequence_length": params.sequence_length,
-    }  # fmt: skip
-
-    def look(_: scores.Pieces) -> JsonValue:
-        rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
-        context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
-        return asdict(MEASURES[params.by](model, rows.to(model.device), context))
-
-    found = scores.measured(model, context, f"width by {params.by}", about, look)
-    return Importance(**cast(dict[str, Any], found))
-
-
-def largest(values: list[float], count: int) -> list[int]:
-    """The places of the `count` largest values, in order; of equal ones the first."""
-    order = torch.argsort(torch.tensor(values, dtype=torch.float64), descending=True, stable=True)
-    return sorted(order[:count].tolist())

@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from engine import anatomy, preflight
+from engine import anatomy, importance, preflight
 from engine.calibration import token_rows
 from engine.errors import BadModel, BadParams
+from engine.importance import by_activation, by_taylor
 from engine.methods import Context
 from engine.models import LoadedModel, blocks
-from engine.prune import _importance, width
-from engine.prune._importance import by_activation, by_taylor
+from engine.prune import width
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.engine.test_surgery import KNOWN, lively
@@ -85,7 +85,7 @@ def test_taylor_scores_of_batches_are_the_root_of_their_mean_square(
     model = lively(tiny_config())
     rows = rows_of(model, context)
     each = [torch.tensor(by_taylor(model, row[None], context).heads) for row in rows]
-    monkeypatch.setattr(_importance.influence, "batches", lambda rows: torch.split(rows, 1))
+    monkeypatch.setattr(importance.influence, "batches", lambda rows: torch.split(rows, 1))
     found = torch.tensor(by_taylor(model, rows, context).heads)
     torch.testing.assert_close(found, torch.stack(each).square().mean(0).sqrt(), rtol=1e-4, atol=1e-7)
 
@@ -169,7 +169,7 @@ def test_another_share_needs_no_new_calibration(
     context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     width.apply(in_memory(tiny_config()), params(), context)
-    monkeypatch.setattr(width, "MEASURES", {})  # a second measurement would find none
+    monkeypatch.setattr(importance, "MEASURES", {})  # a second measurement would find none
     smaller = width.apply(in_memory(tiny_config()), params(neurons=0.5, channels=0.5), context)
     assert any("measured before, now reused" in line for line in recorder.logs())
     assert (smaller.network.config.intermediate_size, smaller.network.config.hidden_size) == (64, 32)

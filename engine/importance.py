@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine import anatomy, influence
+from engine import anatomy, influence, scores, training
 from engine.anatomy import Anatomy, Axis
+from engine.calibration import token_rows
 from engine.methods import Context
 from engine.models import LoadedModel, blocks
-from engine.training import cast
+
+By = Literal["activation", "taylor"]
+VERSION = 1  # of what is kept; raise it when the measuring changes
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def _products(network: nn.Module, body: Anatomy, prefix: str) -> Sums:
 def _in_float32(network: nn.Module) -> Iterator[None]:
     """Parameters in float32 with gradients meanwhile; back in their dtype afterwards, which loses nothing."""
     dtype = next(network.parameters()).dtype
-    cast(network.parameters(), torch.float32)
+    training.cast(network.parameters(), torch.float32)
     network.requires_grad_(True)
     # Torch gives the padding token no gradient; here it may be the one that ends documents.
     padded = {module: module.padding_idx for module in network.modules() if isinstance(module, nn.Embedding)}
@@ -168,12 +173,31 @@ def _in_float32(network: nn.Module) -> Iterator[None]:
     finally:
         network.zero_grad(set_to_none=True)
         network.requires_grad_(False)
-        cast(network.parameters(), dtype)
+        training.cast(network.parameters(), dtype)
         for module, padding in padded.items():
             module.padding_idx = padding
 
 
-MEASURES: dict[str, Callable[[LoadedModel, Tensor, Context], Importance]] = {
+MEASURES: dict[By, Callable[[LoadedModel, Tensor, Context], Importance]] = {
     "activation": by_activation,
     "taylor": by_taylor,
 }
+
+
+def measure(model: LoadedModel, by: By, samples: int, length: int, context: Context) -> Importance:
+    """The importance of everything by so many calibration sequences of `length` tokens; later steps find it kept."""
+    about: dict[str, JsonValue] = {"version": VERSION, "samples": samples, "sequence_length": length}
+
+    def look(_: scores.Pieces) -> JsonValue:
+        rows = token_rows(model.tokenizer, context.calibration, length, samples)
+        context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
+        return asdict(MEASURES[by](model, rows.to(model.device), context))
+
+    found = scores.measured(model, context, f"width by {by}", about, look)
+    return Importance(**cast(dict[str, Any], found))
+
+
+def largest(values: list[float], count: int) -> list[int]:
+    """The places of the `count` largest values, in order; of equal ones the first."""
+    order = torch.argsort(torch.tensor(values, dtype=torch.float64), descending=True, stable=True)
+    return sorted(order[:count].tolist())
