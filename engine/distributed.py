@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -60,6 +60,16 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process do this before the others, which then find what it kept."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
 def share(rows: Tensor) -> tuple[Tensor, float]:
     """This process's rows of a batch, and what its mean over them weighs in the mean over the processes.
 
@@ -77,6 +87,13 @@ def mean(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return total.item() / count()
+
+
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Make tensors that no process has in shards the mean over the processes, the same in all to the last bit."""
+    for each in tensors if count() > 1 else ():
+        torch.distributed.all_reduce(each)
+        each.div_(count())
 
 
 def gathered(tensor: Tensor) -> Tensor:

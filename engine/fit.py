@@ -302,9 +302,12 @@ def _widest(shape: Shape) -> int:
 def _training(held: Holding, method: Method, params: Params, first: Holding, machine: Machine) -> list[Need]:
     """A student in float32 with its gradients and two moments; before, where it is asked once, its teacher.
 
-    Of assistants and student, which are trained one after the other, the largest counts.
+    Of assistants and student, which are trained one after the other, the largest counts. While assistants are cut from
+    the original and trained, what earlier steps made of it waits in memory.
     """
-    student = max(held.trained(params), key=lambda each: each.parameters)
+    chain = held.trained(params, first.shape)
+    student = max(chain, key=lambda each: each.parameters)
+    waiting = held.dense if len(chain) > 1 and held is not first else 0
     vocabulary, parameters = sizes.vocabulary_size(student.shape), student.parameters
     scope = str(getattr(params, "scope", "all"))
     trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
@@ -316,11 +319,14 @@ def _training(held: Holding, method: Method, params: Params, first: Holding, mac
     teaches = hasattr(params, "teachers")
     live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
     found = []
+    if len(chain) > 1 and getattr(params, "student", "") in ("current", "folder"):
+        cutting = {"weights": waiting + student.width * parameters, "original": first.dense}
+        found.append(Need("compress", _parts(**cutting, runtime=RUNTIME + COMPUTING), method.title))
     if teaches and not live:
         asked = _logits(min(2048, batch * length), vocabulary, machine)
         found.append(
             Need("compress", _parts(
-                weights=student.width * parameters, teacher=teachers,
+                weights=waiting + student.width * parameters, teacher=teachers,
                 activations=4 * PAIR * asked, runtime=RUNTIME + COMPUTING,
             ), method.title)
         )  # fmt: skip
@@ -330,7 +336,7 @@ def _training(held: Holding, method: Method, params: Params, first: Holding, mac
     made = MADE_OF_CODES if codes and scope != "norms and scales" else MADE
     remembered = _learning(student, together, length, trained, wide=machine.wide, again=again)
     training = _parts(
-        weights=frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
+        weights=waiting + frozen + 4 * trained, gradients=4 * trained, optimizer=8 * trained,
         activations=remembered + 12 * _logits(together * length, vocabulary, machine),
         codes=codes, solver=_largest(student.shape) * (0 if scope == "all" and not codes else made),
         teacher=teachers if live else 0, runtime=RUNTIME + LEARNING,

@@ -184,9 +184,12 @@ class Params(BaseModel):
         return config, tensors
 
     def trained(
-        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]]
+        self, config: dict[str, JsonValue], tensors: dict[str, tuple[int, ...]], original: Shape
     ) -> Sequence[tuple[dict[str, JsonValue], dict[str, tuple[int, ...]]]]:
-        """As `reshaped`, of every model that is trained, each the teacher of the next; the last is what comes out."""
+        """As `reshaped`, of every model that is trained, each the teacher of the next; the last is what comes out.
+
+        original: the recipe's model, before any step.
+        """
         return [self.reshaped(config, tensors)]
 
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:

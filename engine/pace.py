@@ -38,7 +38,7 @@ def seconds(
     """Seconds of each part of a run that takes `first` to `last`."""
     work, held = 0.0, first
     for method, params in steps:
-        work += rates.steps.get(method.name, 1.0) * step_seconds(held, params, rates)
+        work += rates.steps.get(method.name, 1.0) * step_seconds(held, params, rates, first)
         held = held.after(params)
     text = min(1.0, 5e7 / max(1, first.shape.parameters))  # of large models, and of what is made of them, less is read
     reads = 2e5 * last.shape.parameters * text * bool(set(measures) - {"size"})
@@ -53,9 +53,12 @@ def seconds(
     return {name: found[name] for name in TIMES if found[name] > 0}
 
 
-def step_seconds(held: Holding, params: Params, rates: Rates) -> float:
-    """A step's own seconds: reading, changing and writing each weight, the calibration's tokens, the training's."""
-    parameters = held.shape.parameters
+def step_seconds(held: Holding, params: Params, rates: Rates, first: Holding | None = None) -> float:
+    """A step's own seconds: reading, changing and writing each weight, the calibration's tokens, the training's.
+
+    first: the model before any step, where others came before this one: it is who teaches.
+    """
+    parameters, original = held.shape.parameters, (first or held).shape
     work = 0.0
     if isinstance(params, Calibrated):
         work += 6.0 * params.samples * params.sequence_length * parameters
@@ -65,8 +68,8 @@ def step_seconds(held: Holding, params: Params, rates: Rates) -> float:
         work += survey.operations
     if steps := integer(getattr(params, "steps", 0)):
         tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
-        teacher = parameters
-        for each in held.trained(params):  # each learns from the one before
+        teacher = original.parameters
+        for each in held.trained(params, original):  # each learns from the one before
             own = 8.0 if getattr(params, "gradient_checkpointing", False) else 6.0
             work += steps * tokens * (own * each.parameters + 2.0 * teacher)
             teacher = each.parameters

@@ -187,9 +187,9 @@ class Holding:
             grid=params.cache_grid() or self.grid,
         )  # fmt: skip
 
-    def trained(self, params: Params) -> list[Holding]:
-        """The models that a step with these settings trains, each the teacher of the next."""
-        found = params.trained(self.shape.config, self.shape.tensors)
+    def trained(self, params: Params, original: Shape) -> list[Holding]:
+        """The models that a step with these settings trains, each the teacher of the next; `original` before any."""
+        found = params.trained(self.shape.config, self.shape.tensors, original)
         return [replace(self, shape=replace(self.shape, config=config, tensors=tensors)) for config, tensors in found]
 
     def _parted(self, params: Params) -> Shape:

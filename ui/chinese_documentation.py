@@ -410,10 +410,12 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "教师是配方的原始模型；指定更多 `teachers` 时，取它们概率的平均。教师只问一次：它的 `top_k` 个答案和其余概率之和写入磁盘，学生训练时它不在内存中；使用"
             "同一文本的运行会在那里找到它们。设为 `live` 时它留在内存中，全部概率都计入。",
         "Where the student is far smaller, `assistants` (Mirzadeh et al., 2019, arXiv 1902.03393) of sizes in "
-        "between are trained first, each by the one before it, and the last one teaches the student. Needs training "
+        "between are trained first, each by the one before it, and the last one teaches the student. Beside a student "
+        "that is there already, pruned by earlier steps or a checkpoint, they are cut from the original: some of its "
+        "blocks, evenly spread, and the neurons, heads and channels that matter most by activation. Needs training "
         "text.":
-            "学生小得多时，先训练若干中间尺寸的 `assistants`（Mirzadeh 等，2019，arXiv 1902.03393），每个由前一个教，最后一个来教学生。需要训"
-            "练文本。",
+            "学生小得多时，先训练若干中间尺寸的 `assistants`（Mirzadeh 等，2019，arXiv 1902.03393），每个由前一个教，最后一个来教学生。学生已经"
+            "存在时（由前面步骤剪枝而来，或是检查点），助教从原始模型裁出：均匀分布的若干层，以及按激活值最重要的神经元、注意力头和通道。需要训练文本。",
         "With several GPUs a process on each takes its share of every batch and holds its shard of the student "
         "(FSDP).":
             "有多块 GPU 时，每块上的一个进程处理每个批次的一份，并保存学生的一个分片（FSDP）。",

@@ -203,8 +203,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "prompt_tokens {count} leave no token of {length} to write": "prompt_tokens 为 {count} 时 {length} 个词元中没有留下可写的",
         "greedy lets blocks go one at a time, wherever they are. Use perplexity with contiguous":
             "greedy 每次去掉任意一层。若要求相邻，请用 perplexity",
-        "assistants need a student of `blocks` or `size`, between which and the model sizes lie":
-            "使用助教需要学生为 `blocks` 或 `size`，助教的尺寸介于学生与模型之间",
         "{name} cannot be taken apart for its features. Use distill/logits.": "无法拆出 {name} 的特征。请使用 distill/logits。",
         "all {count} blocks would be removed. Keep one at least: count {most} or less.": "全部 {count} 层都会被移除。请至少保留一层：count 设为 {most} 或更小。",
         "a share of {share} of {count} blocks is none. Set count, or a larger share.": "{count} 层的 {share} 不足一层。请设置 count，或用更大的比例。",
@@ -613,6 +611,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "警告：学生就是教师本身；除标签外没有可学的",
         "warning: the student is larger than the model": "警告：学生比模型还大",
         "this assistant is finished": "该助教已完成",
+        "{count} parameters": "{count} 个参数",
         "the teacher's {count} sequences: written now": "教师的 {count} 条序列：刚刚写成",
         "the teacher's {count} sequences: reused, it is not loaded": "教师的 {count} 条序列：复用，不加载教师",
         "{said}: {count} pieces were measured before, the others follow": "{said}：先前已测量 {count} 项，继续其余部分",
@@ -684,6 +683,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
             "学生包含教师的每一层：大小相同，并以教师本身为起点。",
         "The student is as large as the teacher, or larger: nothing gets smaller.": "学生与教师一样大或更大：不会变小。",
         "The student is the teacher itself.": "学生就是教师本身。",
+        "Of {asked} assistants {count} are taught: no more sizes lie between.": "要求的 {asked} 个助教中只教 {count} 个：其间没有更多尺寸。",
         "Elsewhere it computes something else than is measured here: compressed-tensors rounds the inputs of OPT's MLP "
         "number by number, not by token.":
             "在其他程序中，其计算结果与此处测量的不同：compressed-tensors 对 OPT 的 MLP 输入逐个数取整，而不是按词元。",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,27 +67,6 @@ def every_kth(model: LoadedModel, keep_every: int) -> LoadedModel:
 def spread(count: int, wanted: int) -> list[int]:
     """`wanted` of `count` blocks, evenly, the last among them: also which teacher block a student block stands for."""
     return [-(-(place + 1) * count // wanted) - 1 for place in range(wanted)]
-
-
-def between(large: int, small: int, steps: int) -> list[int]:
-    """`steps` whole numbers from large to small in equal ratios, without the two ends."""
-    return [round(large * (small / large) ** (place / (steps + 1))) for place in range(1, steps + 1)]
-
-
-def assistants(width: int, depth: int, head: int, params: StudentParams, count: int) -> Sequence[tuple[int, int]]:
-    """Width and blocks of each teacher assistant, the largest first; only sizes that lie between model and student.
-
-    Mirzadeh et al., 2019, arXiv 1902.03393. Sizes fall in equal ratios from the teacher's, of `width` with `depth`
-    blocks and `head` numbers of a head, to the student's.
-    """
-    if params.student == "blocks":
-        goal = depth // params.keep_every
-        found = [(width, each) for each in between(depth, goal, count)]
-        return [each for each in dict.fromkeys(found) if goal < each[1] < depth]
-    widths = [max(1, round(each / head)) * head for each in between(width, params.hidden_size, count)]
-    found = list(zip(widths, between(depth, params.num_blocks, count), strict=True))
-    ends = ((width, depth), (params.hidden_size, params.num_blocks))
-    return [each for each in dict.fromkeys(found) if each not in ends]
 
 
 def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) -> LoadedModel:

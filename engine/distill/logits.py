@@ -15,7 +15,9 @@ asked once: its `top_k` answers and the mass of the rest go to disk, and it is n
 runs on the same text find them there. With `live` it stays in memory and all its probabilities count.
 
 Where the student is far smaller, `assistants` (Mirzadeh et al., 2019, arXiv 1902.03393) of sizes in between are
-trained first, each by the one before it, and the last one teaches the student. Needs training text.
+trained first, each by the one before it, and the last one teaches the student. Beside a student that is there already,
+pruned by earlier steps or a checkpoint, they are cut from the original: some of its blocks, evenly spread, and the
+neurons, heads and channels that matter most by activation. Needs training text.
 
 With several GPUs a process on each takes its share of every batch and holds its shard of the student (FSDP).
 """
@@ -23,21 +25,22 @@ With several GPUs a process on each takes its share of every batch and holds its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue
 
-from engine import artifacts, distributed, headers
+from engine import artifacts, distributed, hardware, headers
+from engine.checkpoint import read_config
+from engine.distill._assistants import Size, make, shaped, sizes
 from engine.distill._settings import CacheParams, StudentParams
-from engine.distill._student import assistants, choose, of_size, spread
+from engine.distill._student import choose
 from engine.distill._teachers import beneath, teachers_of
 from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
-from engine.models import LoadedModel
+from engine.models import LoadedModel, is_large
 from engine.preflight import calibration_file
 from engine.records import Recipe
-from engine.sizes import attention_sizes, hidden_size
-from engine.surgery import keep_blocks
 from engine.teachers import shared_vocabulary
 
 TITLE = "Logit distillation"
@@ -60,56 +63,47 @@ class Params(TrainingParams, CacheParams, StudentParams):
         return self.batch
 
     def trained(
-        self, config: dict[str, JsonValue], tensors: headers.Tensors
+        self, config: dict[str, JsonValue], tensors: headers.Tensors, original: headers.Shape
     ) -> Sequence[tuple[dict[str, JsonValue], headers.Tensors]]:
         """The assistants, then the student."""
-        found = []
-        if self.assistants:
-            width, (depth, _, head) = hidden_size(config), attention_sizes(config)
-            for wide, deep in assistants(width, depth, head, self, self.assistants):
-                if self.student == "blocks":
-                    found.append(headers.fewer_blocks(config, tensors, deep))
-                else:
-                    between = self.model_copy(update={"hidden_size": wide, "num_blocks": deep})
-                    found.append(between.reshaped(config, tensors))
+        between = sizes(config, original.config, self, self.assistants)
+        found = [shaped(size, config, tensors, original, self) for size in between]
         return [*found, self.reshaped(config, tensors)]
 
-    @model_validator(mode="after")
-    def _sizes(self) -> Params:
-        if self.assistants and self.student not in ("blocks", "size"):
-            raise ValueError("assistants need a student of `blocks` or `size`, between which and the model sizes lie")
-        return self
+    def notes(self, shape: headers.Shape, device: str) -> Sequence[str]:
+        """Say where there are fewer sizes than assistants; of what earlier steps leave it is known after them."""
+        found = list(super().notes(shape, device))
+        if self.student != "current":
+            count = len(sizes(shape.config, shape.config, self, self.assistants))
+            if count < self.assistants:
+                found.append(f"Of {self.assistants} assistants {count} are taught: no more sizes lie between.")
+        return found
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train the assistants, where any are wanted, and the student."""
     folders = params.folders(model.source)
     if params.assistants:
-        text = model.network.config.get_text_config()
-        width, head = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        sizes = assistants(width, text.num_hidden_layers, head, params, params.assistants)
-        if len(sizes) < params.assistants:
-            context.log(f"warning: only {len(sizes)} sizes lie between the model and the student")
-        for number, (width, depth) in enumerate(sizes, 1):
-            context.log(f"assistant {number} of {len(sizes)}: {depth} blocks of {width}")
-            phase = beneath(context, f"assistant-{number}")
-            folders = [_assistant(model, width, depth, folders, params, phase)]
+        config = model.network.config.get_text_config().to_dict()
+        between = sizes(config, read_config(model.source).to_dict(), params, params.assistants)
+        if len(between) < params.assistants:
+            context.log(f"warning: only {len(between)} sizes lie between the model and the student")
+        for number, size in enumerate(between, 1):
+            context.log(f"assistant {number} of {len(between)}: {size.blocks} blocks of {size.width}")
+            folders = [_assistant(model, size, folders, params, beneath(context, f"assistant-{number}"))]
     return _taught(model, params, folders, context)
 
 
-def _assistant(
-    model: LoadedModel, width: int, depth: int, folders: list[Path], params: Params, context: Context
-) -> Path:
+def _assistant(model: LoadedModel, size: Size, folders: list[Path], params: Params, context: Context) -> Path:
     """The folder of a trained assistant; a finished one is found again."""
     folder = context.folder / "model"
     if folder.exists():
         context.log("this assistant is finished")
         return folder
-    text = model.network.config.get_text_config()
-    if width == text.hidden_size and params.student == "blocks":
-        assistant = keep_blocks(model, spread(text.num_hidden_layers, depth))
-    else:
-        assistant = of_size(model, width, depth, context.seed)
+    text = replace(context, calibration=calibration_file(params.text))
+    assistant = make(model, size, params, params.sequence_length, text)
+    hardware.give_back_memory(collect=is_large(assistant.network))  # of what it was cut from
+    context.log(f"{assistant.network.num_parameters():,} parameters")
     _learn(assistant, model, params, folders, context)
     if distributed.rank() == 0:
         artifacts.write(assistant, Recipe.model_validate({}), folder)

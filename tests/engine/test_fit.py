@@ -258,6 +258,26 @@ def test_of_assistants_the_largest_is_held_and_all_take_time() -> None:
     assert found.parts["optimizer"] == 8 * (beside + 12 * 128**2 * 4)
 
 
+def test_assistants_of_a_pruned_student_are_cut_from_the_original_and_it_waits() -> None:
+    shape, prune = llama(8, 256, 512), [{"prune/depth": {"share": 0.75}}, {"prune/width": {"neurons": 0.75}}]
+    body = {"student": "current", "steps": 5, "batch": 2}
+    alone, helped = (estimate(shape, *prune, {"distill/logits": {**body, "assistants": n}}) for n in (0, 1))
+    # Between 8 blocks of 512 neurons and 2 of 128: 4 of 256.
+    attention, norms = 256 * (256 + 256 + 2 * 128), 2 * 256
+
+    def size(blocks: int, neurons: int) -> int:
+        return 1000 * 256 + 256 + blocks * (attention + norms + 3 * 256 * neurons)
+
+    learning = [max(found.needs, key=lambda need: need.parts.get("optimizer", 0)) for found in (alone, helped)]
+    assert [need.parts["optimizer"] for need in learning] == [8 * size(2, 128), 8 * size(4, 256)]
+    assert learning[1].parts["weights"] == 4 * size(4, 256) + 2 * size(2, 128)
+    assert learning[0].parts["weights"] == 4 * size(2, 128)
+    cutting = [need.parts for need in helped.needs if "original" in need.parts and need.situation == "compress"]
+    assert [parts["original"] for parts in cutting] == [2 * shape.parameters]
+    more = 6 * size(4, 256) + 2 * size(4, 256)  # trained by the original, as the student is alone; asked by the student
+    assert helped.working - alone.working == pytest.approx(5 * 2 * 128 * more / Rates().arithmetic)
+
+
 def test_taylor_holds_all_weights_in_float32_with_gradients_and_what_leads_back() -> None:
     shape = llama(8, 256, 512)
     found = step(estimate(shape, {"prune/width": {"by": "taylor", "samples": 4, "sequence_length": 64}}))

@@ -1,5 +1,6 @@
 """Features, on-policy, sequences: each against its definition, and what must stay as it was."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +9,16 @@ import pytest
 import torch
 
 from engine import headers, methods, models
-from engine.distill import features, on_policy, sequence
-from engine.distill._student import assistants, between, spread
+from engine.distill import features, logits, on_policy, sequence
+from engine.distill._assistants import Size, between, cut_sizes, new_sizes
+from engine.distill._student import spread
 from engine.errors import InputError
 from engine.losses import Objective
 from engine.methods import Context
 from engine.models import LoadedModel, load
 from engine.preflight import DEMO, check
 from engine.records import Recipe
+from engine.surgery import Kept, keep_blocks, narrow
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES
 
@@ -204,7 +207,7 @@ def test_the_teacher_writes_once(
 def test_a_chain_of_assistants_is_taught_one_by_the_other(context: Context, recorder: Recorder) -> None:
     params = methods.get("distill/logits").params
     made = params.model_validate({"student": "size", "hidden_size": 16, "num_blocks": 1})
-    assert list(assistants(64, 3, 16, made, 1)) == [(32, 2)]  # type: ignore[arg-type]
+    assert new_sizes(64, 3, 16, made, 1) == [Size(2, 32)]  # type: ignore[arg-type]
     settings = {"student": "blocks", "keep_every": 3, "assistants": 1}
     first = apply("distill/logits", in_memory(tiny_config()), context, **settings)
     assert "assistant 1 of 1: 2 blocks of 64" in recorder.logs()
@@ -214,6 +217,72 @@ def test_a_chain_of_assistants_is_taught_one_by_the_other(context: Context, reco
     assert "this assistant is finished" in recorder.logs()
     for name, value in first.network.state_dict().items():
         torch.testing.assert_close(second.network.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_sizes_between_the_original_and_a_student_that_is_there() -> None:
+    def config(family: str = "llama", **changes: object) -> dict[str, object]:
+        return {**FAMILIES[family].to_dict(), **changes}
+
+    whole = config(num_hidden_layers=8, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=4)
+    student = {**whole, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2}
+    student |= {"num_key_value_heads": 1, "head_dim": 8}
+    whole |= {"head_dim": 8}
+    assert cut_sizes(whole, student, 1) == [Size(4, 64, {"neurons": 512, "heads": 2})]  # type: ignore[arg-type]
+    odd = {**whole, "intermediate_size": 2000}
+    assert cut_sizes(whole, odd, 1) == [Size(8, 64, {"neurons": 2016})]  # type: ignore[arg-type]  # both are 16 times
+    deeper = {**student, "num_hidden_layers": 12, "hidden_size": 128}
+    assert [each.blocks for each in cut_sizes(whole, deeper, 2)] == [8, 8]  # type: ignore[arg-type]
+    for nothing in (whole, deeper | {"intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4}):
+        assert cut_sizes(whole, nothing, 3) == []  # type: ignore[arg-type]
+    gpt2 = config("gpt2", n_embd=64, n_head=8)
+    found = cut_sizes(gpt2, gpt2 | {"n_embd": 16, "n_head": 2}, 1)  # type: ignore[arg-type]
+    assert [(each.width, dict(each.units)) for each in found] == [(32, {"neurons": 128, "heads": 4, "channels": 32})]
+    bloom = config("bloom", n_layer=4)  # whose widths are not known
+    assert cut_sizes(bloom, bloom | {"n_layer": 1, "hidden_size": 8}, 1) == [Size(2, 64)]  # type: ignore[arg-type]
+
+
+def pruned(folder: Path) -> LoadedModel:
+    """One of four blocks, with a quarter of its neurons."""
+    return narrow(keep_blocks(load(folder), [2]), Kept(neurons=[range(32)]))
+
+
+def test_a_pruned_student_has_assistants_cut_from_its_original(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(num_hidden_layers=4)
+    original, made = load(folder), []
+    make = logits.make
+
+    def kept(*asked: object) -> LoadedModel:
+        made.append(make(*asked))  # type: ignore[arg-type]
+        return copy.deepcopy(made[-1])
+
+    monkeypatch.setattr(logits, "make", kept)
+    learned = []
+    for number in range(2):
+        given = {"student": "current", "assistants": 1, "steps": 1}
+        learned.append(apply("distill/logits", pruned(folder), context, **given))
+        assert ("this assistant is finished" in recorder.logs()) == bool(number)
+    assert "assistant 1 of 1: 2 blocks of 64" in recorder.logs()
+    (assistant,) = made
+    theirs = blocks(original.network)[1]
+    for block, number in zip(blocks(assistant.network)[1], (1, 3), strict=True):
+        rows = {tuple(row.tolist()) for row in theirs[number].mlp.up_proj.weight}
+        assert block.mlp.up_proj.weight.shape == (64, 64)
+        assert {tuple(row.tolist()) for row in block.mlp.up_proj.weight} < rows
+    assert learned[0].network.config.intermediate_size == 32
+    for name, value in learned[0].network.state_dict().items():
+        torch.testing.assert_close(learned[1].network.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_checkpoint_has_assistants_of_the_originals_kind(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder
+) -> None:
+    own = tiny_folder(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
+    model = load(tiny_folder(num_hidden_layers=4, intermediate_size=128))
+    apply("distill/logits", model, context, student="folder", folder=str(own), assistants=1, steps=1)
+    assert "assistant 1 of 1: 2 blocks of 32" in recorder.logs()
+    assert load(context.folder / "assistant-1" / "model").network.config.num_key_value_heads == 1
 
 
 def test_a_checkpoint_can_be_the_student_and_vocabularies_may_differ_by_padding(
@@ -237,7 +306,6 @@ def test_a_checkpoint_can_be_the_student_and_vocabularies_may_differ_by_padding(
         ({"steps": 0}, "steps"),
         ({"keep_every": 9}, "keep_every 9 leaves no block of 4"),
         ({"student": "size", "hidden_size": 100}, "not a multiple of the head size 64"),
-        ({"student": "current", "assistants": 1}, "assistants need a student"),
         ({"student": "folder"}, "The model is empty"),
         ({"teachers": "/nowhere/at/all"}, "There is no model folder"),
         ({"teachers": "'/nowhere at/all"}, "a quote is not closed"),
