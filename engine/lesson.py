@@ -163,7 +163,7 @@ class Lesson:
     def teach(
         self, params: TrainingParams, context: Context, loss_of: Callable[[Tensor], Tensor] | None = None,
         beside: Mapping[str, nn.Parameter] | None = None, begin: Callable[[int], None] | None = None,
-        trainable: list[str] | None = None, prune: Prune | None = None,
+        trainable: list[str] | None = None, prune: Prune | None = None, weigh: Callable[[Tensor], float] | None = None,
     ) -> None:  # fmt: skip
         """Train the student; the arguments are those of `engine.training`.
 
@@ -176,7 +176,7 @@ class Lesson:
             )
         numbers = torch.arange(len(self.text.rows))[:, None]
         extras = Extras(
-            tokens=params.sequence_length, beside=beside or {}, begin=begin, trainable=trainable,
+            tokens=params.sequence_length, beside=beside or {}, begin=begin, trainable=trainable, weigh=weigh,
             held_out=self.held_out if self.judge is not None else None, closer=self.objective.closer,
         )  # fmt: skip
         schedule = params.schedule(self.student.network.num_parameters())

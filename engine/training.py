@@ -10,8 +10,9 @@ is judged like it at each look. Where a teacher is what is learned from, a KL th
 divergence, too: a student that has collapsed to one answer for everything is still within what a beginner's may be.
 
 The loop is the same in each of several processes that `engine.distributed` joined: each takes its share of the batch's
-rows, loss and gradient are those of the batch, the first process says and writes everything. A checkpoint holds whole
-tensors, whoever wrote it, so any number of processes can go on from it.
+rows, loss and gradient are those of the batch, the first process says and writes everything. What is trained beside
+the network is whole in each, and stays the same. A checkpoint holds whole tensors, whoever wrote it, so any number of
+processes can go on from it.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class Extras:
 
     tokens: that each row stands for, where a row is no sequence of token ids. trainable: names of the parameters that
         are trained, the others staying as they are in dtype and value. beside: parameters that are trained with the
-        network's and are none of it. begin: is told each step's number, from 0, before its loss is asked for.
+        network's and are none of it; of several processes each has them whole. begin: is told each step's number, from
+        0, before its loss is asked for. weigh: what the loss of some rows, their mean, weighs in that of the batch,
+        asked before it with the same rows; without it, as much as they are.
         held_out: the KL on rows that are never trained on; `closer`: it is what the training is to lower.
     """
 
@@ -94,6 +97,7 @@ class Extras:
     trainable: Collection[str] | None = None
     beside: Mapping[str, nn.Parameter] = field(default_factory=dict)
     begin: Callable[[int], None] | None = None
+    weigh: Callable[[Tensor], float] | None = None
     held_out: Callable[[], float] | None = None
     closer: bool = False
 
@@ -123,7 +127,7 @@ def train(
     narrow = trained.values() if multiplies_bfloat16(student.device.type) else list(network.parameters())
     shards = None
     if distributed.count() > 1:
-        assert (prune, extras.trainable, len(extras.beside)) == (None, None, 0), "not in several processes"
+        assert (prune, extras.trainable) == (None, None), "not in several processes"
         shards = Shards(network)
         trained = dict(shards.parameters)
     else:
@@ -181,7 +185,11 @@ class Training:
         self.parameters, self._student, self._schedule = parameters, student, schedule
         self._context, self._extras = context, extras
         self._saved = context.folder / "training.safetensors"
-        self._optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=DECAY, fused=True)
+        whole = list(extras.beside.values()) if shards is not None else []  # which no optimizer steps beside shards
+        own = {id(each) for each in whole}
+        self._groups = [[each for each in parameters.values() if id(each) not in own], whole]
+        groups = [{"params": group} for group in self._groups if group]
+        self._optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=DECAY, fused=True)
         self._highest, self._furthest, self._kept = math.inf, math.inf, 0
         self._closest, self._worse = math.inf, False
         self._zeros: list[tuple[Tensor, Tensor]] = []
@@ -198,7 +206,7 @@ class Training:
 
     def step(self, step: int, batch: Tensor, loss_of: Loss, prune: Prune | None) -> float:
         """One step of the optimizer; the loss before it."""
-        schedule, parameters = self._schedule, self.parameters
+        schedule = self._schedule
         for group in self._optimizer.param_groups:
             group["lr"] = schedule.at(step)
         # Before the loss: gradients must be the last thing that is computed with shards before they change.
@@ -211,7 +219,7 @@ class Training:
             value = self._loss(step, batch, loss_of)
         if step > self._kept and step % schedule.checkpoint_every == 0 and not self._worse:
             self.keep(step)
-        norm = gathered(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP))
+        norm = self._clip()
         if not math.isfinite(norm):
             raise self.diverged(step, "a gradient is not finite")
         self._optimizer.step()
@@ -275,21 +283,46 @@ class Training:
 
     def _loss(self, step: int, batch: Tensor, loss_of: Loss) -> float:
         """The loss of a batch, judged; this process adds the gradients of its share, one part after the other."""
-        rows, weight = distributed.share(batch)
-        most = -(-len(batch) // distributed.count())  # of any process: all must compute as many parts
-        size = min(self._schedule.micro_batch or most, most)
         value = 0.0
-        for start in range(0, most, size):
-            part = rows[start : start + size]
-            counts = weight * len(part) / len(rows)
-            part = part if len(part) else rows[:1]  # computed for nothing
+        for part, counts in self._parts(batch):
             loss = counts * self._with_network(functools.partial(loss_of, part))
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
             value += loss.item()
-        value = distributed.mean(value, rows.device)
+        if torch.is_grad_enabled() and self._groups[1]:
+            distributed.average_(each.grad for each in self._groups[1] if each.grad is not None)
+        value = distributed.mean(value, batch.device)
         self._highest = self._judged(step, "the loss", value, self._highest)
         return value
+
+    def _parts(self, batch: Tensor) -> list[tuple[Tensor, float]]:
+        """The parts of this process's share, and what the loss of each weighs in the mean over the processes.
+
+        All have as many, for they compute together; a part that is too many is computed for nothing.
+        """
+        rows, weight = distributed.share(batch)
+        most = -(-len(batch) // distributed.count())  # rows of any process
+        size = min(self._schedule.micro_batch or most, most)
+        parts = [rows[start : start + size] for start in range(0, most, size)]
+        counts = [weight * len(part) / len(rows) for part in parts]
+        parts = [part if len(part) else rows[:1] for part in parts]
+        if (weigh := self._extras.weigh) is not None:
+            with torch.no_grad():
+                weights = [self._with_network(functools.partial(weigh, part)) for part in parts]
+            weights = [each if count else 0.0 for each, count in zip(weights, counts, strict=True)]
+            whole = distributed.mean(sum(weights), batch.device)
+            counts = [each / whole for each in weights]
+        return list(zip(parts, counts, strict=True))
+
+    def _clip(self) -> float:
+        """Bound the gradients, all together; their norm before that."""
+        found = [[each.grad for each in group if each.grad is not None] for group in self._groups]
+        if not found[1]:
+            return gathered(torch.nn.utils.clip_grad_norm_(self._groups[0], CLIP)).item()
+        norm = math.hypot(*(gathered(torch.nn.utils.get_total_norm(group)).item() for group in found))
+        for each in (*found[0], *found[1]):
+            local(each).mul_(min(1.0, CLIP / (norm + 1e-6)))
+        return norm
 
     def _judged(self, step: int, what: str, value: float, highest: float) -> float:
         """The highest value that is not yet divergence, which the first one says."""

@@ -60,6 +60,7 @@ LONG = (
     "test_awq.py::test_a_resumed_block_keeps_its_folded_norm",
     "test_beyond_blocks.py::test_everybody_reads_a_model_that_is_quantized_throughout",
     "test_distributed.py::test_two_processes_go_on_from_one_and_make_what_one_makes",
+    "test_distributed.py::test_two_processes_have_the_losses_of_one_by_every_method",
     "test_download.py::test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere",
     "test_every_way.py::",
     "test_families.py::test_gptq_reaches_every_linear_and_the_runtime_reads_it",

@@ -379,13 +379,14 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "KL":
             "    预测项 + hidden_weight * |h_student W - h_teacher|² / |h_teacher|² 的平均值 + "
             "attention_weight * KL 的平均值",
-        "over the blocks (and the embeddings, for hidden states). W is a linear map that is learned beside the "
-        "student and thrown away afterwards; where the widths agree there is none. Hidden states count relative to "
-        "the teacher's size, so that a weight means the same in every family. Attention maps are compared as "
+        "over the sequences and the blocks (and the embeddings, for hidden states). W is a linear map that is learned "
+        "beside the student and thrown away afterwards; where the widths agree there is none. Hidden states of a "
+        "sequence count relative to the teacher's size, so that a weight means the same in every family. Attention "
+        "maps are compared as "
         "probabilities, KL(teacher || student), averaged over the heads where their numbers differ; TinyBERT "
         "compared the logits before the softmax, which `transformers` does not give. Maps need the plain (eager) "
         "attention, slower and of memory T² a head: only while training, and only with an attention_weight above 0.":
-            "平均值取自各层（隐藏状态还包括词嵌入）。W 是与学生一起学习、之后丢弃的线性映射；宽度一致时不用。隐藏状态相对教师的大小计算，使同一权重在每个模型系列中含义相同。注意力图"
+            "平均值取自各序列和各层（隐藏状态还包括词嵌入）。W 是与学生一起学习、之后丢弃的线性映射；宽度一致时不用。每个序列的隐藏状态相对教师的大小计算，使同一权重在每个模型系列中含义相同。注意力图"
             "以概率比较，即 `KL(teacher || student)`，头数不同时对各头取平均；TinyBERT 比较的是 softmax 之前的 logits，"
             "`transformers` 不提供。注意力图需要普通（eager）注意力，较慢，每个头占用 T² 的内存：只在训练时，且仅当 `attention_weight` 大于"
             " 0 时。",
@@ -428,11 +429,12 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "广义知识蒸馏（GKD，Agarwal 等，2023，arXiv 2306.13649）。一部分批次以文本各行的开头词元为起点，由学生采样续写；教师给出它在那里会预期什么，"
             "散度只计所写的词元，直到第一个文本结束符。其余批次就是文本，如同 Logit 蒸馏。采样本身不参与学习。",
         "Reverse KL and Jensen-Shannon make a small student keep to what it can do well. Good for a student that "
-        "writes already (healed or pruned, not one at random); slow, since sequences are written token by token. The "
-        "samples follow from the seed and the step alone, so a resumed run writes them again. The teacher is in "
-        "memory all the while. Needs training text.":
+        "writes already (healed or pruned, not one at random); slow, since sequences are written token by token. What "
+        "is sampled after a row follows from the seed, the step and the row alone, so a resumed run writes it again, "
+        "and each of several processes writes after its own rows. The teacher is in memory all the while. Needs "
+        "training text.":
             "反向 KL 和 Jensen-Shannon 散度让较小的学生模型专注于它能做好的事。适合已经会写的学生（修复过或剪枝过的，而不是随机初始化的）；较慢，因为序列是逐词元写"
-            "出的。样本只由种子和步数决定，所以继续的运行会写出同样的样本。教师始终在内存中。需要训练文本。",
+            "出的。每行之后的样本只由种子、步数和该行决定，所以继续的运行会写出同样的样本，多个进程也各写自己的行。教师始终在内存中。需要训练文本。",
         # distill/repair
         "Logit distillation of the model as it is, from the original, with three choices of what may change:":
             "对现有模型做 Logit 蒸馏，教师是原始模型；可以改变什么，有三种选择：",

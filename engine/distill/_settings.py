@@ -155,6 +155,10 @@ class StudentParams(BesideParams):
         """Where the student is the model as it is, and nobody else teaches it."""
         return self.student == "current" and not getattr(self, "teachers", "")
 
+    def processes(self) -> int:
+        """Each needs a row of the batch."""
+        return integer(getattr(self, "batch", 1))
+
     def models(self) -> Sequence[str]:
         """The checkpoint."""
         return [*super().models(), *([self.folder] if self.student == "folder" else [])]

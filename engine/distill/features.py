@@ -5,15 +5,17 @@ the last for the last. The loss of a batch is
 
     prediction + hidden_weight * mean of |h_student W - h_teacher|² / |h_teacher|² + attention_weight * mean of KL
 
-over the blocks (and the embeddings, for hidden states). W is a linear map that is learned beside the student and
-thrown away afterwards; where the widths agree there is none. Hidden states count relative to the teacher's size, so
-that a weight means the same in every family. Attention maps are compared as probabilities, KL(teacher || student),
-averaged over the heads where their numbers differ; TinyBERT compared the logits before the softmax, which
-`transformers` does not give. Maps need the plain (eager) attention, slower and of memory T² a head: only while
-training, and only with an attention_weight above 0.
+over the sequences and the blocks (and the embeddings, for hidden states). W is a linear map that is learned beside
+the student and thrown away afterwards; where the widths agree there is none. Hidden states of a sequence count relative
+to the teacher's size, so that a weight means the same in every family. Attention maps are compared as probabilities,
+KL(teacher || student), averaged over the heads where their numbers differ; TinyBERT compared the logits before the
+softmax, which `transformers` does not give. Maps need the plain (eager) attention, slower and of memory T² a head: only
+while training, and only with an attention_weight above 0.
 
 Good for students that start at random, and early in a training. The teacher is in memory all the while. Needs
 training text.
+
+With several GPUs a process on each takes its share of every batch and holds its shard of the student (FSDP).
 """
 
 from __future__ import annotations
@@ -116,12 +118,12 @@ def projection(student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module:
 
 
 def hidden_loss(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], maps: nn.Module) -> Tensor:
-    """The mean relative squared distance of hidden states, those of the embeddings first."""
+    """The mean relative squared distance of the hidden states (B, T, H) of sequences, those of the embeddings first."""
     chosen = [0, *(place + 1 for place in spread(len(theirs) - 1, len(ours) - 1))]
     parts = []
     for mine, place in zip(ours, chosen, strict=True):
         wanted = theirs[place].float()
-        parts.append((maps(mine).float() - wanted).square().sum() / wanted.square().sum())
+        parts.append(((maps(mine).float() - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))).mean())
     return torch.stack(parts).mean()
 
 

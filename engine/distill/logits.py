@@ -58,10 +58,6 @@ class Params(TrainingParams, CacheParams, StudentParams):
         description="Models of sizes in between that are taught first, the last one teaching the student.",
     )
 
-    def processes(self) -> int:
-        """Each needs a row of the batch."""
-        return self.batch
-
     def trained(
         self, config: dict[str, JsonValue], tensors: headers.Tensors, original: headers.Shape
     ) -> Sequence[tuple[dict[str, JsonValue], headers.Tensors]]:

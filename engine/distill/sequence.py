@@ -7,6 +7,8 @@ learn more of it. The sequences go to disk with the fingerprint of the teacher a
 on with them, later runs find them, and the teacher is not in memory while the student trains.
 
 Only what the teacher chose counts, not how sure it was: follow or combine with logit distillation where that matters.
+
+With several GPUs a process on each takes its share of every batch and holds its shard of the student (FSDP).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
-from engine import hardware
+from engine import distributed, hardware
 from engine.distill._settings import StudentParams, TeacherParams, WritingParams
 from engine.distill._student import choose
 from engine.distill._teachers import check_tokenizers
@@ -72,8 +74,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     end = model.tokenizer.eos_token_id
     first = 0 if params.learn_prompts else params.prompt_tokens - 1
 
-    def loss_of(numbers: Tensor) -> Tensor:
-        batch, places = text.rows.of(numbers[:, 0], student.device)
+    def wanted(batch: Tensor) -> Tensor:
         labels = batch[:, 1:]
         wanted = torch.zeros_like(labels, dtype=torch.bool)
         wanted[:, first:] = True
@@ -81,12 +82,19 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             own = (labels == end).long()
             own[:, : params.prompt_tokens - 1] = 0
             wanted &= own.cumsum(1) - own == 0  # nothing after the teacher's first end
-        chosen = wanted.flatten().nonzero().squeeze(1)
+        return wanted
+
+    def weigh(numbers: Tensor) -> float:
+        return float(wanted(ids[numbers[:, 0].cpu()]).sum())
+
+    def loss_of(numbers: Tensor) -> Tensor:
+        batch, places = text.rows.of(numbers[:, 0], student.device)
+        chosen = wanted(batch).flatten().nonzero().squeeze(1)
         with mixed_precision(student.network):
             hidden = lesson.body.hidden(batch, places)[:, :-1].flatten(0, 1)[chosen]
-            return token_loss(lesson.body, hidden, labels.flatten()[chosen], None, LABELS)
+            return token_loss(lesson.body, hidden, batch[:, 1:].flatten()[chosen], None, LABELS)
 
-    lesson.teach(params, context, loss_of)
+    lesson.teach(params, context, loss_of, weigh=weigh)
     return student
 
 
@@ -97,19 +105,18 @@ def written(
     whose = fingerprint(folders, Question(dtype_of(model), 0, vocabulary))
     how = f"{params.sequence_length} {params.sampling_temperature} {context.seed}"
     room, own = context.cache / "sequences", context.folder / "sequences"
-    found: list[Tensor] = []
     live: Live | None = None
     parts = pieces(len(prompts), TOGETHER)
+    files: list[tuple[Path, dict[str, str]]] = []
     for done, piece in enumerate(parts):
         context.check_cancelled()
         asked = hashlib.sha256(how.encode() + prompts[piece].numpy().tobytes()).hexdigest()
         about = {"teacher": whose, "asked": asked}
         path = own / whose[:32] / f"{asked[:32]}.safetensors"
+        files.append((path, about))
         shared = room / whose[:32] / path.name
-        ids = _read(path, about)
-        if ids is None and fetch(path, shared):
-            ids = _read(path, about)
-        if ids is None:
+        mine = done % distributed.count() == distributed.rank()  # the other processes write the others meanwhile
+        if mine and _read(path, about) is None and not (fetch(path, shared) and _read(path, about) is not None):
             if live is None:
                 live = load_live(folders, vocabulary, context, dtype_of(model))
             dice = torch.Generator().manual_seed(int(asked[:12], 16) + context.seed)
@@ -118,14 +125,16 @@ def written(
             save_file({"ids": ids}, temporary, metadata={"maquette": json.dumps(about)})
             publish(temporary, path)
             give(path, shared, room, SHARE)
-        found.append(ids)
         context.progress(done + 1, len(parts), "files of sequences")
     context.log(
         f"the teacher's {len(prompts)} sequences: {'written now' if live is not None else 'reused, it is not loaded'}"
     )
     live = None
     hardware.give_back_memory()
-    return torch.cat(found)
+    distributed.wait()
+    found = [_read(path, about) for path, about in files]
+    assert all(ids is not None for ids in found), "each was read or written above"
+    return torch.cat([ids for ids in found if ids is not None])
 
 
 def _read(path: Path, about: dict[str, str]) -> Tensor | None:

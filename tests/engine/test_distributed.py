@@ -12,16 +12,19 @@ import psutil
 import pytest
 import torch
 from pydantic import JsonValue
+from safetensors.torch import load_file, save_file
 
 from engine import distributed, pipeline, ranks
-from engine.distill import logits, repair
+from engine.distill import features, logits, on_policy, repair, sequence
 from engine.errors import Cancelled, InputError
 from engine.experts import Experts
-from engine.methods import Context
+from engine.methods import Context, Params
 from engine.models import LoadedModel
+from engine.prune import gradual
 from engine.quantize._grid import GridParams, round_to_nearest
 from engine.records import EventKind, Recipe
 from tests.conftest import Recorder
+from tests.engine.learner import learn
 
 Maker = Callable[..., Path]
 STEPS, PRUNED = 60, "mlp.up_proj.weight"
@@ -102,6 +105,45 @@ def test_two_processes_go_on_from_one_and_make_what_one_makes(
     two_make_what_one_makes(tiny_folder(), tmp_path, "cpu", monkeypatch)
 
 
+def test_two_processes_have_the_losses_of_one_by_every_method(
+    tiny_folder: Maker, tmp_path: Path, one_thread: None
+) -> None:
+    """Projections beside the network, attention maps, what student and teacher write, assistants of a checkpoint.
+
+    Sequences end early, so that rows have different numbers of tokens. Two share 5 rows, and compute 2 at a time.
+    """
+    model, small = tiny_folder(), tiny_folder(num_hidden_layers=1, intermediate_size=32)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][0] *= 20  # the end is likely, or hardly possible
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    rows = {"steps": 3, "batch": 5, "sequence_length": 16}
+    steps: dict[str, dict[str, object]] = {
+        "distill/features": {"student": "size", "hidden_size": 32, "attention_weight": 0.5, "label_weight": 0.5},
+        "distill/on_policy": {"student": "blocks", "student_share": 0.7, "prompt_tokens": 6, "label_weight": 0.3},
+        "distill/sequence": {"keep_every": 2, "prompt_tokens": 6, "sampling_temperature": 1.0, "sequences": 40},
+        "distill/logits": {"student": "folder", "folder": str(small), "assistants": 1},
+    }
+    steps = {name: {**rows, **params} for name, params in steps.items()}
+    one, two = tmp_path / "one", tmp_path / "two"
+    expected = learn(model, steps, one)
+    two.mkdir()
+    asked = {name: {**params, "micro_batch": 2} for name, params in steps.items()}
+    (two / "asked.json").write_text(json.dumps({"model": str(model), "steps": asked}))
+    command = [sys.executable, "-m", "tests.engine.learner", str(two)]
+    common = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [subprocess.Popen(command, env=common | {"RANK": str(rank)}) for rank in range(2)]
+    try:
+        assert [process.wait(240) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    found = json.loads((two / "losses.json").read_text())
+    for name, series in expected.items():
+        for kind, values in series.items():
+            assert len(values) >= 3, (name, kind)
+            assert found[name][kind] == pytest.approx(values, rel=1e-4), (name, kind)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 def test_two_gpus_make_what_one_makes(tiny_folder: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +202,14 @@ def test_shares_of_a_batch_add_up_to_it(batch: int, count: int, monkeypatch: pyt
         ("3", logits.Params(batch=2), 2),
         ("3", repair.Params(), 3),
         ("3", repair.Params(scope="lora"), 1),
+        ("3", features.Params(), 3),
+        ("3", on_policy.Params(batch=2), 2),
+        ("3", sequence.Params(), 3),
+        ("3", gradual.Params(), 1),
     ],
 )
 def test_how_many_processes_train(
-    asked: str, params: logits.Params, expected: int, tiny: LoadedModel, context: Context,
+    asked: str, params: Params, expected: int, tiny: LoadedModel, context: Context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv(ranks.VARIABLE, asked)
