@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from pydantic import JsonValue
 
+from engine import rescue
 from engine.headers import is_own
 from engine.recipes import dump_recipe
 from engine.records import Recipe
@@ -116,6 +117,7 @@ def limits(recipe: Recipe, kind: str) -> str:
     if kind == "compressed-tensors":
         said.append("- Stock `transformers` unpacks the weights to 16 bit: small on disk, not in memory. A packed "
                     "runtime (Maquette, vLLM) keeps them small.")  # fmt: skip
+    said += [f"- {line}" for line in rescue.effects(recipe)]
     if any(step.method.startswith("prune/") for step in recipe.steps):
         said.append("- Zeros among the weights make nothing faster without a kernel that skips them.")
     said.append(

@@ -36,6 +36,6 @@ def event_kind(name: str) -> EventKind:
     """The kind of that name, but for those that a run alone may say."""
     kinds: dict[str, EventKind] = {
         "phase": "phase", "progress": "progress", "sample": "sample", "log": "log", "estimate": "estimate",
-        "measurement": "measurement", "output": "output",
+        "measurement": "measurement", "output": "output", "diverged": "diverged",
     }  # fmt: skip
     return kinds[name]

@@ -1,7 +1,7 @@
 """The command line: the same engine as the page's.
 
     python -m engine run RECIPE.yaml [--model owner/name@revision] [--home DIR] [--measure a,b] [--json]
-    python -m engine run --resume RUN
+    python -m engine run --resume RUN [--learning-rate-factor 0.1]     after a divergence; 0 ends the training there
     python -m engine measure MODEL [--measure a,b] [--baseline MODEL] [--json]
     python -m engine export ARTIFACT|RUN --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
     python -m engine advise MODEL --goal memory=8GB|latency=0.5|cost [--assume NAME=NUMBER] [--json]
@@ -31,7 +31,7 @@ from typing import NoReturn, Protocol, Self
 
 from pydantic import JsonValue, ValidationError
 
-from engine import advising, doctor, export, figures, headers, methods, preflight
+from engine import advising, doctor, export, figures, headers, methods, preflight, rescue
 from engine.assumptions import Assumptions
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, UnknownName, short
 from engine.hub import Hub
@@ -62,7 +62,9 @@ class Supervisor(Protocol):
 
     def submit(self, recipe: Recipe, owner: str = "", token: str = "") -> Run: ...
 
-    def resume(self, run_id: str, owner: str | None = "", token: str = "") -> Run: ...
+    def resume(
+        self, run_id: str, owner: str | None = "", token: str = "", factor: float | None = None
+    ) -> Run: ...  # fmt: skip
 
 
 def main(arguments: Sequence[str], supervisor: Callable[[Path], Supervisor]) -> int:
@@ -89,6 +91,8 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
         raise InputError("Give either a recipe file or --resume RUN.")
     if options.resume is not None and (options.model is not None or options.measure is not None):
         raise InputError("A run is resumed as it was begun: --model and --measure go with a recipe file.")
+    if options.resume is None and options.learning_rate_factor is not None:
+        raise InputError("--learning-rate-factor goes with --resume RUN; a recipe has the setting learning_rate.")
     recipe = None if options.recipe is None else read_recipe(Path(options.recipe), options.measure)
     if recipe is not None and options.model is not None:
         recipe = recipe.model_copy(update={"model": _model(options, options.model, recipe.model.dtype)})
@@ -103,18 +107,21 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
                 run_id = scheduler.submit(recipe, token=token).id
             else:
                 told = max((event.number for event in scheduler.store.events(options.resume)), default=0)
-                run_id = scheduler.resume(options.resume, owner=None, token=token).id
+                factor = options.learning_rate_factor
+                run_id = scheduler.resume(options.resume, owner=None, token=token, factor=factor).id
             _follow(scheduler.store, run_id, told)
     except KeyboardInterrupt:
         if run_id is None:
             raise
     store = Store(folder / "maquette.db", read_only=True)
     ended = store.run(run_id)
+    again = f"python -m engine run --resume {run_id}{f' --home {shlex.quote(options.home)}' if options.home else ''}"
     if ended.status is Status.INTERRUPTED:
-        place = f" --home {shlex.quote(options.home)}" if options.home else ""
-        sys.stderr.write(f"Interrupted. Go on with: python -m engine run --resume {run_id}{place}\n")
+        sys.stderr.write(f"Interrupted. Go on with: {again}\n")
     elif ended.reason:
         sys.stderr.write(f"{ended.reason}\n")
+        if rescue.left(ended, store.divergences(run_id)) is not None:
+            sys.stderr.write(f"Go on from there at a lower rate (0: end there): {again} --learning-rate-factor 0.1\n")
     measurements = list(store.measurements(run_id).values())
     if options.json:
         _json(_result(ended, measurements))
@@ -338,6 +345,11 @@ def _parser() -> argparse.ArgumentParser:
     runner = add("run", run)
     runner.add_argument("recipe", nargs="?", metavar="RECIPE.yaml")
     runner.add_argument("--resume", metavar="RUN", help="go on with an interrupted or failed run")
+    runner.add_argument(
+        "--learning-rate-factor", type=float, metavar="FACTOR",
+        help="with --resume, after a training that diverged: go on from its last good checkpoint at so many times its "
+        "learning rate; 0: end the training there and save, verify and measure what it is",
+    )  # fmt: skip
     runner.add_argument("--model", help=f"instead of the recipe's: {MODELS}")
     runner.add_argument(
         "--token-stdin", action="store_true", help="read the hub's token for a gated model from the first line of stdin"

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, field_validator
 from torch import Tensor, nn
 
+from engine import rescue
 from engine.body import Body, eager
 from engine.errors import BadModel
 from engine.losses import Objective, chunk_size, chunked, pieces
@@ -63,13 +64,24 @@ class TrainingParams(TextParams):
     gradient_checkpointing: bool = Field(
         False, description="Compute each block again in the backward pass: a third more time, far less memory."
     )
+    learning_rate_factors: str = Field(
+        "", max_length=1000,
+        description="Lower rates later: `0.1 after 100` is a tenth after 100 steps; `0 after 150` ends the training.",
+    )  # fmt: skip
+
+    @field_validator("learning_rate_factors")
+    @classmethod
+    def _read(cls, value: str) -> str:
+        rescue.read(value)
+        return value
 
     def schedule(self, parameters: int) -> Schedule:
         """As the training loop wants it, for a model of so many parameters."""
         rate = self.learning_rate or self.usual_rate(parameters)
         return Schedule(
-            self.steps, self.batch, rate, micro_batch=self.micro_batch, recompute=self.gradient_checkpointing
-        )
+            self.steps, self.batch, rate, micro_batch=self.micro_batch, recompute=self.gradient_checkpointing,
+            factors=rescue.read(self.learning_rate_factors),
+        )  # fmt: skip
 
     def usual_rate(self, parameters: int) -> float:
         """The highest learning rate where none is named: as models of that size are usually trained on.

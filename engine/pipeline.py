@@ -113,7 +113,7 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
         emit("phase", {"name": method.title})
         blocks = folder / "blocks" / f"step-{number}"
         text = preflight.calibration_file(recipe.calibration)
-        context = Context(device, recipe.seed, blocks, cache, text, emit, check_cancelled)
+        context = Context(device, recipe.seed, blocks, cache, text, _numbered(emit, number), check_cancelled)
         torch.manual_seed(recipe.seed + number)  # of this step alone: the ones before may have been reused
         with torch.no_grad():
             if (processes := ranks.wanted(params, model, context)) > 1:
@@ -127,6 +127,15 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
     if any(method.family == "quantize" and params.cache_grid() is None for method, params in steps):
         emit("kept", untouched.kept(model))
     return model
+
+
+def _numbered(emit: Emit, number: int) -> Emit:
+    """Says with a divergence which step of the recipe it was in."""
+
+    def tell(kind: EventKind, data: dict[str, JsonValue]) -> None:
+        emit(kind, {**data, "number": number} if kind == "diverged" else data)
+
+    return tell
 
 
 def _refined(estimate: Estimate, emit: Emit) -> Emit:

@@ -135,6 +135,7 @@ EventKind = Literal[
     "measurement",
     "output",
     "artifact",
+    "diverged",
     "finished",
 ]
 
@@ -147,7 +148,8 @@ class Event(Record):
     sample {"series", "value", "unit"} · log {"text"} ·
     linear {"name", "bits", "error", ...}, as `quantize._place` makes it ·
     budget {"points", "uniform", "chosen"} as `quantize.mixed` makes it ·
-    measurement (a Measurement) · output (an Output) · artifact {"path"} · finished {"status", "reason"}
+    measurement (a Measurement) · output (an Output) · artifact {"path"} ·
+    diverged (a Divergence without its attempt) · finished {"status", "reason"}
     """
 
     run: str
@@ -156,6 +158,19 @@ class Event(Record):
     time: float
     kind: EventKind
     data: dict[str, JsonValue]
+
+
+class Divergence(Record):
+    """A training that diverged: in which attempt and step of the recipe (from 0), in which step of its own, and why.
+
+    kept: how many steps its last good checkpoint has; 0: it has none.
+    """
+
+    attempt: int
+    number: int
+    step: int
+    kept: int
+    why: str
 
 
 class Measurement(Record):

@@ -26,7 +26,7 @@ from typing import Self
 
 from pydantic import JsonValue
 
-from engine import hardware, preflight
+from engine import hardware, preflight, rescue
 from engine.attempts import ASIDE, attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName, os_reason
 from engine.fit import Estimate
@@ -190,12 +190,16 @@ class Scheduler:
                 self._discard(self.home / "runs" / run_id)
         self._wake.set()
 
-    def resume(self, run_id: str, owner: str | None = "", token: str = "") -> Run:
+    def resume(self, run_id: str, owner: str | None = "", token: str = "", factor: float | None = None) -> Run:
         """Queue an interrupted or failed run again; blocks that were finished are not computed again.
+
+        factor: after a training that diverged, go on from its last good checkpoint at so many times its learning rate;
+            0: end the training there. The run's recipe says so from now on.
 
         Raises:
             UnknownName: there is no such run of that owner.
-            InputError: it did not end that way, its model needs a token, or the owner has too many runs waiting.
+            InputError: it did not end that way, its model needs a token, the owner has too many runs waiting, or no
+                checkpoint is there for the factor.
         """
         run = self._own(run_id, owner)
         if run.status in (Status.INTERRUPTED, Status.FAILED):
@@ -205,10 +209,11 @@ class Scheduler:
             run = self._own(run_id, owner)
             if run.status not in (Status.INTERRUPTED, Status.FAILED) or self._watch_of(run_id) is not None:
                 raise InputError(f"Run {run_id} is {run.status}; only an interrupted or failed run can be resumed.")
+            recipe = None if factor is None else rescue.amended(run, self.store.divergences(run_id), factor)
             self._check_queue(run.owner)
             self._quotas.check(run.recipe, run.owner, token, resumed=run.id)
             self._rates.require("start", run.owner, self.limits.starts)
-            run = self.store.requeue(run_id)
+            run = self.store.requeue(run_id, recipe)
             self._waiting[run.id] = Waiting(token=self._needed(token, run))
         self._wake.set()
         return run
@@ -372,6 +377,7 @@ class Scheduler:
                         "models": [f"{repo.name}@{repo.revision}" for repo in preflight.repos(run.recipe)],
                     },
                     "secret": bool(waiting.token),
+                    "said": [rescue.told(each) for each in self.store.divergences(run.id)],
                 },
             )  # fmt: skip
             worker = waiting.asker.run(self._runner.start, request, device, waiting.token)

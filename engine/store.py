@@ -31,7 +31,7 @@ from pydantic import JsonValue
 from engine import database, rebuild
 from engine.attempts import attempt_folder
 from engine.errors import DiskFull, StoreBusy, StoreError, StoreTooNew, UnknownName, os_reason
-from engine.records import Event, EventKind, Measurement, Output, Recipe, Record, Run, Status
+from engine.records import Divergence, Event, EventKind, Measurement, Output, Recipe, Record, Run, Status
 
 log = logging.getLogger(__name__)
 
@@ -244,13 +244,15 @@ class Store:
             )
         return self.run(run_id)
 
-    def requeue(self, run_id: str) -> Run:
-        """Put a run that ended without a result back into the queue."""
+    def requeue(self, run_id: str, recipe: Recipe | None = None) -> Run:
+        """Put a run that ended without a result back into the queue, with another recipe where one is given."""
+        if recipe is not None:
+            self._note(self.run(run_id).model_copy(update={"recipe": recipe}))
         with self._write() as db:
             db.execute(
-                "UPDATE runs SET status = 'queued', finished = NULL, reason = '' WHERE id = ?"
-                " AND status IN ('interrupted', 'failed')",
-                (run_id,),
+                "UPDATE runs SET status = 'queued', finished = NULL, reason = '', recipe = COALESCE(?, recipe)"
+                " WHERE id = ? AND status IN ('interrupted', 'failed')",
+                (recipe and recipe.model_dump_json(), run_id),
             )
         return self.run(run_id)
 
@@ -328,6 +330,11 @@ class Store:
     def outputs(self, run_id: str) -> list[Output]:
         """What the last attempt's model wrote after the fixed prompts."""
         return [Output.model_validate(event.data) for event in self._last_attempt(run_id, "output")]
+
+    def divergences(self, run_id: str) -> list[Divergence]:
+        """The trainings of all attempts that diverged, in the order they did."""
+        found = self.events(run_id, kinds=("diverged",))
+        return [Divergence.model_validate({**event.data, "attempt": event.attempt}) for event in found]
 
     # Votes
 

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine import distributed
+from engine import distributed, rescue
 from engine.distributed import Shards, gathered, local, scattered
 from engine.errors import Diverged
 from engine.files import publish
@@ -59,6 +59,7 @@ class Schedule:
         the sequences weighs; 0: all of them.
     recompute: keep what enters each block alone, and compute the rest again in the backward pass (gradient
         checkpointing; Chen et al., 2016, arXiv 1604.06174).
+    factors: by what the rate is multiplied, each from so many steps on; training ends before a step whose factor is 0.
     """
 
     steps: int
@@ -67,14 +68,21 @@ class Schedule:
     checkpoint_every: int = 50
     micro_batch: int = 0
     recompute: bool = False
+    factors: rescue.Factors = ()
+
+    @property
+    def end(self) -> int:
+        """How many of the steps are done."""
+        return rescue.end(self.factors, self.steps)
 
     def at(self, step: int) -> float:
-        """Learning rate: linear warm-up, then half a cosine down to a tenth."""
+        """Learning rate: linear warm-up, then half a cosine down to a tenth; times the factor of the step."""
+        rate = self.rate * rescue.at(self.factors, step)
         warm = max(1, round(self.steps * WARMUP))
         if step < warm:
-            return self.rate * (step + 1) / warm
+            return rate * (step + 1) / warm
         done = (step - warm) / max(1, self.steps - warm)
-        return self.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 Loss = Callable[[Tensor], Tensor]  # rows of a batch (batch, length) -> scalar
@@ -137,15 +145,15 @@ def train(
         for each in run.parameters.values():
             each.requires_grad_(True)
     rows_each = rows.shape[1] if extras.tokens is None else extras.tokens
-    first = run.resume()
+    first, end = run.resume(), schedule.end
     began = time.monotonic()
-    for step in range(first, schedule.steps):
+    for step in range(first, end):
         context.check_cancelled()
         value = run.step(step, draw(rows, schedule.batch, step, context.seed).to(student.device), loss_of, prune)
         done = step + 1 - first
-        if (step + 1) % SAID_EVERY == 0 or step + 1 == schedule.steps:
+        if (step + 1) % SAID_EVERY == 0 or step + 1 == end:
             run.say(step, value, rows_each * min(schedule.batch, len(rows)) * done, done, time.monotonic() - began)
-    run.finish(draw(rows, schedule.batch, schedule.steps - 1, context.seed).to(student.device), loss_of)
+    run.finish(draw(rows, schedule.batch, end - 1, context.seed).to(student.device), loss_of)
     if shards is None:
         cast(narrow, dtype)
     else:
@@ -201,6 +209,11 @@ class Training:
             self._highest, self._kept = state["highest"], int(state["step"])
             self._furthest, self._closest = state.get("furthest", math.inf), state.get("closest", math.inf)
             self._context.log(f"resumed at step {self._kept} of {self._schedule.steps}")
+        for first, factor in self._schedule.factors:
+            if factor:
+                self._context.log(f"after step {first} the learning rate is {factor:g} times what the schedule says")
+        if (end := self._schedule.end) < self._schedule.steps:
+            self._context.log(f"warning: the training ends after step {end}, with the weights of that step")
         self._look_for_zeros()
         return self._kept
 
@@ -234,7 +247,7 @@ class Training:
 
     def finish(self, batch: Tensor, loss_of: Loss) -> None:
         """The last look, or the loss of a last batch where no rows are held out, and the last checkpoint."""
-        steps = self._schedule.steps
+        steps = self._schedule.end
         bad = sum(not bool(local(each).isfinite().all()) for each in self.parameters.values())
         if distributed.mean(float(bad), self._student.device) > 0:
             raise self.diverged(steps - 1, "weights are not finite")
@@ -273,11 +286,12 @@ class Training:
         self._context.sample("loss", loss, "nats")
         self._context.sample("learning_rate", self._schedule.at(step), "1")
         self._context.sample("tokens_per_second", tokens / seconds, "1/s")
-        self._context.sample("eta", (self._schedule.steps - step - 1) * seconds / steps, "s")
-        self._context.progress(step + 1, self._schedule.steps, "steps")
+        self._context.sample("eta", (self._schedule.end - step - 1) * seconds / steps, "s")
+        self._context.progress(step + 1, self._schedule.end, "steps")
 
     def diverged(self, step: int, why: str) -> Diverged:
-        """What to say of a training that went wrong in that step."""
+        """What to say of a training that went wrong in that step; whoever may go on from its checkpoint is told."""
+        self._context.emit("diverged", {"step": step + 1, "kept": self._kept, "why": why})
         kept = f"The checkpoint of step {self._kept} is kept." if self._kept else "No checkpoint was written yet."
         return Diverged(f"Training diverged at step {step + 1}: {why}. Use a lower learning_rate. {kept}")
 

@@ -1,6 +1,7 @@
 """`python -m engine.worker REQUEST.json`: one request, one process.
 
-    {"kind": "run", "run": id, "attempt": n, "folder": attempt folder, "recipe": {...}, "hub": {...}, "secret": bool}
+    {"kind": "run", "run": id, "attempt": n, "folder": attempt folder, "recipe": {...}, "hub": {...}, "secret": bool,
+     "said": [what its log begins with]}
         Downloads models that are not here, then runs the pipeline. Events go to events.jsonl in the folder, the last
         one is `finished`. Where a `secret` is announced it is the first line of stdin: the token for the hub.
     {"kind": "probe" | "verify" | "measure", ...}
@@ -142,6 +143,8 @@ def execute(request: Request, stop: Stop, pipeline: Pipeline = run_pipeline, tok
 
     def work() -> None:
         recipe = Recipe.model_validate(request["recipe"])
+        for text in said if isinstance(said := request.get("said"), list) else ():
+            writer.emit("log", {"text": text})
         bring_models(request, token, writer.emit, stop.check)
         pipeline(recipe, folder, writer.emit, stop.check)
 

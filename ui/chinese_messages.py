@@ -203,6 +203,12 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "prompt_tokens {count} leave no token of {length} to write": "prompt_tokens 为 {count} 时 {length} 个词元中没有留下可写的",
         "greedy lets blocks go one at a time, wherever they are. Use perplexity with contiguous":
             "greedy 每次去掉任意一层。若要求相邻，请用 perplexity",
+        "write a factor from 0 to 1 and the steps before it, such as `0.1 after 100`":
+            "请写 0 到 1 之间的系数及其之前的步数，例如 `0.1 after 100`",
+        "steps must rise from factor to factor, and nothing comes after the factor 0":
+            "各系数的步数必须递增，且系数 0 之后不能再有系数",
+        "the training cannot end after step {step}: its last weights go after step {last}":
+            "训练不能在第 {step} 步之后结束：最后一批权重在第 {last} 步之后才被剪去",
         "{name} cannot be taken apart for its features. Use distill/logits.": "无法拆出 {name} 的特征。请使用 distill/logits。",
         "all {count} blocks would be removed. Keep one at least: count {most} or less.": "全部 {count} 层都会被移除。请至少保留一层：count 设为 {most} 或更小。",
         "a share of {share} of {count} blocks is none. Set count, or a larger share.": "{count} 层的 {share} 不足一层。请设置 count，或用更大的比例。",
@@ -298,6 +304,19 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "Stopped before it was done; it can be resumed.": "在完成之前停止；可以继续。",
         "Maquette is shutting down.": "Maquette 正在关闭。",
         "Training diverged at step {step}: {said}. Use a lower learning_rate. {said_kept}": "训练在第 {step} 步发散：{said}。请降低 learning_rate。{said_kept}",
+        "Run {run} has no checkpoint to go on from at a lower rate: its last attempt did not diverge, or before the "
+        "first one was written.":
+            "运行 {run} 没有可供以较低学习率继续的检查点：上一次尝试没有发散，或在写出第一个检查点之前就发散了。",
+        "The factor of the learning rate is a number from 0, which ends the training, to below 1.":
+            "学习率系数为 0（结束训练）至 1（不含）之间的数。",
+        "Training diverged at step {step} in attempt {number}: {said}. Its last good checkpoint was that of step {kept}.":
+            "第 {number} 次尝试的训练在第 {step} 步发散：{said}。最后一个完好的检查点是第 {kept} 步的。",
+        "Training diverged at step {step} in attempt {number}: {said}. It had no checkpoint.":
+            "第 {number} 次尝试的训练在第 {step} 步发散：{said}。当时没有检查点。",
+        "{method}: after step {step} the learning rate was {factor} times what the schedule says.":
+            "{method}：第 {step} 步之后，学习率为计划值的 {factor} 倍。",
+        "{method}: the training ended after step {step}, with the weights of that step.":
+            "{method}：训练在第 {step} 步之后结束，权重为该步的权重。",
         "The cache {name} was made by another teacher or tokenizer, or is damaged. Delete the folder {folder} below cache/teachers.":
             "缓存 {name} 由其他教师或分词器生成，或已损坏。请删除 cache/teachers 下的文件夹 {folder}。",
         "Number {number} of the {name} in the saved model computes something else than the one in memory: "
@@ -589,6 +608,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "calibrating on {count} sequences of {tokens} tokens": "用 {count} 条、每条 {tokens} 个词元的序列校准",
         "reused {count} finished blocks": "复用了 {count} 个已完成的层",
         "resumed at step {step} of {steps}": "从第 {step} 步（共 {steps} 步）继续",
+        "after step {step} the learning rate is {factor} times what the schedule says":
+            "第 {step} 步之后，学习率为计划值的 {factor} 倍",
+        "warning: the training ends after step {step}, with the weights of that step":
+            "警告：训练在第 {step} 步之后结束，权重为该步的权重",
         "{linear}: {said}": "{linear}：{said}",
         "training in {count} processes": "用 {count} 个进程训练",
         "mixtures of experts train in one process": "混合专家模型用一个进程训练",

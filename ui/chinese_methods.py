@@ -195,6 +195,8 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "Sequences that the teacher writes, at most one a row.": "教师所写的序列数，每行至多一条。",
         "Of the teacher's writing; 0: always the likeliest token (greedy).":
             "教师写作时的采样温度；0 表示总取概率最高的词元（贪心）。",
+        "Lower rates later: `0.1 after 100` is a tenth after 100 steps; `0 after 150` ends the training.":
+            "之后降低学习率：`0.1 after 100` 表示 100 步之后为十分之一；`0 after 150` 表示在该步结束训练。",
         "Learn the prompts' own tokens too.": "提示词本身的词元也学习。",
     }
 )
@@ -208,7 +210,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "embeddings": "词嵌入", "equal_tokens": "词元等权", "every": "间隔步数", "folder": "文件夹",
         "gradient_checkpointing": "梯度检查点", "granularity": "粒度", "group_size": "组大小", "head": "输出头", "heads": "注意力头", "hidden_size": "隐藏维度",
         "hidden_weight": "隐藏状态权重", "ignore": "忽略", "inputs": "输入", "keep_every": "每几层留一层", "label_weight": "标签权重",
-        "learn_prompts": "学习提示词", "learning_rate": "学习率", "micro_batch": "微批大小", "multiple": "倍数", "neurons": "神经元",
+        "learn_prompts": "学习提示词", "learning_rate": "学习率", "learning_rate_factors": "学习率系数", "micro_batch": "微批大小", "multiple": "倍数", "neurons": "神经元",
         "norm": "范数", "num_blocks": "层数", "overrides": "例外位数", "pattern": "模式", "penalty": "惩罚", "prompt_tokens": "提示词元数",
         "ramp": "上升段", "rank": "秩", "ratio": "保留比例", "samples": "校准样本数", "sampling_temperature": "采样温度",
         "scheme": "方案", "scope": "范围", "sequence_length": "序列长度", "sequences": "序列数", "share": "比例",

@@ -25,7 +25,7 @@ from engine.modes import Limits, Mode
 from engine.preflight import models, open_model
 from engine.quotas import check_sources
 from engine.rates import Rates
-from engine.records import RUN_ID, USUAL_MEASURES, Measurement, Output, Recipe, Record, Run, Status
+from engine.records import RUN_ID, USUAL_MEASURES, Divergence, Measurement, Output, Recipe, Record, Run, Status
 from engine.scheduler import Scheduler
 from engine.store import Store
 from ui import language, wording
@@ -66,6 +66,7 @@ class Entry:
     run: Run
     measured: Mapping[str, Measurement]
     outputs: tuple[Output, ...] = ()
+    diverged: tuple[Divergence, ...] = ()
     stored: bool = False
 
 
@@ -315,7 +316,8 @@ class Desk:
 
     def _read(self, run: Run) -> Entry:
         measured, outputs = self.store.measurements(run.id), tuple(self.store.outputs(run.id))
-        return Entry(run.id, wording.run_label(run), run, measured, outputs)
+        diverged = tuple(self.store.divergences(run.id))
+        return Entry(run.id, wording.run_label(run), run, measured, outputs, diverged)
 
 
 def is_original(run: Run) -> bool:

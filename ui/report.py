@@ -9,8 +9,9 @@ from pathlib import Path
 from engine import card as cards
 from engine.errors import BadModel
 from engine.recipes import dump_recipe
-from ui import flips, language, sheet, wording
+from ui import flips, language, sheet, views, wording
 from ui.desk import Entry
+from ui.messages import translate
 from ui.wording import Measured, say
 
 Writer = Callable[[Entry, Entry | None], str]
@@ -79,6 +80,8 @@ def markdown(entry: Entry, baseline: Entry | None = None) -> str:
     if baseline is not None and baseline.key != entry.key:
         lines += [wording.verdict(baseline.measured, entry.measured), ""]
     lines += [f"{say('model')}: `{_plain(run.recipe.model.source)}` · {say('run')}: `{run.id}`", ""]
+    if entry.diverged:
+        lines += [f"**{_plain(' '.join(map(translate, views.story(run, entry.diverged))))}**", ""]
     known = baseline.measured if baseline is not None and baseline.key != entry.key else {}
     lines += [*numbers(entry, known), "", say("noise.about")]
     lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 from pydantic import JsonValue
 
+from engine import rescue
 from engine.recipes import dump_recipe
-from engine.records import Measurement, Run, Status
+from engine.records import Divergence, Measurement, Run, Status
 from ui import audit, language, live, markup, sensitivity, wording
 from ui.cards import compare_table, shown
 from ui.desk import Entry
@@ -154,6 +155,7 @@ def run_detail(
         parts.append(
             markup.notice(translate(run.reason), "bad" if run.status in (Status.FAILED, Status.REFUSED) else "warn")
         )
+    parts.append(_diverged(run, entry))
     if run.status is Status.RUNNING:
         parts.append(
             tag(
@@ -200,6 +202,27 @@ def run_detail(
         )
     )
     return tag("article", *parts, class_="mq-run")
+
+
+def _diverged(run: Run, entry: Entry | None) -> Markup | None:
+    """What a training that diverged came to: what can be done now, or what was done."""
+    found = () if entry is None else entry.diverged
+    if not found:
+        return None
+    if run.status in (Status.FAILED, Status.INTERRUPTED) and found[-1].attempt == run.attempt:
+        said = [say("runs.diverged")]
+        if left := rescue.left(run, found):
+            said += [say("runs.diverged.slower", step=left.kept)]
+            said += [say("runs.diverged.finish")] if rescue.may_end(run, found) else []
+        else:
+            said += [say("runs.diverged.anew")]
+        return markup.notice(" ".join(said))
+    return markup.notice(" ".join(map(translate, story(run, found))), "warn")
+
+
+def story(run: Run, found: Sequence[Divergence]) -> list[str]:
+    """How a run's trainings diverged, and what its recipe says of it, as the engine's sentences."""
+    return [*map(rescue.told, found), *rescue.effects(run.recipe)]
 
 
 def _results(entry: Entry, baseline: Entry | None) -> Markup:

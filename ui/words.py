@@ -135,6 +135,13 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "runs.filter": "Filter", "runs.none": "No runs yet. Start one on the Compress tab.",
         "runs.no_match": "No run matches the filter.", "runs.queued": "Waiting for its turn.", "runs.log": "Log",
         "runs.cancel": "Cancel", "runs.resume": "Resume", "runs.delete": "Delete",
+        "runs.slower": "Go on from step {step} at a tenth of the learning rate",
+        "runs.finish": "End the training at step {step}",
+        "runs.diverged": "Resume alone would train the same way again, and diverge at the same place.",
+        "runs.diverged.slower": "From its last good checkpoint, of step {step}, the run can go on at a tenth of its "
+        "learning rate.",
+        "runs.diverged.finish": "Or training ends there, and the model of that step is saved, verified and measured.",
+        "runs.diverged.anew": "There is no checkpoint to go on from. Start another run with a lower learning rate.",
         "runs.sure": "Delete for good: {run}", "runs.keep": "Keep",
         "runs.compare": "Compare",
         "file.recipe.yaml": "Recipe (YAML)", "file.measurements.csv": "Measurements (CSV)",

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field, JsonValue
@@ -40,7 +41,7 @@ from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import LoadedModel, is_large
 from engine.preflight import calibration_file
-from engine.records import Recipe
+from engine.records import EventKind, Recipe
 from engine.teachers import shared_vocabulary
 
 TITLE = "Logit distillation"
@@ -100,11 +101,18 @@ def _assistant(model: LoadedModel, size: Size, folders: list[Path], params: Para
     assistant = make(model, size, params, params.sequence_length, text)
     hardware.give_back_memory(collect=is_large(assistant.network))  # of what it was cut from
     context.log(f"{assistant.network.num_parameters():,} parameters")
-    _learn(assistant, model, params, folders, context)
+    alone = params.model_copy(update={"learning_rate_factors": ""})  # which are the student's
+    _learn(assistant, model, alone, folders, replace(context, emit=partial(_of_assistant, context)))
     if distributed.rank() == 0:
         artifacts.write(assistant, Recipe.model_validate({}), folder)
     distributed.wait()
     return folder
+
+
+def _of_assistant(context: Context, kind: EventKind, data: dict[str, JsonValue]) -> None:
+    """No run goes on at a rate of one assistant's own: its divergence is a failure and nothing more."""
+    if kind != "diverged":
+        context.emit(kind, data)
 
 
 def _taught(model: LoadedModel, params: Params, folders: list[Path], context: Context) -> LoadedModel:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from engine import rescue
 from engine.calibration import BlockLinear
 from engine.lesson import Lesson, TrainingParams, judge_of, read
 from engine.losses import Objective
@@ -23,6 +24,17 @@ class RetrainParams(SparsityParams, TrainingParams):
     """Settings of a pruning with training: how sparse, and how long, fast and on what it trains."""
 
     steps: int = Field(300, ge=2, le=1_000_000, description="Optimizer steps.")
+
+    def cut(self) -> int:
+        """After how many steps the last weights go."""
+        return self.steps
+
+    @model_validator(mode="after")
+    def _ends_sparse(self) -> RetrainParams:
+        end = rescue.end(rescue.read(self.learning_rate_factors), self.steps)
+        if end < self.cut():
+            raise ValueError(f"the training cannot end after step {end}: its last weights go after step {self.cut()}")
+        return self
 
 
 def retrain(

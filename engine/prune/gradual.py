@@ -32,12 +32,16 @@ class Params(RetrainParams):
     every: int = Field(10, ge=1, le=10_000, description="Steps between two cuts.")
     ramp: float = Field(0.7, gt=0.0, le=1.0, description="Share of the steps after which the full sparsity is reached.")
 
+    def cut(self) -> int:
+        """At the end of the ramp."""
+        return max(1, round(self.ramp * self.steps))
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train the model and cut after each `every` steps."""
     model.load_all()
     chosen = selected(model, params)
-    last = max(1, round(params.ramp * params.steps))
+    last = params.cut()
 
     def prune(step: int) -> None:
         if step == last:

@@ -34,12 +34,16 @@ class Params(RetrainParams):
     penalty: float = Field(1e-3, ge=0.0, le=1e3, description="Price of each unit of |w|; 0 is magnitude pruning.")
     share: float = Field(0.5, gt=0.0, lt=1.0, description="Share of the steps before the cut; the others recover.")
 
+    def cut(self) -> int:
+        """All at once."""
+        return max(1, round(self.share * self.steps))
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train with the price, cut, recover."""
     model.load_all()
     chosen = selected(model, params)
-    cut = max(1, round(params.share * params.steps))
+    cut = params.cut()
 
     def penalty(step: int) -> Tensor | None:
         if step >= cut:

@@ -14,6 +14,7 @@ import gradio as gr
 from gradio.blocks import Block
 from markupsafe import Markup
 
+from engine import rescue
 from engine.errors import BadParams
 from engine.records import Run, Status
 from ui import hosting, markup, views, wording
@@ -43,6 +44,7 @@ ASKED = """() => {
 KEPT = """() => { document.querySelector("#mq-delete").focus(); return []; }"""
 DELETED = """() => document.querySelector("#mq-runs [tabindex]")?.focus()"""
 PICKS = 6
+SLOWER = 0.1  # times the learning rate, after a training that diverged
 Shown = tuple[str, str, str]  # hash of the table, of the detail, and the state of the buttons
 
 
@@ -77,6 +79,8 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
             say("runs.cancel"), variant="stop", interactive=False, elem_id="mq-cancel", size="md", min_width=110
         )
         resume = gr.Button(say("runs.resume"), interactive=False, size="md", min_width=110)
+        slower = gr.Button("", visible=False, size="md", min_width=110, elem_id="mq-slower")
+        finish = gr.Button("", visible=False, size="md", min_width=110, elem_id="mq-finish")
         delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110, elem_id="mq-delete")
         sure = gr.Button("", variant="stop", visible=False, size="md", min_width=110, elem_id="mq-sure")
         keep = gr.Button(say("runs.keep"), visible=False, size="md", min_width=110, elem_id="mq-keep")
@@ -92,7 +96,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     push.build(desk, picked, last, shown)
     scaling.build(desk, last)
     timer = gr.Timer(1.5, active=False)
-    buttons = [compare, cancel, resume, delete, share]
+    buttons = [compare, cancel, resume, delete, share, slower, finish]
     outputs: list[Block] = [table, detail, last, *buttons]
     inputs: list[Block] = [picked, needle, last]
 
@@ -124,6 +128,16 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
             return [run.id if name != "delete" else "", *look(owner, run.id if name != "delete" else "", needle, last)]
 
         return handler
+
+    def go_on(factor: float) -> Callable[..., object]:
+        @edge
+        def rescued(run_id: str, needle: str, last: Shown, token: str, request: gr.Request) -> object:
+            owner = desk.enter(request, "start")
+            run = desk.own(shown(run_id, last), owner)
+            desk.scheduler.resume(run.id, owner=run.owner, token=models.clean(token), factor=factor)
+            return [run.id, *look(owner, run.id, needle, last)]
+
+        return rescued
 
     @edge
     def doubt(run_id: str, last: Shown, request: gr.Request) -> object:
@@ -159,6 +173,8 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     on([sure.click, table.select], settle, [], [sure, keep])
     for button, name in ((cancel, "cancel"), (resume, "resume")):
         on([button.click], act(name), [picked, needle, last, token], [picked, *outputs])
+    for button, factor in ((slower, SLOWER), (finish, 0.0)):
+        on([button.click], go_on(factor), [picked, needle, last, token], [picked, *outputs])
     gone = on([sure.click], act("delete"), [doomed, needle, last, token], [picked, *outputs])
     gone.success(None, js=DELETED)
     on([share.click], toggle, inputs, [picked, *outputs])
@@ -200,21 +216,21 @@ def shown(run_id: str, last: Shown) -> str:
 
 
 def refresh(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
-    """Table, detail, what is shown now, five buttons; what has not changed is left as it is."""
+    """Table, detail, what is shown now, seven buttons; what has not changed is left as it is."""
     runs = desk.runs(owner)
     run = _picked(desk, runs, owner, run_id)
     marks = hosting.marks(runs, owner)
     table = views.runs_table(runs, run.id if run else "", str(needle or "")[:100], time.time(), marks)
     detail = describe(desk, journal, owner, run) if run else Markup("")
-    state = f"{run.id} {run.status.value} {run.shared}" if run else ""
+    state = f"{run.id} {run.status.value} {run.shared} {run.attempt}" if run else ""
     now: Shown = (str(hash(table)), str(hash(detail)), state)
     before = tuple(last) if isinstance(last, list | tuple) and len(last) == 3 else ("", "", "")
     changed = [gr.skip() if now[i] == before[i] else part for i, part in enumerate((table, detail))]
-    return [*changed, now, *([gr.skip()] * 5 if now[2] == before[2] else buttons_for(desk, owner, run))]
+    return [*changed, now, *([gr.skip()] * 7 if now[2] == before[2] else buttons_for(desk, owner, run))]
 
 
 def buttons_for(desk: Desk, owner: str, run: Run | None) -> list[object]:
-    """Compare, cancel, resume, delete, share: which of them make sense for this run, and are this visitor's."""
+    """Compare, cancel, resume, delete, share, slower, finish: which make sense for this run, and are this visitor's."""
     status = run.status if run else None
     mine = run is not None and desk.owns(run, owner)
     able = (
@@ -224,7 +240,19 @@ def buttons_for(desk: Desk, owner: str, run: Run | None) -> list[object]:
         mine and status is not None and status.final,
     )
     label = say("share.stop" if run is not None and run.shared else "share.start")
-    return [*(gr.update(interactive=each) for each in able), gr.update(interactive=mine, value=label)]
+    usual = [*(gr.update(interactive=each) for each in able), gr.update(interactive=mine, value=label)]
+    return [*usual, *rescues(desk, run if mine else None)]
+
+
+def rescues(desk: Desk, run: Run | None) -> list[object]:
+    """Slower and finish: shown where a training diverged and left a checkpoint from which that can be."""
+    found = desk.store.divergences(run.id) if run else []
+    if run is None or (left := rescue.left(run, found)) is None:
+        return [gr.update(visible=False)] * 2
+    return [
+        gr.update(value=say("runs.slower", step=left.kept), visible=True),
+        gr.update(value=say("runs.finish", step=left.kept), visible=rescue.may_end(run, found)),
+    ]
 
 
 def describe(desk: Desk, journal: Journal, owner: str, run: Run) -> Markup:
