@@ -73,7 +73,8 @@ def amended(run: Run, found: Sequence[Divergence], factor: float) -> Recipe:
     if not 0 <= factor < 1:
         raise InputError("The factor of the learning rate is a number from 0, which ends the training, to below 1.")
     step, kept = run.recipe.steps[divergence.number], divergence.kept
-    before = read(str(step.params.get(SETTING, "")))
+    # Without an end: where one stood at the checkpoint, and the last look found that to be bad, training goes on.
+    before = tuple(each for each in read(str(step.params.get(SETTING, ""))) if each[1])
     held = [*(each for each in before if each[0] < kept), (kept, factor * at(before, kept))]
     held += [(first, factor * own) for first, own in before if first > kept and factor]
     text = ", ".join(f"{own:g} after {first}" for first, own in held)
@@ -86,12 +87,14 @@ def amended(run: Run, found: Sequence[Divergence], factor: float) -> Recipe:
 
 
 def may_end(run: Run, found: Sequence[Divergence]) -> bool:
-    """Whether a run's training can end at its last good checkpoint: not where weights are to be pruned yet."""
+    """Whether a run's training can end at its last good checkpoint.
+
+    Not where weights are to be pruned yet, nor where it has ended there already, and was found to be bad.
+    """
     try:
-        amended(run, found, 0)
+        return amended(run, found, 0) != run.recipe
     except InputError:
         return False
-    return True
 
 
 def told(divergence: Divergence) -> str:

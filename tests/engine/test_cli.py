@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 
 from engine import cli, doctor, export, pipeline, preflight
-from engine.errors import OutOfMemory
+from engine.errors import Diverged, OutOfMemory
 from engine.methods import Emit
 from engine.presets import PRESETS
 from engine.recipes import load_recipe
@@ -33,6 +33,9 @@ def fake_pipeline(recipe: Recipe, folder: Path, emit: Emit, check: Callable[[], 
     emit("log", {"text": folder.name})
     if recipe.seed == 13:
         raise OutOfMemory("It did not fit.")
+    if recipe.seed in (14, 15) and "learning_rate_factors" not in recipe.steps[0].params:
+        emit("diverged", {"number": 0, "step": 121, "kept": 100 if recipe.seed == 14 else 0, "why": "the loss is nan"})
+        raise Diverged("Training diverged at step 121.")
     (folder / "artifact").mkdir()
     emit("phase", {"name": "saving"})
     emit("artifact", {"path": "artifact"})
@@ -160,6 +163,40 @@ def test_a_resumed_run_tells_only_what_is_new(call) -> None:
     assert "  attempt-1" not in again
 
 
+@pytest.mark.parametrize(("factor", "held"), [("0.1", "0.1 after 100"), ("0", "0 after 100")])
+def test_a_run_that_diverged_goes_on_from_its_checkpoint(call, tmp_path: Path, factor: str, held: str) -> None:
+    asked = recipe("steps: [{distill/logits: {student: current}}]\nseed: 14")
+    code, out, err = call("run", asked, "--json")
+    run = json.loads(out[-1])["id"]
+    assert code == 1
+    assert err[-1].endswith(f"python -m engine run --resume {run} --learning-rate-factor 0.1")
+    code, _, err = call("run", "--resume", run, "--learning-rate-factor", "1")
+    assert (code, len(err)) == (2, 1)
+    assert "to below 1" in err[0]
+    code, out, err = call("run", "--resume", run, "--learning-rate-factor", factor)
+    assert code == 0
+    assert "succeeded" in out[0]
+    known = (
+        "Training diverged at step 121 in attempt 1: the loss is nan. Its last good checkpoint was that of step 100."
+    )
+    assert f"  {known}" in err
+    code, _, err = call("run", "--resume", run, "--learning-rate-factor", factor)
+    assert (code, len(err)) == (2, 1)
+    assert "only an interrupted or failed run" in err[0]
+    (tmp_path / "home" / "maquette.db").unlink()  # what the run became stands in its files, too
+    with Store(tmp_path / "home" / "maquette.db") as store:
+        assert store.run(run).recipe.steps[0].params == {"student": "current", "learning_rate_factors": held}
+        assert [each.kept for each in store.divergences(run)] == [100]
+
+
+def test_a_run_that_diverged_before_its_first_checkpoint_has_nothing_to_go_on_from(call) -> None:
+    _, out, err = call("run", recipe("steps: [distill/logits]\nseed: 15"), "--json")
+    assert err[-1] == "Training diverged at step 121."
+    code, _, err = call("run", "--resume", json.loads(out[-1])["id"], "--learning-rate-factor", "0.1")
+    assert (code, len(err)) == (2, 1)
+    assert "has no checkpoint to go on from" in err[0]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -191,6 +228,8 @@ def test_a_recipe_that_cannot_be_understood(call, text: str, says: str) -> None:
         (["run", "--resume", "b", "--model", "demo"], "resumed as it was begun"),
         (["run", "--resume", "b", "--measure", "size"], "resumed as it was begun"),
         (["run", "--resume", "nope"], "Unknown run 'nope'"),
+        (["run", "--resume", "nope", "--learning-rate-factor", "slow"], "invalid float value"),
+        (["run", "good.yaml", "--learning-rate-factor", "0.1"], "goes with --resume"),
         (["run", "good.yaml", "--measure", "sise"], "Did you mean size"),
         (["measure", "/no/such/folder"], "/no/such/folder"),
         (["measure", "."], "config.json"),

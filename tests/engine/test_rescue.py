@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from engine import card, intermediate, methods, pipeline, rescue
 from engine.errors import BadParams, Diverged, InputError
-from engine.lesson import Lesson
+from engine.lesson import Lesson, TrainingParams
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.records import Divergence, Recipe, Run, Status
@@ -53,7 +53,7 @@ def trained(context: Context, factors: Factors = (), bad: int = 99) -> LoadedMod
     return model
 
 
-@pytest.mark.parametrize("factors", [((4, 0.1),), ((4, 0.1), (8, 0.0)), ((4, 0.0),)])
+@pytest.mark.parametrize("factors", [((4, 0.1), (8, 0.0)), ((4, 0.0),)])
 def test_what_goes_on_from_a_checkpoint_is_what_its_recipe_makes_from_the_beginning(
     factors: Factors, context: Context, recorder: Recorder
 ) -> None:
@@ -64,15 +64,15 @@ def test_what_goes_on_from_a_checkpoint_is_what_its_recipe_makes_from_the_beginn
     found = trained(context, factors)
     assert "resumed at step 4 of 12" in recorder.logs()
     whole = trained(dataclasses.replace(context, folder=context.folder / "whole"), factors)
-    usual = trained(dataclasses.replace(context, folder=context.folder / "usual")).network.state_dict()
     for name, value in whole.network.named_parameters():
         torch.testing.assert_close(found.network.get_parameter(name), value, rtol=0, atol=0)
-    ended = "warning: the training ends after step 4, with the weights of that step" in recorder.logs()
-    assert ended == (factors == ((4, 0.0),))
-    assert not all(bool((usual[name] == value).all()) for name, value in found.network.named_parameters())
-    if ended:
-        for name, value in found.network.named_parameters():
-            torch.testing.assert_close(checkpoint[f"weight.{name}"].to(value.dtype), value, rtol=0, atol=0)
+    (end,) = (first for first, factor in factors if not factor)
+    assert f"warning: the training ends after step {end}, with the weights of that step" in recorder.logs()
+    last = load_file(context.folder / "training.safetensors")
+    for name, value in found.network.named_parameters():
+        torch.testing.assert_close(last[f"weight.{name}"].to(value.dtype), value, rtol=0, atol=0)
+    same = [torch.equal(checkpoint[name], last[name]) for name in checkpoint]
+    assert all(same) == (end == 4)
 
 
 def test_the_rate_is_the_schedules_times_the_factor_of_the_step() -> None:
@@ -104,6 +104,10 @@ def test_each_rescue_lowers_the_rate_that_held_and_leaves_the_rest_of_the_recipe
     assert setting(rescue.amended(again, [diverged(number=1), diverged(100, 2, 1)], 0.1), 1) == "0.01 after 100"
     assert setting(rescue.amended(again, [diverged(150, 2, 1)], 0.5), 1) == "0.1 after 100, 0.05 after 150"
     assert setting(rescue.amended(again, [diverged(150, 2, 1)], 0), 1) == "0.1 after 100, 0 after 150"
+    ended = run.model_copy(update={"recipe": rescue.amended(again, [diverged(150, 2, 1)], 0), "attempt": 3})
+    assert setting(rescue.amended(ended, [diverged(150, 3, 1)], 0.1), 1) == "0.1 after 100, 0.01 after 150"
+    assert rescue.may_end(again, [diverged(150, 2, 1)])
+    assert not rescue.may_end(ended, [diverged(150, 3, 1)])  # and was no good
     planned = failed({"distill/logits": {rescue.SETTING: "0.5 after 200"}})
     assert setting(rescue.amended(planned, [diverged()], 0.1)) == "0.1 after 100, 0.05 after 200"
     assert setting(rescue.amended(planned, [diverged()], 0)) == "0 after 100"
@@ -140,16 +144,19 @@ def test_a_pruning_does_not_end_before_its_last_weights_are_gone(step: dict[str,
 def test_the_pipeline_says_which_step_diverged_and_files_the_model_under_a_key_of_its_own(
     tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A distillation behind a pruning, whose loss is no number from its 51st step on until its rate is lower."""
-    usual, rates, calls = Lesson.batch_loss, [], 0
+    usual, schedule, calls = Lesson.batch_loss, TrainingParams.schedule, 0
 
     def loss(self: Lesson, numbers: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return usual(self, numbers) * (math.nan if calls == 52 else 1)
+        return usual(self, numbers) * (math.nan if calls == 6 else 1)
 
+    def often(self: TrainingParams, parameters: int) -> Schedule:
+        return dataclasses.replace(schedule(self, parameters), checkpoint_every=4)
+
+    monkeypatch.setattr(TrainingParams, "schedule", often)
     monkeypatch.setattr(Lesson, "batch_loss", loss)
-    learn = {"distill/logits": {"student": "current", "steps": 54, "batch": 1, "sequence_length": 8}}
+    learn = {"distill/logits": {"student": "current", "steps": 14, "batch": 1, "sequence_length": 8}}
     source = tiny_folder(num_hidden_layers=1)
     steps = [{"prune/magnitude": {}}, learn, "quantize/rtn"]
     recipe = Recipe.model_validate({"model": str(source), "steps": steps})
@@ -158,13 +165,13 @@ def test_the_pipeline_says_which_step_diverged_and_files_the_model_under_a_key_o
     with pytest.raises(Diverged):
         pipeline.apply_steps(recipe, folder, "cpu", said, lambda: None)
     (data,) = [data for kind, data in said.said if kind == "diverged"]
-    assert data == {"step": 52, "kept": 50, "why": "the loss is nan", "number": 1}
+    assert data == {"step": 6, "kept": 4, "why": "the loss is nan", "number": 1}
     run = Run(id="0a1b", recipe=recipe, status=Status.FAILED, attempt=1, created=1.0)
     amended = rescue.amended(run, [Divergence.model_validate({**data, "attempt": 1})], 0.1)
     pipeline.apply_steps(amended, folder, "cpu", said, lambda: None)
-    assert "resumed at step 50 of 54" in said.logs()
+    assert "resumed at step 4 of 14" in said.logs()
     rates = [data["value"] for kind, data in said.said if kind == "sample" and data["series"] == "learning_rate"]
-    assert rates[-1] < 0.2 * rates[-2]  # type: ignore[operator]
+    assert rates == pytest.approx([0.1 * Schedule(14, 1, 1e-3).at(step) for step in (9, 13)])
     kept = {path.name for path in (tmp_path / "cache" / "steps").iterdir()}
     for asked, own in ((amended, True), (recipe, False)):
         checked = methods.check(asked)
@@ -175,11 +182,12 @@ def test_the_pipeline_says_which_step_diverged_and_files_the_model_under_a_key_o
 def test_no_run_goes_on_from_an_assistant(context: Context, recorder: Recorder) -> None:
     method = methods.get("distill/logits")
     asked = {"student": "blocks", "keep_every": 3, "assistants": 1, "batch": 2, "sequence_length": 16, "steps": 3}
+    params = method.check({**asked, "learning_rate": 1e9, rescue.SETTING: "0.1 after 1"})  # which is the student's
     with pytest.raises(Diverged), torch.no_grad():
-        method.apply(in_memory(tiny_config()), method.check({**asked, "learning_rate": 1e9}), context)
+        method.apply(in_memory(tiny_config()), params, context)
+    assert "assistant 1 of 1: 2 blocks of 64" in recorder.logs()
     assert "diverged" not in [kind for kind, _ in recorder.said]
-    method.apply(in_memory(tiny_config()), method.check({**asked, rescue.SETTING: "0 after 1"}), context)
-    assert recorder.logs().count("warning: the training ends after step 1, with the weights of that step") == 1
+    assert not [line for line in recorder.logs() if "times what the schedule says" in line]
 
 
 def test_the_card_says_which_rate_held_and_where_training_ended() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from engine import methods
+from engine import methods, rescue
 from engine.errors import InputError, UnknownName
 from engine.hub import Hub
 from engine.modes import Limits
@@ -109,9 +109,10 @@ class FakeScheduler:
         run = self._own(run_id, owner)
         self.store.say(run, "finished", {"status": "cancelled", "reason": "Cancelled."})
 
-    def resume(self, run_id: str, owner: str | None = "", token: str = "") -> Run:
-        self._own(run_id, owner)
-        return self.store.requeue(run_id)
+    def resume(self, run_id: str, owner: str | None = "", token: str = "", factor: float | None = None) -> Run:
+        run = self._own(run_id, owner)
+        found = self.store.divergences(run_id)
+        return self.store.requeue(run_id, None if factor is None else rescue.amended(run, found, factor))
 
     def delete(self, run_id: str, owner: str | None = "") -> None:
         self._own(run_id, owner)
@@ -197,6 +198,15 @@ def running(scheduler: FakeScheduler, recipe: Recipe, owner: str) -> Run:
             events.append(("sample", {"series": "loss", "value": 4.0 / (1 + i), "unit": "nat"}))
     say(scheduler, run, *events)
     return run
+
+
+def diverged(scheduler: FakeScheduler, recipe: Recipe, owner: str, kept: int = 100) -> Run:
+    """A run whose first step's training diverged, with a checkpoint of so many steps."""
+    run = running(scheduler, recipe, owner)
+    event: dict[str, JsonValue] = {"number": 0, "step": 121, "kept": kept, "why": "the loss is nan"}
+    reason = "Training diverged at step 121: the loss is nan. Use a lower learning_rate."
+    say(scheduler, run, ("diverged", event), ("finished", {"status": "failed", "reason": reason}), start=200)
+    return scheduler.store.run(run.id)
 
 
 def finished(

@@ -20,15 +20,16 @@ import pytest
 import app
 from engine import cli
 from engine.errors import InputError, MaquetteError, StoreBusy, TooBig, UnknownName
+from engine.modes import Mode
 from engine.presets import PRESETS
 from engine.recipes import load_recipe
-from engine.records import Recipe
+from engine.records import Recipe, Run
 from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked, request
 from tests.ui.fakes import FakeScheduler
-from ui import ballot, comparing, edge, links, page, report, server
+from ui import ballot, comparing, edge, language, links, page, report, server
 from ui.desk import BASELINE, FIRST, Desk
 from ui.journal import Journal
 from ui.pages import compare, compress, runs
@@ -343,6 +344,56 @@ def test_a_refresh_sends_only_what_changed(desk: Desk, scheduler: FakeScheduler)
     assert run.id in str(first[0])
     again = runs.refresh(desk, journal, ANNA, run.id, "", cast(runs.Shown, first[2]))
     assert all(part == gr.skip() for part in (*again[:2], *again[3:]))
+
+
+def offered(desk: Desk, scheduler: FakeScheduler, run: Run, owner: str = ANNA) -> tuple[str, list[str]]:
+    """What a run's page says, and the two buttons that are there for a training that diverged."""
+    _, detail, _, *buttons = runs.refresh(desk, Journal(scheduler.store), owner, run.id, "", ("", "", ""))
+    updates = cast(list[dict[str, object]], buttons[5:])
+    return str(detail), [str(each["value"]) for each in updates if each["visible"]]
+
+
+def test_a_run_that_diverged_offers_its_checkpoint_and_says_what_resume_would_do(
+    desk: Desk, scheduler: FakeScheduler
+) -> None:
+    both = ["Go on from step 100 at a tenth of the learning rate", "End the training at step 100"]
+    run = fakes.diverged(scheduler, fakes.HALF, ANNA)
+    detail, shown = offered(desk, scheduler, run)
+    assert shown == both
+    assert "diverge at the same place" in detail
+    assert "go on at a tenth" in detail
+    assert "training ends there" in detail
+    team = Desk(scheduler.store, desk.scheduler, None, Mode.TEAM)
+    scheduler.share(run.id, True, ANNA)
+    assert offered(team, scheduler, run)[1] == both
+    assert offered(team, scheduler, run, BEN)[1] == []
+    pruned = fakes.diverged(scheduler, Recipe.model_validate({"steps": ["prune/gradual"]}), ANNA)
+    detail, shown = offered(desk, scheduler, pruned)
+    assert shown == both[:1]
+    assert "training ends there" not in detail
+    early = fakes.diverged(scheduler, fakes.HALF, ANNA, kept=0)
+    detail, shown = offered(desk, scheduler, early)
+    assert shown == []
+    assert "diverge at the same place" in detail
+    assert "no checkpoint to go on from" in detail
+
+
+def test_a_run_whose_training_ended_at_its_checkpoint_says_so_wherever_it_is_told(
+    desk: Desk, scheduler: FakeScheduler
+) -> None:
+    run = fakes.diverged(scheduler, fakes.HALF, ANNA)
+    scheduler.resume(run.id, ANNA, factor=0)
+    fakes.say(scheduler, scheduler.store.begin_attempt(run.id), ("finished", {"status": "succeeded", "reason": ""}))
+    detail, shown = offered(desk, scheduler, run)
+    assert shown == []
+    for text in (detail, report.markdown(desk.entry(run.id, ANNA)).replace("\\_", "_")):
+        assert "Training diverged at step 121 in attempt 1: the loss is nan." in text
+        assert "the training ended after step 100, with the weights of that step." in text
+        assert "learning_rate_factors: 0 after 100" in text
+    with language.use(language.CHINESE):
+        detail, _ = offered(desk, scheduler, run)
+    assert "第 1 次尝试的训练在第 121 步发散：损失为 nan。" in detail
+    assert "训练在第 100 步之后结束" in detail
 
 
 def test_a_refresh_shows_nothing_of_another_visitor(desk: Desk, scheduler: FakeScheduler) -> None:

@@ -14,8 +14,10 @@ import gradio as gr
 import httpx
 import pytest
 
+from engine import rescue
 from engine.modes import Mode
 from engine.records import Status
+from tests.ui import fakes
 from tests.ui.hosts import CANARY, NAMED, PASSWORD, Host, host
 from ui import report, wording
 from ui.server import takes_files
@@ -162,7 +164,7 @@ SHOW = {
     "choose_4", "compare_it", "fill", "follow_1", "offer_1", "open_runs", "redraw", "resize", "select", "share", "show",
     "show_1", "tick_1", "tick_2", "tick_3",
 }  # fmt: skip
-CHANGE = {"handler", "handler_1", "handler_2", "toggle"}  # cancel, resume, delete, share
+CHANGE = {"handler", "handler_1", "handler_2", "rescued", "rescued_1", "toggle"}  # cancel, resume, delete, go on, share
 
 
 def functions(running: Host, run: str) -> Iterator[tuple[int, str, list[list[object]]]]:
@@ -455,6 +457,22 @@ def test_an_address_opens_a_run_for_who_may_see_it(running: Host) -> None:
     assert (run.id in opened(ben, "ben-shared", run.id)[1]) == (running.mode is not Mode.LOCAL)
     running.scheduler.share(run.id, False, owner=run.owner)
     assert run.id not in opened(ben, "ben-shared", "")[1]
+
+
+def test_only_its_owner_lets_a_run_that_diverged_go_on(running: Host) -> None:
+    anna, ben = running.enter("anna"), running.enter("ben")
+    run = fakes.diverged(running.scheduler, fakes.HALF, running.owner("anna", anna))
+    index = next(index for index, fn in running.page.fns.items() if fn.api_name == "rescued")
+
+    def go_on(client: httpx.Client, session: str) -> None:
+        data = [run.id, "", ["", "", ""], ""]
+        client.post("/gradio_api/run/predict", json=body(session, index, data, run.id))
+
+    go_on(ben, "ben-rescue")
+    assert running.scheduler.store.run(run.id) == run
+    go_on(anna, "anna-rescue")
+    found = running.scheduler.store.run(run.id)
+    assert (found.status, found.recipe.steps[0].params[rescue.SETTING]) == (Status.QUEUED, "0.1 after 100")
 
 
 def test_a_run_is_deleted_only_once_its_owner_was_asked(running: Host) -> None:
