@@ -106,11 +106,11 @@ def told(divergence: Divergence) -> str:
 
 
 def effects(recipe: Recipe) -> list[str]:
-    """What the factors in a recipe made of its trainings, as sentences."""
+    """What the factors in a recipe make of its trainings, as sentences."""
     return [
-        f"{step.method}: after step {first} the learning rate was {factor:g} times what the schedule says."
+        f"{step.method}: after step {first} the learning rate is {factor:g} times what the schedule says."
         if factor
-        else f"{step.method}: the training ended after step {first}, with the weights of that step."
+        else f"{step.method}: the training ends after step {first}, with the weights of that step."
         for step in recipe.steps
         for first, factor in read(str(step.params.get(SETTING, "")))
     ]

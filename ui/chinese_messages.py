@@ -313,9 +313,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "第 {number} 次尝试的训练在第 {step} 步发散：{said}。最后一个完好的检查点是第 {kept} 步的。",
         "Training diverged at step {step} in attempt {number}: {said}. It had no checkpoint.":
             "第 {number} 次尝试的训练在第 {step} 步发散：{said}。当时没有检查点。",
-        "{method}: after step {step} the learning rate was {factor} times what the schedule says.":
+        "{method}: after step {step} the learning rate is {factor} times what the schedule says.":
             "{method}：第 {step} 步之后，学习率为计划值的 {factor} 倍。",
-        "{method}: the training ended after step {step}, with the weights of that step.":
+        "{method}: the training ends after step {step}, with the weights of that step.":
             "{method}：训练在第 {step} 步之后结束，权重为该步的权重。",
         "The cache {name} was made by another teacher or tokenizer, or is damaged. Delete the folder {folder} below cache/teachers.":
             "缓存 {name} 由其他教师或分词器生成，或已损坏。请删除 cache/teachers 下的文件夹 {folder}。",
@@ -674,7 +674,9 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "{family} is a mixture of experts": "{family} 是混合专家模型",
         "it has {theirs} tokens, the model {ours}": "它有 {theirs} 个词元，模型有 {ours} 个",
         "token {token} has the id {there} there and {here} here": "词元 {token} 在那里的编号为 {there}，在这里为 {here}",
-        "the loss is {value}": "损失为 {value}", "the held-out KL is {value}": "留出文本上的 KL 为 {value}", "a gradient is not finite": "梯度不是有限值",
+        "the loss is {value}": "损失为 {value}", "the held-out KL is {value}": "留出文本上的 KL 为 {value}",
+        "the held-out KL is {value}, after {best}": "留出文本上的 KL 为 {value}，此前最低为 {best}",
+        "a gradient is not finite": "梯度不是有限值",
         "weights are not finite": "权重不是有限值",
         "The checkpoint of step {step} is kept.": "第 {step} 步的检查点已保留。",
         "No checkpoint was written yet.": "尚未写入检查点。",

@@ -135,8 +135,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "runs.filter": "Filter", "runs.none": "No runs yet. Start one on the Compress tab.",
         "runs.no_match": "No run matches the filter.", "runs.queued": "Waiting for its turn.", "runs.log": "Log",
         "runs.cancel": "Cancel", "runs.resume": "Resume", "runs.delete": "Delete",
-        "runs.slower": "Go on from step {step} at a tenth of the learning rate",
-        "runs.finish": "End the training at step {step}",
+        "runs.slower": "Go on at a tenth of the rate", "runs.finish": "End at step {step}",
         "runs.diverged": "Resume alone would train the same way again, and diverge at the same place.",
         "runs.diverged.slower": "From its last good checkpoint, of step {step}, the run can go on at a tenth of its "
         "learning rate.",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import card, intermediate, methods, pipeline, rescue
+from engine import card, children, intermediate, methods, pipeline, rescue
 from engine.errors import BadParams, Diverged, InputError
 from engine.lesson import Lesson, TrainingParams
 from engine.methods import Context
@@ -179,6 +179,10 @@ def test_the_pipeline_says_which_step_diverged_and_files_the_model_under_a_key_o
         assert intermediate.key(asked, source, checked[:1], "cpu") in kept
 
 
+def test_of_several_processes_the_first_one_may_say_it() -> None:
+    assert children.event_kind("diverged") == "diverged"
+
+
 def test_no_run_goes_on_from_an_assistant(context: Context, recorder: Recorder) -> None:
     method = methods.get("distill/logits")
     asked = {"student": "blocks", "keep_every": 3, "assistants": 1, "batch": 2, "sequence_length": 16, "steps": 3}
@@ -192,6 +196,6 @@ def test_no_run_goes_on_from_an_assistant(context: Context, recorder: Recorder) 
 
 def test_the_card_says_which_rate_held_and_where_training_ended() -> None:
     text = card.text(rescue.amended(failed(), [diverged()], 0), {})
-    assert "- distill/logits: the training ended after step 100, with the weights of that step." in text
+    assert "- distill/logits: the training ends after step 100, with the weights of that step." in text
     text = card.text(rescue.amended(failed(), [diverged()], 0.1), {})
-    assert "- distill/logits: after step 100 the learning rate was 0.1 times what the schedule says." in text
+    assert "- distill/logits: after step 100 the learning rate is 0.1 times what the schedule says." in text

@@ -16,7 +16,7 @@ import pytest
 
 from engine import rescue
 from engine.modes import Mode
-from engine.records import Status
+from engine.records import Run, Status
 from tests.ui import fakes
 from tests.ui.hosts import CANARY, NAMED, PASSWORD, Host, host
 from ui import report, wording
@@ -462,16 +462,17 @@ def test_an_address_opens_a_run_for_who_may_see_it(running: Host) -> None:
 def test_only_its_owner_lets_a_run_that_diverged_go_on(running: Host) -> None:
     anna, ben = running.enter("anna"), running.enter("ben")
     run = fakes.diverged(running.scheduler, fakes.HALF, running.owner("anna", anna))
-    index = next(index for index, fn in running.page.fns.items() if fn.api_name == "rescued")
+    run = running.scheduler.share(run.id, True, owner=run.owner)
+    by_name = {fn.api_name: index for index, fn in running.page.fns.items()}
 
-    def go_on(client: httpx.Client, session: str) -> None:
-        data = [run.id, "", ["", "", ""], ""]
-        client.post("/gradio_api/run/predict", json=body(session, index, data, run.id))
+    def go_on(client: httpx.Client, session: str) -> Run:
+        for name in ("select", "rescued"):
+            data = [None] * len(running.page.fns[by_name[name]].inputs)
+            client.post("/gradio_api/run/predict", json=body(session, by_name[name], data, run.id))
+        return running.scheduler.store.run(run.id)
 
-    go_on(ben, "ben-rescue")
-    assert running.scheduler.store.run(run.id) == run
-    go_on(anna, "anna-rescue")
-    found = running.scheduler.store.run(run.id)
+    assert go_on(ben, "ben-rescue") == run
+    found = go_on(anna, "anna-rescue")
     assert (found.status, found.recipe.steps[0].params[rescue.SETTING]) == (Status.QUEUED, "0.1 after 100")
 
 

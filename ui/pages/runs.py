@@ -79,7 +79,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
             say("runs.cancel"), variant="stop", interactive=False, elem_id="mq-cancel", size="md", min_width=110
         )
         resume = gr.Button(say("runs.resume"), interactive=False, size="md", min_width=110)
-        slower = gr.Button("", visible=False, size="md", min_width=110, elem_id="mq-slower")
+        slower = gr.Button(say("runs.slower"), visible=False, size="md", min_width=110, elem_id="mq-slower")
         finish = gr.Button("", visible=False, size="md", min_width=110, elem_id="mq-finish")
         delete = gr.Button(say("runs.delete"), interactive=False, size="md", min_width=110, elem_id="mq-delete")
         sure = gr.Button("", variant="stop", visible=False, size="md", min_width=110, elem_id="mq-sure")
@@ -250,7 +250,7 @@ def rescues(desk: Desk, run: Run | None) -> list[object]:
     if run is None or (left := rescue.left(run, found)) is None:
         return [gr.update(visible=False)] * 2
     return [
-        gr.update(value=say("runs.slower", step=left.kept), visible=True),
+        gr.update(visible=True),
         gr.update(value=say("runs.finish", step=left.kept), visible=rescue.may_end(run, found)),
     ]
 
