@@ -5,8 +5,11 @@ through `transformers` as always. For families of Llama's kind the tokens after 
 same modules, with preallocated keys and values and nothing else around them; or, where our own kernels
 know all products of the blocks, through their `NativeDecoder`. The first step repeats the last token of the
 prompt and is compared with what `transformers` said; where the two disagree, and for every other family,
-`transformers` goes on with its own cache. So it does for models that hold keys and values packed, with the
-cache of `engine.kv_cache`.
+`transformers` goes on with its own cache.
+
+Where keys and values are held packed, `transformers` reads the prompt with the cache of `engine.kv_cache`, so that a
+long one never is there exactly, and the decoders take that cache over. A last token may be packed already, and what it
+saw is rounded now: so both glance at it once more, at the place after the prompt's end, and are compared there.
 """
 
 from __future__ import annotations
@@ -225,19 +228,41 @@ def _rounds_inputs(network: PreTrainedModel) -> bool:
 
 
 def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor, room: int) -> _Decoder:
-    """The lean decoder where it agrees with `transformers` about the prompt's end, else `transformers`.
-
-    The lean decoder knows no packed cache.
-    """
-    if not isinstance(cache, PackedCache) and LeanDecoder.supports(network, ids.shape[1]):
+    """The lean decoder where it agrees with `transformers` about the prompt's end, else `transformers`."""
+    if isinstance(cache, PackedCache):
+        return _packed_decoder(network, cache, ids, room)
+    if LeanDecoder.supports(network, ids.shape[1]):
         kind = NativeDecoder if NativeDecoder.supports(network, len(ids), room) else LeanDecoder
-        lean: _Decoder = kind(network, cache, room)
-        seen = lean.step(ids[:, -1:])
-        distance = (seen.float() - logits.float()).norm() / logits.float().norm()
-        if distance <= (ROUNDED if _rounds_inputs(network) else AGREEMENT):
+        lean = kind(network, cache, room)
+        if _agree(network, lean.step(ids[:, -1:]), logits):
             return lean
-        log.warning("%s: the lean decoder is off by %.3f and is not used", type(network).__name__, distance)
     return _WholeModel(network, cache)
+
+
+@torch.inference_mode()
+def _packed_decoder(network: PreTrainedModel, cache: PackedCache, ids: Tensor, room: int) -> _Decoder:
+    """As `_decoder`; both see what is packed. Of a prompt that fills a sliding window, the next token sees enough."""
+    if LeanDecoder.supports(network, 0):
+        grid, last, room = cache.grid, ids[:, -1:], max(room, ids.shape[1] + 1)
+        with cache.glance():
+            logits = read_on(network, last, cache)[0][:, -1]
+        kind = NativeDecoder if NativeDecoder.supports(network, len(ids), room, grid) else LeanDecoder
+        lean = kind(network, cache, room)
+        if _agree(network, lean.glance(last), logits):
+            return lean
+        if not cache.get_seq_length():  # it was taken over
+            _, again = _read_prompt(network, ids, grid)
+            return _WholeModel(network, again)
+    return _WholeModel(network, cache)
+
+
+def _agree(network: PreTrainedModel, ours: Tensor, theirs: Tensor) -> bool:
+    """Whether logits (B, V) of the lean decoder differ from those of `transformers` in rounding only."""
+    distance = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+    close = distance <= (ROUNDED if _rounds_inputs(network) else AGREEMENT)
+    if not close:
+        log.warning("%s: the lean decoder is off by %.3f and is not used", type(network).__name__, distance)
+    return close
 
 
 class _WholeModel:

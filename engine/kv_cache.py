@@ -15,7 +15,8 @@ time. A prompt is read with its exact keys and values, as in the paper; what com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -130,22 +131,30 @@ class _Stream:
     def nbytes(self) -> int:
         return (self.packed.nbytes if self.packed else 0) + (self.recent.nbytes if self.recent is not None else 0)
 
-    def extend(self, states: Tensor) -> Tensor:
-        """Add new states (B, H, n, D); all states (B, H, T, D), those that were packed before as they are read back."""
+    def extend(self, states: Tensor, dtype: torch.dtype, *, keep: bool) -> Tensor:
+        """All states (B, H, T, D) with new ones (B, H, n, D), those that are packed as they are read back.
+
+        The new ones are added, and groups that are full now are packed, where they are to be kept.
+        """
         recent = states if self.recent is None else torch.cat((self.recent, states), dim=TOKENS)
-        whole = recent
-        if self.packed is not None:
+        if self.packed is None:
+            whole = recent.to(dtype)
+        else:
             batch, heads, new, size = recent.shape
-            whole = recent.new_empty(batch, heads, self.packed.tokens + new, size)
+            whole = recent.new_empty(batch, heads, self.packed.tokens + new, size, dtype=dtype)
             self.packed.write_to(whole[:, :, : self.packed.tokens])
             whole[:, :, self.packed.tokens :] = recent
+        if keep:
+            self._keep(recent)
+        return whole
+
+    def _keep(self, recent: Tensor) -> None:
         full = self._grid.packed_tokens(recent.shape[TOKENS])
         if full:
             packed = PackedStates.of(recent[:, :, :full], self._grid.bits, self._along, self._grid.group_size)
             self.packed = self.packed.followed_by(packed) if self.packed else packed
         # A copy: a view would keep all of a prompt's states alive.
         self.recent = recent[:, :, full:].clone()
-        return whole
 
     def forget(self, tokens: int) -> None:
         """Drop whole groups among the first `tokens` tokens; none, where that is less than one group."""
@@ -168,6 +177,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of __ini
     def __init__(self, grid: CacheGrid, sliding_window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.grid, self.sliding_window = grid, sliding_window
+        self.keeps = True  # what it is given
         self.is_sliding = sliding_window is not None
         self.reset()
 
@@ -183,16 +193,30 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of __ini
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Add new keys and values (B, H, n, D); all that the new tokens attend to, in the same dtype."""
+        return self.update_as(key_states, value_states, key_states.dtype)
+
+    def update_as(self, key_states: Tensor, value_states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`update` that gives them in another dtype than the one in which they are held."""
         self.is_initialized = True
         new = key_states.shape[TOKENS]
-        self._seen += new
-        keys, values = (s.extend(states) for s, states in zip(self._streams, (key_states, value_states), strict=True))
+        keys, values = (
+            stream.extend(states, dtype, keep=self.keeps)
+            for stream, states in zip(self._streams, (key_states, value_states), strict=True)
+        )
+        if self.keeps:
+            self._seen += new
         if self.sliding_window is None:
             return keys, values
         visible = self.sliding_window - 1  # tokens that the next one sees beside itself
         for stream in self._streams:
             stream.forget(stream.tokens - visible)
         return keys[:, :, -(visible + new) :], values[:, :, -(visible + new) :]
+
+    def hand_over(self) -> list[tuple[PackedStates | None, Tensor]]:
+        """What is packed and the newest tokens, of the keys and of the values; holds nothing any more."""
+        held = [(s.packed, s.recent) for s in self._streams if s.recent is not None]
+        self.reset()
+        return held
 
     @property
     def nbytes(self) -> int:
@@ -263,6 +287,7 @@ class PackedCache(Cache):
     """
 
     def __init__(self, config: PretrainedConfig, grid: CacheGrid, kind: type[PackedLayer] = PackedLayer) -> None:
+        self.grid = grid
         self.blocks = [kind(grid, window) for window in sliding_windows(config)]
         super().__init__(layers=[*self.blocks])
 
@@ -275,6 +300,17 @@ class PackedCache(Cache):
     def room(self) -> int:
         """How many tokens can follow before the next group is packed; the same in all blocks."""
         return self.blocks[0].room
+
+    @contextlib.contextmanager
+    def glance(self) -> Iterator[None]:
+        """Tokens that are read meanwhile see what is held, and are not kept."""
+        for layer in self.blocks:
+            layer.keeps = False
+        try:
+            yield
+        finally:
+            for layer in self.blocks:
+                layer.keeps = True
 
 
 def sliding_windows(config: PretrainedConfig) -> Sequence[int | None]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from engine.kv_cache import PackedCache, PackedLayer
 from engine.runtime.parts import Block, Cap, CappedAttention, Sights, Then, activation, norm, windows
 
 FAMILIES = (
@@ -37,6 +39,8 @@ class LeanDecoder:
 
     On a CPU, attention and its cache are float32: torch's bfloat16 attention for one query is 3 to 7 times
     slower, and the cache is small beside the weights. Starts with the prompt's cache less its last token.
+
+    A packed cache is used as it is, with its last token, and unpacked for each block's attention.
     """
 
     @staticmethod
@@ -69,13 +73,14 @@ class LeanDecoder:
         body: nn.Module = network.base_model
         config, name = network.config, type(network).__name__
         dtype = torch.float32 if network.device.type == "cpu" else network.dtype
-        self._length = cache.get_seq_length() - 1
-        self._caches = [
-            (with_room(layer.keys, self._length, room, dtype), with_room(layer.values, self._length, room, dtype))
-            for layer in cache.layers
-            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        ]
-        self._size = self._caches[0][0].shape[-1]
+        self._packed = cache if isinstance(cache, PackedCache) else None
+        self._length = cache.get_seq_length() - (0 if self._packed else 1)
+        self._caches: Sequence[_Exact | _Packed] = (
+            [_Packed(layer, network.dtype, dtype) for layer in self._packed.blocks]
+            if self._packed
+            else _exact(cache, self._length, room, dtype)
+        )
+        self._size = self._caches[0].size
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         sights = Sights(network, self._size, room, dtype)
         self._sights, self._partner = sights.of, sights.partner
@@ -97,7 +102,7 @@ class LeanDecoder:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values that are held, room for later ones included."""
-        return sum(states.nbytes for pair in self._caches for states in pair)
+        return sum(states.nbytes for states in self._caches)
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -107,8 +112,8 @@ class LeanDecoder:
         x = self._embed(ids[:, 0])  # (B, hidden)
         places = [sight.at(at) for sight in self._sights]
         with _one_row_products(x.shape[0] if self._dense else 0):
-            for block, (keys, values) in zip(self._blocks, self._caches, strict=True):
-                x = x + self._attend(block, keys, values, block.before_attention(x), *places[block.sight])
+            for block, cache in zip(self._blocks, self._caches, strict=True):
+                x = x + self._attend(block, cache, block.before_attention(x), *places[block.sight])
                 y = block.before_mlp(x)
                 gate, up = block.gate_up(y).chunk(2, dim=-1)
                 x = x + block.down(self._activate(gate).mul_(up))
@@ -116,27 +121,82 @@ class LeanDecoder:
             logits: Tensor = self._head(self._norm(x))
         return logits
 
+    def glance(self, ids: Tensor) -> Tensor:
+        """`step` with a token that is forgotten again."""
+        with contextlib.nullcontext() if self._packed is None else self._packed.glance():
+            logits = self.step(ids)
+        self._length -= 1
+        return logits
+
     def _attend(
-        self, block: Block, keys: Tensor, values: Tensor, x: Tensor, cos: Tensor, sin: Tensor, first: int, count: int
+        self, block: Block, cache: _Exact | _Packed, x: Tensor, cos: Tensor, sin: Tensor, first: int, count: int
     ) -> Tensor:  # fmt: skip
-        """Attention of one token (B, hidden) to `count` up to itself; keys and values (B, shared, room, D)."""
+        """Attention of one token (B, hidden) to `count` up to itself."""
         heads, shared = self._heads
         batch, size = x.shape[0], self._size
         q_k_v = block.q_k_v(x).view(batch, heads + 2 * shared, size)
         both = q_k_v.narrow(1, 0, heads + shared)
         if block.head_norms is not None:
             both = block.head_norms(both.narrow(1, 0, heads), both.narrow(1, heads, shared))
-        both = both.to(keys.dtype)
+        both = both.to(cos.dtype)
         if block.rotates:
             both = torch.addcmul(both * cos, self._partner(both), sin)
-        here = first + count - 1
-        keys.select(2, here).copy_(both.narrow(1, heads, shared))
-        values.select(2, here).copy_(q_k_v.narrow(1, heads + shared, shared))
-        out = self._attention(
-            both.narrow(1, 0, heads).unsqueeze(2), keys.narrow(2, first, count), values.narrow(2, first, count),
-            scale=block.scale,
+        keys, values = cache.extend(
+            both.narrow(1, heads, shared), q_k_v.narrow(1, heads + shared, shared), first, count
         )  # fmt: skip
+        out = self._attention(both.narrow(1, 0, heads).unsqueeze(2), keys, values, scale=block.scale)
         return block.o(out.to(x.dtype).view(batch, heads * size))
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """Keys and values (B, shared, room, D) of one block."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.keys.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def extend(self, keys: Tensor, values: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keep those of a new token (B, shared, D); the `count` from `first` on, of which it is the last."""
+        self.keys.select(2, first + count - 1).copy_(keys)
+        self.values.select(2, first + count - 1).copy_(values)
+        return self.keys.narrow(2, first, count), self.values.narrow(2, first, count)
+
+
+def _exact(cache: Cache, length: int, room: int, dtype: torch.dtype) -> list[_Exact]:
+    return [
+        _Exact(with_room(layer.keys, length, room, dtype), with_room(layer.values, length, room, dtype))
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+    ]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A block's part of a packed cache, which holds the newest tokens as `held`; attention takes them as `wanted`."""
+
+    layer: PackedLayer
+    held: torch.dtype
+    wanted: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return self.layer.head_size
+
+    @property
+    def nbytes(self) -> int:
+        return self.layer.nbytes
+
+    def extend(self, keys: Tensor, values: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """As `_Exact`; the layer knows itself how far back its block sees."""
+        return self.layer.update_as(keys.unsqueeze(2).to(self.held), values.unsqueeze(2).to(self.held), self.wanted)
 
 
 def with_room(states: Tensor, length: int, room: int, dtype: torch.dtype) -> Tensor:

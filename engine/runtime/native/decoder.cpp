@@ -59,33 +59,6 @@ void gated(bf16* gate, const bf16* up, int n) {
     }
 }
 
-// Softmax attention of one query (size) to keys and values (length, size); weights: room for `length` numbers.
-void attend_head(const bf16* q, const bf16* keys, const bf16* values, int length, int size, float scale, float* weights,
-                 bf16* out) {
-    float highest = -INFINITY;
-    for (int t = 0; t < length; ++t) {
-        weights[t] = inner(q, keys + long(t) * size, size) * scale;
-        highest = std::max(highest, weights[t]);
-    }
-    Floats sums = zeros();
-    for (int t = 0; t < length; t += 16) {
-        const Lanes mask = lanes(length - t);
-        const Floats e = exponential(load(weights + t, mask) - all(highest));
-        store(weights + t, e, mask);
-        sums = sums + only(mask, e);
-    }
-    const Floats whole = all(sum(sums));
-    for (int k = 0; k < size; k += 64) {  // four vectors at a time
-        Floats found[4] = {zeros(), zeros(), zeros(), zeros()};
-        Lanes masks[4];
-        for (int j = 0; j < 4; ++j) masks[j] = lanes(std::max(0, size - k - 16 * j));
-        for (int t = 0; t < length; ++t)
-            for (int j = 0; j < 4; ++j)
-                found[j] = fused(all(weights[t]), load(values + long(t) * size + k + 16 * j, masks[j]), found[j]);
-        for (int j = 0; j < 4; ++j) store(out + k + 16 * j, found[j] / whole, masks[j]);
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -116,30 +89,6 @@ void maquette_project(const Block* block, const bf16* x, int batch, const float*
             if (norm) normalize(head, norm, size, block->epsilon, head);
             rotate(head, cos, sin, size);
         }
-}
-
-// Put the new keys and values at `at` of keys and values (B, shared, room, size); out (B, heads, size): attention to
-// all up to there.
-void maquette_attend(const bf16* q_k_v, bf16* keys, bf16* values, int batch, int heads, int shared, int size, int room,
-                     int at, float scale, bf16* out, int threads) {
-    const int all = heads + 2 * shared;
-    for (int i = 0; i < batch * shared; ++i) {
-        const bf16* from = q_k_v + (long(i / shared) * all + heads + i % shared) * size;
-        std::copy(from, from + size, keys + (long(i) * room + at) * size);
-        std::copy(from + shared * size, from + (shared + 1) * size, values + (long(i) * room + at) * size);
-    }
-    threads = int(std::min(long(threads), 1 + long(batch) * heads * size * at / (1 << 14)));
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> weights(at + 1);
-#pragma omp for schedule(static)
-        for (int i = 0; i < batch * heads; ++i) {
-            const int sequence = i / heads, head = i % heads;
-            const long states = (long(sequence) * shared + head / (heads / shared)) * room * size;
-            attend_head(q_k_v + (long(sequence) * all + head) * size, keys + states, values + states, at + 1, size,
-                        scale, weights.data(), out + long(i) * size);
-        }
-    }
 }
 
 // The rest of the block: x (B, hidden) becomes the block's output, from the attention's (B, heads size).

@@ -4,7 +4,7 @@
     attend    the new keys and values into the cache, attention to all of it
     finish    output, residual, norm, gate and up in one pass, silu, down, residual
 
-Keys and values are bfloat16 (B, shared heads, room, size), as `transformers` keeps them.
+`engine.runtime.native.held` has the keys and values: as they are, or packed, where attention reads the codes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import ctypes
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
-from engine.runtime.lean import with_room
+from engine.packing import CacheGrid
 from engine.runtime.linear import Int8Linear
+from engine.runtime.native import held
 from engine.runtime.native.library import Block, Matrix, library
 from engine.runtime.native.linear import NativeLinear, multiply
 from engine.runtime.parts import rotates, windows
@@ -32,12 +32,16 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 class NativeDecoder:
     """Decodes where `supports` and `LeanDecoder` does, too.
 
-    Starts with the prompt's `cache` less its last token; `room` is the number of tokens that there will ever be.
+    Starts with the prompt's `cache` less its last token; `room` is the number of tokens that there will ever be. A
+    packed cache is taken over whole, and is empty then.
     """
 
     @staticmethod
-    def supports(network: PreTrainedModel, batch: int, room: int) -> bool:
-        """Whether our kernels compute every product of the blocks, and these attend to all of `room` tokens."""
+    def supports(network: PreTrainedModel, batch: int, room: int, grid: CacheGrid | None = None) -> bool:
+        """Whether our kernels compute every product of the blocks, and these attend to all of `room` tokens, which are
+        packed on a grid."""
+        if grid is not None and not held.reads(grid, head_size(network)):
+            return False
         if type(network).__name__ not in FAMILIES or any(w is not None and room >= w for w in windows(network)):
             return False
         if network.device.type != "cpu" or network.dtype != torch.bfloat16 or batch > MOST_ROWS or library() is None:
@@ -52,19 +56,15 @@ class NativeDecoder:
         self._kernels = kernels
         # The blocks point into these; they stay even where the network's own tensors are moved meanwhile.
         self._kept = [tensor.detach() for tensor in [*network.parameters(), *network.buffers()]]
-        self._length, self._room = cache.get_seq_length() - 1, room
-        self._states = [
-            tuple(with_room(kept, self._length, room, torch.bfloat16) for kept in (layer.keys, layer.values))
-            for layer in cache.layers
-            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        ]
+        self._room = room
+        self._length, self._held = held.of(cache, room)
         body: nn.Module = network.base_model
         self._embed, self._norm = body.get_submodule("embed_tokens"), body.get_submodule("norm")
         self._head = network.get_submodule("lm_head")
         layers = list(body.get_submodule("layers").children())
         self._blocks = [_block(layer, network) for layer in layers]
         self._scale = float(vars(layers[0].get_submodule("self_attn"))["scaling"])
-        batch, block = self._states[0][0].shape[0], self._blocks[0]
+        batch, block = self._held[0].keys.shape[0], self._blocks[0]
         self._q_k_v = torch.empty(batch, block.heads + 2 * block.shared, block.size, dtype=torch.bfloat16)
         self._attended = torch.empty(batch, block.heads, block.size, dtype=torch.bfloat16)
         cos, sin = body.get_submodule("rotary_emb")(torch.empty(0), torch.arange(self._room)[None])  # (1, room, size)
@@ -75,7 +75,7 @@ class NativeDecoder:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values that are held, room for later ones included."""
-        return sum(states.nbytes for pair in self._states for states in pair)
+        return sum(states.nbytes for states in self._held)
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
@@ -92,13 +92,10 @@ class NativeDecoder:
         batch, threads, kernels = x.shape[0], torch.get_num_threads(), self._kernels
         here, q_k_v, attended = x.data_ptr(), self._q_k_v.data_ptr(), self._attended.data_ptr()
         turned, still = ([t.data_ptr() for t in pair] for pair in ((self._cos[at], self._sin[at]), self._still))
-        for block, turns, (keys, values) in zip(self._blocks, self._rotates, self._states, strict=True):
+        for block, turns, states in zip(self._blocks, self._rotates, self._held, strict=True):
             pointer = ctypes.byref(block)
             kernels.maquette_project(pointer, here, batch, *(turned if turns else still), q_k_v, threads)
-            kernels.maquette_attend(
-                q_k_v, keys.data_ptr(), values.data_ptr(), batch, block.heads, block.shared, block.size, self._room, at,
-                self._scale, attended, threads,
-            )  # fmt: skip
+            states.attend(kernels, block, q_k_v, at, self._scale, attended, threads)
             kernels.maquette_finish(pointer, attended, here, batch, threads)
         y = torch.empty_like(x)
         weight, epsilon = _norm(self._norm)
@@ -106,6 +103,18 @@ class NativeDecoder:
         head = _matrix(self._head)
         logits: Tensor = self._head(y) if head is None else multiply(head, y)
         return logits
+
+    def glance(self, ids: Tensor) -> Tensor:
+        """`step` with a token that is forgotten again."""
+        logits = self.step(ids)
+        self._length -= 1  # the next one takes its place, and packing waits for that
+        return logits
+
+
+def head_size(network: PreTrainedModel) -> int:
+    """Channels of each head of keys and values."""
+    config = network.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _block(layer: nn.Module, network: PreTrainedModel) -> Block:

@@ -73,6 +73,7 @@ _POINTERS = {  # arguments of the functions
     "maquette_normalize": (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p),
     "maquette_project": (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int),
     "maquette_attend": (*[c_void_p] * 3, *[c_int] * 6, c_float, c_void_p, c_int),
+    "maquette_attend_packed": (*[c_void_p] * 2, *[c_int] * 6, c_float, c_void_p, c_int),
     "maquette_finish": (c_void_p, c_void_p, c_void_p, c_int, c_int),
     "maquette_solve_columns": (*[c_void_p] * 6, c_int, c_long, c_float, c_void_p, c_void_p, c_int),
     "maquette_second_moments": (c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_void_p, c_int),
@@ -86,6 +87,16 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("kind", c_int32), ("rows", c_int32), ("columns", c_int32), ("group", c_int32), ("weight", c_void_p),
         ("scale", c_void_p), ("zero", c_void_p), ("sums", c_void_p), ("bias", c_void_p), ("input_scale", c_float),
+    )  # fmt: skip
+
+
+class Packed(ctypes.Structure):
+    """`Packed` of attention.cpp. Whoever makes one keeps the tensors it points to."""
+
+    _fields_ = (
+        ("keys", c_void_p), ("values", c_void_p), ("key_codes", c_void_p), ("value_codes", c_void_p),
+        ("key_scale", c_void_p), ("key_low", c_void_p), ("value_scale", c_void_p), ("value_low", c_void_p),
+        ("bits", c_int32), ("group", c_int32), ("groups", c_int32), ("newest", c_int32),
     )  # fmt: skip
 
 

@@ -64,6 +64,17 @@ inline __m256 load_eight(const int8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }
 inline Floats load(const int8_t* from) { return {load_eight(from), load_eight(from + 8)}; }
+inline __m256 load_eight(const uint8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+inline Floats load(const uint8_t* from) { return {load_eight(from), load_eight(from + 8)}; }
+// The lower and the upper halves of sixteen bytes.
+inline void load_halves(const uint8_t* from, Floats& lower, Floats& upper) {
+    const auto eight = [](const uint8_t* from) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); };
+    const __m256i a = eight(from), b = eight(from + 8), mask = _mm256_set1_epi32(15);
+    lower = {_mm256_cvtepi32_ps(_mm256_and_si256(a, mask)), _mm256_cvtepi32_ps(_mm256_and_si256(b, mask))};
+    upper = {_mm256_cvtepi32_ps(_mm256_srli_epi32(a, 4)), _mm256_cvtepi32_ps(_mm256_srli_epi32(b, 4))};
+}
 
 inline void store(bf16* to, Floats values, Lanes count = 16) {
     const __m256i pairs = _mm256_packus_epi32(narrowed(values.low), narrowed(values.high));

@@ -31,6 +31,15 @@ inline Floats load(const float* from, Lanes mask = 0xffff) { return _mm512_maskz
 inline Floats load(const int8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
 }
+inline Floats load(const uint8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+// The lower and the upper halves of sixteen bytes.
+inline void load_halves(const uint8_t* from, Floats& lower, Floats& upper) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+    lower = _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)));
+    upper = _mm512_cvtepi32_ps(_mm512_srli_epi32(bytes, 4));
+}
 
 inline void store(bf16* to, Floats values, Lanes mask = 0xffff) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(values));
