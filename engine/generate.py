@@ -166,6 +166,17 @@ def cache_bytes(model: LoadedModel, ids: list[int]) -> int:
     return decoder.cache_bytes
 
 
+def cache_label(model: LoadedModel, tokens: int) -> str | None:
+    """How keys and values are held and read while one sequence of `tokens` is written; None where they stay exact.
+
+    It stands beside the kernels' names.
+    """
+    if (grid := model.kv_cache) is None:
+        return None
+    ours = LeanDecoder.supports(model.network, 0) and NativeDecoder.supports(model.network, 1, tokens, grid)
+    return f"{grid.label}, attention reads the codes" if ours else f"{grid.label}, unpacked for attention"
+
+
 def end_tokens(network: PreTrainedModel) -> frozenset[int]:
     """The tokens that end a text."""
     end = network.generation_config.eos_token_id if network.generation_config else None

@@ -9,8 +9,11 @@ G = `group_size`, a head's states (T, D) of T tokens and D channels are cut like
 
 x is stored as code = round((x - low) / scale), 0 .. 2^bits - 1, with low the smallest of its group, and read back as
 code * scale + low. A group of keys needs G tokens, so the newest tokens stay as they are until G are there beyond the
-`window` that is always exact. Attention computes in the model's dtype, on states that are unpacked for one block at a
-time. A prompt is read with its exact keys and values, as in the paper; what comes after it sees them rounded.
+`window` that is always exact. A prompt is read with its exact keys and values, as in the paper; what comes after it
+sees them rounded.
+
+Here attention computes in the model's dtype, on states that are unpacked for one block at a time. Our own decode loop
+(`engine.runtime.native`) takes a cache over once the prompt is read, and computes on the codes themselves.
 """
 
 from __future__ import annotations

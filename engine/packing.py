@@ -131,8 +131,8 @@ class CacheGrid:
 
     @property
     def label(self) -> str:
-        """What stands beside the kernels' names."""
-        return f"KV cache {self.bits} bit, unpacked for attention"
+        """What they are called; `generate.cache_label` says how they are read, too."""
+        return f"KV cache {self.bits} bit"
 
     def packed_tokens(self, tokens: int) -> int:
         """How many of `tokens` tokens are packed."""

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import chat, preflight, runtime
 from engine.errors import BadText, InputError, MaquetteError, RunError
-from engine.generate import generate, stop_string
+from engine.generate import cache_label, generate, stop_string
 from engine.measure._text import encode
 from engine.measure.outputs import describe, force
 from engine.models import LoadedModel
@@ -64,8 +64,8 @@ def serve(source: str, device: str, commands: TextIO, replies: TextIO) -> None:
     inbox: queue.Queue[Command | None] = queue.Queue()
     threading.Thread(target=_listen, args=(commands, inbox), daemon=True).start()
     model = runtime.load(preflight.resolve(source), device)
-    cache = [model.kv_cache.label] if model.kv_cache else []
-    _reply(replies, "ready", {"kernels": [*sorted(set(model.kernels.values())), *cache]})
+    cache = cache_label(model, 1)
+    _reply(replies, "ready", {"kernels": [*sorted(set(model.kernels.values())), *([cache] if cache else [])]})
     while (command := inbox.get()) is not None:
         try:
             for event, data in _answer(model, command):

@@ -647,6 +647,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "{said}：每层 {total} 个中保留 {size} 个，占重要性的 {share}",
         "{said}: {size} of {total} stay, with {share} of the importance": "{said}：{total} 个中保留 {size} 个，占重要性的 {share}",
         "KV cache {bits} bit, unpacked for attention": "KV 缓存 {bits} 位，计算注意力时解包",
+        "KV cache {bits} bit, attention reads the codes": "KV 缓存 {bits} 位，注意力直接读取整数码",
         "kernels: {names}": "算子：{names}",
         "sensitivity is measured before quantizing: this model's weights are packed": "敏感度应在量化之前测量：该模型的权重已打包",
         "reused what an earlier run has done: {titles}": "复用了先前运行的成果：{titles}",
@@ -743,6 +744,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "looked at every {span} ms": "每 {span} ms 查看一次",
         "dense {dtype} x {count}": "稠密 {dtype} x {count}", "dense {dtype}": "稠密 {dtype}",
         "KV cache {bits} bit": "KV 缓存 {bits} 位", "unpacked for attention": "计算注意力时解包",
+        "attention reads the codes": "注意力直接读取整数码",
         "part by part, for it is large": "逐部分（因为较大）", "with transformers": "用 transformers ",
         "by Maquette's own reader, for the format is its own": "用 Maquette 自己的读取程序（因为格式是自有的）",
         # pydantic

@@ -20,7 +20,7 @@ import torch
 from pydantic import JsonValue
 
 from engine import hardware
-from engine.generate import decode
+from engine.generate import cache_label, decode
 from engine.methods import Emit
 from engine.models import LoadedModel, linears
 from engine.records import Measurement
@@ -68,13 +68,17 @@ def warm_up(model: LoadedModel, prompt: list[int], batches: Sequence[int] = BATC
         _generate(model, prompt, 3, batch)
 
 
-def kernels(model: LoadedModel) -> str:
-    """Which kernels compute the model's linears, and how many: `int4pack-cpu x 28, dense bfloat16 x 1`."""
+def kernels(model: LoadedModel, tokens: int = 1) -> str:
+    """Which kernels compute the model's linears, and how many: `int4pack-cpu x 28, dense bfloat16 x 1`.
+
+    Where keys and values are packed, also how they are read in a text of `tokens` tokens.
+    """
     dense = f"dense {str(model.network.dtype).removeprefix('torch.')}"
     names = Counter(model.kernels.values())
     names[dense] += sum(name not in model.kernels for name, _ in linears(model.network))
     found = [f"{name} x {count}" for name, count in names.most_common() if count]
-    return ", ".join(found + ([model.kv_cache.label] if model.kv_cache else []))
+    label = cache_label(model, tokens)
+    return ", ".join(found + ([label] if label else []))
 
 
 def _repeat(
@@ -115,7 +119,7 @@ def _about(model: LoadedModel, prompt: list[int], new_tokens: int) -> dict[str, 
         "machine": hardware.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(model.network.dtype).removeprefix("torch."),
-        "kernels": kernels(model),
+        "kernels": kernels(model, len(prompt) + new_tokens),
         "prompt_tokens": len(prompt),
         "new_tokens": new_tokens,
     }

@@ -20,7 +20,7 @@ import psutil
 import torch
 from pydantic import JsonValue
 
-from engine.generate import cache_bytes
+from engine.generate import cache_bytes, cache_label
 from engine.models import LoadedModel
 from engine.records import Measurement
 
@@ -64,14 +64,15 @@ def generating(work: Callable[[], T], loaded: Measurement) -> tuple[T, Measureme
 def of_cache(model: LoadedModel, text: list[int]) -> Measurement:
     """`memory.kv_cache`: the bytes of keys and values that one sequence of CACHE_TOKENS tokens holds, scales included.
 
-    They are counted from the tensors that the decoder really keeps: on a CPU the lean decoder's are float32.
+    They are counted from the tensors that the decoder really keeps, room for one more token included where these are
+    packed: on a CPU the lean decoder's exact ones are float32.
     """
     config = model.network.config.get_text_config()
     count = min(CACHE_TOKENS, getattr(config, "max_position_embeddings", CACHE_TOKENS))
     held = cache_bytes(model, (text * count)[:count])
     details: dict[str, JsonValue] = {
         "protocol": "tensors that are held after reading one sequence", "tokens": count, "per_token": held / count,
-        "kind": model.kv_cache.label if model.kv_cache else "exact",
+        "kind": cache_label(model, count + 1) or "exact",
     }  # fmt: skip
     return Measurement(name="memory.kv_cache", value=held, unit="B", higher_is_better=False, details=details)
 

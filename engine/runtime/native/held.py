@@ -1,4 +1,4 @@
-"""Keys and values that a `NativeDecoder` holds, a block's at a time: as they are, or packed, read as codes by attention.
+"""Keys and values that a `NativeDecoder` holds, a block's at a time: as they are, or packed and read as codes.
 
 Packed ones are rounded by `engine.kv_cache`, and laid out as attention goes through them: the codes of keys with the
 tokens of a group side by side, scales of values with all tokens of a group of channels side by side. Room for all
