@@ -19,9 +19,8 @@ from typing import Literal
 from engine import fit, methods, pace, sizes, suitability
 from engine.assumptions import Assumptions
 from engine.errors import BadParams, InputError, short
-from engine.headers import Shape
+from engine.headers import QUANTIZED, Shape
 from engine.methods import Method, Params
-from engine.packing import CACHE_KEY
 from engine.records import Measurement, Model, Recipe, Run, Status, Step
 from engine.sizes import WIDTHS, Holding
 
@@ -198,7 +197,7 @@ def _measures(base: Holding, model: Model, assumptions: Assumptions) -> Iterator
         yield setting("batch", assumptions.largest_batch, context)
     if batch > 1:
         yield setting("one_at_a_time", 1, context)
-    changeable = "quantization_config" not in base.shape.config and CACHE_KEY not in base.shape.config
+    changeable = QUANTIZED.isdisjoint(base.shape.config)
     if changeable:
         yield from _of_recipes("kv8", "optimise", _cache_steps(base), base, model, assumptions)
     yield replace(setting("kernels", batch, context), needs=("packed",))

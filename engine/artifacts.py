@@ -28,9 +28,10 @@ from engine.fit import SAVED_TOGETHER
 from engine.headers import OWN_KEYS, read_header
 from engine.low_rank import RANKS_KEY
 from engine.models import LoadedModel, blocks
+from engine.own_packed import PACKED_KEY
 from engine.packing import CACHE_KEY, QuantizedWeight
 from engine.records import Recipe
-from engine.shards import Scheme, Shard, format_of, packed_modules, strategy
+from engine.shards import Scheme, Shard, format_of, needs_own_format, strategy
 
 FORMAT = 1
 
@@ -59,12 +60,15 @@ def _fill(model: LoadedModel, recipe: Recipe, temporary: Path) -> None:
     config = json.loads((temporary / "config.json").read_text())
     if model.stored_as is not None:
         config["quantization_config"] = model.stored_as
-    elif packed := packed_modules(model):
-        config["quantization_config"] = quantization_config(model.network, packed)
     if model.kv_cache is not None:  # a key of ours, which `transformers` keeps and does not read
         config[CACHE_KEY] = dataclasses.asdict(model.kv_cache)
     for key in OWN_KEYS:  # of the source, perhaps
         config.pop(key, None)
+    if model.quantized and needs_own_format(model.network):
+        config[PACKED_KEY] = packed_as(model.network, model.quantized, own=True)
+    elif model.quantized:
+        packed = packed_as(model.network, model.quantized)
+        config["quantization_config"] = {"quant_method": "compressed-tensors", **packed}
     if any(name.endswith(f".{MASK}") for name in stored):
         config[SPARSE_KEY] = {"format": bitmask.FORMAT}
     if products := low_rank.ranks(model.network):
@@ -121,14 +125,16 @@ def _together(model: LoadedModel, parts: list[str]) -> Iterator[list[str]]:
         yield group
 
 
-def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight]) -> dict[str, JsonValue]:
-    """The `quantization_config` of config.json: a group of modules for each different grid."""
+def packed_as(
+    network: nn.Module, packed: Mapping[str, QuantizedWeight], own: bool = False
+) -> dict[str, JsonValue]:  # fmt: skip
+    """What config.json says of packed modules: a group of them for each different grid; by name in our `own` format."""
     grids: dict[tuple[int, bool, str, int | None, str | None, str], list[str]] = {}
     groups_of = {weight.group_size for weight in packed.values() if strategy(weight) == "group"}
     for name in sorted(packed, key=dot_natural_key):
         weight = packed[name]
         kind, inputs = strategy(weight), Scheme.of(weight).inputs
-        format_ = format_of(weight, network.get_submodule(name))
+        format_ = format_of(weight, network.get_submodule(name), own)
         if kind == "channel" and format_ == "pack-quantized" and weight.group_size in groups_of:
             kind = "group"  # as wide as one group of the others: experts are told apart by no name
         size = weight.group_size if kind == "group" else None
@@ -150,7 +156,7 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
                 "dynamic": inputs == "token", "observer": None if inputs == "token" else "minmax",
             }  # fmt: skip
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(grids) == 1 else _targets(names),
+            "targets": ["Linear"] if len(grids) == 1 and not own else _targets(names),
             "format": format_,  # compressed-tensors would infer another for 4-bit weights with 8-bit inputs
             "input_activations": activations,
             "output_activations": None,
@@ -158,7 +164,6 @@ def quantization_config(network: nn.Module, packed: Mapping[str, QuantizedWeight
         }
     others = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n not in packed]
     return {
-        "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats := {key[-1] for key in grids}) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,

@@ -16,6 +16,7 @@ from pydantic import JsonValue
 
 from engine import rescue
 from engine.headers import is_own
+from engine.own_packed import rounds_inputs
 from engine.recipes import dump_recipe
 from engine.records import Recipe
 
@@ -92,6 +93,11 @@ def front_matter(recipe: Recipe, kind: str) -> dict[str, object]:
 
 def loading(config: Mapping[str, JsonValue], kind: str) -> str:
     """How to load the files with stock `transformers`, or that it cannot."""
+    if rounds_inputs(config):
+        return (
+            "These weights are in a format of Maquette's own, which also says that inputs are rounded. Stock "
+            "`transformers` refuses them; Maquette computes with them."
+        )
     if is_own(config):
         return (
             "These weights are in a format of Maquette's own, which stock `transformers` refuses. Write a folder that "

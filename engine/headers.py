@@ -20,10 +20,11 @@ from engine.configs import check_numbers, read_object, weight_names
 from engine.errors import BadModel, short
 from engine.low_rank import RANKS_KEY
 from engine.origin import FolderOrigin, Origin, has_weights
+from engine.own_packed import CONV1D, PACKED_KEY
 from engine.packing import CACHE_KEY, CacheGrid
 
 LARGEST = 100 << 20  # bytes of a safetensors header
-OWN_KEYS = (SPARSE_KEY, RANKS_KEY)  # of config.json: formats that only Maquette reads
+OWN_KEYS = (SPARSE_KEY, RANKS_KEY, PACKED_KEY)  # of config.json: formats that only Maquette reads
 Tensors = dict[str, tuple[int, ...]]  # shapes by name
 BITS = {  # of the dtypes of safetensors
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
@@ -37,7 +38,7 @@ ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight")  # which are no 
 MEDIA = (  # of config.json: the parts of a model that reads or makes more than text
     "text_config", "vision_config", "audio_config", "vq_config", "text_encoder", "audio_encoder_config",
 )  # fmt: skip
-QUANTIZED = {"quantization_config", "quantization", CACHE_KEY}  # keys of a config; MLX has one of its own
+QUANTIZED = {"quantization_config", "quantization", PACKED_KEY, CACHE_KEY}  # keys of a config; MLX has one of its own
 OF_EACH_BLOCK = (  # keys of config.json with an entry for each block
     "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
     "intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_attention_heads_per_layer",
@@ -83,7 +84,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        transposed = self.config.get("model_type") == "gpt2"
+        transposed = self.config.get("model_type") in CONV1D
         routers = ROUTERS if experts(self.config) > 1 else ()
         found = {}
         for name, shape in self.tensors.items():
@@ -195,7 +196,7 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
 
 def _packed(found: Mapping[str, Header], config: Mapping[str, JsonValue]) -> dict[str, int]:
     """Weights of each packed tensor, by the bits that config.json gives it: the fewest where it names several."""
-    scheme = config.get("quantization_config") or config.get("quantization")  # as MLX calls it
+    scheme = config.get("quantization_config") or config.get(PACKED_KEY) or config.get("quantization")  # MLX's
     if not isinstance(scheme, dict):
         return {}
     own: dict[str, list[JsonValue]] = {}
@@ -252,9 +253,10 @@ def _plain(found: Mapping[str, Header], origin: Origin, file: str) -> dict[str, 
 
 
 def is_placeholder(name: str, names: Collection[str]) -> bool:
-    """Whether the tensor of that name, among others, only says that there are two linears in the place of one."""
+    """Whether the tensor of that name, among others, only says that its module is packed, or two linears."""
     module = name.removesuffix(".weight")
-    return module != name and any(f"{module}.down.{leaf}" in names for leaf in ("weight", "weight_packed"))
+    instead = (f"{module}.weight_packed", f"{module}.down.weight", f"{module}.down.weight_packed")
+    return module != name and any(each in names for each in instead)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -102,7 +102,7 @@ class Params(BaseModel):
         return ""
 
     def rounds_inputs(self) -> bool:
-        """Whether the inputs of linears are rounded, too, which files cannot say of some families' own linears."""
+        """Whether the inputs of linears are rounded, too."""
         return False
 
     def rooted(self) -> dict[str, JsonValue]:

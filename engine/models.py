@@ -35,7 +35,7 @@ from engine.errors import BadModel, short
 from engine.headers import is_own
 from engine.origin import FolderOrigin
 from engine.packing import CACHE_KEY, CacheGrid, InputGrid, QuantizedWeight
-from engine.wide import is_plain, widen
+from engine.wide import widen
 
 Linear = nn.Linear | Conv1D
 LARGE = 1 << 22  # weights
@@ -338,21 +338,6 @@ def quantize_inputs(linear: nn.Module, grid: InputGrid) -> None:
         return (grid.fake(x), *args[1:])
 
     linear.register_forward_pre_hook(round_)
-
-
-def check_inputs_storable(model: LoadedModel) -> None:
-    """Refuse families whose own linears a file cannot say rounded inputs of.
-
-    Raises:
-        BadModel: a linear of the blocks is no `nn.Linear` itself (GPT-2's `Conv1D`, Falcon's own).
-    """
-    for block in blocks(model.network)[1]:
-        for path, linear in linears(block):
-            if not is_plain(linear):
-                raise BadModel(
-                    f"{type(model.network).__name__} has {type(linear).__name__} at {path}: its saved files cannot say "
-                    "that inputs are rounded. Use a weight-only method for this family."
-                )
 
 
 def is_large(module: nn.Module) -> bool:

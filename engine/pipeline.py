@@ -37,6 +37,7 @@ from engine.hub import Hub
 from engine.methods import Context, Emit
 from engine.models import LoadedModel
 from engine.records import EventKind, Recipe
+from engine.runtime import load_dense
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
     steps, source = methods.check(preflight.located(recipe, hub)), preflight.locate(recipe.model, hub)
     model, done = intermediate.find(recipe, source, steps, cache, folder / "blocks" / "kept", device)
     if model is None:
-        model = (models.stream if steps else models.load)(source, recipe.model.dtype, device)
+        model = (models.stream if steps else load_dense)(source, recipe.model.dtype, device)
     elif done:
         titles = ", ".join(method.title for method, _ in steps[:done])
         emit("log", {"text": f"reused what an earlier run has done: {titles}"})

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from engine import fit, hardware, headers, methods, patterns, processor, suitability, ways
+from engine import fit, hardware, headers, methods, own_packed, patterns, processor, suitability, ways
 from engine.configs import check_tokenizer, read_object
 from engine.errors import BadModel, BadText, InputError, TooBig, short
 from engine.fit import Estimate, Machine
@@ -20,7 +20,7 @@ from engine.methods import Calibrated, Method, Params, Selection
 from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.records import Model, Recipe
-from engine.sizes import NOT_PACKED, WIDTHS
+from engine.sizes import WIDTHS
 from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
 from engine.text import read_bytes, read_documents, too_short
 from engine.ways import Way
@@ -239,7 +239,7 @@ def _estimate(
         for method, params in steps
         for note in (
             *params.notes(shape, where.device),
-            *_simulated(params, shape),
+            *_for_maquette_alone(method, params, shape),
             *_rounded_otherwise(params, shape),
             *_ignored_for_nothing(params, shape),
             *_of_a_toy_world(params, recipe.model),
@@ -249,15 +249,16 @@ def _estimate(
     return replace(found, notes=(*said, *found.notes))
 
 
-def _simulated(params: Params, shape: Shape) -> list[str]:
-    """That the files of a family hold what codes stand for, and no codes."""
+def _for_maquette_alone(method: Method, params: Params, shape: Shape) -> list[str]:
+    """That the packed files of a family are in a format of our own, and how others come to read them."""
     kind = shape.config.get("model_type")
-    if kind not in NOT_PACKED or not params.leaves_codes() or params.stored_bits(1024, 1024) is None:
+    packs = method.family == "quantize" and params.leaves_codes() and params.cache_grid() is None
+    if kind not in own_packed.FAMILIES or not packs:
         return []
-    return [
-        f"No smaller and no faster: files hold the linears of {kind} as they are. What rounding costs is measured all "
-        "the same."
-    ]
+    said = f"Packed linears of {kind} are in a format of Maquette's own, which stock `transformers` refuses."
+    if params.rounds_inputs():
+        return [f"{said} No export holds rounded inputs: for other programs use a weight-only method."]
+    return [f"{said} `export --format dense` writes a folder that it loads, in 16 bit."]
 
 
 def _rounded_otherwise(params: Params, shape: Shape) -> list[str]:

@@ -1,5 +1,8 @@
 """How a model's tensors are stored: packed weights in compressed-tensors' formats, all others as they are.
 
+Where a family's linears are none that compressed-tensors knows, packed weights are in a format of ours
+(`engine.own_packed`).
+
 The same file serves three times: a finished block is written at once, a resumed run goes on from it, and the artifact
 takes it as it is. Quantized weights keep the codes, scales and zero points that the solver found: packed
 (`pack-quantized`), or plain where both weights and inputs are 8-bit integers (`int-quantized`) or weights are 8-bit
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from engine import low_rank
 from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
@@ -26,7 +31,7 @@ from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
 from engine.files import as_usual, publish, read_ahead
 from engine.headers import is_placeholder, weight_files
-from engine.models import LoadedModel, blocks, quantize_inputs
+from engine.models import LoadedModel, blocks, linears, quantize_inputs
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
 from engine.wide import is_plain
 
@@ -38,21 +43,12 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "
 ROWS = 512  # that are packed or unpacked at a time: it takes a byte for every bit
 
 
-def packed_modules(model: LoadedModel) -> dict[str, QuantizedWeight]:
-    """The quantized weights that the format can hold: those of `nn.Linear` and `nn.Embedding` themselves.
+def needs_own_format(network: PreTrainedModel) -> bool:
+    """Whether linears of the blocks are none that compressed-tensors packs.
 
     GPT-2's `Conv1D` it does not know, and Falcon's own linear reads its weight before it would be unpacked.
     """
-    return {name: weight for name, weight in model.quantized.items() if can_be_packed(_module(model, name))}
-
-
-def can_be_packed(module: nn.Module) -> bool:
-    """Whether the format can hold a module's codes."""
-    return is_plain(module) or type(module) is nn.Embedding
-
-
-def _module(model: LoadedModel, name: str) -> nn.Module:
-    return model.network.get_submodule(name)
+    return any(not is_plain(linear) for block in blocks(network)[1] for _, linear in linears(block))
 
 
 @dataclass(frozen=True)
@@ -73,12 +69,12 @@ class Scheme:
 
 def write(model: LoadedModel, parts: Sequence[str], path: Path) -> None:
     """Write the tensors of parts to one file, whole or not at all."""
-    packed = packed_modules(model)
+    packed = model.quantized
     tensors: dict[str, Tensor] = {}
     grids: dict[str, JsonValue] = {}
     for part in parts:
         with model.opened(part):
-            tensors |= _stored(model, part, packed)
+            tensors |= _stored(model, part)
         grids |= {name: asdict(Scheme.of(packed[name])) for name in sorted(packed) if _within(name, part)}
 
     def inside(names: Iterable[str]) -> list[str]:
@@ -113,23 +109,23 @@ def _within(name: str, part: str) -> bool:
     return name == part or name.startswith(f"{part}.")
 
 
-def _stored(model: LoadedModel, part: str, packed: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+def _stored(model: LoadedModel, part: str) -> dict[str, Tensor]:
     """The tensors of an open part by the names of the file."""
     found: dict[str, Tensor] = {}
+    own = needs_own_format(model.network)
     parts = part_names(model.network, blocks(model.network)[0])
     for key, tensor in model.network.get_submodule(part).state_dict(prefix=f"{part}.").items():
         module, _, leaf = key.rpartition(".")
         if part_of(key, parts) != part:
             continue
-        if leaf == "weight" and module in packed:
-            plain = format_of(packed[module], _module(model, module)) != "pack-quantized"
-            found |= dict((plain_quantized if plain else pack_quantized)(module, model.quantized[module]))
+        if leaf == "weight" and (weight := model.quantized.get(module)) is not None:
+            found |= dict(_writer(weight, model.network.get_submodule(module), own)(module, weight))
         elif key not in model.tied:
-            weight = tensor.detach().cpu().contiguous()
-            if leaf == "weight" and module in model.sparse and packed_bytes(weight) < weight.nbytes:
-                found |= {f"{module}.{name}": each for name, each in pack_bitmask(weight).items()}
+            numbers = tensor.detach().cpu().contiguous()
+            if leaf == "weight" and module in model.sparse and packed_bytes(numbers) < numbers.nbytes:
+                found |= {f"{module}.{name}": each for name, each in pack_bitmask(numbers).items()}
             else:
-                found[key] = weight
+                found[key] = numbers
     for name in low_rank.ranks(model.network):
         if _within(name, part):
             found[f"{name}.weight"] = torch.empty(0, dtype=model.network.dtype)  # strangers are to stumble over it
@@ -148,10 +144,9 @@ class Shard:
         packed = self.schemes()
         for name, scheme in packed.items():
             linear = model.network.get_submodule(name)
-            rows, columns = linear.get_parameter("weight").shape
-            weight = read_quantized(files, name, rows, columns, scheme).to(model.device)
+            weight = read_quantized(files, name, *rows_and_columns(linear), scheme).to(model.device)
             model.quantized[name] = weight
-            linear._parameters["weight"] = nn.Parameter(dense(weight), requires_grad=False)
+            linear._parameters["weight"] = nn.Parameter(dense_of(linear, weight), requires_grad=False)
         for key in files.names:
             module, _, leaf = key.rpartition(".")
             if module in packed and leaf in (*PARTS, "weight"):
@@ -216,10 +211,21 @@ def dense(weight: QuantizedWeight) -> Tensor:
     return torch.cat([weight.rows(start, min(start + ROWS, rows)).dequantize() for start in range(0, rows, ROWS)])
 
 
+def dense_of(module: nn.Module, weight: QuantizedWeight) -> Tensor:
+    """As `dense`, the way round in which the module holds its weight: GPT-2's `Conv1D` as (K, N)."""
+    return dense(weight).t().contiguous() if isinstance(module, Conv1D) else dense(weight)
+
+
+def rows_and_columns(module: nn.Module) -> tuple[int, int]:
+    """N and K, outputs and inputs, of a linear; of embeddings tokens and numbers."""
+    first, second = module.get_parameter("weight").shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
 class TensorFiles:
     """The tensors of safetensors files by the names that a network has for them; `owner` names their model in errors.
 
-    Weights that are stored as a bitmask are read as the weights that they are.
+    Weights that are stored as a bitmask are read as the weights that they are; `sparse` are their modules.
     """
 
     def __init__(self, files: Iterable[Path], owner: str) -> None:
@@ -231,8 +237,8 @@ class TensorFiles:
                     self._file_of |= dict.fromkeys(handle.keys(), path)
             except (OSError, SafetensorError) as error:
                 raise self.bad(f"{path.name} is no complete safetensors file ({short(error)})") from None
-        self._sparse = {name.rpartition(".")[0] for name in self._file_of if name.endswith(f".{MASK}")}
-        hidden = {f"{module}.{leaf}" for module in self._sparse for leaf in (MASK, VALUES, SHAPE)}
+        self.sparse = {name.rpartition(".")[0] for name in self._file_of if name.endswith(f".{MASK}")}
+        hidden = {f"{module}.{leaf}" for module in self.sparse for leaf in (MASK, VALUES, SHAPE)}
         hidden |= {name for name in self._file_of if is_placeholder(name, self._file_of)}
         self.names = sorted(set(self._file_of) - hidden)
 
@@ -252,7 +258,7 @@ class TensorFiles:
             BadModel: there is none of that name, or it holds NaN or infinite values.
         """
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in self._sparse:
+        if leaf == "weight" and module in self.sparse:
             try:
                 return unpack_bitmask(*(self.read(f"{module}.{part}") for part in (MASK, VALUES, SHAPE)))
             except ValueError as error:
@@ -305,6 +311,26 @@ def plain_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, T
     yield from _input_scale(name, weight)
 
 
+def own_quantized(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one linear in the format of `engine.own_packed`, with the one that strangers stumble over."""
+    yield f"{name}.weight", torch.empty(0, dtype=weight.scale.dtype)
+    if weight.kind == "int":
+        yield from pack_quantized(name, weight)
+        return
+    plain = dict(plain_quantized(name, weight))
+    yield f"{name}.weight_packed", plain.pop(f"{name}.weight")
+    yield f"{name}.weight_shape", torch.tensor(weight.codes.shape, dtype=torch.int64)
+    yield from plain.items()
+
+
+def _writer(
+    weight: QuantizedWeight, module: nn.Module, own: bool
+) -> Callable[[str, QuantizedWeight], Iterator[tuple[str, Tensor]]]:
+    if own:
+        return own_quantized
+    return pack_quantized if format_of(weight, module) == "pack-quantized" else plain_quantized
+
+
 def _input_scale(name: str, weight: QuantizedWeight) -> Iterator[tuple[str, Tensor]]:
     if weight.inputs is not None and weight.inputs.scale is not None:
         yield f"{name}.input_scale", torch.tensor([weight.inputs.scale], dtype=weight.scale.dtype)
@@ -318,13 +344,15 @@ def strategy(weight: QuantizedWeight) -> str:
     return "tensor" if rows == 1 else "channel"
 
 
-def format_of(weight: QuantizedWeight, module: nn.Module) -> str:
+def format_of(weight: QuantizedWeight, module: nn.Module, own: bool = False) -> str:
     """The format's name: plain numbers for floats, and for 8 bits with a scale a row in embeddings and W8A8 linears.
 
-    `transformers` loads embeddings from plain numbers only.
+    `transformers` loads embeddings from plain numbers only. Our `own` format has all integers packed.
     """
     if weight.kind == "float":
         return "float-quantized"
+    if own:
+        return "pack-quantized"
     plain = (
         (weight.inputs is not None or isinstance(module, nn.Embedding))
         and weight.bits == 8
@@ -348,8 +376,10 @@ def read_quantized(files: TensorFiles, name: str, rows: int, columns: int, schem
     if f"{name}.weight_packed" not in files.names:
         if not symmetric:
             raise files.bad(f"{name}: 8-bit weights with zero points have no kernel here")
-        return _read_plain(files, name, (rows, columns), scale, kind, inputs)
+        return _read_plain(files, name, (rows, columns), files.read(f"{name}.weight"), scale, kind, inputs)
     packed, shape = (files.read(f"{name}.{part}") for part in ("weight_packed", "weight_shape"))
+    if kind == "float":
+        return _read_plain(files, name, (rows, columns), packed, scale, kind, inputs)
     words = -(-columns * bits // 32)
     if packed.dtype != torch.int32 or packed.shape != (rows, words) or shape.tolist() != [rows, columns]:
         raise files.bad(f"{name}: {bits}-bit codes of shape {tuple(packed.shape)} do not fit {rows} x {columns}")
@@ -372,10 +402,10 @@ def read_quantized(files: TensorFiles, name: str, rows: int, columns: int, schem
 
 
 def _read_plain(
-    files: TensorFiles, name: str, shape: tuple[int, int], scale: Tensor, kind: Kind, inputs: InputGrid | None
-) -> QuantizedWeight:
+    files: TensorFiles, name: str, shape: tuple[int, int], weight: Tensor, scale: Tensor, kind: Kind,
+    inputs: InputGrid | None,
+) -> QuantizedWeight:  # fmt: skip
     """A weight that stands in the file as int8 or float8 (N, K), with one scale a row."""
-    weight = files.read(f"{name}.weight")
     dtype = torch.int8 if kind == "int" else torch.float8_e4m3fn
     if weight.dtype != dtype or weight.shape != shape or scale.shape != (shape[0], 1):
         raise files.bad(f"{name}: 8-bit weights of shape {tuple(weight.shape)} do not fit {shape[0]} x {shape[1]}")

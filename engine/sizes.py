@@ -25,7 +25,6 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 # What a linear of a block is called that reads what another linear (or its gate) has made; the others of a module
 # with as many inputs read the same tensor, and share its statistics.
 OWN_INPUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "w2", "fc2", "dense_4h_to_h")
-NOT_PACKED = ("gpt2", "falcon")  # families whose linears no packed file can hold
 # Families whose decoder keeps a copy of the prompt's keys and values with room for the new ones.
 DECODED_BY_US = (
     "gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
@@ -175,8 +174,7 @@ class Holding:
         """What a step with these settings makes of it."""
         shape, params = self._parted(params), params.on(self.shape, self.width)
         bits = dict(self.bits)
-        names = shape.linears if shape.config.get("model_type") not in NOT_PACKED else {}
-        for name, (outputs, inputs) in names.items():
+        for name, (outputs, inputs) in shape.linears.items():
             chosen = not isinstance(params, Selection) or params.selects(name)
             if chosen and (stored := params.of(name).stored_bits(outputs, inputs)) is not None:
                 bits[name] = stored

@@ -1,6 +1,7 @@
 """Read an artifact part by part with nothing that wrote it: tensors by their names, packed ones by the library.
 
-The compressed-tensors library defines the format; what it unpacks is what the file says to others.
+The compressed-tensors library defines the format; what it unpacks is what the file says to others. The codes, scales
+and zero points of our own format (`engine.own_packed`) are laid out as its are, so it unpacks them, too.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import is_match
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from engine import models
 from engine.checkpoint import part_of
 from engine.errors import BadArtifact
 from engine.models import LoadedModel
+from engine.own_packed import PACKED_KEY
 from engine.packing import InputGrid
 from engine.shards import TensorFiles
 
@@ -28,7 +31,8 @@ class Stranger:
 
     def __init__(self, folder: Path, network: PreTrainedModel, parts: list[str]) -> None:
         self._files = TensorFiles.of_folder(folder)
-        body = json.loads((folder / "config.json").read_text()).get("quantization_config")
+        config = json.loads((folder / "config.json").read_text())
+        body = config.get("quantization_config") or config.get(PACKED_KEY)
         self._config = None if body is None else QuantizationConfig.model_validate(body)
         self._keys: dict[str, list[str]] = {part: [] for part in parts}
         for name in self._files.names:
@@ -52,12 +56,7 @@ class Stranger:
         for path, tensors in modules.items():
             module = model.network.get_submodule(path)
             if "weight_scale" in tensors:
-                scheme = self._scheme(path, module)[0]
-                library = BaseCompressor.get_value_from_registry(str(scheme.format))
-                packed = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "bias"}
-                tensors = {"weight": library.decompress(packed, scheme)["weight"]} | {
-                    leaf: tensor for leaf, tensor in tensors.items() if leaf == "bias"
-                }
+                tensors = self._unpacked(path, module, tensors)
             for leaf, tensor in tensors.items():
                 if leaf in module._parameters:
                     module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
@@ -66,6 +65,17 @@ class Stranger:
 
     def prefetch(self, part: str) -> None:
         """Nothing: the files were written a moment ago."""
+
+    def _unpacked(self, path: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weight that a module's packed tensors stand for, and its bias."""
+        scheme = self._scheme(path, module)[0]
+        library = BaseCompressor.get_value_from_registry(str(scheme.format))
+        packed = {leaf: tensor for leaf, tensor in tensors.items() if leaf != "bias"}
+        if scheme.format == "float-quantized" and "weight_packed" in packed:  # our own name for what it calls so
+            packed["weight"] = packed.pop("weight_packed")
+        weight = library.decompress(packed, scheme)["weight"]
+        found = {"weight": weight.t().contiguous() if isinstance(module, Conv1D) else weight}
+        return found | ({"bias": tensors["bias"]} if "bias" in tensors else {})
 
     def _scheme(self, path: str, module: nn.Module) -> tuple[QuantizationScheme, QuantizationArgs | None]:
         """How config.json says that a module is packed, and how its inputs are rounded."""

@@ -10,7 +10,7 @@ from engine.experts import NAMES
 from engine.headers import Shape
 from engine.methods import Method, Params, Selection
 from engine.records import Recipe
-from engine.sizes import HEADS, NOT_PACKED, counted_parameters, head_of, longest_text
+from engine.sizes import HEADS, counted_parameters, head_of, longest_text
 
 LEAST_POSITIONS = 128  # a prompt, byte by byte at worst, and what is written after it
 
@@ -95,8 +95,6 @@ def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> N
                 )
     _check_beyond_blocks(method, params, shape)
     try:
-        if params.rounds_inputs() and shape.config["model_type"] in NOT_PACKED:
-            raise BadParams("files cannot say that inputs of this family are rounded. Use a weight-only method.")
         params.check_config(shape.config)
         chosen = {name: linears[name] for name in names} | beyond
         params.check_model(chosen, counted_parameters(shape, params, width), width)

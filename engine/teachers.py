@@ -40,6 +40,7 @@ from engine.losses import Full, Target, TopK, averaged, chunk_size, pieces, top_
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.rows import Rows
+from engine.runtime import load_dense
 from engine.wide import multiplies_bfloat16
 
 FILE_TOKENS = 1 << 16  # in one file of a cache
@@ -290,7 +291,7 @@ def load_live(folders: Sequence[Path], vocabulary: int, context: Context, dtype:
         free = hardware.free_memory()
         fits = 2 * shape.bytes < free or context.device != "cpu"
         wide = not multiplies_bfloat16(context.device) and 4 * shape.bytes < free
-        teacher = (models.load if fits else models.stream)(folder, "float32" if wide else dtype, context.device)
+        teacher = (load_dense if fits else models.stream)(folder, "float32" if wide else dtype, context.device)
         if not fits:
             context.log(f"the teacher {folder.name} is larger than half of the free memory: one block at a time")
         teacher.network.requires_grad_(False)

@@ -24,6 +24,7 @@ from engine.bitmask import SPARSE_KEY
 from engine.errors import BadModel, InputError, TooBig, short
 from engine.files import as_usual, publish
 from engine.low_rank import RANKS_KEY
+from engine.own_packed import PACKED_KEY
 from engine.packing import QuantizedWeight, pack, unpack
 from engine.records import Recipe
 from engine.runtime.load import Schemes
@@ -75,6 +76,11 @@ class Artifact:
             raise BadModel(
                 f"{self.label} has linears that are products of two, which this format does not know. Export it as "
                 "dense, or quantize without prune/low_rank."
+            )
+        if PACKED_KEY in self.config:
+            raise BadModel(
+                f"{self.label} holds linears of {self.config.get('model_type')}, which readers of this format do not "
+                "know. Export it as dense."
             )
         self.config.pop(SPARSE_KEY, None)  # what stands there as a bitmask is written as the numbers it is
         stored = self.config.pop("quantization_config", None)

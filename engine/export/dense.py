@@ -1,8 +1,9 @@
 """A plain folder of an artifact whose format only Maquette reads: weights as numbers, each linear one matrix again.
 
 What is stored as a bitmask (`engine.bitmask`) is written with its zeros, a product of two linears (`engine.low_rank`)
-is multiplied out in float32; so the folder is larger, and any `transformers` user can load it. Packed weights stay
-packed as they are, but for those of products.
+is multiplied out in float32, and what is packed in our own format (`engine.own_packed`) is unpacked; so the folder is
+larger, and any `transformers` user can load it. Weights that compressed-tensors packs stay packed as they are, but for
+those of products.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from engine import artifacts, headers
 from engine.errors import BadModel, short
-from engine.export._folder import block_of, publish_folder
+from engine.export._folder import CODES, block_of, publish_folder
 from engine.headers import OWN_KEYS
 from engine.low_rank import RANKS_KEY
+from engine.own_packed import CONV1D, PACKED_KEY, rounds_inputs
 from engine.records import Recipe
 from engine.runtime.load import Schemes
 from engine.shards import PARTS, TensorFiles, dense, read_quantized
@@ -41,6 +43,11 @@ def export(artifact: Path, folder: Path) -> None:
     config: dict[str, JsonValue] = json.loads((artifact / "config.json").read_text())
     if not headers.is_own(config):
         raise BadModel(f"{label} is stored as any `transformers` user can load it: use the folder as it is.")
+    if rounds_inputs(config):
+        raise BadModel(
+            f"{label}: the inputs of its linears are rounded to 8 bits, which dense weights cannot say. Use a "
+            "weight-only method such as quantize/gptq."
+        )
     recipe = Recipe.model_validate(json.loads((artifact / artifacts.MANIFEST).read_text())["recipe"])
     source = _Source(artifact, config)
     plain = {key: value for key, value in source.config.items() if key not in OWN_KEYS}
@@ -49,7 +56,10 @@ def export(artifact: Path, folder: Path) -> None:
 
 
 class _Source:
-    """The tensors of an artifact, its products as the linears that they stand for; `config` is without them."""
+    """The tensors of an artifact, its products and what only we unpack as the weights that they stand for.
+
+    config: without the products.
+    """
 
     def __init__(self, folder: Path, config: dict[str, JsonValue]) -> None:
         self._files = TensorFiles.of_folder(folder)
@@ -57,13 +67,18 @@ class _Source:
         assert isinstance(products, dict)
         self._products = set(products)
         stored = config.get("quantization_config")
-        self._schemes = Schemes(stored, folder) if isinstance(stored, dict) else None
-        self._transposed = config.get("model_type") == "gpt2"  # its linears are `Conv1D`
+        known = config.get(PACKED_KEY, stored)
+        self._schemes = Schemes(known, folder) if isinstance(known, dict) else None
+        self._transposed = config.get("model_type") in CONV1D
         self.config = dict(config)
         if isinstance(stored, dict) and self._products:
             self._forget_products(stored)
         factors = {name for name in self._files.names if self._product_of(name)}
-        self.names = sorted([*(set(self._files.names) - factors), *self._products], key=lambda n: (block_of(n), n))
+        others = set(self._files.names) - factors
+        own = PACKED_KEY in config
+        self._packed = {name.removesuffix(CODES) for name in others if own and name.endswith(CODES)}
+        others -= {f"{name}.{part}" for name in self._packed for part in PARTS}
+        self.names = sorted([*others, *self._packed, *self._products], key=lambda n: (block_of(n), n))
 
     def _product_of(self, name: str) -> str:
         """The product that a tensor belongs to, "" where none."""
@@ -82,17 +97,22 @@ class _Source:
 
     def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """Those that stand in the new folder for one of `names`."""
+        transposed = self._transposed and block_of(name) >= 0
+        if name in self._packed:
+            weight = self._matrix(name)
+            yield f"{name}.weight", weight.t() if transposed else weight
+            return
         if name not in self._products:
             yield name, self._files.read(name)
             return
-        down, up = (self._factor(f"{name}.{part}") for part in ("down", "up"))
+        down, up = (self._matrix(f"{name}.{part}") for part in ("down", "up"))
         weight = (up.float() @ down.float()).to(up.dtype)
-        yield f"{name}.weight", weight.t() if self._transposed else weight
+        yield f"{name}.weight", weight.t() if transposed else weight
         if (bias := self._files.get(f"{name}.up.bias")) is not None:
             yield f"{name}.bias", bias
 
-    def _factor(self, name: str) -> Tensor:
-        """The weight (out, in) of one of a product's linears, as its codes stand for it where it is packed."""
+    def _matrix(self, name: str) -> Tensor:
+        """The weight (out, in) of a module, as its codes stand for it where it is packed."""
         parts = [leaf for leaf in PARTS if f"{name}.{leaf}" in self._files.names]
         if not parts or self._schemes is None:
             return self._files.read(f"{name}.weight")

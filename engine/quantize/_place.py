@@ -61,8 +61,7 @@ def place(
     def after(rows: slice) -> Tensor:
         return quantized.rows(rows.start, rows.stop).dequantize()
 
-    packed = shards.can_be_packed(linear.module)  # else its file holds the rounded values as they are
-    stored = quantized.bits_per_weight() if packed else 8.0 * linear.weight.itemsize
+    stored = quantized.bits_per_weight()
     audit = describe(linear, after, quantized.bits, quantized.group_size, stored, levels(quantized), note)
     if note:
         context.log(f"{linear.name}: {note}")

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from engine.methods import Context, StoredBits
-from engine.models import LoadedModel, check_inputs_storable
+from engine.models import LoadedModel
 from engine.packing import LARGEST_FLOAT8, InputGrid, QuantizedWeight
 from engine.quantize._grid import Beyond
 from engine.quantize._place import place, walk
@@ -49,8 +49,6 @@ class Params(Beyond):
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Round the linears of every block and, with `activations`, from then on their inputs; the head as they are."""
     inputs = InputGrid(kind="float") if params.activations == "token" else None
-    if inputs is not None:
-        check_inputs_storable(model)
     for block in walk(model, context, params):
         for linear in block.linears:
             context.check_cancelled()

@@ -92,15 +92,6 @@ class Params(gptq.SolverParams, Beyond, Range):
                 f"{math.ceil(smallest * 1000) / 1000:g}."
             )
 
-    def check_config(self, config: Mapping[str, JsonValue]) -> None:
-        """Refuse a budget of the whole model for families whose linears no packed file can hold."""
-        super().check_config(config)
-        if self.unit != "bits" and (kind := config.get("model_type")) in sizes.NOT_PACKED:
-            raise BadParams(
-                f"files hold the linears of {kind} as they are, so a budget of {UNITS[self.unit]} cannot be kept. Use "
-                "the unit bits: what is rounded is then simulated."
-            )
-
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
         """On average, where the budget says so: scales included; of a budget in MiB the model must be known (`on`)."""
         return StoredBits(self.budget, 0) if self.unit == "bits" else None

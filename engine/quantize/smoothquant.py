@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine.calibration import Block
 from engine.methods import Calibrated, Context, StoredBits
-from engine.models import LoadedModel, check_inputs_storable
+from engine.models import LoadedModel
 from engine.packing import InputGrid, QuantizedWeight
 from engine.quantize._fold import Fold, folds
 from engine.quantize._grid import Beyond, round_to_nearest
@@ -58,7 +58,6 @@ class Params(Beyond, Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Fold the scales into every block, then round its weights and, from then on, their inputs."""
-    check_inputs_storable(model)
     for block in walk(model, context, params, "norm"):
         scales = smooth(block, params.strength)
         for linear in block.linears:

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from engine.calibration import Block
 from engine.flow import Batches, States
 from engine.methods import Calibrated, Context
-from engine.models import LoadedModel, check_inputs_storable
+from engine.models import LoadedModel
 from engine.packing import InputGrid
 from engine.quantize._grid import Bits, GridParams, round_to_nearest
 from engine.quantize._place import place, walk
@@ -54,7 +54,6 @@ class Params(GridParams, Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Distill each block where that was asked for, then round its weights and, from then on, their inputs."""
-    check_inputs_storable(model)
     for block in walk(model, context, params, "norm"):
         if params.distill_steps and not isinstance(block.module, nn.Linear):  # the head makes up for nothing
             before, after = distill(block, params, context)

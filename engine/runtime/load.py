@@ -2,8 +2,9 @@
 
 The network is built on the meta device and filled tensor by tensor, so that no dense copy of the whole
 ever exists and the memory of loading stays near the size of the files. Artifacts are
-compressed-tensors `pack-quantized`; a folder without packed weights is loaded dense by `engine.models`, and where two
-of four weights are zero CUDA's kernels for that compute (`engine.runtime.semi_structured`).
+compressed-tensors `pack-quantized`, or in a format of ours (`engine.own_packed`); a folder without packed weights is
+loaded dense by `engine.models`, and where two of four weights are zero CUDA's kernels for that compute
+(`engine.runtime.semi_structured`).
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from pathlib import Path
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from engine import models, patterns
 from engine.checkpoint import read_config, shell
 from engine.errors import BadModel, BadParams, short
 from engine.models import LoadedModel
+from engine.own_packed import PACKED_KEY
 from engine.packing import Kind
 from engine.runtime.embedding import KERNEL, Int8Embedding
 from engine.runtime.float8 import Float8Linear
 from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
 from engine.runtime.pages import use_large_pages
 from engine.runtime.semi_structured import use_semi_structured
-from engine.shards import PARTS, Scheme, TensorFiles, read_quantized
+from engine.shards import PARTS, Scheme, TensorFiles, dense_of, read_quantized, rows_and_columns
 from engine.wide import WideLinear
 
 ROUNDED = "inputs rounded to 8 bits"
@@ -43,27 +45,62 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     """
     config = read_config(folder)
     files = TensorFiles.of_folder(folder)
-    marks = (".weight_packed", ".weight_scale")
-    packed = sorted({name.rpartition(".")[0] for name in files.names if name.endswith(marks)})
+    packed = _packed(files)
     if not packed:
         model = models.load(folder, str(config.dtype or torch.bfloat16).removeprefix("torch."), device)
         model.kernels.update(library_kernels(model.network))
         model.kernels.update(use_semi_structured(model.network, device))
         use_large_pages(model.network)
         return model
-    schemes = Schemes(getattr(config, "quantization_config", None), folder)
+    schemes = Schemes.of_folder(config, folder)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     network = shell(config, dtype, device)
     kernels = {name: _fill_packed(network, name, files, schemes, device) for name in packed}
     for name in files.names:
         module, _, part = name.rpartition(".")
-        if not (module in kernels and (part in PARTS or part in ("weight", "bias"))):
+        if not (module in kernels and part in (*PARTS, "weight", "bias")):
             _fill_dense(network, name, files, device)
     _finish(network, folder)
     kernels |= use_semi_structured(network, device)
     use_large_pages(network)
     kv_cache = models.cache_grid(config, folder)
     return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels, kv_cache=kv_cache)
+
+
+def load_dense(folder: Path, dtype: str = "bfloat16", device: str = "cpu") -> LoadedModel:
+    """As `models.load`; weights that are packed in our own format (`engine.own_packed`) beside their codes.
+
+    Raises:
+        BadModel: as `load`, or as `models.load`.
+    """
+    config = read_config(folder)
+    if getattr(config, PACKED_KEY, None) is None:
+        return models.load(folder, dtype, device)
+    files, schemes = TensorFiles.of_folder(folder), Schemes.of_folder(config, folder)
+    network = shell(config, getattr(torch, dtype), device)
+    model = LoadedModel(network, models.load_tokenizer(folder), folder, kv_cache=models.cache_grid(config, folder))
+    for name in _packed(files):
+        module = _submodule(network, name, files)
+        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+            raise files.bad(f"{name} is packed, but the network has no linear there")
+        weight = read_quantized(files, name, *rows_and_columns(module), schemes.of(name)).to(device)
+        model.quantized[name] = weight
+        module._parameters["weight"] = nn.Parameter(dense_of(module, weight).to(network.dtype), requires_grad=False)
+        if weight.inputs is not None:
+            models.quantize_inputs(module, weight.inputs)
+    for name in files.names:
+        module_name, _, part = name.rpartition(".")
+        if not (module_name in model.quantized and part in PARTS):
+            _fill_dense(network, name, files, device)
+    model.pruned, model.sparse = set(files.sparse), set(files.sparse)
+    _finish(network, folder)
+    return model
+
+
+def _packed(files: TensorFiles) -> list[str]:
+    """The names of the modules whose weights are packed."""
+    marks = (".weight_packed", ".weight_scale")
+    return sorted({name.rpartition(".")[0] for name in files.names if name.endswith(marks)})
 
 
 def library_kernels(network: PreTrainedModel) -> dict[str, str]:
@@ -77,7 +114,7 @@ def library_kernels(network: PreTrainedModel) -> dict[str, str]:
 
 
 class Schemes:
-    """Bits and symmetry of each packed module, from a config's `quantization_config`."""
+    """Bits and symmetry of each packed module, from a config's `quantization_config` or our own key of it."""
 
     def __init__(self, config: object, folder: Path) -> None:
         if hasattr(config, "to_dict"):
@@ -92,6 +129,11 @@ class Schemes:
             for target in group["targets"]
         }
         self._patterns = {target: self._read(target) for target in self._by_target if target.startswith(patterns.MARK)}
+
+    @classmethod
+    def of_folder(cls, config: PretrainedConfig, folder: Path) -> Schemes:
+        """Those of the model folder with this config."""
+        return cls(getattr(config, PACKED_KEY, None) or getattr(config, "quantization_config", None), folder)
 
     def of(self, name: str) -> Scheme:
         """That of a module: by its name, else by a `re:` pattern, else by its class.
@@ -140,13 +182,12 @@ def _fill_packed(network: PreTrainedModel, name: str, files: TensorFiles, scheme
     """Replace the linear or the embeddings `name` by one that computes on its packed weight; the name of its kernel."""
     linear = _submodule(network, name, files)
     if type(linear) is nn.Embedding:
-        rows, columns = linear.weight.shape
-        weight = read_quantized(files, name, rows, columns, schemes.of(name))
+        weight = read_quantized(files, name, *rows_and_columns(linear), schemes.of(name))
         network.set_submodule(name, Int8Embedding(weight, device))
         return KERNEL
     if not isinstance(linear, nn.Linear | Conv1D):
         raise files.bad(f"{name} is packed, but the network has no linear there")
-    columns, rows = linear.weight.shape if isinstance(linear, Conv1D) else linear.weight.shape[::-1]
+    rows, columns = rows_and_columns(linear)
     weight = read_quantized(files, name, rows, columns, schemes.of(name))
     bias = files.get(f"{name}.bias")
     if (bias is None) != (linear.bias is None) or (bias is not None and bias.shape != (rows,)):
