@@ -119,9 +119,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has no list of {count} blocks; this family is not supported yet.": "{name} 没有 {count} 层的列表；尚不支持该系列。",
         "{name} is a mixture of {count} experts of the type {kind}; Maquette can compress those of {known}.":
             "{name} 是 {kind} 类型的混合专家模型（{count} 个专家）；Maquette 能压缩的有 {known}。",
-        "{name} has {kind} at {linear}: its saved files cannot say that inputs are rounded. "
-        "Use a weight-only method for this family.":
-            "{name} 的 {linear} 是 {kind}：其保存格式无法表示输入被舍入。该系列请使用仅量化权重的方法。",
         "{name}: files differ from the manifest: {files}.": "{name}：文件与清单不符：{files}。",
         "{name} has no readable {file}.": "{name} 没有可读取的 {file}。",
         "{name}: {file} is not what the manifest says.": "{name}：{file} 与清单不符。",
@@ -165,9 +162,12 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
         "{method}: {pattern} of {setting} fits no linear that is chosen. Names are as in {linear}.":
             "{method}：{setting} 中的 {pattern} 不匹配任何选中的线性层。名称形如 {linear}。",
-        "No smaller and no faster: files hold the linears of {kind} as they are. "
-        "What rounding costs is measured all the same.":
-            "不会更小也不会更快：文件按原样保存 {kind} 的线性层。舍入的代价仍会测量。",
+        "Packed linears of {kind} are in a format of Maquette's own, which stock `transformers` refuses. "
+        "`export --format dense` writes a folder that it loads, in 16 bit.":
+            "打包后的 {kind} 线性层采用 Maquette 自己的格式，标准 `transformers` 会拒绝加载。`export --format dense` 会写出它能加载的 16 位文件夹。",
+        "Packed linears of {kind} are in a format of Maquette's own, which stock `transformers` refuses. "
+        "No export holds rounded inputs: for other programs use a weight-only method.":
+            "打包后的 {kind} 线性层采用 Maquette 自己的格式，标准 `transformers` 会拒绝加载。任何导出格式都无法表示输入被舍入：若要供其他程序使用，请选择只量化权重的方法。",
         "{patterns} of ignore fits no linear of the blocks, so it leaves none alone.":
             "忽略中的 {patterns} 不匹配各层的任何线性层，因此没有线性层会保持不变。",
         "{pattern} takes too long to match. Write it without repeats inside repeats.":
@@ -175,8 +175,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "no linear is left by targets and ignore. Names are as in {linear}.": "按目标和忽略没有剩下线性层。名称形如 {linear}。",
         "{method}: Gemma 3 has embeddings of its own kind, which can only stay as they are.":
             "{method}：Gemma 3 的词嵌入是特殊类型，只能保持不变。",
-        "files cannot say that inputs of this family are rounded. Use a weight-only method.":
-            "该系列的文件无法说明输入被舍入。请使用只量化权重的方法。",
         "transformers cannot load Falcon's own linears in bitsandbytes' files. Use quantize/rtn.":
             "transformers 无法加载 bitsandbytes 文件中 Falcon 自己的线性层。请使用 quantize/rtn。",
         "{later} cannot follow {earlier}: {said}": "{later} 不能跟在 {earlier} 之后：{said}",
@@ -268,9 +266,6 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{budget} bits a weight are below the smallest that is possible, {least}.": "每权重 {budget} 位低于可能的最小值 {least}。",
         "a budget of {budget} bits a weight is below the smallest that is possible, {least}.": "每权重 {budget} 位的预算低于可能的最小值 {least}。",
         "a budget of {budget} MiB is below the smallest that is possible, {least}.": "{budget} MiB 的预算低于可能的最小值 {least}。",
-        "files hold the linears of {kind} as they are, so a budget of {unit} cannot be kept. "
-        "Use the unit bits: what is rounded is then simulated.":
-            "文件按原样保存 {kind} 的线性层，因此无法遵守以 {unit} 计的预算。请使用单位 bits：此时舍入只是模拟。",
         "a budget of {budget} MiB of memory is below the smallest that is possible, {least}.": "{budget} MiB 的内存预算低于可能的最小值 {least}。",
         # texts
         "The text {name} has {tokens} tokens, one sequence needs {length}. Give a longer text or a smaller sequence_length.":
@@ -364,6 +359,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has linears that are products of two, which this format does not know. Export it as dense, "
         "or quantize without prune/low_rank.":
             "{name} 含有由两个线性层相乘而成的线性层，该格式不支持。请导出为 dense，或在量化时不用 prune/low_rank。",
+        "{name} holds linears of {kind}, which readers of this format do not know. Export it as dense.":
+            "{name} 含有 {kind} 的线性层，该格式的读取程序不认识它们。请导出为 dense。",
         "{name} holds no quantized weights: there is nothing to export.": "{name} 没有量化权重：没有可导出的内容。",
         "{name} is stored as {kind}; only weights in groups or rows of integers, with inputs as they are, can be exported. "
         "Use a weight-only method such as quantize/gptq.":
@@ -371,6 +368,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has packed weights beside its blocks ({linear}), which readers of these formats do not expect. "
         "Quantize with `head` and `embeddings` off to export.":
             "{name} 在各层之外还有打包权重（{linear}），这些格式的读取程序不支持。要导出，请在量化时关闭 `head` 和 `embeddings`。",
+        "{name}: the inputs of its linears are rounded to 8 bits, which dense weights cannot say. "
+        "Use a weight-only method such as quantize/gptq.":
+            "{name}：其线性层的输入被舍入到 8 位，稠密权重无法表示。请使用仅量化权重的方法，如 quantize/gptq。",
         "{name}: the inputs of {linear} are rounded to 8 bits, which weight-only formats cannot say. "
         "Use a weight-only method such as quantize/gptq.":
             "{name}：{linear} 的输入被舍入到 8 位，仅权重的格式无法表示。请使用仅量化权重的方法，如 quantize/gptq。",

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 
 from engine import card
 from engine.headers import OWN_KEYS
+from engine.own_packed import PACKED_KEY
 from engine.records import Recipe
 
 GPTQ = [{"quantize/gptq": {"bits": 4, "group_size": 64}}]
@@ -59,5 +60,7 @@ def test_what_stock_transformers_cannot_load_is_said() -> None:
     own = made("demo", [{"prune/wanda": {}}], dict.fromkeys(OWN_KEYS, "any"))
     assert "stock `transformers` refuses" in own.text
     assert "from_pretrained" not in own.text
+    rounded = {PACKED_KEY: {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}}
+    assert "which also says that inputs are rounded" in made("demo", GPTQ, rounded).text
     assert made("demo", [{"prune/wanda": {}}]).data.to_dict().get("base_model_relation") is None
     assert "a `b`" not in made("demo", GPTQ).text

@@ -356,16 +356,24 @@ def test_what_zeros_bring_is_said_before_the_run(
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "simulated"),
-    [("gpt2", "rtn", True), ("falcon", "gptq", True), ("gpt2", "bitsandbytes", False), ("llama", "rtn", False)],
+    ("family", "step", "words"),
+    [
+        ("gpt2", {"quantize/rtn": {"group_size": 32}}, "`export --format dense` writes a folder that it loads"),
+        ("falcon", {"quantize/mixed": {"unit": "mib", "budget": 0.4}}, "Packed linears of falcon are in a format of"),
+        ("gpt2", {"quantize/smoothquant": {}}, "No export holds rounded inputs"),
+        ("gpt2", {"quantize/bitsandbytes": {}}, ""),
+        ("gpt2", {"quantize/kv_cache": {"group_size": 16}}, ""),
+        ("llama", {"quantize/rtn": {"group_size": 32}}, ""),
+    ],
+    ids=str,
 )
-def test_what_files_cannot_pack_is_said_before_the_run(
-    family: str, method: str, simulated: bool, tmp_path: Path
+def test_that_only_maquette_reads_what_is_packed_is_said_before_the_run(
+    family: str, step: dict[str, object], words: str, tmp_path: Path
 ) -> None:
-    step = {} if method == "bitsandbytes" else {"group_size": 32}
-    folder = saved(FAMILIES[family], tmp_path / family)
-    notes = preflight.check(recipe(folder, {f"quantize/{method}": step})).notes
-    assert any("No smaller and no faster: files hold the linears" in note for note in notes) == simulated
+    notes = preflight.check(recipe(saved(FAMILIES[family], tmp_path / family), step)).notes
+    own = [note for note in notes if "format of Maquette's own" in note]
+    assert words in "".join(own)
+    assert bool(words) == bool(own)
 
 
 def test_the_head_may_have_bits_of_its_own(tiny_folder: Maker) -> None:

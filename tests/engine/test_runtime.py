@@ -169,12 +169,9 @@ def test_every_family_loads_packed_and_computes_what_was_saved(family: str, four
     loaded = runtime.load(tmp_path / "artifact")
     expected = logits(model.network).double()
     assert relative_error(logits(loaded.network), expected) < 0.02
-    if family == "gpt2":  # its Conv1D has no packed form: saved dense
-        assert loaded.kernels == {}
-    else:
-        assert set(loaded.kernels) == set(model.quantized)
-        assert set(loaded.kernels.values()) == {four_bits}
-        assert {getattr(loaded.network.get_submodule(name), "kernel", None) for name in loaded.kernels} == {four_bits}
+    assert set(loaded.kernels) == set(model.quantized)
+    assert set(loaded.kernels.values()) == {four_bits}
+    assert {getattr(loaded.network.get_submodule(name), "kernel", None) for name in loaded.kernels} == {four_bits}
 
 
 @pytest.mark.usefixtures("four_bits")

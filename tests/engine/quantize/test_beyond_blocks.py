@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, headers, methods, models, preflight, runtime
+from engine import artifacts, export, headers, methods, models, own_packed, preflight, runtime
 from engine.errors import BadModel, BadParams, Cancelled
 from engine.methods import Context
 from engine.models import LoadedModel, embeddings, head
@@ -75,7 +75,12 @@ def test_every_family_has_a_head_and_embeddings(family: str, context: Context, t
     model = gptq.apply(in_memory(FAMILIES[family]), params, context)
     assert {head(model.network)[0], embeddings(model.network)[0]} <= set(model.quantized)
     artifacts.write(model, Recipe(), tmp_path / "artifact")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "artifact", dtype="auto")
+    folder = tmp_path / "artifact"
+    if family in own_packed.FAMILIES:
+        assert {head(model.network)[0], embeddings(model.network)[0]} < set(runtime.load(folder).kernels)
+        folder = tmp_path / "dense"
+        export.exporter("dense")(tmp_path / "artifact", folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     torch.testing.assert_close(logits(stock), logits(model.network), rtol=0, atol=0)
 
 
