@@ -69,7 +69,7 @@ NAMES = set(
 NAMES |= set(
     "arXiv KIVI HAWQ V3 SVD TinyBERT DistilBERT ShortGPT SLEB Minitron LLaMA Llama Mistral Gemma SentencePiece BPE "
     "NVIDIA FSDP Jensen Shannon Cholesky Tibshirani lasso L2 softmax eager float32 config XW XQ WX dL dw sqrt "
-    "tr Shortened Pruner".split()
+    "tr Shortened Pruner QAT".split()
 )
 FORMULA = set("sign shrink round mean block W0 label CE sparsity penalty".split())
 CITED = re.compile(r"[A-Z]\w+(?: 和 [A-Z]\w+)?(?: 等)?，\d{4}(?:，“[^”]*”)?|“[^”]*”，[A-Z]\w+ 等")  # who, when, what
