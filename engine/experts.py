@@ -8,7 +8,8 @@ fuses them again when it loads what was saved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +39,37 @@ class Expert(nn.Module):
         self.add_module(down, nn.Linear(width, hidden, bias=False))
         self.act_fn = ACT2FN[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def linears(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Gate, up and down, or what stands in their places."""
         gate, up, down = (self.get_submodule(name) for name in self._names)
+        return gate, up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.linears
         result: Tensor = down(self.act_fn(gate(x)) * up(x))
         return result
 
 
 class Experts(nn.ModuleList):
-    """All experts of a block, called as the family's own module is."""
+    """All experts of a block, called as the family's own module is.
+
+    While they are `reading_all`, each computes every token; what the router did not ask it for counts nowhere.
+    """
+
+    _all = False
 
     @property
     def readers(self) -> list[nn.Module]:
         """The linears that read what enters the experts: each one's gate and up, or the first half of a product."""
         first = [expert.get_submodule(name) for expert in self.children() for name in list(expert._modules)[:2]]
         return [each.down if isinstance(each, Factored) else each for each in first]
+
+    @property
+    def writers(self) -> list[nn.Module]:
+        """The linears whose outputs are summed: each one's down, or the second half of a product."""
+        last = [expert.get_submodule(name) for expert in self.children() for name in list(expert._modules)[2:3]]
+        return [each.up if isinstance(each, Factored) else each for each in last]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum (tokens, hidden) of the experts that the router chose, k for each token.
@@ -61,10 +79,26 @@ class Experts(nn.ModuleList):
         result = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self):
             token, place = torch.where(top_k_index == number)
-            if token.numel():
-                output = expert(hidden_states[token]) * top_k_weights[token, place, None]
-                result.index_add_(0, token, output.to(result.dtype))
+            if self._all:
+                output = expert(hidden_states)[token]
+            elif token.numel():
+                output = expert(hidden_states[token])
+            else:
+                continue
+            result.index_add_(0, token, (output * top_k_weights[token, place, None]).to(result.dtype))
         return result
+
+    @contextlib.contextmanager
+    def reading_all(self) -> Iterator[None]:
+        """Each computes every token meanwhile, so that what is hooked to its linears sees it.
+
+        The sum is of the same products, which a processor may round otherwise where they are computed with others.
+        """
+        self._all = True
+        try:
+            yield
+        finally:
+            self._all = False
 
 
 def separate(network: PreTrainedModel) -> None:

@@ -225,7 +225,8 @@ def _calibrating(
     What computed is gone by then, and what `rounding` takes is there.
     """
     shape, states = held.shape, _states(held, params)
-    hidden, inputs = sizes.hidden_size(shape.config), sizes.readers(shape) or [0]
+    together = getattr(params, "experts", "") == "all"
+    hidden, inputs = sizes.hidden_size(shape.config), sizes.readers(shape, together) or [0]
     # Of the widest input: itself in float32 and its lengths' copy; and what the block computes beside it.
     active = _at_once(params) * (12 * inputs[0] + 4 * held.width * hidden)
     if str(getattr(params, "collect", "norm")) not in STATISTICS:

@@ -244,12 +244,17 @@ def _beyond(shape: Shape, params: Params) -> dict[str, StoredBits]:
     return found
 
 
-def readers(shape: Shape) -> list[int]:
-    """The inputs of each tensor that linears of the first block read, one entry for those who read the same."""
+def readers(shape: Shape, together: bool = False) -> list[int]:
+    """The inputs of each tensor that linears of the first block read, one entry for those who read the same.
+
+    together: the experts of a mixture read the same, each token.
+    """
     found: dict[tuple[str, int], int] = {}
     for name, inputs in first_block(shape):
         module, _, leaf = name.rpartition(".")
         own = name if leaf in OWN_INPUT else module
+        if together and own == module and ".experts." in module:
+            own = module.rpartition(".")[0]
         found[own, inputs] = inputs
     return sorted(found.values(), reverse=True)
 

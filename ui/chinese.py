@@ -203,11 +203,12 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         # settings of methods
         "field.bits": "位数", "field.group_size": "组大小", "field.samples": "校准样本数",
         "field.sequence_length": "序列长度", "field.equal_tokens": "词元等权",
-        "field.activation_order": "按激活值排序",
+        "field.activation_order": "按激活值排序", "field.experts": "专家的校准",
         # choices; Gradio takes a bare "blocks" for one of its own words
         "choice.blocks": "每 k 层取一层", "choice.size": "指定尺寸", "choice.current": "维持现状",
         "choice.unstructured": "任意位置", "choice.mse": "按平方误差", "choice.none": "无",
         "choice.bits": "每权重位数", "choice.mib": "MiB", "choice.memory": "内存 MiB",
+        "choice.routed": "分给它的",
         # errors
         "error.title": "操作未成功",
         "error.unforeseen": "我们这边出了问题。服务器日志中的编号为 {number}。",

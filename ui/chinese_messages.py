@@ -697,6 +697,10 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "GPTQ block by block needs {size}": "逐层执行 GPTQ 需要 {size} GiB",
         # notes of methods
         "The zeros take as many bits as other weights; the file is no smaller for them.": "零与其他权重占用同样的位数；文件不会因此变小。",
+        "The model has no experts: whose tokens calibrate them changes nothing.":
+            "该模型没有专家：用哪些词元校准专家不起作用。",
+        "Each expert calibrates on {times} times the tokens that it gets on average.":
+            "每个专家用于校准的词元数，是平均分给它的 {times} 倍。",
         "The file becomes smaller; memory and speed do not.": "文件变小；内存和速度不变。",
         "No smaller and no faster here: the zeros stay dense.": "在这里不会更小也不会更快：零仍以稠密方式存储。",
         "The file becomes smaller; where CUDA's 2:4 kernel takes a linear, its weights take 9/16 of the GPU's memory. "

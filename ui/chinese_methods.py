@@ -89,6 +89,8 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
         "The embeddings, too: 8 bits, one scale for each token's row.": "词嵌入也处理：8 位，每个词元的一行用一个缩放系数。",
         "Calibration sequences that are read.": "读取的校准序列数。",
         "Tokens of each calibration sequence.": "每条校准序列的词元数。",
+        "Of a mixture, what calibrates an expert: the tokens that its router sends it, or all.":
+            "混合专家模型中用什么校准专家：路由器分给它的词元，或全部词元。",
         "Every token counts alike, also where activations are huge.": "每个词元权重相同，即使激活值极大。",
         "4-bit NormalFloat, 4-bit float, or LLM.int8().": "4 位 NormalFloat、4 位浮点，或 LLM.int8()。",
         "With 4 bits: quantize the scales of the blocks, too.": "4 位时：分块的缩放系数也量化。",
@@ -207,7 +209,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "attention_weight": "注意力图权重", "batch": "批大小", "beta": "Beta", "bits": "位数", "budget": "预算",
         "by": "评判依据", "channels": "通道", "clipping": "截断", "contiguous": "相邻", "count": "数量",
         "damping": "阻尼", "distill_steps": "蒸馏步数", "divergence": "散度", "double_quant": "双重量化",
-        "embeddings": "词嵌入", "equal_tokens": "词元等权", "every": "间隔步数", "folder": "文件夹",
+        "embeddings": "词嵌入", "equal_tokens": "词元等权", "every": "间隔步数", "experts": "专家的校准", "folder": "文件夹",
         "gradient_checkpointing": "梯度检查点", "granularity": "粒度", "group_size": "组大小", "head": "输出头", "heads": "注意力头", "hidden_size": "隐藏维度",
         "hidden_weight": "隐藏状态权重", "ignore": "忽略", "inputs": "输入", "keep_every": "每几层留一层", "label_weight": "标签权重",
         "learn_prompts": "学习提示词", "learning_rate": "学习率", "learning_rate_factors": "学习率系数", "micro_batch": "微批大小", "multiple": "倍数", "neurons": "神经元",
@@ -229,7 +231,7 @@ CHOICES: Mapping[str, str] = MappingProxyType(
         "uniform": "均等", "water-filling": "注水法", "global": "全局", "all": "全部", "lora": "LoRA",
         "norms and scales": "归一化与缩放系数", "linear": "逐线性层", "blocks": "每 k 层取一层", "size": "指定尺寸",
         "current": "维持现状", "folder": "检查点文件夹", "forward": "前向", "reverse": "反向", "js": "JS",
-        "original": "原始模型", "pruned": "已剪枝", "cached": "缓存", "live": "实时", "int8": "int8", "nf4": "NF4", "fp4": "FP4", "2:4": "2:4", "4:8": "4:8",
+        "original": "原始模型", "pruned": "已剪枝", "routed": "分给它的", "cached": "缓存", "live": "实时", "int8": "int8", "nf4": "NF4", "fp4": "FP4", "2:4": "2:4", "4:8": "4:8",
     }
 )
 

@@ -201,11 +201,12 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         # settings of methods
         "field.bits": "Bits", "field.group_size": "Group size", "field.samples": "Calibration samples",
         "field.sequence_length": "Sequence length", "field.equal_tokens": "Tokens count alike",
-        "field.activation_order": "Activation order",
+        "field.activation_order": "Activation order", "field.experts": "Experts calibrate on",
         # choices; Gradio takes a bare "blocks" for one of its own words
         "choice.blocks": "every k-th block", "choice.size": "a given size", "choice.current": "as it is",
         "choice.unstructured": "anywhere", "choice.mse": "by squared error", "choice.none": "none",
         "choice.bits": "bits a weight", "choice.mib": "MiB", "choice.memory": "MiB of memory",
+        "choice.routed": "tokens sent to them",
         # errors
         "error.title": "That did not work",
         "error.unforeseen": "Something went wrong on our side. It is in the server's log as {number}.",

@@ -35,15 +35,17 @@ class SparsityParams(Selection):
 
     def notes(self, shape: Shape, device: str) -> Sequence[str]:
         """What these zeros bring where they are not used by a later step."""
-        file = "The file becomes smaller" if self.storage == "bitmask" else "The file becomes no smaller"
+        said, bitmask = super().notes(shape, device), self.storage == "bitmask"
         if self.pattern == "2:4" and device == "cuda":
+            file = "The file becomes smaller" if bitmask else "The file becomes no smaller"
             return [
+                *said,
                 f"{file}; where CUDA's 2:4 kernel takes a linear, its weights take 9/16 of the GPU's memory. The "
-                "measured latency says whether it is faster."
+                "measured latency says whether it is faster.",
             ]
-        if self.storage == "bitmask":
-            return ["The file becomes smaller; memory and speed do not."]
-        return ["No smaller and no faster here: the zeros stay dense."]
+        if bitmask:
+            return [*said, "The file becomes smaller; memory and speed do not."]
+        return [*said, "No smaller and no faster here: the zeros stay dense."]
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse a pattern that does not divide a linear's inputs."""

@@ -160,7 +160,7 @@ def spectra(
     model: LoadedModel, params: Params, context: Context
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:  # fmt: skip
     """The squared singular values of W S of each linear as a share of its output's energy, and its (out, in)."""
-    about = params.model_dump(include={"samples", "sequence_length", "equal_tokens", "damping", "targets", "ignore"})
+    about = params.asked() | params.model_dump(include={"equal_tokens", "damping", "targets", "ignore"})
     found = scores.measured(
         model, context, "singular values", {"version": VERSION, **about}, lambda _: _spectra(model, params, context)
     )

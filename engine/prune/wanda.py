@@ -18,8 +18,8 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from engine import scores
-from engine.calibration import BlockLinear, walk_blocks
-from engine.methods import Calibrated, Context
+from engine.calibration import BlockLinear, Observed, walk_blocks
+from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
 
@@ -28,7 +28,7 @@ CHANGES = ()
 VERSION = 1  # of what is measured
 
 
-class Params(SparsityParams, Calibrated):
+class Params(SparsityParams, Observed):
     """Settings of Wanda: sparsity and calibration."""
 
     inputs: Literal["pruned", "original"] = Field(
@@ -66,8 +66,8 @@ def prune_(model: LoadedModel, linear: BlockLinear, params: Params, context: Con
 
 def original_norms(model: LoadedModel, params: Params, context: Context) -> dict[str, list[float] | None]:
     """The L2 norms of the inputs of every linear, by its name, in the model as it is; None where no token came."""
-    whole = Calibrated(samples=params.samples, sequence_length=params.sequence_length)
-    about: dict[str, JsonValue] = {"version": VERSION, **whole.model_dump()}
+    whole = Observed(**{name: getattr(params, name) for name in Observed.model_fields})
+    about: dict[str, JsonValue] = {"version": VERSION, **whole.asked()}
 
     def look(_: scores.Pieces) -> JsonValue:
         found: dict[str, JsonValue] = {}

@@ -78,7 +78,7 @@ def best_scale(fold: Fold, readers: list[BlockLinear], params: Params) -> tuple[
     """The exponent and the scale (size,) that change the readers' outputs least when they are rounded."""
     size = fold.gather(mean_square(readers)).sqrt()
     size = size.clamp(min=max(SMALLEST * float(size.max()), 1e-12))
-    most = max(LEAST, ENOUGH // len({id(reader.hessian) for reader in readers}))
+    most = max(LEAST, ENOUGH // len({reader.name.rpartition(".")[0] for reader in readers}))  # by expert
     weights = [some_rows(reader.weight, params, most).float() for reader in readers]
     best: tuple[float, float, Tensor] | None = None
     for ratio in RATIOS:

@@ -366,9 +366,9 @@ def curve(candidates: Sequence[Candidate], budget: float) -> dict[str, JsonValue
 def about(params: Params) -> dict[str, JsonValue]:
     """The settings that enter steps 1 and 2."""
     return {
-        "version": VERSION, "samples": params.samples, "sequence_length": params.sequence_length,
-        "symmetric": params.symmetric, "clipping": params.clipping, "equal_tokens": params.equal_tokens,
-        "targets": params.targets, "ignore": params.ignore, **({"head": True} if params.head else {}),
+        "version": VERSION, **params.asked(), "symmetric": params.symmetric, "clipping": params.clipping,
+        "equal_tokens": params.equal_tokens, "targets": params.targets, "ignore": params.ignore,
+        **({"head": True} if params.head else {}),
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The walk over blocks: replayed blocks compute what the whole model computes, in every family."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -8,9 +9,17 @@ from torch import nn
 
 from engine import calibration, text
 from engine import flow as flow_module
-from engine.calibration import BlockLinear, accumulate_hessian, make_empty_hessian, mirror, token_rows, walk_blocks
+from engine.calibration import (
+    BlockLinear,
+    Moments,
+    accumulate_hessian,
+    make_empty_hessian,
+    mirror,
+    token_rows,
+    walk_blocks,
+)
 from engine.errors import BadText
-from engine.flow import capture
+from engine.flow import capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import LoadedModel, blocks
 from engine.text import read_documents
@@ -109,6 +118,42 @@ def test_hessian_is_the_mean_over_all_tokens(
     lengths = inputs.float().norm(dim=1)
     accumulate_hessian(hessian, 0, inputs, lengths)
     assert float(hessian.trace()) == pytest.approx(2, rel=1e-3)  # of inputs of length 1
+
+
+@pytest.mark.parametrize("experts", ["routed", "all"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+@torch.no_grad()
+def test_experts_are_calibrated_with_the_tokens_that_were_asked_for(
+    kind: str, experts: Literal["routed", "all"], context: Context
+) -> None:
+    model = in_memory(MIXTURES[kind], torch.float32)
+    params = Moments(samples=16, sequence_length=16, equal_tokens=False, experts=experts)  # two batches
+    entered: list[torch.Tensor] = []
+    for block in walk_blocks(model, context, params, params.collect):
+        seen = torch.cat([states for states, _ in block.batches])
+        entered.append(seen)
+        if block.number != 1:
+            continue
+        mixture = block.module.get_submodule("mlp.experts")
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        handle = mixture.register_forward_pre_hook(lambda _, args, found=found: found.append(args[:2]))
+        for states, call in block.batches:
+            run_block(block.module, states, call)
+        handle.remove()
+        inputs, chosen = (torch.cat(each) for each in zip(*found, strict=True))
+        known = {linear.name.removeprefix(f"{block.name}.mlp.experts."): linear for linear in block.linears}
+        for number, expert in enumerate(mixture):
+            mine = inputs if experts == "all" else inputs[(chosen == number).any(1)]
+            gate, up, _ = expert.linears
+            for name, read in zip(expert._names, (mine, mine, expert.act_fn(gate(mine)) * up(mine)), strict=True):
+                linear = known[f"{number}.{name}"]
+                assert linear.tokens == len(mine)
+                torch.testing.assert_close(linear.hessian.triu(), (2 * read.t() @ read / len(read)).triu())
+        distinct = len({id(linear.hessian) for linear in block.linears})
+        shared = {"mixtral": 0, "qwen2_moe": 2}[kind]  # its gate and up read what the experts do; its down
+        assert distinct == 2 + 4 + ((1 if experts == "all" else 4 + bool(shared)) + shared // 2)
+    now = block_outputs(model, token_rows(model.tokenizer, context.calibration, 16, 16))
+    torch.testing.assert_close(entered[1:], now[:-1])  # what blocks give is what they gave
 
 
 def test_linears_that_are_not_selected_are_left_out(tiny: LoadedModel, context: Context) -> None:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, export, headers, models, preflight, runtime, verify
+from engine import artifacts, export, headers, methods, models, preflight, runtime, sizes, verify
 from engine.errors import BadArtifact, BadModel, BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears, load_tokenizer
+from engine.origin import FolderOrigin
 from engine.packing import QuantizedWeight
 from engine.quantize import awq, gptq, rtn
 from engine.records import Recipe
@@ -110,6 +111,17 @@ def test_every_expert_is_calibrated_or_reported(context: Context, recorder: Reco
     assert len(notes) == 3 * (4 + 4 * 3)
     unseen = {name for name, note in notes.items() if note == "rounded to nearest instead, no token reached it"}
     assert unseen == {f"model.layers.0.mlp.experts.3.{leaf}" for leaf in ("w1", "w2", "w3")}
+
+
+def test_experts_that_compute_every_token_are_announced_with_what_it_takes(tmp_path: Path) -> None:
+    folder = mixture(tmp_path)
+    steps = ({"prune/wanda": {"experts": "all"}}, {"quantize/gptq": {"experts": "all", "group_size": 32}})
+    for step in steps:
+        notes = preflight.estimate(Recipe.model_validate({"model": str(folder), "steps": [step]})).notes
+        assert "Each expert calibrates on 2 times the tokens that it gets on average." in " ".join(notes)
+    shape = headers.inspect(FolderOrigin(folder))
+    assert sizes.readers(shape) == [128] * 4 + [64] * (2 + 4)  # of each expert its down; its gate and up; q, k, v; o
+    assert sizes.readers(shape, together=True) == [128] * 4 + [64] * (2 + 1)
 
 
 def test_awq_scales_experts_and_keeps_every_note_on_them(context: Context, recorder: Recorder, tmp_path: Path) -> None:

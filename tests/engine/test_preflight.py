@@ -343,6 +343,7 @@ def test_a_group_that_fits_the_original_alone_is_refused_behind_width_pruning(ti
         ({"prune/sparsegpt": {"pattern": "2:4"}}, True, "no smaller; where CUDA's 2:4 kernel takes a linear"),
         ({"quantize/gptq": {"sparsity": 0.5, "group_size": 32}}, False, "zeros take as many bits"),
         ({"prune/low_rank": {"multiple": 8}}, False, ""),
+        ({"prune/low_rank": {"multiple": 8, "experts": "all"}}, False, "Low rank: The model has no experts"),
     ],
 )
 def test_what_zeros_bring_is_said_before_the_run(

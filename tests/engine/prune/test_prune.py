@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from engine.calibration import token_rows
@@ -13,6 +14,7 @@ from engine.models import LoadedModel
 from engine.prune import magnitude, wanda
 from engine.prune._masks import SparsityParams, keep_largest
 from tests.conftest import Recorder, in_memory, tiny_config
+from tests.families import MIXTURES
 
 
 def scores(rows: int = 6, columns: int = 40) -> Tensor:
@@ -112,6 +114,18 @@ def test_norms_of_the_original_are_those_of_a_plain_forward_pass_and_another_rat
     seen = passes(other)
     wanda.apply(other, params, replace(context, folder=context.folder / "other"))
     assert seen
+
+
+def test_norms_of_experts_that_computed_every_token_are_kept_apart(context: Context) -> None:
+    def norms(**given: JsonValue) -> list[list[float] | None]:
+        params = wanda.Params.model_validate({"samples": 4, "sequence_length": 16, **given})
+        found = wanda.original_norms(in_memory(MIXTURES["mixtral"]), params, context)
+        return [found[f"model.layers.1.mlp.experts.{number}.w1"] for number in range(4)]
+
+    first, *others = norms(experts="all")
+    assert first is not None
+    assert others == [first] * 3
+    assert norms()[0] not in (first, norms()[1])
 
 
 def test_magnitude_keeps_the_large_weights_unchanged(tiny: LoadedModel, context: Context) -> None:
