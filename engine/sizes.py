@@ -27,7 +27,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 OWN_INPUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "w2", "fc2", "dense_4h_to_h")
 # Families whose decoder keeps a copy of the prompt's keys and values with room for the new ones.
 DECODED_BY_US = (
-    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "smollm3", "stablelm",
 )  # fmt: skip
 
 

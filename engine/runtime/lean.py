@@ -18,17 +18,19 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from engine.kv_cache import PackedCache, PackedLayer
-from engine.runtime.parts import Block, Cap, CappedAttention, Sights, Then, activation, norm, windows
+from engine.runtime.mlp import activation
+from engine.runtime.parts import Block, Cap, CappedAttention, Sights, Then, norm, windows
 
 FAMILIES = (
     "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
-    "Olmo2ForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM",
-    "StableLmForCausalLM",
+    "MixtralForCausalLM", "Olmo2ForCausalLM", "OlmoeForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM",
 )  # fmt: skip
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the ones that do not change with the length
 TURN_IN_PART = ("Phi3ForCausalLM", "StableLmForCausalLM")
 OF_KINDS = (  # whose blocks slide where `layer_types` says so; elsewhere all of them do
-    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
 )  # fmt: skip
 CAPPED_LOGITS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 CAPPED_SCORES = ("Gemma2ForCausalLM",)  # Gemma 3's config has a cap, which `transformers` does not read
@@ -63,9 +65,9 @@ class LeanDecoder:
             and all(window is None or read < window for window in windows(network))
             and not any(
                 getattr(config, key, None)
-                for key in ("use_bidirectional_attention", "use_parallel_residual", "qk_layernorm")
+                for key in ("use_bidirectional_attention", "use_parallel_residual", "qk_layernorm", "clip_qkv")
             )
-            and activation(next(network.base_model.get_submodule("layers").children())) is not None
+            and activation(network.base_model.get_submodule("layers.0.mlp")) is not None
         )
 
     @torch.inference_mode()
@@ -87,9 +89,6 @@ class LeanDecoder:
         layers = list(body.get_submodule("layers").children())
         self._blocks = [Block.of(layer, number) for layer, number in zip(layers, sights.numbers, strict=True)]
         self._dense = all(block.dense for block in self._blocks)
-        activate = activation(layers[0])
-        assert activate is not None
-        self._activate = activate
         self._embed, self._norm = body.get_submodule("embed_tokens"), norm(body.get_submodule("norm"))
         head, cap = network.get_submodule("lm_head"), getattr(config, "final_logit_softcapping", None)
         self._head = head if cap is None or name not in CAPPED_LOGITS else Then(head, Cap(cap))
@@ -115,8 +114,7 @@ class LeanDecoder:
             for block, cache in zip(self._blocks, self._caches, strict=True):
                 x = x + self._attend(block, cache, block.before_attention(x), *places[block.sight])
                 y = block.before_mlp(x)
-                gate, up = block.gate_up(y).chunk(2, dim=-1)
-                x = x + block.down(self._activate(gate).mul_(up))
+                x = x + block.mlp(y)
         with _one_row_products(x.shape[0]):
             logits: Tensor = self._head(self._norm(x))
         return logits

@@ -3,8 +3,10 @@
 Families differ in where norms stand, in what they norm and how, in how far back a block sees, and in what turns:
 
     Llama, Mistral, Phi-3, Qwen 2, SmolLM3, Gemma 1   x + attend(norm x), then x + mlp(norm x)
+    Mixtral, Qwen2-MoE                                the same, with a mixture for the MLP (`engine.runtime.mlp`)
     StableLM                                          the same with layer norms; a part of each head turns
-    Qwen 3                                            the same; each head of queries and keys has a norm
+    Qwen 3, Qwen3-MoE                                 the same; each head of queries and keys has a norm
+    OLMoE                                             the same; all heads of queries have one norm, all of keys, too
     OLMo 2                                            x + norm(attend x); all heads of queries have one norm
     Gemma 2, 3                                        x + norm(attend(norm x))
 """
@@ -13,19 +15,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import GELUTanh, SiLUActivation
 
+from engine.runtime.mlp import Function, Side, feed_forward
 from engine.wide import is_plain
-
-Function = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[type, Function] = {SiLUActivation: F.silu, GELUTanh: functools.partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -114,29 +112,6 @@ class AllHeads:
 
 
 @dataclass(frozen=True)
-class Side:
-    """Linears side by side that read the same input: one product where their weights are, or can be, joined."""
-
-    parts: tuple[nn.Module, ...]
-    joined: nn.Module | None
-
-    @classmethod
-    def of(cls, parts: list[nn.Module]) -> Side:
-        if len(parts) == 1:
-            return cls(tuple(parts), parts[0])
-        kinds = {type(part) for part in parts}
-        join = getattr(kinds.pop(), "joined", None) if len(kinds) == 1 else None  # packed linears can
-        return cls(tuple(parts), join(parts) if join is not None else None)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The outputs (B, n) of all parts in a row."""
-        if self.joined is None:
-            return torch.cat([part(x) for part in self.parts], dim=-1)
-        outputs: Tensor = self.joined(x)
-        return outputs
-
-
-@dataclass(frozen=True)
 class Sight:
     """How far back blocks see, and how their queries and keys turn: cos and signed sin (room, D)."""
 
@@ -188,7 +163,7 @@ class Sights:
 class Block:
     """The parts of one decoder block; in some (of SmolLM3) queries and keys do not rotate.
 
-    o, down: with the norm that follows them, where one does. dense: no product has packed weights.
+    o, mlp: with the norm that follows them, where one does. dense: no product has packed weights.
     """
 
     before_attention: Function
@@ -196,8 +171,7 @@ class Block:
     head_norms: EachHead | AllHeads | None
     o: Function
     before_mlp: Function
-    gate_up: Side
-    down: Function
+    mlp: Function
     scale: float
     rotates: bool
     sight: int
@@ -206,20 +180,18 @@ class Block:
     @classmethod
     def of(cls, layer: nn.Module, sight: int) -> Block:
         part, norms = layer.get_submodule, dict(layer.named_children())
-        attention, mlp = part("self_attn"), part("mlp")
+        attention, mlp = part("self_attn"), feed_forward(part("mlp"))
         q_k_v = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]  # Phi-3 has it whole
-        gate_up = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
-        asking, rising = [attention.get_submodule(n) for n in q_k_v], [mlp.get_submodule(n) for n in gate_up]
-        o, down = part("self_attn.o_proj"), part("mlp.down_proj")
+        asking, o = [attention.get_submodule(n) for n in q_k_v], part("self_attn.o_proj")
         after_mlp = norms.get("post_feedforward_layernorm")
         between = norms["post_attention_layernorm"]  # before the MLP, unless that has norms of its own
         before_mlp = between if after_mlp is None else norms.get("pre_feedforward_layernorm")
         return cls(
             norm(norms.get("input_layernorm")), Side.of(asking), _head_norms(attention),
             o if after_mlp is None else Then(o, norm(between)),
-            norm(before_mlp), Side.of(rising), down if after_mlp is None else Then(down, norm(after_mlp)),
+            norm(before_mlp), mlp if after_mlp is None else Then(mlp, norm(after_mlp)),
             float(vars(attention)["scaling"]), rotates(attention), sight,
-            all(is_plain(linear) for linear in [*asking, o, *rising, down]),
+            mlp.dense and all(is_plain(linear) for linear in [*asking, o]),
         )  # fmt: skip
 
 
@@ -234,12 +206,6 @@ def _head_norms(attention: nn.Module) -> EachHead | AllHeads | None:
 def rotates(attention: nn.Module) -> bool:
     """Whether a block's queries and keys turn with their positions."""
     return bool(vars(attention).get("use_rope", True))
-
-
-def activation(layer: nn.Module) -> Function | None:
-    """What a block's MLP applies to its gate; None where it is none of ours."""
-    found = vars(layer.get_submodule("mlp"))["_modules"]
-    return ACTIVATIONS.get(type(found.get("act_fn") or found.get("activation_fn")))
 
 
 def windows(network: PreTrainedModel) -> list[int | None]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, export, headers, methods, models, preflight, runtime, sizes, verify
+from engine import artifacts, export, headers, models, preflight, runtime, sizes, verify
 from engine.errors import BadArtifact, BadModel, BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears, load_tokenizer

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import logging
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     StableLmConfig,
 )
@@ -41,6 +48,8 @@ FREE = GROUPED | {"tie_word_embeddings": False}  # Gemma scales its embeddings: 
 KINDS = ["sliding_attention", "full_attention"]
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}  # low, so that they bend
 HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+FOUR = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+SHARED = FOUR | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
 NEAR_AND_FAR = {"full_attention": LLAMA3, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
 PLAIN: dict[str, PretrainedConfig] = {  # what our kernels compute, too
     "llama": tiny_config(),
@@ -54,32 +63,47 @@ PLAIN: dict[str, PretrainedConfig] = {  # what our kernels compute, too
     "qwen3": Qwen3Config(**GROUPED, head_dim=32),
     "smollm3": SmolLM3Config(**GROUPED, pad_token_id=0, no_rope_layers=[1, 0]),
 }
-LEAN: dict[str, PretrainedConfig] = PLAIN | {
-    "phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=64),
-    "phi3 that turns in part": Phi3Config(**GROUPED, pad_token_id=0, rope_parameters=HALF),
-    "sliding llama": tiny_config(sliding_window=9),  # of no family, but a cache that slides makes it one
-    "sliding mistral": MistralConfig(**GROUPED, sliding_window=9),
-    "sliding phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=9),
-    "sliding qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=9, max_window_layers=1),
-    "sliding qwen3": Qwen3Config(**GROUPED, use_sliding_window=True, sliding_window=9, max_window_layers=1),
-    "sliding smollm3": SmolLM3Config(
-        **GROUPED, pad_token_id=0, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=9
+MIXTURES: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
+    "qwen2_moe": Qwen2MoeConfig(**SHARED),
+    "qwen3_moe with a plain block": Qwen3MoeConfig(
+        **FOUR, head_dim=32, moe_intermediate_size=64, mlp_only_layers=[1], norm_topk_prob=True
     ),
-    "olmo2": Olmo2Config(**GROUPED, pad_token_id=0),
-    "gemma": GemmaConfig(**FREE, head_dim=32),
-    "gemma2": Gemma2Config(**FREE, head_dim=32, query_pre_attn_scalar=24, sliding_window=64, **CAPS),
-    "sliding gemma2": Gemma2Config(**FREE, head_dim=32, sliding_window=9, **CAPS),
-    "gemma2 without caps": Gemma2Config(**FREE, head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None),
-    "gemma3": Gemma3TextConfig(**FREE, head_dim=32, query_pre_attn_scalar=24, sliding_window=64, layer_types=KINDS),
-    "sliding gemma3": Gemma3TextConfig(
-        **FREE, head_dim=16, sliding_window=9, layer_types=KINDS, rope_parameters=NEAR_AND_FAR, **CAPS
-    ),
-    "stablelm": StableLmConfig(**GROUPED, pad_token_id=0),
-    "stablelm biased": StableLmConfig(**GROUPED, pad_token_id=0, use_qkv_bias=True, rope_parameters=HALF),
+    "olmoe": OlmoeConfig(**FOUR),
 }
+LEAN: dict[str, PretrainedConfig] = (
+    PLAIN
+    | MIXTURES
+    | {
+        "phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=64),
+        "phi3 that turns in part": Phi3Config(**GROUPED, pad_token_id=0, rope_parameters=HALF),
+        "sliding llama": tiny_config(sliding_window=9),  # of no family, but a cache that slides makes it one
+        "sliding mistral": MistralConfig(**GROUPED, sliding_window=9),
+        "sliding phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=9),
+        "sliding qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+        "sliding qwen3": Qwen3Config(**GROUPED, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+        "sliding smollm3": SmolLM3Config(
+            **GROUPED, pad_token_id=0, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=9
+        ),
+        "olmo2": Olmo2Config(**GROUPED, pad_token_id=0),
+        "gemma": GemmaConfig(**FREE, head_dim=32),
+        "gemma2": Gemma2Config(**FREE, head_dim=32, query_pre_attn_scalar=24, sliding_window=64, **CAPS),
+        "sliding gemma2": Gemma2Config(**FREE, head_dim=32, sliding_window=9, **CAPS),
+        "gemma2 without caps": Gemma2Config(
+            **FREE, head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None
+        ),
+        "gemma3": Gemma3TextConfig(**FREE, head_dim=32, query_pre_attn_scalar=24, sliding_window=64, layer_types=KINDS),
+        "sliding gemma3": Gemma3TextConfig(
+            **FREE, head_dim=16, sliding_window=9, layer_types=KINDS, rope_parameters=NEAR_AND_FAR, **CAPS
+        ),
+        "stablelm": StableLmConfig(**GROUPED, pad_token_id=0),
+        "stablelm biased": StableLmConfig(**GROUPED, pad_token_id=0, use_qkv_bias=True, rope_parameters=HALF),
+    }
+)
 OTHERS: dict[str, PretrainedConfig] = {
     "llama of blocks that slide": tiny_config(sliding_window=9, layer_types=["sliding_attention"] * 3),
     "gemma3 that looks ahead": Gemma3TextConfig(**FREE, head_dim=16, use_bidirectional_attention=True),
+    "olmoe that clips": OlmoeConfig(**FOUR, clip_qkv=0.5),
     "parallel stablelm": StableLmConfig(**GROUPED, pad_token_id=0, use_parallel_residual=True),
     "stablelm with norms of heads": StableLmConfig(**GROUPED, pad_token_id=0, qk_layernorm=True),
     "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
@@ -100,6 +124,20 @@ def make(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Loaded
     model.network.generation_config.eos_token_id = None
     model.network.config.eos_token_id = None
     return model
+
+
+def fused(model: LoadedModel) -> LoadedModel:
+    """A mixture with experts as `transformers` holds them, with the same weights."""
+    network = AutoModelForCausalLM.from_config(copy.deepcopy(model.network.config), dtype=model.network.dtype)
+    given = model.network.state_dict()
+    for name in [name for name in network.state_dict() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts = model.network.get_submodule(name.rpartition(".")[0])
+        gates, ups, downs = zip(*([each.weight for each in expert.linears] for expert in experts), strict=True)
+        pairs = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+        given[name] = torch.stack(list(downs) if name.endswith("down_proj") else pairs)
+    network.load_state_dict({name: given[name] for name in network.state_dict()})
+    network.generation_config = model.network.generation_config
+    return dataclasses.replace(model, network=network.eval())
 
 
 def by_transformers(model: LoadedModel, count: int) -> tuple[list[int], Tensor]:
@@ -133,6 +171,21 @@ def test_the_lean_decoder_is_taken_where_it_is_right_and_nowhere_else(
     model = make((LEAN | OTHERS)[name])
     list(generate(model, PROMPT, max_new_tokens=5))
     assert len(used) == (5 if name in LEAN else 0)  # one that is checked, four that count
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.inference_mode()
+def test_experts_are_as_lean_where_transformers_fused_them(name: str, batch: int) -> None:
+    apart = make(MIXTURES[name])
+    text = torch.randint(5, 1280, (batch, 16), generator=torch.Generator().manual_seed(1))
+    network = fused(apart).network
+    assert any(parameter.dim() == 3 for parameter in network.parameters())
+    assert LeanDecoder.supports(network, 7)
+    decoder = LeanDecoder(network, _read_prompt(network, text[:, :7], None)[1], 16)
+    found = torch.stack([decoder.step(text[:, place : place + 1]) for place in range(6, 16)], dim=1)
+    for each in (network, apart.network):
+        torch.testing.assert_close(found, each(input_ids=text, use_cache=False).logits[:, 6:], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("window", "taken"), [(13, True), (8, True), (7, False), (4, False)])
@@ -198,14 +251,21 @@ def test_score_refuses_what_has_nothing_before_it(start: int) -> None:
         score(make(tiny_config()), PROMPT, start)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "sliding gemma2", "sliding gemma3", "stablelm"])
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *itertools.product(["olmo2", "sliding gemma2", "sliding gemma3", "stablelm"], [None, 4]),
+        *((name, None) for name in MIXTURES),
+        ("all experts", 4),  # where rounding could not change which are asked
+    ],
+)
 @torch.inference_mode()
 def test_each_sequence_of_a_batch_has_its_own_logits(name: str, bits: int | None) -> None:
     """Against the whole text read at once, by a network with the very same linears."""
-    model = make(LEAN[name], torch.float32 if bits is None else torch.bfloat16)
+    config = LEAN.get(name) or Qwen2MoeConfig(**(SHARED | {"num_experts_per_tok": 4}))
+    model = make(config, torch.float32 if bits is None else torch.bfloat16)
     for path, linear in list(linears(model.network)) if bits else []:
-        if path.startswith("model.layers."):
+        if path.startswith("model.layers.") and not path.endswith("shared_expert_gate"):
             grid = GridParams.model_validate({"bits": bits, "group_size": 32})
             weight = round_to_nearest(linear.weight, grid, path, torch.bfloat16)
             packed = packed_linear(weight, linear.bias, "cpu", torch.bfloat16)

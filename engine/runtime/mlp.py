@@ -1,0 +1,147 @@
+"""What a block computes for each token alone, in a decode step: an MLP, or those of a mixture that its router chose.
+
+    MLP        down(act(gate x) * up x)
+    mixture    the sum of w_e MLP_e(x) over the k experts e of a token; the router, and so w, are the family's own
+    Qwen2-MoE  and sigmoid(g x) times that of an expert which all tokens share
+
+Experts are linears of their own, packed or dense, or slices of the two tensors in which `transformers` fuses them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import GELUTanh, SiLUActivation
+
+from engine import wide
+from engine.experts import Expert, Experts
+from engine.wide import is_plain
+
+Function = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[type, Function] = {SiLUActivation: F.silu, GELUTanh: functools.partial(F.gelu, approximate="tanh")}
+
+
+def activation(mlp: nn.Module) -> Function | None:
+    """What an MLP, or each expert of a mixture, applies to its gate; None where it is none of ours."""
+    found = dict(mlp.named_children())
+    if "experts" in found:
+        experts = found["experts"]
+        found = dict((experts[0] if isinstance(experts, Experts) else experts).named_children())
+    return ACTIVATIONS.get(type(found.get("act_fn") or found.get("activation_fn")))
+
+
+def feed_forward(mlp: nn.Module) -> Mlp | Mixture:
+    """What a block's MLP computes, with its parts looked up; of one whose `activation` is ours."""
+    return Mixture.of(mlp) if hasattr(mlp, "experts") else Mlp.of(mlp)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Linears side by side that read the same input: one product where their weights are, or can be, joined."""
+
+    parts: tuple[nn.Module, ...]
+    joined: nn.Module | None
+
+    @classmethod
+    def of(cls, parts: list[nn.Module]) -> Side:
+        if len(parts) == 1:
+            return cls(tuple(parts), parts[0])
+        kinds = {type(part) for part in parts}
+        join = getattr(kinds.pop(), "joined", None) if len(kinds) == 1 else None  # packed linears can
+        return cls(tuple(parts), join(parts) if join is not None else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs (B, n) of all parts in a row."""
+        if self.joined is None:
+            return torch.cat([part(x) for part in self.parts], dim=-1)
+        outputs: Tensor = self.joined(x)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(act(gate x) * up x). dense: no product has packed weights."""
+
+    gate_up: Function
+    down: Function
+    activate: Function
+    dense: bool
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> Self:
+        """Of a module with linears; Phi-3 has gate and up in one."""
+        if isinstance(mlp, Expert):
+            *rising, down = mlp.linears
+        else:
+            names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+            *rising, down = (mlp.get_submodule(name) for name in (*names, "down_proj"))
+        activate = activation(mlp)
+        assert activate is not None
+        return cls(Side.of(rising), down, activate, all(is_plain(linear) for linear in [*rising, down]))
+
+    @classmethod
+    def each_of(cls, experts: nn.Module) -> list[Self]:
+        """Of each expert; fused ones are tensors (experts, 2 x width, hidden) and (experts, hidden, width)."""
+        if isinstance(experts, Experts):
+            return [cls.of(expert) for expert in experts.children()]
+        rising, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+        activate = ACTIVATIONS[type(experts.get_submodule("act_fn"))]
+        linears = [[functools.partial(wide.linear, weight=each) for each in fused] for fused in (rising, down)]
+        return [cls(first, last, activate, dense=True) for first, last in zip(*linears, strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, hidden) of x (B, hidden)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.activate(gate).mul_(up))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts that the router chooses for each token, weighed; and the shared one with its gate, where one is."""
+
+    router: nn.Module
+    experts: Sequence[Mlp]
+    shared: Mlp | None
+    shared_gate: nn.Module | None
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> Self:
+        parts = dict(mlp.named_children())
+        shared = parts.get("shared_expert")
+        return cls(
+            parts["gate"], Mlp.each_of(parts["experts"]), None if shared is None else Mlp.of(shared),
+            parts.get("shared_expert_gate"),
+        )  # fmt: skip
+
+    @property
+    def dense(self) -> bool:
+        """Whether no product has packed weights."""
+        return all(each.dense for each in (*self.experts, self.shared) if each is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, hidden) of x (B, hidden)."""
+        _, weights, chosen = self.router(x)  # (B, k)
+        outputs = self._chosen(x, chosen)  # (B, k, hidden)
+        found: Tensor = (outputs * weights[..., None]).sum(1).to(x.dtype)
+        if self.shared is not None and self.shared_gate is not None:
+            found += torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return found
+
+    def _chosen(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What each of the chosen experts (B, k) gives for its token, (B, k, hidden); each computes once."""
+        batch, count = chosen.shape
+        if batch == 1:
+            return torch.stack([self.experts[number](x) for number in chosen[0].tolist()], dim=1)
+        outputs = x.new_empty(batch * count, x.shape[1])
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(chosen.flatten().tolist()):
+            places.setdefault(number, []).append(place)
+        for number, own in places.items():
+            outputs[own] = self.experts[number](x[[place // count for place in own]])
+        return outputs.view(batch, count, -1)
