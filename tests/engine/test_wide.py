@@ -39,6 +39,14 @@ def test_a_product_is_the_exact_one_rounded_once(m: int, k: int, n: int) -> None
     torch.testing.assert_close(product(x[None], weight)[0], product(x, weight), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("m", [0, 1, 3, 9])
+def test_a_weight_may_lie_the_other_way_round(m: int) -> None:
+    x, weight, bias = numbers(m, 40), numbers(40, 24, seed=1), numbers(24, seed=2)
+    exact = x.double() @ weight.double() + bias.double()
+    torch.testing.assert_close(product(x, weight.t(), bias).double(), exact, rtol=2**-7, atol=2**-6)
+    assert product(x, weight.t()).shape == (m, 24)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients_are_those_of_the_product(dtype: torch.dtype) -> None:
     x, weight, bias = numbers(20, 12).to(dtype), numbers(7, 12, seed=1).to(dtype), numbers(7, seed=2).to(dtype)
