@@ -60,7 +60,7 @@ def test_scales_have_the_gradients_of_the_whole_weight(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "masked", "float"])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "masked", "transposed", "float"])
 def test_codes_are_those_of_the_weight_that_learned(kind: str, rank: int) -> None:
     """Against `round_to_nearest`'s own grid, and FP8's cast; what is merged is what was computed with."""
     torch.manual_seed(0)
@@ -72,9 +72,10 @@ def test_codes_are_those_of_the_weight_that_learned(kind: str, rank: int) -> Non
     else:
         grid = GridParams(bits=3, group_size=32, symmetric=kind != "asymmetric")
         given = round_to_nearest(linear.weight, grid, "it", torch.float32)
-    linear.weight.copy_(given.dequantize())
+    module = Conv1D(12, 64).requires_grad_(False) if kind == "transposed" else linear
+    matrix(module).copy_(given.dequantize())
     mask = linear.weight.abs() > linear.weight.abs().median() if kind == "masked" else None
-    learned = Codes(linear, given, mask, rank)
+    learned = Codes(module, given, mask, rank)
     kept = torch.ones_like(linear.weight) if mask is None else mask.float()
     torch.testing.assert_close(learned.weight(), given.dequantize() * kept)
     with torch.no_grad():
