@@ -6,7 +6,6 @@ import copy
 import os
 import platform
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,18 +30,10 @@ from tests.conftest import in_memory, tiny_config
 from tests.engine.test_generate import LEAN, PLAIN, PROMPT
 from tests.engine.test_runtime import exact_product, make, relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(not library.available(), reason="our own kernels cannot be built here")
 # rows, columns, groups
 SHAPES = [(128, 256, 4), (100, 256, 1), (16, 64, 8), (7, 72, 3), (130, 200, 25), (65, 8, 1), (20, 1000, 1)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other are slow on a busy machine; one test below uses two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,18 +20,10 @@ from tests.engine.test_generate import GROUPED, make
 from tests.engine.test_kv_cache import states
 from tests.engine.test_native import network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(not library.available(), reason="our own kernels cannot be built here")
 KINDS = [LeanDecoder, pytest.param(NativeDecoder, marks=needs_kernels)]
 WIDE = tiny_config(head_dim=32)  # heads that the kernels' vectors fit
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
