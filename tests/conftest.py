@@ -165,7 +165,7 @@ def products() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For tests of kernels: threads that wait for each other are slow on a busy machine."""
+    """As many as each of two processes has; and threads that wait for each other are slow on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

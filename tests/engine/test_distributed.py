@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -68,15 +68,6 @@ class Copying(Recorder):
         if kind == "sample" and len(series(self, "loss")) == 6 and not (self._to / SAVED).exists():
             (self._to / SAVED).parent.mkdir(parents=True)
             shutil.copy(self._folder / SAVED, self._to / SAVED)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many as each of two processes has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def two_make_what_one_makes(folder: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
