@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, JsonValue
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from engine import hardware, headers, shards
 from engine.errors import BadModel, BadParams, short
 from engine.experts import Experts
+from engine.fields import RARE
 from engine.fit import STRETCH
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.headers import Shape
@@ -58,7 +59,7 @@ class Observed(Calibrated):
     eight, routed and all tokens for just those experts that saw few; once that was better, twice worse.
     """
 
-    experts: Listeners = Field(
+    experts: Annotated[Listeners, RARE] = Field(
         "routed", description="Of a mixture, what calibrates an expert: the tokens that its router sends it, or all."
     )
 
@@ -81,8 +82,10 @@ class Observed(Calibrated):
 class Moments(Observed):
     """Settings of a scheme that weighs errors by the second moments of each linear's inputs."""
 
-    samples: int = Field(128, ge=1, le=4096, description="Calibration sequences that are read.")
-    equal_tokens: bool = Field(True, description="Every token counts alike, also where activations are huge.")
+    samples: Annotated[int, RARE] = Field(128, ge=1, le=4096, description="Calibration sequences that are read.")
+    equal_tokens: Annotated[bool, RARE] = Field(
+        True, description="Every token counts alike, also where activations are huge."
+    )
 
     @property
     def collect(self) -> Collect:

@@ -31,7 +31,7 @@ from typing import NoReturn, Protocol, Self
 
 from pydantic import JsonValue, ValidationError
 
-from engine import advising, doctor, export, figures, headers, methods, preflight, rescue
+from engine import advising, doctor, export, fields, figures, headers, methods, preflight, rescue
 from engine.assumptions import Assumptions
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, UnknownName, short
 from engine.hub import Hub
@@ -218,7 +218,7 @@ def list_methods(options: argparse.Namespace, supervisor: Callable[[Path], Super
         _line(f"{method.name}: {method.summary}")
         rows = []
         for key, info in method.params.model_fields.items():
-            low, high = methods.bounds(info)
+            low, high = fields.bounds(info)
             span = "" if low is None and high is None else f"{_number(low)} to {_number(high)}"
             rows.append(["", key, str(info.default), span, info.description or ""])
         _table(rows)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field, JsonValue, field_validator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from engine import rescue
 from engine.body import Body, eager
 from engine.errors import BadModel
+from engine.fields import RARE
 from engine.losses import Objective, chunk_size, chunked, pieces
 from engine.methods import Context, Params
 from engine.models import LoadedModel
@@ -37,7 +39,7 @@ KL = Objective()  # how a student is judged, whatever it is taught with
 class TextParams(Params):
     """The text that is learned from."""
 
-    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
+    sequence_length: Annotated[int, RARE] = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
     text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
 
     def rooted(self) -> dict[str, JsonValue]:
@@ -58,13 +60,13 @@ class TrainingParams(TextParams):
     learning_rate: float = Field(
         0.0, ge=0.0, le=1e10, description="Highest learning rate; 0: by the size of the model, 0.001 at most."
     )
-    micro_batch: int = Field(
+    micro_batch: Annotated[int, RARE] = Field(
         0, ge=0, le=1024, description="Sequences of a step that are computed together; 0: all. Fewer take less memory."
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Annotated[bool, RARE] = Field(
         False, description="Compute each block again in the backward pass: a third more time, far less memory."
     )
-    learning_rate_factors: str = Field(
+    learning_rate_factors: Annotated[str, RARE] = Field(
         "", max_length=1000,
         description="Lower rates later: `0.1 after 100` is a tenth after 100 steps; `0 after 150` ends the training.",
     )  # fmt: skip

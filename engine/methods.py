@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError, field_validator
-from pydantic.fields import FieldInfo
 
 from engine import patterns
 from engine.errors import BadParams, BadRecipe, UnknownName, short
+from engine.fields import RARE, condition, field_kind
 from engine.records import MEASURES, EventKind, Recipe, Step
 
 if TYPE_CHECKING:
@@ -222,8 +222,12 @@ class Selection(Params):
 
     PATTERNS: ClassVar[frozenset[str]] = frozenset({"targets", "ignore"})
 
-    targets: str = Field("", max_length=2000, description="Which linears: patterns such as `*.mlp.*`; empty: all.")
-    ignore: str = Field("", max_length=2000, description="Linears to leave as they are, patterns as above.")
+    targets: Annotated[str, RARE] = Field(
+        "", max_length=2000, description="Which linears: patterns such as `*.mlp.*`; empty: all."
+    )
+    ignore: Annotated[str, RARE] = Field(
+        "", max_length=2000, description="Linears to leave as they are, patterns as above."
+    )
 
     @field_validator("targets", "ignore")
     @classmethod
@@ -243,8 +247,10 @@ class Selection(Params):
 class Calibrated(Params):
     """Params of a method that needs calibration text."""
 
-    samples: int = Field(64, ge=1, le=4096, description="Calibration sequences that are read.")
-    sequence_length: int = Field(128, ge=8, le=8192, description="Tokens of each calibration sequence.")
+    samples: Annotated[int, RARE] = Field(64, ge=1, le=4096, description="Calibration sequences that are read.")
+    sequence_length: Annotated[int, RARE] = Field(
+        128, ge=8, le=8192, description="Tokens of each calibration sequence."
+    )
 
 
 @dataclass(frozen=True)
@@ -355,28 +361,13 @@ def read(module: types.ModuleType, name: str) -> Method:
             raise TypeError(f"{name}: {key} needs a default and a description")
         if field_kind(info) is None:
             raise TypeError(f"{name}: {key} has the unsupported type {info.annotation}")
+        needed = condition(info)
+        if needed is not None and needed.setting not in module.Params.model_fields:
+            raise TypeError(f"{name}: {key} counts with {needed.setting}, which is no setting")
     return Method(
         name, module.TITLE, documentation.splitlines()[0], documentation, tuple(module.CHANGES), module.Params,
         module.apply, bool(getattr(module, "WHOLE", False)),
     )  # fmt: skip
-
-
-def field_kind(info: FieldInfo) -> Literal["bool", "int", "float", "str", "choice"] | None:
-    """What a form must show for a field, or None where the type is not supported."""
-    annotation = info.annotation
-    if typing.get_origin(annotation) is Literal:
-        return "choice"
-    kinds: dict[object, Literal["bool", "int", "float", "str"]] = {bool: "bool", int: "int", float: "float", str: "str"}
-    return kinds.get(annotation)
-
-
-def bounds(info: FieldInfo) -> tuple[float | None, float | None]:
-    """Lowest and highest value of a number field, None where it has no such bound."""
-    low = high = None
-    for mark in info.metadata:
-        low = getattr(mark, "ge", getattr(mark, "gt", low))
-        high = getattr(mark, "le", getattr(mark, "lt", high))
-    return low, high
 
 
 def get(name: str) -> Method:

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from engine import headers, intermediate, preflight
 from engine.errors import BadModel, TooBig, short
+from engine.fields import field_kind
 from engine.files import Unused
 from engine.hub import Hub
-from engine.methods import field_kind, get
+from engine.methods import get
 from engine.modes import GIB, Limits
 from engine.records import Model, Recipe, Run
 from engine.sizes import WIDTHS

@@ -130,7 +130,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "sensitivity.error_3_bits": "误差（3 位）",
         "sensitivity.whole": "完整模型的困惑度为 {perplexity}。{protocol}。",
         "sensitivity.caption": "颜色越深，该层越重要。请先剪枝和量化颜色浅的层。",
-        "step.up": "上移", "step.down": "下移", "step.remove": "移除",
+        "step.up": "上移", "step.down": "下移", "step.remove": "移除", "step.more": "更多设置（{count}）",
         "estimate.title": "预估与实际", "estimate.memory": "峰值内存", "estimate.time": "时间",
         "estimate.expected": "预估", "estimate.probed": "预估（实测一层后）",
         "estimate.took": "实际", "estimate.ratio": "实际 / 预估",

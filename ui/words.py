@@ -125,7 +125,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "sensitivity.error_3_bits": "error, 3 bits",
         "sensitivity.whole": "Whole, the perplexity is {perplexity}. {protocol}.",
         "sensitivity.caption": "Darker: the block matters more. Prune and quantize the light ones first.",
-        "step.up": "Earlier", "step.down": "Later", "step.remove": "Remove",
+        "step.up": "Earlier", "step.down": "Later", "step.remove": "Remove", "step.more": "More settings ({count})",
         "estimate.title": "Estimate and truth", "estimate.memory": "Memory at most", "estimate.time": "Time",
         "estimate.expected": "Expected", "estimate.probed": "Expected, one block measured",
         "estimate.took": "It took", "estimate.ratio": "Took / expected",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from engine import headers
 from engine.configs import check_tokenizer
 from engine.errors import BadModel, BadParams, short
+from engine.fields import RARE, With
 from engine.headers import integer
 from engine.lesson import TextParams
 from engine.losses import Divergence, Objective
@@ -41,7 +42,7 @@ class BesideParams(Params):
 class TeacherParams(BesideParams):
     """Who teaches: the original model of the recipe, others beside it."""
 
-    teachers: str = Field(
+    teachers: Annotated[str, RARE] = Field(
         "", max_length=4000,
         description="More teachers: `demo`, owner/name of the hub (@revision), or folders, separated by spaces, or in "
         "quotes; probabilities are averaged.",
@@ -84,7 +85,9 @@ class ObjectiveParams(TeacherParams):
         "forward",
         description="KL to the teacher (forward), from it (reverse, MiniLLM), or between both (js, as in GKD).",
     )
-    beta: float = Field(0.5, gt=0.0, lt=1.0, description="With divergence `js`: near 0 forward KL, near 1 reverse.")
+    beta: Annotated[float, With("divergence", "js")] = Field(
+        0.5, gt=0.0, lt=1.0, description="With divergence `js`: near 0 forward KL, near 1 reverse."
+    )
     temperature: float = Field(1.0, ge=0.1, le=100.0, description="Softens both distributions; 1 changes nothing.")
     label_weight: float = Field(0.5, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
 
@@ -97,11 +100,11 @@ class ObjectiveParams(TeacherParams):
 class CacheParams(ObjectiveParams):
     """Whether the teachers' answers are kept."""
 
-    teacher_logits: Literal["cached", "live"] = Field(
+    teacher_logits: Annotated[Literal["cached", "live"], RARE] = Field(
         "cached",
         description="Ask the teacher once and keep its top_k answers on disk, or ask at each step for all of them.",
     )
-    top_k: int = Field(
+    top_k: Annotated[int, RARE, With("teacher_logits", "cached")] = Field(
         50, ge=1, le=1024, description="With `cached`: most probable tokens that are kept, with the rest."
     )
 
@@ -109,7 +112,9 @@ class CacheParams(ObjectiveParams):
 class WritingParams(TextParams):
     """From where sequences are written."""
 
-    prompt_tokens: int = Field(16, ge=1, le=4096, description="First tokens of a row, from which writing goes on.")
+    prompt_tokens: Annotated[int, RARE] = Field(
+        16, ge=1, le=4096, description="First tokens of a row, from which writing goes on."
+    )
 
     @model_validator(mode="after")
     def _room(self) -> WritingParams:
@@ -128,10 +133,16 @@ class StudentParams(BesideParams):
         "blocks",
         description="Every k-th block of the model, a new network of a size, the model as it is, or a checkpoint.",
     )
-    keep_every: int = Field(2, ge=1, le=64, description="With student `blocks`: keep every k-th block.")
-    hidden_size: int = Field(128, ge=8, le=16384, description="With student `size`: width of the new network.")
-    num_blocks: int = Field(2, ge=1, le=256, description="With student `size`: blocks of the new network.")
-    folder: str = Field(
+    keep_every: Annotated[int, With("student", "blocks")] = Field(
+        2, ge=1, le=64, description="With student `blocks`: keep every k-th block."
+    )
+    hidden_size: Annotated[int, With("student", "size")] = Field(
+        128, ge=8, le=16384, description="With student `size`: width of the new network."
+    )
+    num_blocks: Annotated[int, With("student", "size")] = Field(
+        2, ge=1, le=256, description="With student `size`: blocks of the new network."
+    )
+    folder: Annotated[str, With("student", "folder")] = Field(
         "", max_length=1000,
         description="With student `folder`: a checkpoint with the same tokenizer; `demo`, owner/name of the hub "
         "(@revision), or a folder.",

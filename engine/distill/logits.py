@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, JsonValue
 
@@ -37,6 +38,7 @@ from engine.distill._assistants import Size, make, shaped, sizes
 from engine.distill._settings import CacheParams, StudentParams
 from engine.distill._student import choose
 from engine.distill._teachers import beneath, teachers_of
+from engine.fields import RARE
 from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import LoadedModel, is_large
@@ -52,7 +54,7 @@ WHOLE = True
 class Params(TrainingParams, CacheParams, StudentParams):
     """Settings of the student, the loss and the training."""
 
-    assistants: int = Field(
+    assistants: Annotated[int, RARE] = Field(
         0,
         ge=0,
         le=4,

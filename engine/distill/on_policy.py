@@ -16,6 +16,7 @@ With several GPUs a process on each takes its share of every batch and holds its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -25,6 +26,7 @@ from transformers import Cache
 from engine.distill._settings import ObjectiveParams, StudentParams, WritingParams
 from engine.distill._student import choose
 from engine.distill._teachers import live_of
+from engine.fields import RARE
 from engine.kv_cache import read_on
 from engine.lesson import Lesson, TrainingParams, read, token_loss
 from engine.losses import Divergence, Objective
@@ -49,7 +51,7 @@ class Params(TrainingParams, WritingParams, ObjectiveParams, StudentParams):
         0.0, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher, on batches of the text."
     )
     student_share: float = Field(0.5, ge=0.0, le=1.0, description="Share of the batches that the student writes.")
-    sampling_temperature: float = Field(1.0, ge=0.05, le=5.0, description="Of the student's writing.")
+    sampling_temperature: Annotated[float, RARE] = Field(1.0, ge=0.05, le=5.0, description="Of the student's writing.")
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

@@ -21,7 +21,7 @@ The adapters are written here: `peft` would be one more package for these few li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ from pydantic import Field
 from engine.distill._added import Added, adapters, codes, scales, shifts
 from engine.distill._settings import CacheParams
 from engine.distill._teachers import teachers_of
+from engine.fields import With
 from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -45,7 +46,9 @@ class Params(TrainingParams, CacheParams):
     """Settings of what may change, the loss and the training."""
 
     scope: Scope = Field("all", description="What may change: every weight, low-rank additions, or norms and scales.")
-    rank: int = Field(8, ge=1, le=512, description="With scope `lora`: rank of what is added to each linear.")
+    rank: Annotated[int, With("scope", "lora")] = Field(
+        8, ge=1, le=512, description="With scope `lora`: rank of what is added to each linear."
+    )
     label_weight: float = Field(0.0, ge=0.0, le=1.0, description="Weight of the true labels beside the teacher.")
     steps: int = Field(100, ge=1, le=1_000_000, description="Optimizer steps.")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -28,6 +29,7 @@ from engine import distributed, hardware
 from engine.distill._settings import StudentParams, TeacherParams, WritingParams
 from engine.distill._student import choose
 from engine.distill._teachers import check_tokenizers
+from engine.fields import RARE
 from engine.files import fetch, give, publish
 from engine.kv_cache import read_on
 from engine.lesson import Lesson, Text, TrainingParams, judge_of, read, token_loss
@@ -54,7 +56,7 @@ class Params(TrainingParams, WritingParams, TeacherParams, StudentParams):
     sampling_temperature: float = Field(
         0.0, ge=0.0, le=5.0, description="Of the teacher's writing; 0: always the likeliest token (greedy)."
     )
-    learn_prompts: bool = Field(True, description="Learn the prompts' own tokens too.")
+    learn_prompts: Annotated[bool, RARE] = Field(True, description="Learn the prompts' own tokens too.")
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

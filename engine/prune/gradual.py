@@ -15,8 +15,11 @@ memory and latency do not fall by themselves.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
+from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune._retrain import RetrainParams, retrain, selected, zero_smallest_
@@ -29,8 +32,10 @@ WHOLE = True
 class Params(RetrainParams):
     """Settings of the schedule and the training."""
 
-    every: int = Field(10, ge=1, le=10_000, description="Steps between two cuts.")
-    ramp: float = Field(0.7, gt=0.0, le=1.0, description="Share of the steps after which the full sparsity is reached.")
+    every: Annotated[int, RARE] = Field(10, ge=1, le=10_000, description="Steps between two cuts.")
+    ramp: Annotated[float, RARE] = Field(
+        0.7, gt=0.0, le=1.0, description="Share of the steps after which the full sparsity is reached."
+    )
 
     def cut(self) -> int:
         """At the end of the ramp."""

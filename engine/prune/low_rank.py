@@ -22,7 +22,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field, JsonValue
@@ -32,6 +32,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from engine import methods, scores
 from engine.calibration import Block, BlockLinear, Moments, walk_blocks
 from engine.errors import BadParams
+from engine.fields import RARE
 from engine.low_rank import RANKS_KEY, empty_factors, pays
 from engine.methods import Context, Selection
 from engine.models import LoadedModel
@@ -46,13 +47,15 @@ class Params(Selection, Moments):
     """Settings of low rank: the size, how it is spread, the calibration."""
 
     ratio: float = Field(0.6, gt=0.0, lt=1.0, description="What remains of the linears' weights, as a fraction.")
-    allocation: Literal["water-filling", "uniform"] = Field(
+    allocation: Annotated[Literal["water-filling", "uniform"], RARE] = Field(
         "water-filling", description="Where the weights go: where they save the most error, or equally everywhere."
     )
-    multiple: int = Field(
+    multiple: Annotated[int, RARE] = Field(
         32, ge=1, le=512, description="Ranks are multiples of this: kernels and groups of later quantization want 32."
     )
-    damping: float = Field(0.001, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to X Xᵀ.")
+    damping: Annotated[float, RARE] = Field(
+        0.001, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to X Xᵀ."
+    )
 
     def unfit_for(self, name: str, later: methods.Params) -> str:
         """What cuts the two linears of one again, and groups of inputs that do not divide ranks."""

@@ -19,11 +19,14 @@ latency fall only with a kernel that uses them.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine.calibration import Block, Moments, walk_blocks
+from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
@@ -36,8 +39,12 @@ CHANGES = ()
 class Params(SparsityParams, Moments):
     """Settings of SparseGPT: sparsity and calibration."""
 
-    equal_tokens: bool = Field(False, description="Every token counts alike, also where activations are huge.")
-    damping: float = Field(0.01, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to H.")
+    equal_tokens: Annotated[bool, RARE] = Field(
+        False, description="Every token counts alike, also where activations are huge."
+    )
+    damping: Annotated[float, RARE] = Field(
+        0.01, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to H."
+    )
 
     @property
     def zeros(self) -> Zeros:

@@ -11,7 +11,7 @@ same text needs no calibration.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field, JsonValue
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine import scores
 from engine.calibration import BlockLinear, Observed, walk_blocks
+from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
@@ -31,7 +32,7 @@ VERSION = 1  # of what is measured
 class Params(SparsityParams, Observed):
     """Settings of Wanda: sparsity and calibration."""
 
-    inputs: Literal["pruned", "original"] = Field(
+    inputs: Annotated[Literal["pruned", "original"], RARE] = Field(
         "pruned",
         description="Whose inputs are measured: those of blocks already pruned, as in the paper's code, or the "
         "original's, which are kept for other ratios.",

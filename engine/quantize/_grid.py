@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine.calibration import stretches
 from engine.errors import BadParams
+from engine.fields import RARE, With
 from engine.methods import Selection, StoredBits
 from engine.packing import QuantizedWeight
 
@@ -40,14 +41,18 @@ class Levels(Selection):
 
     bits: Bits = Field(4, description="Bits of each integer code.")
     granularity: Granularity = Field("group", description="What shares one scale: a group of inputs, a row, a matrix.")
-    group_size: int = Field(64, ge=8, le=4096, description="Inputs that share one scale, with granularity `group`.")
+    group_size: Annotated[int, With("granularity", "group")] = Field(
+        64, ge=8, le=4096, description="Inputs that share one scale, with granularity `group`."
+    )
 
 
 class Range(Selection):
     """Where the levels of a grid begin and end."""
 
     symmetric: bool = Field(True, description="Levels symmetric around zero; else each scale has a zero point.")
-    clipping: Clipping = Field("none", description="Narrow each range where that lowers the squared error (mse).")
+    clipping: Annotated[Clipping, RARE] = Field(
+        "none", description="Narrow each range where that lowers the squared error (mse)."
+    )
 
 
 class Beyond(Selection):

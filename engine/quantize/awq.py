@@ -19,11 +19,14 @@ By hand, x = (1, 16), a = 1/2: x^a = (1, 4), divided by sqrt(4) = 2 gives s = (0
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from engine.calibration import Block, BlockLinear, Moments, mirror
+from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.quantize._fold import Fold, folds
@@ -40,7 +43,9 @@ SMALLEST = 1e-4  # of the largest channel: what is smaller counts as this
 class Params(Moments, GridParams):
     """Settings of AWQ: the grid and the calibration."""
 
-    clipping: Clipping = Field("mse", description="Narrow each range where that lowers the squared error (mse).")
+    clipping: Annotated[Clipping, RARE] = Field(
+        "mse", description="Narrow each range where that lowers the squared error (mse)."
+    )
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

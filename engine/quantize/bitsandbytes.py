@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, JsonValue
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from engine.calibration import BlockLinear, walk_blocks
 from engine.errors import BadParams
+from engine.fields import With
 from engine.methods import Calibrated, Context, Selection, StoredBits
 from engine.models import LoadedModel, blocks, head, linears
 from engine.quantize._place import describe
@@ -38,8 +39,12 @@ class Params(Selection, Calibrated):
     """Settings of bitsandbytes; the calibration only measures outliers, for `int8`."""
 
     scheme: Literal["nf4", "fp4", "int8"] = Field("nf4", description="4-bit NormalFloat, 4-bit float, or LLM.int8().")
-    double_quant: bool = Field(True, description="With 4 bits: quantize the scales of the blocks, too.")
-    threshold: float = Field(6.0, gt=0.0, le=1e4, description="With int8: inputs above it stay 16 bit.")
+    double_quant: Annotated[bool, With("scheme", "nf4", "fp4")] = Field(
+        True, description="With 4 bits: quantize the scales of the blocks, too."
+    )
+    threshold: Annotated[float, With("scheme", "int8")] = Field(
+        6.0, gt=0.0, le=1e4, description="With int8: inputs above it stay 16 bit."
+    )
     head: bool = Field(
         False, description="The output head, too, where it is not the embeddings: the library knows no embeddings."
     )

@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self, get_args
+from typing import Annotated, ClassVar, Self, get_args
 
 import torch
 from pydantic import Field, field_validator
@@ -38,6 +38,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from engine import hardware, patterns, shards, solver
 from engine.calibration import Block, BlockLinear, Moments
 from engine.errors import short
+from engine.fields import RARE
 from engine.headers import Shape
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -55,21 +56,29 @@ DENSE = Zeros(0.0)
 class SolverParams(Moments):
     """Settings of the solver, whatever the grid: the calibration, the order, the damping, and ranges by their error."""
 
-    clipping: Clipping = Field("mse", description="Narrow each range where that lowers the squared error (mse).")
-    activation_order: bool = Field(True, description="Solve the columns with the largest inputs first.")
-    damping: float = Field(0.01, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to H.")
+    clipping: Annotated[Clipping, RARE] = Field(
+        "mse", description="Narrow each range where that lowers the squared error (mse)."
+    )
+    activation_order: Annotated[bool, RARE] = Field(
+        True, description="Solve the columns with the largest inputs first."
+    )
+    damping: Annotated[float, RARE] = Field(
+        0.01, gt=0.0, le=1.0, description="Share of the mean diagonal that is added to H."
+    )
 
 
 class Params(SolverParams, GridParams):
     """Settings of GPTQ: the grid, the solver, and zeros that are chosen in the same pass."""
 
-    sparsity: float = Field(
+    sparsity: Annotated[float, RARE] = Field(
         0.0, ge=0.0, lt=1.0, description="Fraction of weights set to zero meanwhile; with a pattern always half."
     )
-    pattern: Pattern = Field("unstructured", description="Where these zeros may fall: anywhere, or N in each M inputs.")
+    pattern: Annotated[Pattern, RARE] = Field(
+        "unstructured", description="Where these zeros may fall: anywhere, or N in each M inputs."
+    )
     PATTERNS: ClassVar[frozenset[str]] = GridParams.PATTERNS | {"overrides"}
 
-    overrides: str = Field(
+    overrides: Annotated[str, RARE] = Field(
         "", max_length=2000, description="Other bits for some linears, the first that fits: `*.down_proj=8 *.0.*=6`."
     )
 

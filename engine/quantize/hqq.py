@@ -23,11 +23,14 @@ By hand, W = (0.9, 2.1), symmetric, Q - z = (1, 2), E = 0: s = (0.9 + 4.2) / (1 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from engine.calibration import stretches
+from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
@@ -42,9 +45,13 @@ SHARPER = 1.05  # growth of b each turn
 class Params(GridParams):
     """Settings of HQQ: the grid, the norm and the number of turns."""
 
-    norm: float = Field(0.7, gt=0.0, le=1.0, description="The p of the error's norm; lower forgives outliers more.")
-    turns: int = Field(20, ge=1, le=200, description="How often codes and grid are fitted in turn.")
-    penalty: float = Field(10.0, gt=0.0, le=1000.0, description="The b of the first turn, for errors in steps.")
+    norm: Annotated[float, RARE] = Field(
+        0.7, gt=0.0, le=1.0, description="The p of the error's norm; lower forgives outliers more."
+    )
+    turns: Annotated[int, RARE] = Field(20, ge=1, le=200, description="How often codes and grid are fitted in turn.")
+    penalty: Annotated[float, RARE] = Field(
+        10.0, gt=0.0, le=1000.0, description="The b of the first turn, for errors in steps."
+    )
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

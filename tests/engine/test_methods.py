@@ -3,6 +3,7 @@
 import json
 import time
 import types
+from typing import Annotated
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from pydantic import Field, JsonValue
 
 from engine import methods, patterns
 from engine.errors import BadParams, InputError, UnknownName
-from engine.methods import Context, Params, bounds, field_kind
+from engine.fields import With, bounds, field_kind
+from engine.methods import Context, Params
 from engine.models import LoadedModel
 from engine.preflight import DEMO
 from engine.records import Recipe
@@ -122,7 +124,13 @@ def test_other_faults_are_named() -> None:
     class BadType(Params):
         level: list[int] = Field([], description="How much.")
 
-    for faulty, words in ((NoDefault, "default"), (NoDescription, "description"), (BadType, "unsupported type")):
+    class NoSuchSetting(Params):
+        level: Annotated[int, With("kind", "deep")] = Field(1, ge=0, le=9, description="How much.")
+
+    for faulty, words in (
+        (NoDefault, "default"), (NoDescription, "description"), (BadType, "unsupported type"),
+        (NoSuchSetting, "counts with kind"),
+    ):  # fmt: skip
         with pytest.raises(TypeError, match=words):
             methods.read(module(Params=faulty), "prune/made")
     with pytest.raises(TypeError, match="CHANGES"):

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+import gradio as gr
 import pytest
 
 from engine.errors import BadParams
+from engine.fields import condition
 from engine.methods import methods
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, request
+from tests.ui.hosts import close_no_loops
 from ui import form
 from ui.desk import Desk
 from ui.messages import translate
 from ui.pages import compress
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[gr.Blocks]:
+    """Where components are made."""
+    close_no_loops(monkeypatch)
+    with gr.Blocks() as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", list(methods()))
@@ -75,3 +88,35 @@ def test_a_recipes_values_are_shown() -> None:
     method = methods()["quantize/gptq"]
     inputs = form.inputs(method, {"bits": 3, "group_size": 32})
     assert (inputs["bits"].value, inputs["group_size"].value) == (3, 32)
+
+
+def test_what_most_leave_alone_stands_behind_a_line_that_is_open_where_it_was_changed(page: gr.Blocks) -> None:
+    method = methods()["quantize/gptq"]
+    common, rare = form.names(method)
+    assert common == ["bits", "granularity", "group_size", "symmetric", "head", "embeddings"]
+    assert rare[-4:] == ["samples", "sequence_length", "targets", "ignore"]
+    for params, opened in (({}, False), ({"bits": 3}, False), ({"damping": 0.1}, True)):
+        inputs = form.inputs(method, params)
+        line = cast(gr.Accordion, inputs["damping"].parent.parent if inputs["damping"].parent else None)
+        assert (line.open, line.label) == (opened, f"More settings ({len(rare)})")
+
+
+def test_a_setting_that_does_not_count_is_hidden_until_it_does() -> None:
+    method = methods()["distill/logits"]
+    shown = {key for key, component in form.inputs(method, {"student": "size"}).items() if component.visible}
+    assert {"hidden_size", "num_blocks", "top_k"} <= shown
+    assert not {"keep_every", "folder", "beta"} & shown
+    others = form.deciding(method)
+    assert others["student"] == ["keep_every", "hidden_size", "num_blocks", "folder"]
+    reveal = compress.revealing(method, "student", others["student"])
+    seen = [each["visible"] for each in cast(list[dict[str, object]], reveal("folder"))]
+    assert seen == [False, False, False, True]
+    assert cast(dict[str, object], compress.revealing(method, "divergence", ["beta"])("js"))["visible"] is True
+
+
+def test_what_decides_whether_a_setting_counts_has_the_values_that_are_named() -> None:
+    for method in methods().values():
+        for name, info in method.params.model_fields.items():
+            if (needed := condition(info)) is not None:
+                choices = typing.get_args(method.params.model_fields[needed.setting].annotation)
+                assert set() < set(needed.values) < set(choices), f"{method.name}: {name}"

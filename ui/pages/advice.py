@@ -12,8 +12,8 @@ from engine import adviser, headers, preflight
 from engine.adviser import KINDS, Advice, Advised, Figures, Goal
 from engine.assumptions import Assumptions
 from engine.errors import BadParams
+from engine.fields import bounds
 from engine.hub import Hub
-from engine.methods import bounds
 from engine.records import Measurement, Recipe
 from ui import markup, wording
 from ui.desk import Desk

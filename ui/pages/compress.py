@@ -18,8 +18,9 @@ from pydantic import JsonValue, ValidationError
 
 from engine import preflight
 from engine.errors import BadParams, BadRecipe, MaquetteError
+from engine.fields import counts
 from engine.hub import Hub
-from engine.methods import check, get, methods
+from engine.methods import Method, check, get, methods
 from engine.presets import PRESETS
 from engine.presets import preset as preset_named
 from engine.recipes import dump_recipe, load_recipe
@@ -161,12 +162,27 @@ def card(
     method = get(str(step["method"]))
     with gr.Column(elem_classes="mq-step"):
         gr.HTML(markup.heading(f"{index + 1} · {translate(method.title)}", translate(method.summary), level=3))
-        for name, component in form.inputs(method, _object(step.get("params"))).items():
+        made = form.inputs(method, _object(step.get("params")))
+        for name, component in made.items():
             on([component.change], setting(index, name), [component, draft], [draft])
+        for name, others in form.deciding(method).items():
+            on([made[name].change], revealing(method, name, others), [made[name]], [made[other] for other in others])
         with gr.Row():
             for kind, able in (("up", index > 0), ("down", index < count - 1), ("remove", True)):
                 button = gr.Button(say(f"step.{kind}"), size="sm", interactive=able, min_width=80)
                 on([button.click], moving(index, kind), [draft, shape], [draft, shape])
+
+
+def revealing(method: Method, name: str, others: list[str]) -> Callable[[object], object]:
+    """The handler of an input that decides which others count: only these are shown."""
+
+    @edge
+    def reveal(value: object) -> object:
+        fields = method.params.model_fields
+        shown = [gr.update(visible=counts(fields[other], {name: value})) for other in others]
+        return shown if len(shown) > 1 else shown[0]
+
+    return reveal
 
 
 def setting(index: int, name: str) -> Callable[[object, Draft], object]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import gradio as gr
 from markupsafe import Markup
 
-from engine.methods import FAMILIES, Method, bounds, methods
+from engine.fields import bounds
+from engine.methods import FAMILIES, Method, methods
 from ui import markup
 from ui.markup import tag
 from ui.messages import translate, translate_paragraph
