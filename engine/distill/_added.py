@@ -146,11 +146,16 @@ class Scales(InsteadOfWeight):
 
     def stored(self) -> Tensor:
         """The scale as a file holds it, never zero or of another sign."""
-        dtype = self._weight.scale.dtype
-        return self.scale().detach().clamp_min(float(torch.finfo(dtype).tiny)).to(dtype)
+        about = torch.finfo(self._weight.scale.dtype)
+        smallest = about.tiny * about.eps  # that the dtype holds: scales of small weights in float16 are below `tiny`
+        return self.scale().detach().clamp_min(smallest).to(self._weight.scale.dtype)
 
     def steps(self, scale: Tensor) -> Tensor:
         """Codes less their zero (N, G, group_size), or the 8-bit floats, in float32, for a scale (N, G)."""
+        return self.given()
+
+    def given(self) -> Tensor:
+        """As `steps`, of the codes that were there."""
         codes = self._weight.codes
         if self._weight.kind == "float":
             return self._grouped(codes.view(torch.float8_e4m3fn).float())
@@ -159,7 +164,7 @@ class Scales(InsteadOfWeight):
     def weight(self) -> Tensor:
         exact = self.scale()
         scale = exact + (self.stored().float() - exact).detach()
-        return (self.steps(scale) * scale.unsqueeze(-1)).view(self._weight.codes.shape)
+        return self._of(self.steps(scale), scale)
 
     def merge(self, model: LoadedModel, name: str) -> None:
         model.quantized[name] = self.quantized()
@@ -173,13 +178,17 @@ class Scales(InsteadOfWeight):
         """Of (N, K), the groups that share a scale, (N, G, group_size)."""
         return weight.view(weight.shape[0], self._weight.scale.shape[1], -1)
 
+    def _of(self, steps: Tensor, scale: Tensor) -> Tensor:
+        """The weight (N, K) of steps (N, G, group_size) of a scale (N, G)."""
+        return (steps * scale.unsqueeze(-1)).view(self._weight.codes.shape)
+
 
 class Codes(Scales):
     """A weight (N, K) in float32 that learns and is rounded to its grid for each product, and the grid's scale.
 
-    It begins at what the codes stand for. With `rank` it learns a product of two thin matrices that is added to that,
-    in units of the scale: what is far less than a step of the grid changes no code. Where `mask` is given, it is zero
-    elsewhere.
+    It begins at what the codes stand for exactly; the dense weight is that in bfloat16, which may be nearer to another
+    of 256 codes. With `rank` it learns a product of two thin matrices that is added to that, in units of the scale:
+    what is far less than a step of the grid changes no code. Where `mask` is given, it is zero elsewhere.
     """
 
     def __init__(self, linear: Linear, weight: QuantizedWeight, mask: Tensor | None, rank: int = 0) -> None:
@@ -189,7 +198,7 @@ class Codes(Scales):
         if rank:
             self.down, self.up = thin(linear, rank, STEPS)
         else:
-            self.free = nn.Parameter(weight.dequantize().float())
+            self.free = nn.Parameter(self._of(self.given(), weight.scale.float()))
 
     def exact(self) -> Tensor:
         """The weight before it is rounded."""
@@ -198,8 +207,7 @@ class Codes(Scales):
 
     def _moved(self) -> Tensor:
         """What the codes stood for and the product beside it."""
-        added = self._grouped(self.up @ self.down) * self._weight.scale.float().unsqueeze(-1)
-        return matrix(self.linear) + added.view(self._weight.codes.shape)
+        return self._of(self.given() + self._grouped(self.up @ self.down), self._weight.scale.float())
 
     def steps(self, scale: Tensor) -> Tensor:
         steps = self._grouped(self.exact()) / scale.unsqueeze(-1)

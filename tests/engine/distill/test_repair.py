@@ -96,6 +96,21 @@ def test_codes_are_those_of_the_weight_that_learned(kind: str, rank: int) -> Non
         assert bool((found.dequantize()[~mask] == 0).all())
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 1e-3), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_has_learned_nothing_is_what_was_given(dtype: torch.dtype, size: float, symmetric: bool) -> None:
+    """Scales of 8 bits are below the smallest normal number of float16, and bfloat16 tells no 256 codes apart."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 12, bias=False).requires_grad_(False).to(dtype)
+    grid = GridParams(bits=8, group_size=32, symmetric=symmetric)
+    given = round_to_nearest(size * (torch.randn(12, 64) + 2), grid, "it", dtype)
+    matrix(linear).copy_(given.dequantize())
+    for learned in (Scales(linear, given), Codes(linear, given, None), Codes(linear, given, None, rank=2)):
+        found = learned.quantized()
+        assert found.scale.equal(given.scale)
+        assert found.codes.equal(given.codes)
+
+
 def test_gradients_of_codes_pass_rounding_and_end_where_the_grid_does() -> None:
     """LSQ: a weight's is the level's; the scale's is what rounding adds inside, and the last level outside."""
     linear = torch.nn.Linear(8, 1, bias=False).requires_grad_(False)
