@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -87,9 +88,9 @@ def fingerprint(model: LoadedModel, context: Context, about: Mapping[str, JsonVa
 
 
 def keep(found: JsonValue, file: Path) -> None:
-    """Write what was measured, whole or not at all."""
+    """Write what was measured, whole or not at all; two runs may measure the same at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
     temporary.write_text(json.dumps(found))
     publish(temporary, file)
 
