@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine import sizes
+from engine import rescue, sizes
 from engine.headers import integer
 from engine.methods import Calibrated, Method, Params
 from engine.sizes import Holding
@@ -68,10 +68,12 @@ def step_seconds(held: Holding, params: Params, rates: Rates, first: Holding | N
         work += survey.operations
     if steps := integer(getattr(params, "steps", 0)):
         tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))
-        teacher = original.parameters
-        for each in held.trained(params, original):  # each learns from the one before
-            own = 8.0 if getattr(params, "gradient_checkpointing", False) else 6.0
-            work += steps * tokens * (own * each.parameters + 2.0 * teacher)
+        own = 8.0 if getattr(params, "gradient_checkpointing", False) else 6.0
+        teacher, chain = original.parameters, held.trained(params, original)
+        end = rescue.end(rescue.read(str(getattr(params, rescue.SETTING, ""))), steps)
+        for each in chain:  # each learns from the one before; only the last one's training may end early
+            done = end if each is chain[-1] else steps
+            work += done * tokens * (own * each.parameters + 2.0 * teacher)
             teacher = each.parameters
     return 4 * held.dense / rates.disk + work / rates.arithmetic
 

@@ -258,6 +258,22 @@ def test_of_assistants_the_largest_is_held_and_all_take_time() -> None:
     assert found.parts["optimizer"] == 8 * (beside + 12 * 128**2 * 4)
 
 
+def test_a_training_that_ends_early_takes_the_time_of_its_steps() -> None:
+    shape, body = llama(8, 256, 512), {"student": "blocks", "keep_every": 4, "batch": 2, "assistants": 1}
+    times = [
+        estimate(shape, {"distill/logits": {**body, "steps": steps, "learning_rate_factors": factors}}).working
+        for steps, factors in ((40, ""), (10, ""), (40, "0.1 after 5, 0 after 10"))
+    ]
+    alone = [
+        estimate(shape, {"distill/logits": {**body, "assistants": 0, "steps": steps}}).working for steps in (40, 10)
+    ]
+    # The assistant's training goes to its end: the factors are the student's. It is asked by the student.
+    asked = 2 * (shape.parameters - 4 * shape.parts["model.layers.0"]) - 2 * shape.parameters
+    student = (alone[0] - alone[1]) + 30 * 2 * 128 * asked / Rates().arithmetic
+    assert times[0] - times[2] == pytest.approx(student)
+    assert times[1] < times[2] < times[0]
+
+
 def test_assistants_of_a_pruned_student_are_cut_from_the_original_and_it_waits() -> None:
     shape, prune = llama(8, 256, 512), [{"prune/depth": {"share": 0.75}}, {"prune/width": {"neurons": 0.75}}]
     body = {"student": "current", "steps": 5, "batch": 2}
