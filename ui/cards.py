@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from engine import rescue
 from engine.records import Measurement
 from ui import flips, markup, wording
 from ui.desk import Entry
@@ -26,7 +27,7 @@ def comparison(entries: Sequence[Entry], machine: str) -> Markup:
     """A verdict for each model beside the first, cards, flips, and all other numbers below."""
     rest = compare_table(entries)
     return tag(
-        "section", origin(entries, machine), verdicts(entries),
+        "section", origin(entries, machine), verdicts(entries), *rescued(entries),
         tag("div", *cards(entries), class_="mq-cards"), tag("p", say("noise.about"), class_="mq-sub"),
         flipped(entries), markup.details(say("compare.all"), rest),
     )  # fmt: skip
@@ -51,6 +52,17 @@ def verdicts(entries: Sequence[Entry]) -> Markup:
     titles = named(entries)[1:]
     lines = [tag("p", tag("strong", title), " ", words) for title, words in zip(titles, said, strict=True)]
     return tag("div", *lines, class_="mq-verdicts", role="status")
+
+
+def story(entry: Entry) -> list[str]:
+    """How an entry's trainings diverged, and what its recipe says of it, as the engine's sentences; none of others."""
+    return [*map(rescue.told, entry.diverged), *rescue.effects(entry.run.recipe)] if entry.diverged else []
+
+
+def rescued(entries: Sequence[Entry]) -> list[Markup]:
+    """For each model one of whose trainings diverged: that it did, and what came of it."""
+    pairs = zip(named(entries), map(story, entries), strict=True)
+    return [tag("p", tag("strong", title), " ", " ".join(map(translate, said))) for title, said in pairs if said]
 
 
 def cards(entries: Sequence[Entry]) -> list[Markup]:

@@ -42,7 +42,7 @@ def html(desk: Desk, owner: str, asked: Asked) -> str:
     title = say("report.title", titles=" / ".join(cards.named(entries)))
     shown = comparing.texts(desk, owner, asked, entries) if asked.writing.mode != "blind" else None
     body = tag(
-        "main", tag("h1", title), about(desk, entries), cards.verdicts(entries),
+        "main", tag("h1", title), about(desk, entries), cards.verdicts(entries), *cards.rescued(entries),
         tag("div", *cards.cards(entries), class_="mq-cards"), _quiet("noise.about"),
         cards.flipped(entries),
         tag("section", tag("h2", say("charts.title")), _quiet("charts.about"), *_charts(entries)),
@@ -209,6 +209,7 @@ def as_json(desk: Desk, owner: str, asked: Asked) -> str:
             "recipe": shareable(entry.run.recipe).model_dump(mode="json"),
             "measurements": [entry.measured[name].model_dump(mode="json") for name in wording.sort(entry.measured)],
             "verdict": None if entry is first else wording.verdict(first.measured, entry.measured),
+            "diverged": list[JsonValue](map(translate, cards.story(entry))),
             "flips": None if found is None else {"lost": found.lost, "won": found.won, "total": found.total,
                                                  "mcnemar_p": found.p},
         })  # fmt: skip

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import card as cards
+from engine import card as model_card
 from engine.errors import BadModel
 from engine.recipes import dump_recipe
-from ui import flips, language, sheet, views, wording
+from ui import cards, flips, language, sheet, wording
 from ui.desk import Entry
 from ui.messages import translate
 from ui.wording import Measured, say
@@ -54,7 +54,7 @@ def card(entry: Entry, baseline: Entry | None = None) -> str:
     except (OSError, ValueError):
         raise BadModel(say("error.no_artifact", run=entry.run.id)) from None
     with language.use(language.ENGLISH):  # as all of the card: it is read by whoever finds the model
-        return cards.text(entry.run.recipe, config, results(entry, baseline))
+        return model_card.text(entry.run.recipe, config, results(entry, baseline))
 
 
 def results(entry: Entry, baseline: Entry | None) -> str:
@@ -80,8 +80,8 @@ def markdown(entry: Entry, baseline: Entry | None = None) -> str:
     if baseline is not None and baseline.key != entry.key:
         lines += [wording.verdict(baseline.measured, entry.measured), ""]
     lines += [f"{say('model')}: `{_plain(run.recipe.model.source)}` · {say('run')}: `{run.id}`", ""]
-    if entry.diverged:
-        lines += [f"**{_plain(' '.join(map(translate, views.story(run, entry.diverged))))}**", ""]
+    if said := cards.story(entry):
+        lines += [f"**{_plain(' '.join(map(translate, said)))}**", ""]
     known = baseline.measured if baseline is not None and baseline.key != entry.key else {}
     lines += [*numbers(entry, known), "", say("noise.about")]
     lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]

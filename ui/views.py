@@ -11,9 +11,9 @@ from pydantic import JsonValue
 
 from engine import rescue
 from engine.recipes import dump_recipe
-from engine.records import Divergence, Measurement, Run, Status
+from engine.records import Measurement, Run, Status
 from ui import audit, language, live, markup, sensitivity, wording
-from ui.cards import compare_table, shown
+from ui.cards import compare_table, shown, story
 from ui.desk import Entry
 from ui.journal import Story
 from ui.live import Series
@@ -206,8 +206,7 @@ def run_detail(
 
 def _diverged(run: Run, entry: Entry | None) -> Markup | None:
     """What a training that diverged came to: what can be done now, or what was done."""
-    found = () if entry is None else entry.diverged
-    if not found:
+    if entry is None or not (found := entry.diverged):
         return None
     if run.status in (Status.FAILED, Status.INTERRUPTED) and found[-1].attempt == run.attempt:
         said = [say("runs.diverged")]
@@ -217,12 +216,7 @@ def _diverged(run: Run, entry: Entry | None) -> Markup | None:
         else:
             said += [say("runs.diverged.anew")]
         return markup.notice(" ".join(said))
-    return markup.notice(" ".join(map(translate, story(run, found))), "warn")
-
-
-def story(run: Run, found: Sequence[Divergence]) -> list[str]:
-    """How a run's trainings diverged, and what its recipe says of it, as the engine's sentences."""
-    return [*map(rescue.told, found), *rescue.effects(run.recipe)]
+    return markup.notice(" ".join(map(translate, story(entry))), "warn")
 
 
 def _results(entry: Entry, baseline: Entry | None) -> Markup:

@@ -29,7 +29,7 @@ from engine.scheduler import Scheduler
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked, request
 from tests.ui.fakes import FakeScheduler
-from ui import ballot, comparing, edge, language, links, page, report, server
+from ui import ballot, comparing, dossier, edge, language, links, page, report, server
 from ui.desk import BASELINE, FIRST, Desk
 from ui.journal import Journal
 from ui.pages import compare, compress, runs
@@ -386,6 +386,14 @@ def test_a_run_whose_training_ended_at_its_checkpoint_says_so_wherever_it_is_tol
     fakes.say(scheduler, scheduler.store.begin_attempt(run.id), ("finished", {"status": "succeeded", "reason": ""}))
     detail, shown = offered(desk, scheduler, run)
     assert shown == []
+    compared = asked("stored:0", run.id)
+    page = str(comparing.render(desk, ANNA, compared, "size.bytes", "perplexity")[0])
+    first, second = json.loads(dossier.as_json(desk, ANNA, compared))["models"]
+    said = " ".join(second["diverged"])
+    assert first["diverged"] == []
+    for text in (page, said, dossier.html(desk, ANNA, compared)):
+        assert "in attempt 1: the loss is nan." in text
+        assert "the training ends after step 100, with the weights of that step." in text
     for text in (detail, report.markdown(desk.entry(run.id, ANNA)).replace("\\_", "_")):
         assert "Training diverged at step 121 in attempt 1: the loss is nan." in text
         assert "the training ends after step 100, with the weights of that step." in text
