@@ -39,6 +39,7 @@ MEDIA = (  # of config.json: the parts of a model that reads or makes more than 
     "text_config", "vision_config", "audio_config", "vq_config", "text_encoder", "audio_encoder_config",
 )  # fmt: skip
 QUANTIZED = {"quantization_config", "quantization", PACKED_KEY, CACHE_KEY}  # keys of a config; MLX has one of its own
+REREADING = ("openai-gpt", "rwkv", "xlm")  # families of which transformers keeps no keys and values from token to token
 OF_EACH_BLOCK = (  # keys of config.json with an entry for each block
     "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
     "intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_attention_heads_per_layer",
@@ -189,6 +190,11 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
         raise BadModel(
             f"{name} is a {kind} model, which wraps a language model together with other media; Maquette compresses "
             "language models alone. Choose a text-only checkpoint of it."
+        )
+    if kind in REREADING:
+        raise BadModel(
+            f"{name}: transformers keeps no keys and values of {kind} models, so that each new token would read the "
+            "whole text again. Choose a model of another type."
         )
     check_numbers(config, name)
     return config

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 PACKED_KEY = "maquette_packed"  # of config.json
-CONV1D = ("gpt2", "openai-gpt")  # families whose linears are `Conv1D`: their weights are (K, N)
+CONV1D = ("gpt2",)  # families whose linears are `Conv1D`: their weights are (K, N)
 FAMILIES = (*CONV1D, "falcon")  # that are known to need the format; of others the network says
 
 

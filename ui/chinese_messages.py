@@ -65,6 +65,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name} has no config.json: it is not a model folder.": "{name} 没有 config.json：它不是模型文件夹。",
         "{name}: model type {kind} is unknown to the installed transformers.": "{name}：已安装的 transformers 不认识模型类型 {kind}。",
         "{name}: a {kind} model is not a causal language model.": "{name}：{kind} 模型不是因果语言模型。",
+        "{name}: transformers keeps no keys and values of {kind} models, so that each new token would read the whole "
+        "text again. Choose a model of another type.":
+            "{name}：transformers 不为 {kind} 模型保留键和值，每个新词元都要重读全文。请选择其他类型的模型。",
         "{name} is a {kind} model, which wraps a language model together with other media; "
         "Maquette compresses language models alone. Choose a text-only checkpoint of it.":
             "{name} 是 {kind} 模型，把语言模型与其他媒体包装在一起；Maquette 只压缩单独的语言模型。请选择其纯文本的检查点。",

@@ -46,8 +46,8 @@ CHANGES = ("memory",)
 # Families that keep no keys and values a token, or in a cache that is not the one of `transformers`.
 OTHER_CACHES = (
     "bamba", "blt", "deepseek_v4", "dots3_note", "falcon_h1", "falcon_mamba", "fuyu", "gemma3n", "gemma3n_text",
-    "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm",
-    "xlnet", "xlstm", "zamba", "zamba2",
+    "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma", "reformer", "xlnet", "xlstm", "zamba",
+    "zamba2",
 )  # fmt: skip
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 

@@ -47,6 +47,7 @@ def test_sources_that_are_no_model_folder(source: str) -> None:
         ({"model_type": None}, "unknown"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "not a causal language model"),
         ({"model_type": "gemma3"}, "is a gemma3 model, which wraps a language model together with other media"),
+        ({"model_type": "openai-gpt"}, "keeps no keys and values of openai-gpt models"),
         ({"model_type": "llama4"}, "text-only checkpoint"),
         ({"vision_config": {"hidden_size": 8}}, "is a llama model, which wraps"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
