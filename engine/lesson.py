@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
 
 from engine import rescue
@@ -76,6 +76,13 @@ class TrainingParams(TextParams):
     def _read(cls, value: str) -> str:
         rescue.read(value)
         return value
+
+    @model_validator(mode="after")
+    def _reached(self) -> TrainingParams:
+        for after, _ in rescue.read(self.learning_rate_factors):
+            if after >= self.steps:
+                raise ValueError(f"no step comes after step {after}: steps is {self.steps}")
+        return self
 
     def schedule(self, parameters: int) -> Schedule:
         """As the training loop wants it, for a model of so many parameters."""

@@ -208,6 +208,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "请写 0 到 1 之间的系数及其之前的步数，例如 `0.1 after 100`",
         "steps must rise from factor to factor, and nothing comes after the factor 0":
             "各系数的步数必须递增，且系数 0 之后不能再有系数",
+        "no step comes after step {step}: steps is {count}": "第 {step} 步之后没有步：steps 为 {count}",
         "the training cannot end after step {step}: its last weights go after step {last}":
             "训练不能在第 {step} 步之后结束：最后一批权重在第 {last} 步之后才被剪去",
         "{name} cannot be taken apart for its features. Use distill/logits.": "无法拆出 {name} 的特征。请使用 distill/logits。",

@@ -94,6 +94,14 @@ def test_factors_that_cannot_be_read_are_refused(text: str) -> None:
         methods.get("distill/logits").check({rescue.SETTING: text})
 
 
+@pytest.mark.parametrize("method", ["distill/logits", "prune/gradual"])
+def test_factors_that_no_step_has_are_refused(method: str) -> None:
+    """A card would say of them that training ended there."""
+    methods.get(method).check({"steps": 300, rescue.SETTING: "0.1 after 250, 0 after 299"})
+    with pytest.raises(BadParams, match="no step comes after step 300: steps is 300"):
+        methods.get(method).check({"steps": 300, rescue.SETTING: "0.1 after 250, 0 after 300"})
+
+
 def test_each_rescue_lowers_the_rate_that_held_and_leaves_the_rest_of_the_recipe() -> None:
     run = failed({"prune/wanda": {}}, LEARN, "quantize/rtn")
     once = rescue.amended(run, [diverged(number=1)], 0.1)
