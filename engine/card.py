@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -19,9 +21,13 @@ from engine.headers import is_own
 from engine.own_packed import rounds_inputs
 from engine.recipes import dump_recipe
 from engine.records import Recipe
+from engine.sources import split
 
 CARD = "README.md"
 REPO = re.compile(r"(?:hub:|hf:)?([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@[\w./-]{1,100})?")
+
+
+SEVERAL = "teachers"  # the setting that names several models
 
 
 def base_model(source: str) -> str | None:
@@ -36,15 +42,20 @@ def shareable(recipe: Recipe) -> Recipe:
     if base_model(model.source) is None:
         model = model.model_copy(update={"source": _last(model.source)})
     steps = tuple(
-        step.model_copy(update={"params": {key: _cut(value) for key, value in step.params.items()}})
+        step.model_copy(update={"params": {key: _cut(key, value) for key, value in step.params.items()}})
         for step in recipe.steps
     )
     return recipe.model_copy(update={"model": model, "steps": steps, "calibration": _last(recipe.calibration)})
 
 
-def _cut(value: JsonValue) -> JsonValue:
-    """A setting; where it is an absolute path, its last part."""
-    return _last(value) if isinstance(value, str) and value.startswith(("/", "~", "\\")) else value
+def _cut(key: str, value: JsonValue) -> JsonValue:
+    """A setting; where it is an absolute path, its last part, and so of each of several models."""
+    if not isinstance(value, str):
+        return value
+    if key == SEVERAL:
+        with suppress(ValueError):  # a quote that is not closed
+            return shlex.join(str(_cut("", each)) for each in split(value))
+    return _last(value) if value.startswith(("/", "~", "\\")) else value
 
 
 def _last(path: str) -> str:
@@ -63,7 +74,7 @@ def text(recipe: Recipe, config: Mapping[str, JsonValue], results: str = "") -> 
     source = base_model(recipe.model.source)
     told = f"[{source}](https://huggingface.co/{source})" if source else f"`{_last(recipe.model.source)}`"
     parts = [
-        f"---\n{yaml.safe_dump(front_matter(recipe, kind), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(front_matter(recipe, config, kind), sort_keys=False, allow_unicode=True)}---",
         f"# {title}",
         f"{told}, made smaller with Maquette: {title}.",
         results.strip(),
@@ -77,10 +88,14 @@ def text(recipe: Recipe, config: Mapping[str, JsonValue], results: str = "") -> 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter(recipe: Recipe, kind: str) -> dict[str, object]:
-    """What the hub reads; its licence is the base model's and is not claimed here."""
+def front_matter(recipe: Recipe, config: Mapping[str, JsonValue], kind: str) -> dict[str, object]:
+    """What the hub reads; its licence is the base model's and is not claimed here.
+
+    The hub shows how the library it names loads the files.
+    """
     families = list(dict.fromkeys(step.method.split("/")[0] for step in recipe.steps))
-    found: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = "maquette" if is_own(config) else "transformers"
+    found: dict[str, object] = {"library_name": library, "pipeline_tag": "text-generation"}
     if source := base_model(recipe.model.source):
         found["base_model"] = source
         if families:

@@ -56,8 +56,22 @@ def test_paths_of_this_machine_keep_their_last_part() -> None:
     assert "base_model" not in made("/home/anna/llama", GPTQ).data.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("teachers", "shared"),
+    [
+        ("demo /home/anna/secret/big", "demo big"), ("/home/anna/a /home/anna/b", "a b"),
+        ("'/home/anna/my models/big' org/name", "big org/name"), ("org/name@0123abcd", "org/name@0123abcd"),
+    ],
+)  # fmt: skip
+def test_each_of_several_teachers_keeps_its_last_part(teachers: str, shared: str) -> None:
+    recipe = Recipe.model_validate({"model": "demo", "steps": [{"distill/logits": {"teachers": teachers}}]})
+    assert card.shareable(recipe).steps[0].params == {"teachers": shared}
+    assert "anna" not in card.text(recipe, {})
+
+
 def test_what_stock_transformers_cannot_load_is_said() -> None:
     own = made("demo", [{"prune/wanda": {}}], dict.fromkeys(OWN_KEYS, "any"))
+    assert own.data.to_dict()["library_name"] == "maquette"
     assert "stock `transformers` refuses" in own.text
     assert "from_pretrained" not in own.text
     rounded = {PACKED_KEY: {"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}}
