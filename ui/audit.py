@@ -26,11 +26,13 @@ SHOWN, MOST = 3, 300  # histograms: of the worst, and of all once the run is don
 
 
 def report(
-    linears: Sequence[Audit], budget: Audit | None, whole: float | None = None, left: Audit | None = None
-) -> Markup | None:
+    linears: Sequence[Audit], budget: Audit | None, whole: float | None = None, left: Audit | None = None,
+    healed: bool = False,
+) -> Markup | None:  # fmt: skip
     """The whole section of a run's page; None where nothing was quantized.
 
-    whole: bits a weight of the whole file. left: the modules that were left as they are.
+    whole: bits a weight of the whole file. left: the modules that were left as they are. healed: a later step trained
+    what was quantized.
     """
     if not linears:
         return None
@@ -38,6 +40,7 @@ def report(
         tag("h3", say("audit.title")),
         tag("p", summary(linears), class_="mq-sub"),
         tag("p", storage(linears, whole), class_="mq-sub"),
+        tag("p", say("audit.healed"), class_="mq-sub") if healed else None,
         heat_map(linears),
     ]
     parts += [

@@ -179,6 +179,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "audit.summary": "{count} 个线性层，{bits} 位。{of}误差：中位数 {median}%，最大 {worst}%。",
         "audit.stored": "它们每权重存储 {bits} 位（含缩放系数和零点）：{size}。",
         "audit.whole": "整个模型每权重存储 {bits} 位，因为未处理的部分保持原来的位宽。",
+        "audit.healed": "误差和直方图是量化刚完成时的情况；其后修复的效果体现在测量结果中。",
         "audit.output": "输出", "audit.weight": "权重", "audit.block": "层", "audit.sum": "合计",
         "audit.mean": "平均", "audit.cell": "{bits} 位", "audit.total": "{bits} 位，{size}",
         "audit.detail": "{name}：{value}%，每权重存储 {bits} 位",

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from engine import rescue
 from engine.recipes import dump_recipe
-from engine.records import Measurement, Run, Status
+from engine.records import Measurement, Recipe, Run, Status
 from ui import audit, language, live, markup, sensitivity, wording
 from ui.cards import compare_table, shown, story
 from ui.desk import Entry
@@ -138,6 +138,12 @@ def runs_table(
     return markup.table(headers, rows, caption=say("runs.title"))
 
 
+def _healed(recipe: Recipe) -> bool:
+    """Whether a step trains what one before it has quantized."""
+    families = [step.method.partition("/")[0] for step in recipe.steps]
+    return "quantize" in families and "distill" in families[families.index("quantize") :]
+
+
 def run_detail(
     run: Run, story: Story, series: Sequence[Series], progress: Mapping[str, JsonValue] | None, entry: Entry | None,
     baseline: Entry | None,
@@ -176,7 +182,8 @@ def run_detail(
             tag("section", tag("h3", say("sensitivity.title")), sensitivity.table(entry.measured[sensitivity.NAME]))
         )
     whole = entry.measured.get("size.bits_per_weight") if entry is not None else None
-    parts.append(audit.report([*story.linears.values()], story.budget, whole.value if whole else None, story.kept))
+    stored, healed = whole.value if whole else None, _healed(run.recipe)
+    parts.append(audit.report([*story.linears.values()], story.budget, stored, story.kept, healed))
     if run.status is Status.SUCCEEDED:
         names = ("recipe.yaml", "measurements.csv", "report.md", *(("README.md", "model.zip") if run.artifact else ()))
         files = [

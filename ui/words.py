@@ -176,6 +176,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "audit.summary": "{count} linears at {bits} bits. Error of the {of}: median {median} %, worst {worst} %.",
         "audit.stored": "They store {bits} bits a weight, scales and zero points counted: {size}.",
         "audit.whole": "The whole model stores {bits} bits a weight, for what was left alone keeps its width.",
+        "audit.healed": "Errors and histograms are as quantization left them; what the repair after it did is in the "
+        "measurements.",
         "audit.output": "output", "audit.weight": "weight", "audit.block": "block", "audit.sum": "sum",
         "audit.mean": "mean", "audit.cell": "{bits} bit", "audit.total": "{bits} bits, {size}",
         "audit.detail": "{name}: {value} %, {bits} stored bits a weight",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from pydantic import JsonValue
 
-from ui import audit
+from engine.records import Recipe, Run, Status
+from ui import audit, views
+from ui.journal import Story
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -135,3 +138,17 @@ def test_every_linear_has_its_histogram_once_the_run_is_done() -> None:
     assert str(audit.all_histograms(linears)).count("<figure>") == 6
     assert "Weights of all" not in str(audit.report(linears, None))
     assert audit.all_histograms(linears[:3]) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "healed"),
+    [
+        (("quantize/gptq", "distill/repair"), True), (("prune/depth", "distill/repair", "quantize/gptq"), False),
+        (("prune/wanda", "distill/repair"), False),
+    ],
+)  # fmt: skip
+def test_a_map_from_before_a_repair_says_so(steps: tuple[str, ...], healed: bool) -> None:
+    recipe = Recipe.model_validate({"steps": [{name: {}} for name in steps]})
+    run = Run(id="abcd1234", recipe=recipe, status=Status.SUCCEEDED, created=1.0, started=1.0, attempt=1)
+    story = Story(1, linears={"a.0.q": linear("a.0.q")})
+    assert ("as quantization left them" in views.run_detail(run, story, (), None, None, None)) is healed
