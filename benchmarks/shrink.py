@@ -246,16 +246,19 @@ def chain() -> str:
         trial("quarter: fewer blocks, distilled, 4 bit", healed("quarter", 2 * SHORT)),
         trial("GPTQ 3 bit alone", [{"quantize/gptq": {"bits": 3, **packed}}]),
         trial("GPTQ 2 bit alone", [{"quantize/gptq": {"bits": 2, **packed}}]),
-        trial("tenth: narrower, distilled, 4 bit", healed("tenth", LONG)),
+        trial("tenth: fewer blocks, narrower, distilled, 3 bit, repaired", healed("tenth", LONG)),
     ]
     size = trials[-1].measured["size.bytes"].value / trials[0].measured["size.bytes"].value
     return f"{table(trials, COLUMNS)}\n\nThe tenth is {size:.1%} of the bytes."
 
 
 def healed(name: str, steps: int) -> list[object]:
-    """A preset whose distillation reads the world's text for so many steps."""
-    heal = lesson(steps, student="current", batch=BATCH // 2)
-    return [heal if step.method == "distill/logits" else {step.method: step.params} for step in PRESETS[name]]
+    """A preset whose distillation reads the world's text for so many steps, and its repair of codes for a quarter."""
+    heals: dict[str, dict[str, JsonValue]] = {
+        "distill/logits": lesson(steps, student="current", batch=BATCH // 2),
+        "distill/repair": {"distill/repair": {"steps": steps // 4, "text": text()}},
+    }
+    return [heals.get(step.method, {step.method: step.params}) for step in PRESETS[name]]
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {

@@ -122,7 +122,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "preset.mixed": "混合位宽，平均 3.25 位", "preset.w8a8": "8 位 SmoothQuant",
         "preset.half": "减半：深度剪枝 → 蒸馏 → 8 位",
         "preset.quarter": "四分之一：深度剪枝 → 蒸馏 → 4 位",
-        "preset.tenth": "十分之一：宽度剪枝 → 蒸馏 → 4 位",
+        "preset.tenth": "十分之一：深度、宽度剪枝 → 蒸馏 → 3 位 → 修复",
         "sensitivity.title": "每一层能承受多少", "sensitivity.measure": "逐层测量",
         "sensitivity.none": "尚未对该模型测量。",
         "sensitivity.block": "层", "sensitivity.influence": "影响", "sensitivity.angle": "角度 / π",

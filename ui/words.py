@@ -117,7 +117,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "preset.mixed": "Mixed bits, 3.25 on average", "preset.w8a8": "8-bit SmoothQuant",
         "preset.half": "Half: prune depth → distill → 8 bit",
         "preset.quarter": "Quarter: prune depth → distill → 4 bit",
-        "preset.tenth": "Tenth: prune width → distill → 4 bit",
+        "preset.tenth": "Tenth: prune depth, width → distill → 3 bit → repair",
         "sensitivity.title": "What each block can bear", "sensitivity.measure": "Measure each block",
         "sensitivity.none": "Not measured for this model yet.",
         "sensitivity.block": "block", "sensitivity.influence": "influence", "sensitivity.angle": "angle / π",
