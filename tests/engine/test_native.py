@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ from engine.runtime.linear import INT8, Int8Linear, PackedLinear, packed_linear
 from engine.runtime.native import library
 from engine.runtime.native.columns import solve_columns
 from engine.runtime.native.decoder import NativeDecoder
+from engine.runtime.native.library import Matrix
 from engine.runtime.native.linear import NativeLinear, native_kernel
 from engine.runtime.native.moments import add_second_moments
 from engine.runtime.pages import give_back, use_large_pages
@@ -229,6 +231,60 @@ def test_integer_products_are_those_of_the_input_grid(
         torch.testing.assert_close(native(x), plain(x), rtol=0, atol=0)
     zeros = torch.zeros(2, columns, dtype=torch.bfloat16)
     torch.testing.assert_close(native(zeros), plain(zeros), rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 3, 60])
+@pytest.mark.parametrize("scale", [None, 0.03])
+def test_integer_products_of_what_lies_beyond_every_grid(
+    scale: float | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(8, 1, rows=33, columns=100)
+    weight = QuantizedWeight(made.codes, made.scale, made.zero, 8, True, InputGrid(scale))
+    native = Int8Linear(weight)
+    monkeypatch.setenv(library.SWITCH, "0")
+    plain = Int8Linear(weight)
+    monkeypatch.delenv(library.SWITCH)
+    x = inputs(rows, 100)
+    for size in (1e9, -1e9, 1e30, -1e30, float("inf"), float("nan")):
+        x[0, 7] = size
+        ours, theirs = native(x), plain(x)
+        torch.testing.assert_close(ours[1:], theirs[1:], rtol=0, atol=0)
+        if size != size or (scale is None and abs(size) == float("inf")):
+            assert not ours[0].isfinite().any(), size
+        else:
+            torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1.0, 80.0, 1e3, 1e8, 1e16, 1e30])
+def test_scores_of_any_size_are_weights(size: float) -> None:
+    dice = torch.Generator().manual_seed(0)
+    keys, values = torch.zeros(3, 32).bfloat16(), torch.randn(3, 32, generator=dice).bfloat16()
+    keys[0, 0], keys[1, 0] = size, -size
+    q_k_v = torch.stack((torch.eye(32)[0].bfloat16(), keys[2], values[2]))  # the new token is the third
+    found = torch.empty(32, dtype=torch.bfloat16)
+    library.library().maquette_attend(  # type: ignore[union-attr]
+        *(states.data_ptr() for states in (q_k_v, keys, values)), 1, 1, 1, 32, 3, 2, 1.0, found.data_ptr(), 1
+    )
+    expected = (keys.double() @ q_k_v[0].double()).softmax(0) @ values.double()
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1.0, 80.0, 1e3, 1e8, 1e16, 1e30])
+def test_gates_of_any_size_are_opened(size: float) -> None:
+    eye, ones = torch.eye(32).bfloat16(), torch.ones(32).bfloat16()
+    gates = eye * torch.tensor([size, -size]).bfloat16().repeat(16)
+    same, gate = (Matrix(Matrix.DENSE, 32, 32, 32, w.data_ptr(), None, None, None, None, 0.0) for w in (eye, gates))
+    norms = (ones.data_ptr(), ones.data_ptr(), None, None, 1e-6)
+    block = library.Block(*norms, 32, 32, 1, 1, 32, (same, same, same), same, (gate, same), same)
+    x, attended = ones.clone(), torch.zeros(32).bfloat16()
+    library.library().maquette_finish(  # type: ignore[union-attr]
+        ctypes.byref(block), attended.data_ptr(), x.data_ptr(), 1, 1
+    )
+    expected = 1 + nn.functional.silu(gates.diagonal().double())
+    torch.testing.assert_close(x.double(), expected, rtol=2**-6, atol=1e-6)
 
 
 FAMILIES = PLAIN | {

@@ -130,13 +130,10 @@ template <int M> void dense_block(const Matrix& w, long block, const bf16*, cons
 // Inputs rounded to eight bits, in sixteen, of which the processor multiplies and adds pairs.
 using Step = int16_t;
 constexpr int MIDDLE = 0;
-[[maybe_unused]] void store_steps(Step* to, Floats steps, Lanes count) {
-    const auto ends = [](__m256 part) {  // to nearest, ties to even
-        const __m256i codes = _mm256_min_epi32(_mm256_cvtps_epi32(part), _mm256_set1_epi32(127));
-        return _mm256_max_epi32(codes, _mm256_set1_epi32(-128));
-    };
+[[maybe_unused]] void store_steps(Step* to, Floats steps, Lanes count) {  // of -128..127
     alignas(32) Step found[16];
-    _mm256_store_si256((__m256i*)found, shortened(ends(steps.low), ends(steps.high)));
+    const __m256i codes = shortened(_mm256_cvtps_epi32(steps.low), _mm256_cvtps_epi32(steps.high));  // ties to even
+    _mm256_store_si256((__m256i*)found, codes);
     std::memcpy(to, found, size_t(count) * sizeof(Step));
 }
 

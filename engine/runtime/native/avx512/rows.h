@@ -123,10 +123,8 @@ template <int M> void dense_block(const Matrix& w, long block, const bf16* x, co
 // Inputs rounded to eight bits; plus 128, because the processor's dot product of bytes wants one unsigned side.
 using Step = uint8_t;
 constexpr int MIDDLE = 128;
-[[maybe_unused]] void store_steps(Step* to, Floats steps, Lanes mask) {
-    __m512i codes = _mm512_cvtps_epi32(steps);  // to nearest, ties to even
-    codes = _mm512_max_epi32(_mm512_min_epi32(codes, _mm512_set1_epi32(127)), _mm512_set1_epi32(-128));
-    codes = _mm512_add_epi32(codes, _mm512_set1_epi32(MIDDLE));
+[[maybe_unused]] void store_steps(Step* to, Floats steps, Lanes mask) {  // of -128..127
+    const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(steps), _mm512_set1_epi32(MIDDLE));  // ties to even
     _mm_mask_storeu_epi8(to, mask, _mm512_cvtepi32_epi8(codes));
 }
 

@@ -79,8 +79,10 @@ inline float inner(const bf16* a, const bf16* b, int size) {
     return sum(sums);
 }
 
-// e^x, relative error below 2e-7: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2].
+// e^x, relative error below 2e-7: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]. Beyond -150 and 150 it is
+// as there, zero and infinite: what rounding leaves of larger numbers is no small rest.
 inline Floats exponential(Floats x) {
+    x = larger(all(-150), smaller(all(150), x));
     const Floats n = nearest(x * all(1.44269504f));
     Floats r = less_fused(x, n, all(0.693359375f));  // ln 2 in two parts
     r = less_fused(r, n, all(-2.12194440e-4f));
