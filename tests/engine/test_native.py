@@ -181,6 +181,9 @@ def test_shapes_are_kept_and_wrong_ones_refused() -> None:
     assert linear(inputs(6, 256)[:0]).shape == (0, 128)
     transposed = inputs(256, 5).T
     torch.testing.assert_close(linear(transposed), linear(transposed.contiguous()), rtol=0, atol=0)
+    for rows in (3, linear.many_rows):
+        shifted = inputs(1, rows * 256 + 1)[0, 1:].view(rows, 256)  # begins between two words
+        torch.testing.assert_close(linear(shifted), linear(shifted.clone()), rtol=0, atol=0)
     for wrong in (inputs(2, 128), inputs(2, 256).float()):
         with pytest.raises(ValueError, match="do not fit"):
             linear(wrong)

@@ -44,13 +44,11 @@ template <int KIND> void unpack_panel(const Matrix& w, long panel, uint32_t* to)
 template <int M> void panel_product(const Matrix& w, long panel, const uint32_t* weights, const bf16* x, bf16* out) {
     __m512 sums[M][4];
     for (auto& row : sums) std::fill(row, row + 4, _mm512_setzero_ps());
-    const uint32_t* pairs = (const uint32_t*)x;
-    const long half = w.columns / 2;
-    for (long k = 0; k < half; ++k, weights += 64) {
+    for (long k = 0; k < w.columns; k += 2, weights += 64) {
         __m512i b[4];
         for (int part = 0; part < 4; ++part) b[part] = _mm512_loadu_si512(weights + part * 16);
         for (int i = 0; i < M; ++i) {
-            const __m512i a = _mm512_set1_epi32(int(pairs[i * half + k]));
+            const __m512i a = _mm512_set1_epi32(int(pair(x + long(i) * w.columns + k)));
             for (int part = 0; part < 4; ++part) sums[i][part] = dot(sums[i][part], b[part], a);
         }
     }

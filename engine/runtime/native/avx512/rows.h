@@ -3,6 +3,7 @@
 // of bfloat16 pairs with float32 sums; a group's sum is multiplied by its scale once.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "products.h"
@@ -38,6 +39,12 @@ template <> struct Codes<Matrix::INT8> {
     }
 };
 
+inline uint32_t pair(const bf16* from) {  // two neighbours, wherever they begin
+    uint32_t both;
+    std::memcpy(&both, from, sizeof both);
+    return both;
+}
+
 // Rows of x as the packed layouts read them; dense weights read x.
 struct Inputs {
     std::vector<uint32_t> pairs;  // (columns / 2, m): two neighbours of a row each
@@ -50,7 +57,7 @@ struct Inputs {
     if (w.zero) in.sums.resize(size_t(w.columns / w.group) * m);
     for (int i = 0; i < m; ++i) {
         const bf16* row = x + long(i) * w.columns;
-        for (int k = 0; k < w.columns / 2; ++k) in.pairs[size_t(k) * m + i] = ((const uint32_t*)row)[k];
+        for (int k = 0; k < w.columns / 2; ++k) in.pairs[size_t(k) * m + i] = pair(row + 2 * k);
         for (int k = 0; w.zero && k < w.columns; ++k) in.sums[size_t(k / w.group) * m + i] += widen(row[k]);
     }
     return in;
