@@ -65,7 +65,7 @@ def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, 
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("tokens", "size"), [(1, 1), (2, 16), (7, 65), (64, 64), (33, 100), (100, 384), (9, 2048), (10, 2200)]
+    ("tokens", "size"), [(0, 5), (1, 1), (2, 16), (7, 65), (64, 64), (33, 100), (100, 384), (9, 2048), (10, 2200)]
 )
 def test_second_moments_are_the_exact_ones(tokens: int, size: int) -> None:
     x = inputs(tokens, size)

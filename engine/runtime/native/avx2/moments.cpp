@@ -53,7 +53,7 @@ constexpr Tile TILES[TILE + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, t
 extern "C" void maquette_second_moments(const bf16* x, const float* lengths, long tokens, long size, float keep,
                                         float weight, float* out, int threads) {
     const long panels = (size + PANEL - 1) / PANEL;
-    std::vector<float> ordered(size_t(panels) * std::min(tokens, TOGETHER) * PANEL);
+    std::vector<float> ordered(size_t(panels) * std::clamp(tokens, 1L, TOGETHER) * PANEL);  // a place also for no tokens
     for (long first = 0; first < std::max(tokens, 1L); first += TOGETHER) {
         const long count = std::min(TOGETHER, tokens - first), each = count * PANEL;
         const float kept = first == 0 ? keep : 1;

@@ -70,7 +70,7 @@ extern "C" void maquette_second_moments(const bf16* x, const float* lengths, lon
                                         float weight, float* out, int threads) {
     const long panels = (size + PANEL - 1) / PANEL, pairs = (tokens + 1) / 2;
     const long side = size < SMALL ? 1 : SQUARE / PANEL, squares = (panels + side - 1) / side;
-    std::vector<uint32_t> ordered(size_t(panels) * pairs * PANEL);
+    std::vector<uint32_t> ordered(size_t(panels) * std::max(pairs, 1L) * PANEL);  // a place also for no tokens
     threads = int(std::min<long>(threads, 1 + tokens * size * size / ENOUGH));
 #pragma omp parallel num_threads(threads)
     {
