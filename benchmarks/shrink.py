@@ -246,7 +246,7 @@ def chain() -> str:
         trial("quarter: fewer blocks, distilled, 4 bit", healed("quarter", 2 * SHORT)),
         trial("GPTQ 3 bit alone", [{"quantize/gptq": {"bits": 3, **packed}}]),
         trial("GPTQ 2 bit alone", [{"quantize/gptq": {"bits": 2, **packed}}]),
-        trial("tenth: fewer blocks, narrower, distilled, 3 bit, repaired", healed("tenth", LONG)),
+        trial("tenth: fewer blocks, narrower, distilled, 3 bit, repaired", healed("tenth", 2 * SHORT)),
     ]
     size = trials[-1].measured["size.bytes"].value / trials[0].measured["size.bytes"].value
     return f"{table(trials, COLUMNS)}\n\nThe tenth is {size:.1%} of the bytes."
