@@ -253,7 +253,7 @@ def _decoder(network: PreTrainedModel, cache: Cache, ids: Tensor, logits: Tensor
 @torch.inference_mode()
 def _packed_decoder(network: PreTrainedModel, cache: PackedCache, ids: Tensor, room: int) -> _Decoder:
     """As `_decoder`; both see what is packed. Of a prompt that fills a sliding window, the next token sees enough."""
-    if LeanDecoder.supports(network, 0):
+    if LeanDecoder.supports(network, 0) and ids.shape[1] < LeanDecoder.places(network):
         grid, last, room = cache.grid, ids[:, -1:], max(room, ids.shape[1] + 1)
         with cache.glance():
             logits = read_on(network, last, cache)[0][:, -1]

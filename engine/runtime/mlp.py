@@ -1,6 +1,7 @@
 """What a block computes for each token alone, in a decode step: an MLP, or those of a mixture that its router chose.
 
     MLP        down(act(gate x) * up x)
+    plain MLP  down(act(up x))
     mixture    the sum of w_e MLP_e(x) over the k experts e of a token; the router, and so w, are the family's own
     Qwen2-MoE  and sigmoid(g x) times that of an expert which all tokens share
 
@@ -17,14 +18,18 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUTanh, SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from engine import wide
 from engine.experts import Expert, Experts
-from engine.wide import is_plain
+from engine.wide import bare, is_plain
 
 Function = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[type, Function] = {SiLUActivation: F.silu, GELUTanh: functools.partial(F.gelu, approximate="tanh")}
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS: dict[str, Function] = {  # by the names of their classes; BLOOM has one of its own
+    SiLUActivation.__name__: F.silu, nn.ReLU.__name__: F.relu, GELUActivation.__name__: F.gelu,
+    GELUTanh.__name__: GELU_TANH, NewGELUActivation.__name__: GELU_TANH, "BloomGelu": GELU_TANH,
+}  # fmt: skip
 
 
 def activation(mlp: nn.Module) -> Function | None:
@@ -33,7 +38,7 @@ def activation(mlp: nn.Module) -> Function | None:
     if "experts" in found:
         experts = found["experts"]
         found = dict((experts[0] if isinstance(experts, Experts) else experts).named_children())
-    return ACTIVATIONS.get(type(found.get("act_fn") or found.get("activation_fn")))
+    return ACTIVATIONS.get(type(found.get("act_fn") or found.get("activation_fn")).__name__)
 
 
 def feed_forward(mlp: nn.Module) -> Mlp | Mixture:
@@ -45,16 +50,17 @@ def feed_forward(mlp: nn.Module) -> Mlp | Mixture:
 class Side:
     """Linears side by side that read the same input: one product where their weights are, or can be, joined."""
 
-    parts: tuple[nn.Module, ...]
-    joined: nn.Module | None
+    parts: tuple[Function, ...]
+    joined: Function | None
 
     @classmethod
     def of(cls, parts: list[nn.Module]) -> Side:
+        each = tuple(bare(part) for part in parts)
         if len(parts) == 1:
-            return cls(tuple(parts), parts[0])
+            return cls(each, each[0])
         kinds = {type(part) for part in parts}
         join = getattr(kinds.pop(), "joined", None) if len(kinds) == 1 else None  # packed linears can
-        return cls(tuple(parts), join(parts) if join is not None else None)
+        return cls(each, join(parts) if join is not None else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs (B, n) of all parts in a row."""
@@ -83,7 +89,7 @@ class Mlp:
             *rising, down = (mlp.get_submodule(name) for name in (*names, "down_proj"))
         activate = activation(mlp)
         assert activate is not None
-        return cls(Side.of(rising), down, activate, all(is_plain(linear) for linear in [*rising, down]))
+        return cls(Side.of(rising), bare(down), activate, all(is_plain(linear) for linear in [*rising, down]))
 
     @classmethod
     def each_of(cls, experts: nn.Module) -> list[Self]:
@@ -91,7 +97,7 @@ class Mlp:
         if isinstance(experts, Experts):
             return [cls.of(expert) for expert in experts.children()]
         rising, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
-        activate = ACTIVATIONS[type(experts.get_submodule("act_fn"))]
+        activate = ACTIVATIONS[type(experts.get_submodule("act_fn")).__name__]
         linears = [[functools.partial(wide.linear, weight=each) for each in fused] for fused in (rising, down)]
         return [cls(first, last, activate, dense=True) for first, last in zip(*linears, strict=True)]
 
@@ -99,6 +105,19 @@ class Mlp:
         """(B, hidden) of x (B, hidden)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(self.activate(gate).mul_(up))
+
+
+@dataclass(frozen=True)
+class PlainMlp:
+    """down(act(up x))."""
+
+    up: Function
+    activate: Function
+    down: Function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, hidden) of x (B, hidden)."""
+        return self.down(self.activate(self.up(x)))
 
 
 @dataclass(frozen=True)

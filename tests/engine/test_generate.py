@@ -15,7 +15,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
-    GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     MistralConfig,
     MixtralConfig,
@@ -75,6 +75,8 @@ LEAN: dict[str, PretrainedConfig] = (
     PLAIN
     | MIXTURES
     | {
+        "gelu llama": tiny_config(hidden_act="gelu"),
+        "relu llama": tiny_config(hidden_act="relu"),
         "phi3": Phi3Config(**GROUPED, pad_token_id=0, sliding_window=64),
         "phi3 that turns in part": Phi3Config(**GROUPED, pad_token_id=0, rope_parameters=HALF),
         "sliding llama": tiny_config(sliding_window=9),  # of no family, but a cache that slides makes it one
@@ -107,10 +109,10 @@ OTHERS: dict[str, PretrainedConfig] = {
     "parallel stablelm": StableLmConfig(**GROUPED, pad_token_id=0, use_parallel_residual=True),
     "stablelm with norms of heads": StableLmConfig(**GROUPED, pad_token_id=0, qk_layernorm=True),
     "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
-    "gelu llama": tiny_config(hidden_act="gelu"),
+    "quick llama": tiny_config(hidden_act="quick_gelu"),
+    "gptj": GPTJConfig(vocab_size=1280, n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
     "neox": GPTNeoXConfig(**SMALL, intermediate_size=128),
     "opt": OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=64),
-    "gpt2": GPT2Config(vocab_size=1280, n_embd=64, n_layer=2, n_head=4),
 }
 PROMPT = [5, 99, 1200, 7, 7, 431, 20]
 
@@ -279,7 +281,7 @@ def test_each_sequence_of_a_batch_has_its_own_logits(name: str, bits: int | None
     assert float((found - whole).norm() / whole.norm()) < 0.03
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gptj"])
 def test_a_batch_repeats_what_one_sequence_gives(name: str) -> None:
     network = make((LEAN | OTHERS)[name]).network
     one = [int(step.tokens) for step in decode(network, PROMPT, 10)]

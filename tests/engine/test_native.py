@@ -381,7 +381,7 @@ def test_what_the_kernels_do_not_compute_is_left_to_others(monkeypatch: pytest.M
     monkeypatch.setenv(library.SWITCH, "0")
     assert not NativeDecoder.supports(subject, 1, 40)
     monkeypatch.delenv(library.SWITCH)
-    for other in ("phi3", "olmo2", "gemma", "gemma3", "sliding mistral"):
+    for other in ("gelu llama", "phi3", "olmo2", "gemma", "gemma3", "sliding mistral"):
         assert not NativeDecoder.supports(network(LEAN[other], "4 bit"), 1, 40)
     quantize_inputs(subject.get_submodule("model.layers.1.mlp.down_proj"), InputGrid())  # nothing would round them
     assert not NativeDecoder.supports(subject, 1, 40)

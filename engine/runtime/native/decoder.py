@@ -12,11 +12,13 @@ from __future__ import annotations
 import ctypes
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from engine.packing import CacheGrid
 from engine.runtime.linear import Int8Linear
+from engine.runtime.mlp import activation
 from engine.runtime.native import held
 from engine.runtime.native.library import Block, Matrix, library
 from engine.runtime.native.linear import NativeLinear, multiply
@@ -46,8 +48,8 @@ class NativeDecoder:
             return False
         if network.device.type != "cpu" or network.dtype != torch.bfloat16 or batch > MOST_ROWS or library() is None:
             return False
-        layers = network.base_model.get_submodule("layers").children()
-        return all(_matrices(layer) is not None for layer in layers)
+        layers = list(network.base_model.get_submodule("layers").children())
+        return activation(layers[0].get_submodule("mlp")) is F.silu and all(_matrices(layer) for layer in layers)
 
     @torch.inference_mode()
     def __init__(self, network: PreTrainedModel, cache: Cache, room: int) -> None:
