@@ -33,7 +33,6 @@ OF_KINDS = (  # whose blocks slide where `layer_types` says so; elsewhere all of
     "SmolLM3ForCausalLM",
 )  # fmt: skip
 CAPPED_LOGITS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
-CAPPED_SCORES = ("Gemma2ForCausalLM",)  # Gemma 3's config has a cap, which `transformers` does not read
 
 
 class LeanDecoder:
@@ -99,9 +98,8 @@ class LeanDecoder:
         head, cap = network.get_submodule("lm_head"), getattr(config, "final_logit_softcapping", None)
         self._head = head if cap is None or name not in CAPPED_LOGITS else Then(head, Cap(cap))
         self._attention: Callable[..., Tensor] = F.scaled_dot_product_attention
-        cap = getattr(config, "attn_logit_softcapping", None)
-        if cap is not None and name in CAPPED_SCORES and config._attn_implementation != "sdpa":
-            self._attention = BentAttention(Cap(cap))
+        if frame.bend is not None:
+            self._attention = BentAttention(frame.bend)
 
     @property
     def cache_bytes(self) -> int:

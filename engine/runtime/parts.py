@@ -28,7 +28,11 @@ from transformers import PreTrainedModel
 from engine.runtime.mlp import Function, Side, feed_forward
 from engine.wide import bare, is_plain
 
+CAPPED_SCORES = ("Gemma2ForCausalLM",)  # Gemma 3's config has a cap, which `transformers` does not read
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the ones that do not change with the length
+
+
+Finish = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class LayerNorm:
 def norm(module: nn.Module | None) -> Function:
     """What a norm computes; nothing where there is none."""
     if module is None:
-        return _unchanged
+        return unchanged
     if isinstance(module, nn.LayerNorm):
         return LayerNorm(module.normalized_shape, module.weight, module.bias, module.eps)
     own, weight = vars(module), module.get_parameter("weight")
@@ -67,7 +71,8 @@ def norm(module: nn.Module | None) -> Function:
     return Norm(weight, float(own["variance_epsilon"]))
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def unchanged(x: Tensor) -> Tensor:
+    """What stands where there is nothing to compute."""
     return x
 
 
@@ -230,15 +235,16 @@ class InTurn:
 class Block:
     """The parts of one decoder block; in some (of SmolLM3) queries and keys do not rotate.
 
-    q_k_v: (B, (heads + 2 shared) D), queries first. o: with the norm that follows it, where one does.
-    finish: the block's output, of its input and what attention gave. dense: no product has packed weights.
+    q_k_v: gives (B, (heads + 2 shared) D), or with the heads apart; queries first. o: with the norm that follows it,
+    where one does. finish: the block's output, of its input and what attention gave. dense: no product has packed
+    weights.
     """
 
     before_attention: Function
     q_k_v: Function
     head_norms: EachHead | AllHeads | None
     o: Function
-    finish: Callable[[Tensor, Tensor], Tensor]
+    finish: Finish
     scale: float
     rotates: bool
     sight: int
@@ -269,7 +275,7 @@ class Frame:
     """All parts of a decoder but its head.
 
     embed: of token ids (B,). positions: (n, hidden) that are added to it, where they are learned. heads: of queries,
-    and of keys and values.
+    and of keys and values. bend: what is done to the scores of attention before their softmax, in some families.
     """
 
     embed: Function
@@ -278,6 +284,7 @@ class Frame:
     blocks: list[Block]
     norm: Function
     heads: tuple[int, int]
+    bend: Function | None
 
     @classmethod
     def of(cls, network: PreTrainedModel, size: int, room: int, dtype: torch.dtype) -> Frame:
@@ -287,8 +294,16 @@ class Frame:
         return cls(
             part("embed_tokens"), None, sights,
             [Block.of(layer, number) for layer, number in zip(part("layers").children(), sights.numbers, strict=True)],
-            norm(part("norm")), (config.num_attention_heads, config.num_key_value_heads),
+            norm(part("norm")), (config.num_attention_heads, config.num_key_value_heads), _score_cap(network),
         )  # fmt: skip
+
+
+def _score_cap(network: PreTrainedModel) -> Cap | None:
+    config = network.config
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is None or type(network).__name__ not in CAPPED_SCORES or config._attn_implementation == "sdpa":
+        return None
+    return Cap(float(cap))
 
 
 def _head_norms(attention: nn.Module) -> EachHead | AllHeads | None:

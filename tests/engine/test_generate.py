@@ -16,12 +16,10 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPTJConfig,
-    GPTNeoXConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
     OlmoeConfig,
-    OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -111,8 +109,6 @@ OTHERS: dict[str, PretrainedConfig] = {
     "dynamic rope": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
     "quick llama": tiny_config(hidden_act="quick_gelu"),
     "gptj": GPTJConfig(vocab_size=1280, n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
-    "neox": GPTNeoXConfig(**SMALL, intermediate_size=128),
-    "opt": OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=64),
 }
 PROMPT = [5, 99, 1200, 7, 7, 431, 20]
 
