@@ -1,7 +1,7 @@
 """Tokens of one model, streamed with their log-probabilities; and a given text as the model sees it.
 
 A token of a packed model costs a few milliseconds, so what surrounds the products counts. The prompt runs
-through `transformers` as always. For families of Llama's kind the tokens after it run through `LeanDecoder`: the
+through `transformers` as always. For the families that we know the tokens after it run through `LeanDecoder`: the
 same modules, with preallocated keys and values and nothing else around them; or, where our own kernels
 know all products of the blocks, through their `NativeDecoder`. The first step repeats the last token of the
 prompt and is compared with what `transformers` said; where the two disagree, and for every other family,

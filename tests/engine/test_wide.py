@@ -8,11 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from engine import processor, wide
 from engine.checkpoint import attention, shell
-from engine.wide import Everywhere, WideConv1D, WideFalcon, WideLinear, is_plain, mixed_precision, product, widen
+from engine.wide import (
+    Everywhere,
+    OneRow,
+    WideConv1D,
+    WideFalcon,
+    WideLinear,
+    bare,
+    is_plain,
+    mixed_precision,
+    product,
+    widen,
+)
 from tests.conftest import tiny_config
 from tests.families import FAMILIES
 
@@ -106,6 +118,24 @@ def test_only_plain_linears_are_widened() -> None:
     assert [type(part) for part in parts] == [WideLinear, Own, WideConv1D, nn.Embedding]
     assert [is_plain(part) for part in parts] == [True, False, False, False]
     assert is_plain(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_bare_linears_compute_what_they_compute_dressed(dtype: torch.dtype) -> None:
+    parts = nn.ModuleList([nn.Linear(40, 24), nn.Linear(40, 24, bias=False), Conv1D(24, 40), FalconLinear(40, 24),
+                           FalconLinear(40, 24, bias=False)]).to(dtype)  # fmt: skip
+    nn.init.normal_(parts[2].bias)
+    for _ in range(2):
+        for part in parts:
+            for m in (1, 3, 20):
+                x = numbers(m, 40, seed=m).to(dtype)
+                torch.testing.assert_close(bare(part)(x), part(x))
+        widen(parts)
+    for part in parts:
+        assert isinstance(bare(part), OneRow)
+        part.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0,))
+        assert bare(part) is part  # what rounds the inputs would not be asked
 
 
 def test_training_is_mixed_only_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
