@@ -25,6 +25,7 @@ from engine.runtime.lean import LeanDecoder
 from engine.runtime.linear import packed_linear
 from tests.engine.test_generate import PROMPT, by_transformers, make
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"vocab_size": 1280, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPT = SMALL | {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 64}
 NEOX = SMALL | {"intermediate_size": 96}
