@@ -372,9 +372,10 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "Heads go by groups that share a key-value head (where all share one: single query heads). As many go in "
         "each block, for a config has one number for all. The result is a plain model of its architecture, smaller "
         "and faster everywhere; the damage wants repair by training after it (distillation with student `current`). "
-        "Channels hurt most.":
+        "Channels hurt most before training; of the demo model half of them come back with it, and half of the heads do "
+        "not.":
             "注意力头按共用一个键值头的组移除（全部共用一个时：按单个查询头）。各层移除的数量相同，因为 config 对所有层只有一个数。结果是其架构的普通模型，处处更小更快；损伤需"
-            "要之后通过训练修复（学生为 `current` 的蒸馏）。移除通道的损伤最大。",
+            "要之后通过训练修复（学生为 `current` 的蒸馏）。训练之前，移除通道的损伤最大；在演示模型上，移除一半通道可通过训练恢复，移除一半注意力头则不能。",
         # distill/features
         "TinyBERT (Jiao et al., 2019, arXiv 1909.10351). Each student block stands for a block of the teacher, "
         "evenly spread, the last for the last. The loss of a batch is":
