@@ -39,6 +39,9 @@ ALWAYS = ("test_families", "test_every_way")
 
 # What takes long, and has others beside it that see most of what it sees. It comes last, while there is time.
 LONG = (
+    "test_advice.py::test_advice_is_one_click_from_a_recipe",
+    "test_page.py::test_a_blind_vote_reveals_the_models_afterwards",
+    "test_page.py::test_a_phone_needs_no_sideways_scrolling",
     "test_page.py::test_a_link_carries_a_recipe_and_is_judged",
     "test_page.py::test_axe_finds_nothing",
     "test_page.py::test_both_models_work_at_once_and_a_token_tells_its_rivals",
@@ -55,6 +58,7 @@ LONG = (
     "test_demo.py::test_each_kind_of_damage_shows_more_than_the_one_before",
     "test_demo.py::test_gptq_harms_less_than_round_to_nearest[3]",
     "test_demo.py::test_gptq_harms_less_than_round_to_nearest[2]",
+    "test_demo.py::test_wanda_harms_less_than_magnitude",
     "test_demo.py::test_awq_and_hqq_harm_less_than_round_to_nearest",
     "test_demo.py::test_mixed_precision_harms_less_than_equal_bits_of_the_same_size",
     "test_awq.py::test_a_resumed_block_keeps_its_folded_norm",
@@ -63,8 +67,10 @@ LONG = (
     "test_distributed.py::test_two_processes_have_the_losses_of_one_by_every_method",
     "test_download.py::test_from_a_search_to_an_artifact_with_a_token_that_stands_nowhere",
     "test_every_way.py::",
+    "test_families.py::test_awq_scales_experts_and_keeps_every_note_on_them",
     "test_families.py::test_gptq_reaches_every_linear_and_the_runtime_reads_it",
     "test_killloop.py::test_the_loop_bites",
+    "test_kv_cache.py::test_what_was_measured_is_said",
     "test_low_rank.py::test_every_reader_of_ours_reads_it_and_stock_transformers_its_export",
     "test_memory.py::test_a_packed_model_takes_less_than_the_dense_one",
     "test_methods.py::test_same_seed_same_result_and_shapes_are_kept[quantize/awq]",
