@@ -21,6 +21,7 @@ from engine.assumptions import Assumptions
 from engine.errors import BadParams, InputError, short
 from engine.headers import QUANTIZED, Shape
 from engine.methods import Method, Params
+from engine.presets import preset
 from engine.records import Measurement, Model, Recipe, Run, Status, Step
 from engine.sizes import WIDTHS, Holding
 
@@ -235,12 +236,16 @@ def _recipes(base: Holding) -> Iterator[tuple[str, Stage, list[tuple[Step, ...]]
     yield "gptq3", "quantize", gptq(3)
     heal = Step(method="distill/logits", params={"student": "current"})
     depth = Step(method="prune/depth", params={"share": 0.25})
-    narrow = Step(method="prune/width", params={"neurons": 0.5, "heads": 0.5, "channels": 0.5, "multiple": 64})
     yield "depth", "train", [(depth, heal)]
     yield "student", "train", [(Step(method="distill/logits", params={"keep_every": 2}),)]
     yield "depth_gptq4", "train", gptq(4, depth, heal)
     yield "student_gptq4", "train", gptq(4, Step(method="distill/logits", params={"keep_every": 2}))
-    yield "tenth", "train", gptq(4, narrow, heal, beyond=True)
+    yield "tenth", "train", [tuple(_in_groups(step, size) for step in preset("tenth")) for size in GROUPS]
+
+
+def _in_groups(step: Step, size: int) -> Step:
+    """A step; of GPTQ, with groups of that size."""
+    return Step(method=step.method, params={**step.params, "group_size": size}) if "gptq" in step.method else step
 
 
 def _of_recipes(

@@ -33,7 +33,7 @@ TITLES = {
     "student": "half the blocks, distilled",
     "depth_gptq4": "three of four blocks, distilled, 4 bit",
     "student_gptq4": "half the blocks, distilled, 4 bit",
-    "tenth": "half the width, distilled, 4 bit",
+    "tenth": "fewer blocks, half the channels, distilled, 3 bit, repaired",
 }
 NOT_MEASURED = "not measured here"
 MARKS = "Marked: > the mildest that reaches the goal, + reaches it too, x does not help"

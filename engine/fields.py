@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic.fields import FieldInfo
 
 
-@dataclass(frozen=True)
 class With:
     """Marks a setting that counts only where another one is one of these values, its choices or True and False."""
 
-    setting: str
-    values: tuple[object, ...]
-
     def __init__(self, setting: str, *values: object) -> None:
-        object.__setattr__(self, "setting", setting)
-        object.__setattr__(self, "values", values)
+        self.setting, self.values = setting, values
 
 
 class Rare:

@@ -412,7 +412,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "advice.depth": "保留四分之三的层，蒸馏", "advice.student": "保留一半的层，蒸馏",
         "advice.depth_gptq4": "保留四分之三的层，蒸馏，再量化到 4 位",
         "advice.student_gptq4": "保留一半的层，蒸馏，再量化到 4 位",
-        "advice.tenth": "宽度减半，蒸馏，再量化到 4 位",
+        "advice.tenth": "减少层数，通道减半，蒸馏，3 位，修复",
         "assume.teacher_price": "教师价格，美元/百万词元",
         "assume.distill_tokens": "蒸馏所需词元，十亿",
         "assume.gpu_rate": "GPU 价格，美元/小时", "assume.gptq_hours": "对 175B 模型做 GPTQ 的 GPU 小时数",

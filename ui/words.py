@@ -424,7 +424,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "advice.depth": "Three of four blocks, distilled", "advice.student": "Half the blocks, distilled",
         "advice.depth_gptq4": "Three of four blocks, distilled, then 4 bit",
         "advice.student_gptq4": "Half the blocks, distilled, then 4 bit",
-        "advice.tenth": "Half the width, distilled, then 4 bit",
+        "advice.tenth": "Fewer blocks, half the channels, distilled, 3 bit, repaired",
         "assume.teacher_price": "Teacher, USD per million tokens",
         "assume.distill_tokens": "Tokens to distill, billions",
         "assume.gpu_rate": "GPU, USD per hour", "assume.gptq_hours": "GPTQ of 175 B, GPU hours",

@@ -15,6 +15,7 @@ from engine.advising import TITLES, assume, rows
 from engine.assumptions import Assumptions
 from engine.errors import BadParams, InputError, UnknownName
 from engine.headers import Shape
+from engine.presets import PRESETS
 from engine.records import Measurement, Model, Recipe, Run, Status
 from engine.scheduler import Scheduler
 from engine.sizes import Holding
@@ -225,3 +226,10 @@ def test_the_command_line_advises(tmp_path: Path, capsys: pytest.CaptureFixture[
     preflight.check(Recipe.model_validate(student["recipe"]))
     assert cli.main(["advise", "demo", "--goal", "speed", *home], Scheduler) == 2
     assert len(rows(advise("cost"))) == 2 + len(advise("cost").advices)
+
+
+def test_the_smallest_that_is_advised_is_the_preset() -> None:
+    recipe = named(advise("memory=8GB"))["tenth"].recipe
+    assert recipe is not None
+    assert [step.method for step in recipe.steps] == [step.method for step in PRESETS["tenth"]]
+    assert recipe.steps[-2].params == PRESETS["tenth"][-2].params | {"group_size": 64}
