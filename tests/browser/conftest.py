@@ -137,8 +137,11 @@ def barriers(page: Page) -> list[tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def open_page(server: str, browser: Browser) -> Iterator[Open]:
-    """Open the page as a visitor; at the end nothing foreign was asked and the console is clean."""
+def open_page(server: str, browser: Browser, returning: StorageState) -> Iterator[Open]:
+    """Open the page as a visitor; at the end nothing foreign was asked and the console is clean.
+
+    The first visit of all is over by then: beside what another's has begun, its comparison would not begin.
+    """
     watched: list[Watch] = []
     contexts = []
 

@@ -26,6 +26,7 @@ from engine.recipes import parse_recipe
 from engine.records import Model, Run, Status
 from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler
+from engine.snapshots import bytes_of
 from engine.store import MIGRATIONS, Store, home
 from tests import hub as loopback
 from tests.faults.scene import ANNA, Case, Ends, Scene
@@ -299,7 +300,7 @@ def full_while_downloading(scene: Scene, place: Path, patch: pytest.MonkeyPatch)
 
         def fill_up() -> None:
             nonlocal cut
-            if not cut and any(file.stat().st_size for file in hub.here.folder.rglob("*.incomplete")):
+            if not cut and any(bytes_of(file) for file in hub.here.folder.rglob("*.incomplete")):  # some end meanwhile
                 cut, state = True, os.statvfs(place / "disk")
                 resize((state.f_blocks - state.f_bfree) * state.f_frsize // 1024 + 200)
 
