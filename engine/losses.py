@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.forward_kl import ForwardKl
+
 Divergence = Literal["forward", "reverse", "js"]
 CHUNK = 1 << 18  # logits that exist at once on a CPU: 1 MiB in float32, what its caches hold
 FEWEST = 128
@@ -87,30 +89,31 @@ class Objective:
         is 0. target: needed unless label_weight is 1; a TopK is one of this objective's temperature.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = logits.new_zeros(())
-        classes = ours = None
+        loss, together = logits.new_zeros(()), False
         if target is not None and self.label_weight < 1:
-            soft = logits if self.temperature == 1 else logits / self.temperature
-            if isinstance(target, TopK):
-                assert target.temperature == self.temperature
-                classes = coarse(soft, target.ids)
-                kept = torch.cat([target.logp, target.tail[:, None]], -1).to(logits.dtype)
-                theirs = functional.log_softmax(kept, -1)  # they are kept in few digits: their sum becomes 1 again
+            theirs, ids = self._said(target, logits.dtype)
+            if self.divergence == "forward":
+                together = self.temperature == 1 and (ids is not None or theirs.shape[1] == logits.shape[1])
+                with_labels = labels if together and self.label_weight > 0 else None
+                loss = ForwardKl.apply(logits, theirs, ids, self.temperature, with_labels, self.label_weight)  # type: ignore[no-untyped-call]
             else:
-                classes = soft[:, : target.logp.shape[1]]
-                theirs = softened(target.logp.to(logits.dtype), self.temperature)
-            ours = functional.log_softmax(classes, -1)
-            loss = (1 - self.label_weight) * self.temperature**2 * self.distance(ours, theirs)
-        if self.label_weight > 0:
+                soft = logits if self.temperature == 1 else logits / self.temperature
+                classes = soft[:, : theirs.shape[1]] if ids is None else coarse(soft, ids)
+                ours = functional.log_softmax(classes, -1)
+                loss = (1 - self.label_weight) * self.temperature**2 * self.distance(ours, theirs)
+        if self.label_weight > 0 and not together:
             assert labels is not None
-            if classes is not None and isinstance(target, TopK) and self.temperature == 1:  # all of the vocabulary
-                hits = logits.gather(1, labels[:, None]).squeeze(1)
-                loss = loss + self.label_weight * (classes.logsumexp(-1) - hits).sum()
-            elif ours is not None and self.temperature == 1 and ours.shape == logits.shape:
-                loss = loss - self.label_weight * ours.gather(1, labels[:, None]).sum()
-            else:
-                loss = loss + self.label_weight * functional.cross_entropy(logits, labels, reduction="sum")
+            loss = loss + self.label_weight * functional.cross_entropy(logits, labels, reduction="sum")
         return loss
+
+    def _said(self, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The softened log-probabilities of the classes that a teacher tells apart, and what all but the last stand for
+        where this is a tail."""
+        if isinstance(target, Full):
+            return softened(target.logp.to(dtype), self.temperature), None
+        assert target.temperature == self.temperature
+        kept = torch.cat([target.logp, target.tail[:, None]], -1).to(dtype)
+        return functional.log_softmax(kept, -1), target.ids  # they are kept in few digits: their sum becomes 1 again
 
     def distance(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """The sum of the divergences of rows of log-probabilities (n, classes)."""

@@ -208,3 +208,27 @@ def test_kept_classes_are_the_largest() -> None:
     assert isinstance(kept, TopK)
     assert kept.ids.shape == (N, V - 1)
     torch.testing.assert_close((kept.logp.exp().sum(-1) + kept.tail.exp()), torch.ones(N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_a_student_that_is_sure_still_tells_the_tails_tokens_apart(weight: float) -> None:
+    """In the first row their odds are 0 in float32; the teacher's pull on each is what it is among them."""
+    student = torch.tensor([[200.0, 0.0, -1.0, -2.0, -3.0], [0.3, 0.2, 0.1, 0.0, -0.1]])
+    ids, p, labels = (
+        torch.tensor([[0, 1], [4, 0]]),
+        torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.4, 0.2]]),
+        torch.tensor([3, 0]),
+    )
+    ours, wide = student.clone().requires_grad_(True), student.double().requires_grad_(True)
+    with torch.enable_grad():
+        found = Objective(label_weight=weight)(ours, labels, TopK(ids, p[:, :2].log(), p[:, 2].log()))
+        divergence = torch.nn.functional.kl_div(coarse(wide, ids).log_softmax(-1), p.double(), reduction="sum")
+        true = torch.nn.functional.cross_entropy(wide, labels, reduction="sum")
+        expected = (1 - weight) * divergence + weight * true
+        found.backward()
+        expected.backward()
+    torch.testing.assert_close(found, expected.float())
+    assert ours.grad is not None
+    assert wide.grad is not None
+    assert ours.grad[0, 2:].count_nonzero() == 3
+    torch.testing.assert_close(ours.grad, wide.grad.float(), rtol=1e-5, atol=1e-6)
