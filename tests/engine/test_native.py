@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import fcntl
 import os
 import platform
 import shutil
@@ -418,6 +419,19 @@ def test_builds_at_the_same_time_compile_once(tmp_path: Path, monkeypatch: pytes
     assert calls.read_text() == "x\n"
     assert [file.read_text() for file in found] == ["whole\n"]
     assert sorted(file.name for file in folder.iterdir()) == sorted(["lock", *(file.name for file in found)])
+
+
+def test_a_library_that_is_there_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_compiler(tmp_path / "bin", monkeypatch, '[ "$1" = --version ] || { for last; do :; done; : > "$last"; }')
+    folder, kind = tmp_path / "kernels", library.PROCESSORS[0]
+    built = library.build(folder, kind)
+    with open(folder / "lock", "w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = pool.submit(library.build, folder, kind)
+        try:
+            assert found.result(20) == built
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ for x86-64")

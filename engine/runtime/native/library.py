@@ -162,6 +162,8 @@ def build(folder: Path, kind: Processor) -> Path:
     if owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"others may write into {folder}")  # and what lies there is run
     target = folder / f"maquette-{kind.name}-{_key(compiler, kind)}.so"
+    if target.exists():  # also where nobody may write any more
+        return target
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
