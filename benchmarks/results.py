@@ -19,6 +19,7 @@ from benchmarks.sections import ROOT, write_section
 from benchmarks.trials import Trial, forget, table, trial
 from engine import hardware
 from engine.methods import methods
+from engine.presets import PRESETS
 from engine.records import Run, Status
 
 DEMO = ROOT / "assets" / "demo"
@@ -73,13 +74,20 @@ RECIPES: dict[str, list[object]] = {
     ],
 }
 DAMAGE = ("original", "GPTQ 4 bit", "RTN 3 bit", "GPTQ 2 bit", "Magnitude 50 %", "Magnitude 70 %")
-STORED: dict[str, list[object]] = {"original": [], "GPTQ 4 bit": [{"quantize/gptq": {"bits": 4, "group_size": 64}}]}
+STORED: dict[str, list[object]] = {  # the first two are compared first
+    "original": [],
+    "GPTQ 4 bit": [*PRESETS["gptq4"]],
+    "Mixed 3.25 bit": [*PRESETS["mixed"]],
+    "GPTQ 2 bit": [{"quantize/gptq": {"bits": 2}}],
+    "Wanda 50 %": [{"prune/wanda": {"sparsity": 0.5}}],
+    **{name: [*PRESETS[name]] for name in ("half", "quarter", "tenth")},
+}
 
 log = logging.getLogger("results")
 
 
 def stored_comparison() -> None:
-    """Measure the two runs that a first visitor sees, with everything a run measures."""
+    """Measure the runs that a first visitor finds, with everything a run measures."""
     everything = ("size", "memory", "latency", "perplexity", "accuracy", "divergence", "outputs")
     runs = [trial(name, steps, everything) for name, steps in STORED.items()]
     body = ",\n".join(

@@ -28,7 +28,8 @@ from ui.wording import say
 
 log = logging.getLogger(__name__)
 
-COSTS = ("size.bytes", "latency.tpot", "memory.peak")
+SIZE = "size.bytes"
+COSTS = (SIZE, "latency.tpot", "memory.peak")
 QUALITIES = ("perplexity", "accuracy", "kl")
 SHOWN = 10  # values that `render` gives
 DICE = secrets.SystemRandom()
@@ -89,7 +90,10 @@ def share(desk: Desk, owner: str, asked: Asked, hub: Hub) -> Markup:
 
 
 def front(entries: Sequence[Entry], cost: str, quality: str) -> Chart:
-    """All results that a visitor has, the stored ones while there are fewer than two.
+    """All results that a visitor has; the stored ones while there are fewer than two.
+
+    Of the same model, stored ones whose recipe the visitor has not run stay beside, where the cost is the size: that
+    depends on no machine.
 
     Raises:
         BadParams: axes that are not offered.
@@ -97,8 +101,15 @@ def front(entries: Sequence[Entry], cost: str, quality: str) -> Chart:
     if cost not in COSTS or quality not in QUALITIES:
         raise BadParams(say("error.axis"))
     own = [entry for entry in entries if not entry.stored]
-    shown = own if len(own) > 1 else entries
-    return charts.pareto([(wording.run_name(entry.run), entry.measured) for entry in shown[:40]], cost, quality)
+    if len(own) < 2:
+        named = [(wording.run_name(entry.run), entry.measured) for entry in entries]
+    else:
+        named = [(wording.run_name(entry.run), entry.measured) for entry in own]
+        ran = [(entry.run.recipe.model, entry.run.recipe.steps) for entry in own]
+        of_same = [entry for entry in entries if entry.stored and entry.run.recipe.model in [model for model, _ in ran]]
+        not_ran = [entry for entry in of_same if (entry.run.recipe.model, entry.run.recipe.steps) not in ran]
+        named += [(entry.label, entry.measured) for entry in not_ran if cost == SIZE]
+    return charts.pareto(named[:40], cost, quality)
 
 
 def texts(desk: Desk, owner: str, asked: Asked, entries: Sequence[Entry]) -> Panes:

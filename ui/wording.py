@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 from engine import figures
+from engine.presets import PRESETS
 from engine.records import Measurement, Recipe, Run, Status
 from ui import chinese_methods, flips, language
 from ui.chinese import CHINESE
@@ -72,7 +73,10 @@ def choice(value: object) -> str:
 
 
 def title(recipe: Recipe) -> str:
-    """A recipe's title in words."""
+    """A recipe's title in words; a chain that has a name goes by it."""
+    chain = next((name for name, steps in PRESETS.items() if len(steps) > 1 and steps == recipe.steps), None)
+    if chain is not None:
+        return say(f"title.{chain}")
     text = recipe.title()
     return known(f"title.{text}", " → ".join(map(_step, text.split(" → "))))
 

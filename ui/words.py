@@ -213,8 +213,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.title": "That did not work",
         "error.unforeseen": "Something went wrong on our side. It is in the server's log as {number}.",
         "error.no_visitor": "This page needs a cookie or a session to know your runs. Reload the page.",
-        "error.stored_only": "{title} is stored as numbers only. Its live run makes the model; or start it on the "
-        "Compress tab.",
+        "error.stored_only": "{title} is stored as numbers only. Start it on the Compress tab, and its model is here.",
         "error.no_artifact": "Run {run} has no model on this machine any more. Start its recipe again.",
         "error.empty_prompt": "The prompt is empty. Write a few words for the models to go on from.",
         "error.long_prompt": "The prompt has {count} characters; the limit is {limit}. Shorten it.",
@@ -241,6 +240,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "progress.steps": "steps", "progress.documents": "documents", "progress.batches": "batches",
         "progress.files of the teacher's answers": "files of the teacher's answers",
         "progress.files of sequences": "files of sequences", "progress.runs of blocks": "runs of blocks",
+        "title.half": "Half: pruned, distilled, 8 bit", "title.quarter": "Quarter: pruned, distilled, 4 bit",
+        "title.tenth": "Tenth: pruned, distilled, 3 bit",
         "title.original": "original", "title.what each block can bear": "what each block can bear",
         "task.facts": "facts", "task.grammar": "grammar", "task.reading": "reading", "task.sums": "sums",
         "unit.bit": "bit", "unit.nat": "nat", "unit.nats": "nats",

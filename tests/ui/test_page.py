@@ -23,7 +23,7 @@ from engine.errors import InputError, MaquetteError, StoreBusy, TooBig, UnknownN
 from engine.modes import Mode
 from engine.presets import PRESETS
 from engine.recipes import load_recipe
-from engine.records import Recipe, Run
+from engine.records import Recipe, Run, Step
 from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler
 from tests.ui import fakes
@@ -234,6 +234,19 @@ def test_live_results_replace_the_stored_ones(desk: Desk, scheduler: FakeSchedul
     summary = comparing.render(desk, ANNA, asked(base.id, small.id), "size.bytes", "perplexity")[0]
     assert "measured here, now" in str(summary)
     assert comparing.default_pair(desk, BEN) == ("stored:0", "stored:1")
+
+
+def test_stored_results_stay_beside_own_ones_where_only_the_size_counts(desk: Desk, scheduler: FakeScheduler) -> None:
+    def named(cost: str) -> list[str]:
+        return [row[0] for row in comparing.front(desk.entries(ANNA), cost, "perplexity").rows]
+
+    other = Recipe(steps=(Step(method="quantize/rtn", params={"bits": 3}),))
+    fakes.finished(scheduler, other, ANNA, 4.0, 0.2)
+    assert named("size.bytes") == ["RTN 3 bit", "original", "GPTQ 4 bit"]
+    fakes.finished(scheduler, BASELINE, ANNA)
+    assert named("size.bytes") == ["original", "RTN 3 bit", "stored: GPTQ 4 bit"]
+    assert named("latency.tpot") == ["original", "RTN 3 bit"]
+    assert comparing.front(desk.entries(ANNA), "size.bytes", "kl").figure
 
 
 def test_streaming_merges_the_panes_and_marks_where_they_part(desk: Desk, scheduler: FakeScheduler) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.records import Measurement, Model, Run
+from engine.presets import PRESETS
+from engine.recipes import dump_recipe, load_recipe
+from engine.records import Measurement, Model, Recipe, Run
 from tests.ui import fakes
 from ui import language, wording
 from ui.words import ENGLISH
@@ -158,3 +160,10 @@ def test_a_run_is_named_with_its_model_where_that_is_not_the_demo(source: str, n
     run = Run(id="0123456789", recipe=recipe, created=1.0)
     assert wording.run_name(run) == name
     assert wording.run_label(run) == f"{name} · 456789"
+
+
+def test_a_chain_with_a_name_goes_by_it_and_no_other_does() -> None:
+    tenth = load_recipe(dump_recipe(Recipe(steps=PRESETS["tenth"])))
+    assert wording.title(tenth) == "Tenth: pruned, distilled, 3 bit"
+    assert wording.title(tenth.model_copy(update={"steps": tenth.steps[:-1]})).startswith("Depth 30% of blocks →")
+    assert wording.title(Recipe(steps=PRESETS["gptq4"])) == "GPTQ 4 bit"
