@@ -161,24 +161,24 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "测量困惑度、KL 和准确率时，所有键和值都经过舍入，包括生成时会保持精确的那些：相当于远长于窗口和组的文本所见的情形。生成的文本，以及文本的得分，则按缓存的实际状态计算。"
             "文件在 config.json 中保存这些设置，其他程序会忽略它们。",
         # quantize/mixed
-        "Mixed precision under a budget, solved as in HAWQ-V3 (Yao et al., 2021, arXiv 2011.10680): the loss of a "
+        "Mixed precision under a budget, posed as in HAWQ-V3 (Yao et al., 2021, arXiv 2011.10680): the loss of a "
         "whole assignment is taken as the sum of the losses of its parts, and the cheapest sum within the budget is "
-        "found exactly. Better than equal bits of the same size where linears differ in how much they can bear.":
-            "在预算之内的混合精度，按 HAWQ-V3（Yao 等，2021，arXiv 2011.10680）的方式求解：整个分配方案的损失取各部分损失之和，并精确找出预算内总损失最"
+        "looked for. Better than equal bits of the same size where linears differ in how much they can bear.":
+            "在预算之内的混合精度，按 HAWQ-V3（Yao 等，2021，arXiv 2011.10680）的方式提出问题：整个分配方案的损失取各部分损失之和，并寻找预算内总损失最"
             "小的方案。当各线性层的承受力不同时，优于同等大小的统一位数。",
         "1. For each linear l and option o (bits and group size), the change of its output by rounding, relative to "
         "the output, from the second moments H of its inputs: e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ). 2. How much such a "
         "change costs the model: with only l rounded to `PROBE_BITS` bits, the KL divergence k(l) of the model's "
         "predictions from the original's. A small change of an output costs in proportion to its square, so o costs "
         "k(l) e(l, o) / e(l, probe). 3. The assignment with the least total cost whose stored bits, scales and all, "
-        "fit the budget: a multiple-choice knapsack, solved by dynamic programming over `CELLS` cells of the budget; "
-        "sizes are rounded up to whole cells, so the budget is never exceeded. A budget of memory counts codes as "
-        "kernels hold them, 2 to 4 bits in 4 and others in 8: a model that fits on the disk need not fit there. 4. "
-        "GPTQ with the grid that was chosen for each linear.":
+        "fit the budget: a multiple-choice knapsack, solved by dynamic programming over `CELLS` cells of the budget, "
+        "and at a price for bits (Lagrange's multiplier); the better of the two is taken. The budget is never exceeded. "
+        "A budget of memory counts codes as kernels hold them, 2 to 4 bits in 4 and others in 8: a model that fits on "
+        "the disk need not fit there. 4. GPTQ with the grid that was chosen for each linear.":
             "1. 对每个线性层 l 和每个选项 o（位数与组大小），由输入的二阶矩 H 算出舍入引起的输出相对变化：e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ)"
             "。\n2. 这样的变化给模型带来多大代价：只把 l 舍入到 `PROBE_BITS` 位，测模型预测与原始模型预测的 KL 散度 k(l)。输出变化较小时，代价与其平方成"
             "正比，所以 o 的代价为 k(l) e(l, o) / e(l, `PROBE_BITS`)。\n3. 求总代价最小、且存储位数（含缩放系数等）不超预算的分配：这是一个多"
-            "选背包问题，在预算的 `CELLS` 个格子上用动态规划求解；大小向上取到整格，所以绝不会超出预算。内存预算按算子实际保存编码的方式计算，2 至 4 位按 4 位，其余按"
+            "选背包问题，一面在预算的 `CELLS` 个格子上用动态规划求解，一面给每一位定价求解（拉格朗日乘子），取两者中较好的；绝不会超出预算。内存预算按算子实际保存编码的方式计算，2 至 4 位按 4 位，其余按"
             " 8 位：磁盘上放得下的模型，内存里未必放得下。\n4. 用为每个线性层选定的网格做 GPTQ。",
         "Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3. The head, "
         "where it is chosen, is one more linear under the same budget; embeddings are not, they have 8 bits.":

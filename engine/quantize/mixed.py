@@ -1,8 +1,8 @@
 """Give each linear the bits it needs: measure every linear once per option, then spend a budget where it counts.
 
-Mixed precision under a budget, solved as in HAWQ-V3 (Yao et al., 2021, arXiv 2011.10680): the loss of a whole
-assignment is taken as the sum of the losses of its parts, and the cheapest sum within the budget is found
-exactly. Better than equal bits of the same size where linears differ in how much they can bear.
+Mixed precision under a budget, posed as in HAWQ-V3 (Yao et al., 2021, arXiv 2011.10680): the loss of a whole
+assignment is taken as the sum of the losses of its parts, and the cheapest sum within the budget is looked for.
+Better than equal bits of the same size where linears differ in how much they can bear.
 
 1.  For each linear l and option o (bits and group size), the change of its output by rounding, relative to the
     output, from the second moments H of its inputs: e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ).
@@ -10,9 +10,9 @@ exactly. Better than equal bits of the same size where linears differ in how muc
     model's predictions from the original's. A small change of an output costs in proportion to its square, so
     o costs k(l) e(l, o) / e(l, probe).
 3.  The assignment with the least total cost whose stored bits, scales and all, fit the budget: a multiple-choice
-    knapsack, solved by dynamic programming over `CELLS` cells of the budget; sizes are rounded up to whole cells,
-    so the budget is never exceeded. A budget of memory counts codes as kernels hold them, 2 to 4 bits in 4 and others
-    in 8: a model that fits on the disk need not fit there.
+    knapsack, solved by dynamic programming over `CELLS` cells of the budget, and at a price for bits (Lagrange's
+    multiplier); the better of the two is taken. The budget is never exceeded. A budget of memory counts codes as
+    kernels hold them, 2 to 4 bits in 4 and others in 8: a model that fits on the disk need not fit there.
 4.  GPTQ with the grid that was chosen for each linear.
 
 Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3. The head, where it is
@@ -320,7 +320,13 @@ def choose(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:
     least = sum(min(option.stored for option in candidate.options) for candidate in candidates)
     if least > budget * weights:
         raise BadParams(f"{budget:g} bits a weight are below the smallest that is possible, {least / weights:.3f}.")
-    cell = budget * weights / CELLS
+    ways = [way(candidates, budget * weights) for way in (_in_cells, _at_a_price)]
+    return min(ways, key=lambda chosen: sum(option.cost for option in chosen.values()))
+
+
+def _in_cells(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:
+    """Dynamic programming over cells of the budget, in bits: all but exact for few linears."""
+    cell = budget / CELLS
     # best[c]: the least cost of the linears so far in c cells; taken[i][c]: the option of linear i in it.
     best = torch.zeros(CELLS + 1, dtype=torch.float64)
     taken: list[Tensor] = []
@@ -340,6 +346,34 @@ def choose(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:
         chosen[candidate.name] = option
         left -= -int(-option.stored // cell)
     return {candidate.name: chosen[candidate.name] for candidate in candidates}
+
+
+def _at_a_price(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:
+    """Each linear takes what is cheapest at a price for bits, the lowest that keeps the budget; what is left is spent
+    where it saves most. All but exact for many linears, of which none is much of the whole (Everett, 1963).
+    """
+    most = max(len(candidate.options) for candidate in candidates)
+    stored, costs = (torch.full((len(candidates), most), torch.inf, dtype=torch.float64) for _ in range(2))
+    for row, candidate in enumerate(candidates):
+        for place, option in enumerate(candidate.options):
+            stored[row, place], costs[row, place] = option.stored, option.cost
+    rows, low, high = torch.arange(len(candidates)), -40.0, 10.0  # of the price's logarithm: nats for a bit
+    places = stored.argmin(1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        cheapest = (costs + 10**middle * stored).argmin(1)
+        if float(stored[rows, cheapest].sum()) > budget:
+            low = middle
+        else:
+            high, places = middle, cheapest
+    while True:
+        more, less = stored - stored[rows, places, None], costs[rows, places, None] - costs
+        room = budget - float(stored[rows, places].sum())
+        worth = torch.where((less > 0) & (more <= room), less / more.clamp(min=1e-9), -torch.inf).flatten()
+        best = int(worth.argmax())
+        if worth[best] == -torch.inf:
+            return {c.name: c.options[int(place)] for c, place in zip(candidates, places, strict=True)}
+        places[best // most] = best % most
 
 
 def curve(candidates: Sequence[Candidate], budget: float) -> dict[str, JsonValue]:

@@ -51,6 +51,25 @@ def test_the_cheapest_assignment_is_found(seed: int, budget: float) -> None:
     assert sum(o.cost for o in chosen.values()) <= best + 1e-12
 
 
+@pytest.mark.parametrize("budget", [2.2, 3.5])
+def test_many_linears_come_near_the_best_there_can_be(budget: float) -> None:
+    """As many as a model of 70 B has; no assignment is below the dual of Lagrange."""
+    dice = random.Random(0)
+    given = []
+    for number in range(560):
+        weights, bears = dice.choice((1, 4, 14)) << 20, 10 ** dice.uniform(-2, 0)
+        options = [(bits, size) for bits in mixed.WIDTHS for size in mixed.GROUP_SIZES]
+        each = [Option(b, g, (b + 16 / g) * weights, bears * 4.0**-b * (1 + g / 500)) for b, g in options]
+        given.append(Candidate(f"w{number}", weights, tuple(each)))
+    room = budget * sum(c.weights for c in given)
+    found = choose(given, budget).values()
+    prices = [10 ** (-power / 10) for power in range(60, 110)]
+    bound = max(sum(min(o.cost + p * o.stored for o in c.options) for c in given) - p * room for p in prices)
+    assert 0.999 * room < sum(o.stored for o in found) <= room
+    assert bound > 0
+    assert sum(o.cost for o in found) <= 1.02 * bound
+
+
 def test_the_very_smallest_budget_still_has_an_answer() -> None:
     given = candidates(0)
     assert {o.bits for o in choose(given, 2.5).values()} == {2}
