@@ -229,6 +229,7 @@ def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) ->
 
     Raises:
         RunError: it did not succeed; the reason is the child's.
+        InputError: a probe was refused; nothing has been done yet.
     """
     kind = str(request["kind"])
     path = folder / f"{kind}.json"
@@ -253,5 +254,6 @@ def child(request: Request, folder: Path, emit: Emit, check_cancelled: Check) ->
         if process.stdout is not None:
             process.stdout.close()
     if finished["status"] != "succeeded":
-        error = BadArtifact if kind == "verify" else RunError
+        refused = kind == "probe" and finished["status"] == "refused"
+        error = InputError if refused else BadArtifact if kind == "verify" else RunError
         raise error(short(finished["reason"], 400))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import torch
 from pydantic import JsonValue
 
 from engine import headers, methods, models, pace, preflight
-from engine.methods import Context, Emit
-from engine.models import LoadedModel, blocks
+from engine.methods import Context, Emit, Params, Selection
+from engine.models import LoadedModel, blocks, linears
 from engine.pace import Rates
 from engine.records import EventKind, Recipe
 from engine.sizes import Holding
@@ -45,25 +46,54 @@ class Clock:
 def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
     """Apply the recipe's steps to the first block of the model in `source`; emits `estimate`, seconds for all blocks.
 
-    `rates` in it: by method, how many times as long it takes here as `engine.pace` thought.
+    `rates` in it: by method, how many times as long it takes here as `engine.pace` thought. Nothing is emitted where
+    the steps have no block in common.
     """
     model = models.stream(source, recipe.model.dtype, device)
-    count = len(blocks(model.network)[1])
+    count, steps = len(blocks(model.network)[1]), methods.check(recipe)
+    probed = on_first_block(model, [params for _, params in steps])
+    if probed is None:
+        return
     keep_first_block(model)
     seconds, rates = 0.0, dict[str, JsonValue]()
     held = Holding(headers.inspect(source), model.network.dtype.itemsize)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for number, (method, params) in enumerate(methods.check(recipe)):
+        for number, ((method, params), own) in enumerate(zip(steps, probed, strict=True)):
             clock, start = Clock(), time.monotonic()
             text = preflight.calibration_file(recipe.calibration)
             kept = Path(folder) / str(number)
-            model = method.apply(model, params, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
+            model = method.apply(model, own, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
             once = time.monotonic() - start - clock.spent
             took = once + count * clock.spent
             rates[method.name] = took / pace.step_seconds(held, params, Rates())
             held = held.after(params)
             seconds += took
     emit("estimate", {"memory": peak(device), "seconds": seconds, "probed": True, "rates": rates})
+
+
+def on_first_block(model: LoadedModel, steps: Sequence[Params]) -> list[Params] | None:
+    """The steps as they would treat the first block if that were one in which each selects a linear: the first such.
+
+    Recipes may leave some blocks as they are, often the first. None: there is no such block.
+    """
+    name, modules = blocks(model.network)
+    for number, module in enumerate(modules):
+        named = [(path, f"{name}.{number}.{path}") for path, _ in linears(module) if path]
+        paths = [
+            [path for path, linear in named if params.selects(linear)] if isinstance(params, Selection) else None
+            for params in steps
+        ]
+        if all(own is None or own for own in paths):
+            return [
+                params if own is None else params.model_copy(update={"targets": targets(name, own), "ignore": ""})
+                for params, own in zip(steps, paths, strict=True)
+            ]
+    return None
+
+
+def targets(name: str, paths: Sequence[str]) -> str:
+    """A setting that selects linears of the first block."""
+    return " ".join(f"{name}.0.{path}" for path in paths)
 
 
 def keep_first_block(model: LoadedModel) -> None:

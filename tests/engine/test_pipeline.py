@@ -1,6 +1,7 @@
 """The pipeline for real: from a recipe to a verified artifact and its measurements, in processes of their own."""
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,39 @@ def test_a_probe_works_on_the_first_block_alone(
     assert len(placed) == 7
     ((kind, data),) = recorder.said  # made at 0, started at 5, blocks from 10, one until 15, the end at 20
     assert (kind, data["seconds"]) == ("estimate", (15 - 5) + 3 * 5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "paths"),
+    [
+        ([{"quantize/rtn": {"group_size": 32, "ignore": "model.layers.0.*"}}], 7),
+        ([{"quantize/rtn": {"group_size": 32, "targets": "re:.*[12].mlp"}}], 3),
+        ([{"prune/magnitude": {"targets": "*.1.*"}}, {"quantize/rtn": {"group_size": 32, "ignore": "*.0.*"}}], 7),
+        ([{"prune/magnitude": {"targets": "*.1.*"}}, {"quantize/rtn": {"group_size": 32, "ignore": "*.1.*"}}], None),
+    ],
+)
+def test_a_probe_takes_a_block_that_the_steps_change(
+    steps: list[object], paths: int | None, tiny_folder: Maker, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipes may leave the first one as it is."""
+    placed: list[str] = []
+    monkeypatch.setattr(rtn, "place", lambda model, linear, *rest: placed.append(linear.name))
+    folder = tiny_folder()
+    probe.probe(recipe(folder, *steps), folder, "cpu", recorder)
+    assert len(placed) == (paths or 0)
+    assert [kind for kind, _ in recorder.said] == ["estimate"] * (paths is not None)
+
+
+def test_what_a_probe_refuses_is_refused(tiny_folder: Maker, tmp_path: Path) -> None:
+    """Weights that are no numbers, say: nothing has been done yet."""
+    folder = tiny_folder()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    asked = recipe(folder, {"quantize/rtn": {"group_size": 32}}).model_dump(mode="json")
+    request = {"kind": "probe", "recipe": asked, "source": str(folder), "device": "cpu"}
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        pipeline.child(request, tmp_path, Recorder(), lambda: None)
 
 
 def test_a_block_that_takes_more_than_there_is_stops_the_run(recorder: Recorder) -> None:
