@@ -254,7 +254,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "group_size {size} 不能整除 {linear} 的 {inputs} 个输入。可用的大小：{sizes}。",
         "group_size {size} does not divide the {count} channels of a head. Sizes that do: {sizes}.":
             "group_size {size} 不能整除每个头的 {count} 个通道。可用的大小：{sizes}。",
-        "groups of {sizes} do not divide the {inputs} inputs of {linear}.": "大小为 {sizes} 的分组都不能整除 {linear} 的 {inputs} 个输入。",
+        "groups of {sizes} do not divide the {inputs} inputs of {linear}. Leave it out with ignore.":
+            "大小为 {sizes} 的分组都不能整除 {linear} 的 {inputs} 个输入。请用 ignore 把它排除。",
+        "A budget from {most} bits a weight on leaves nothing to choose: all get {bits} bits.":
+            "预算达到每个权重 {most} 位时便没有可选的余地：全部用 {bits} 位。",
         "the pattern {pattern} does not divide the {inputs} inputs of {linear}. Choose `unstructured`, "
         "or leave it out with the setting `ignore`.":
             "模式 {pattern} 不能整除 {linear} 的 {inputs} 个输入。请选择 `unstructured`，或用 `ignore` 设置排除它。",

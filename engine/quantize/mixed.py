@@ -79,7 +79,8 @@ class Params(gptq.SolverParams, Beyond, Range):
             fitting = [size for size in GROUP_SIZES if inputs % size == 0]
             if not fitting:
                 raise BadParams(
-                    f"groups of {', '.join(map(str, GROUP_SIZES))} do not divide the {inputs} inputs of {name}."
+                    f"groups of {', '.join(map(str, GROUP_SIZES))} do not divide the {inputs} inputs of {name}. "
+                    "Leave it out with ignore."
                 )
             weights += outputs * inputs
             least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead(width) / max(fitting))
@@ -94,7 +95,7 @@ class Params(gptq.SolverParams, Beyond, Range):
 
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits | None:
         """On average, where the budget says so: scales included; of a budget in MiB the model must be known (`on`)."""
-        return StoredBits(self.budget, 0) if self.unit == "bits" else None
+        return StoredBits(min(self.budget, self.most()), 0) if self.unit == "bits" else None
 
     def on(self, shape: Shape, width: int) -> Params:
         """With the bits that the budget leaves each weight of this model."""
@@ -104,8 +105,21 @@ class Params(gptq.SolverParams, Beyond, Range):
         bits = (
             self.budget_bits(weights, sizes.counted_parameters(shape, self, 8 * width), 8 * width) if weights else 0.0
         )
-        most = WIDTHS[-1] + self.overhead(8 * width) / GROUP_SIZES[0]
-        return _Known.model_validate(self.model_dump() | {"average": min(max(bits, 0.0), most)})
+        return _Known.model_validate(self.model_dump() | {"average": min(max(bits, 0.0), self.most(8 * width))})
+
+    def most(self, width: int = 16) -> float:
+        """Bits that the largest option stores for a weight."""
+        return WIDTHS[-1] + (width if self.symmetric else width + WIDTHS[-1]) / GROUP_SIZES[0]
+
+    def notes(self, shape: Shape, device: str) -> Sequence[str]:
+        """That there is nothing to choose, where the budget allows the largest option everywhere."""
+        said, largest = super().notes(shape, device), self.most()
+        if self.unit != "bits" or self.budget < largest:
+            return said
+        return [
+            *said,
+            f"A budget from {largest:g} bits a weight on leaves nothing to choose: all get {WIDTHS[-1]} bits.",
+        ]
 
     def survey(self, shape: Shape) -> Survey:
         """Steps 1 and 2: calibration once more; each linear in each option; the model read with each one rounded."""

@@ -8,11 +8,12 @@ import random
 import pytest
 import torch
 
-from engine import scores
+from engine import headers, scores
 from engine.calibration import BlockLinear
 from engine.errors import BadParams
-from engine.methods import Context
+from engine.methods import Context, StoredBits
 from engine.models import LoadedModel
+from engine.preflight import DEMO
 from engine.quantize import mixed
 from engine.quantize.mixed import CELLS, Candidate, Option, choose, curve
 from tests.conftest import Recorder, in_memory, tiny_config
@@ -75,6 +76,16 @@ def test_the_very_smallest_budget_still_has_an_answer() -> None:
     assert {o.bits for o in choose(given, 2.5).values()} == {2}
     with pytest.raises(BadParams, match=r"2\.4 bits a weight are below the smallest that is possible, 2\.500"):
         choose(given, 2.4)
+
+
+@pytest.mark.parametrize(("symmetric", "largest"), [(True, 8.5), (False, 8.75)])
+def test_a_budget_above_the_largest_option_counts_as_that_and_says_so(symmetric: bool, largest: float) -> None:
+    shape = headers.inspect(DEMO / "model")
+    roomy, tight = (mixed.Params(budget=budget, symmetric=symmetric) for budget in (1e6, largest - 0.1))
+    assert roomy.stored_bits(256, 256) == StoredBits(largest, 0)
+    assert [f"from {largest:g} bits" in note for note in roomy.notes(shape, "cpu")] == [True]
+    assert tight.stored_bits(256, 256) == StoredBits(largest - 0.1, 0)
+    assert tight.notes(shape, "cpu") == []
 
 
 def test_the_curve_falls_and_holds_the_chosen_point() -> None:
