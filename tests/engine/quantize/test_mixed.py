@@ -85,7 +85,7 @@ def test_a_budget_above_the_largest_option_counts_as_that_and_says_so(symmetric:
     assert roomy.stored_bits(256, 256) == StoredBits(largest, 0)
     assert [f"from {largest:g} bits" in note for note in roomy.notes(shape, "cpu")] == [True]
     assert tight.stored_bits(256, 256) == StoredBits(largest - 0.1, 0)
-    assert tight.notes(shape, "cpu") == []
+    assert not tight.notes(shape, "cpu")
 
 
 def test_the_curve_falls_and_holds_the_chosen_point() -> None:
