@@ -75,6 +75,14 @@ def test_documents_of_a_row_do_not_see_one_another(family: str) -> None:
             torch.testing.assert_close(body.hidden(ids, positions)[:, 8:], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+def test_rounding_is_not_taken_for_what_another_document_does(family: str, seed: int) -> None:
+    """A student that begins at random, in 16 bits, which round a row of another length otherwise."""
+    body = Body.of(in_memory(FAMILIES[family], torch.bfloat16, seed).network)
+    assert body.isolation == {"opt": "mask", "bloom": "none"}.get(family, "positions")
+
+
 def test_documents_stay_apart_where_attention_adds_its_mask() -> None:
     network = in_memory(FAMILIES["opt"], torch.float32).network
     body = Body.of(network)
