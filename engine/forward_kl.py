@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 TINY = 1e-30  # of the student's odds; what is below has lost digits
@@ -43,12 +44,14 @@ class ForwardKl(torch.autograd.Function):
             divergence, surprise, gradient = _of_some(soft, theirs, ids, places, taught, told)
         if places is not None:
             gradient.scatter_add_(1, places, gradient.new_full(places.shape, -told))
-        ctx.gradient = gradient
+        ctx.save_for_backward(gradient)
         return taught * temperature * divergence + told * surprise
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient * scales[0], None, None, None, None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * scales[0], None, None, None, None, None
 
 
 Parts = tuple[Tensor, Tensor | float, Tensor]  # KL(p || q), -log softmax(y)[label], taught (q - p) + told q

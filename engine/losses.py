@@ -85,9 +85,10 @@ class Objective:
     def __call__(self, logits: Tensor, labels: Tensor | None, target: Target | None) -> Tensor:
         """The sum of the losses of n tokens.
 
-        logits: (n, V), where V may be larger than the teacher's by padding. labels: (n,), needed unless label_weight
+        logits: (n, V), where V may be larger than the teacher's by padding, which counts to a tail. labels: (n,), needed unless label_weight
         is 0. target: needed unless label_weight is 1; a TopK is one of this objective's temperature.
         """
+        assert labels is not None or self.label_weight == 0
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss, together = logits.new_zeros(()), False
         if target is not None and self.label_weight < 1:
@@ -101,8 +102,7 @@ class Objective:
                 classes = soft[:, : theirs.shape[1]] if ids is None else coarse(soft, ids)
                 ours = functional.log_softmax(classes, -1)
                 loss = (1 - self.label_weight) * self.temperature**2 * self.distance(ours, theirs)
-        if self.label_weight > 0 and not together:
-            assert labels is not None
+        if labels is not None and self.label_weight > 0 and not together:
             loss = loss + self.label_weight * functional.cross_entropy(logits, labels, reduction="sum")
         return loss
 
