@@ -85,8 +85,9 @@ class Objective:
     def __call__(self, logits: Tensor, labels: Tensor | None, target: Target | None) -> Tensor:
         """The sum of the losses of n tokens.
 
-        logits: (n, V), where V may be larger than the teacher's by padding, which counts to a tail. labels: (n,), needed unless label_weight
-        is 0. target: needed unless label_weight is 1; a TopK is one of this objective's temperature.
+        logits: (n, V), where V may be larger than the teacher's by padding, which counts to a tail. labels: (n,),
+        needed unless label_weight is 0. target: needed unless label_weight is 1; a TopK is one of this objective's
+        temperature.
         """
         assert labels is not None or self.label_weight == 0
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -95,8 +96,10 @@ class Objective:
             theirs, ids = self._said(target, logits.dtype)
             if self.divergence == "forward":
                 together = self.temperature == 1 and (ids is not None or theirs.shape[1] == logits.shape[1])
-                with_labels = labels if together and self.label_weight > 0 else None
-                loss = ForwardKl.apply(logits, theirs, ids, self.temperature, with_labels, self.label_weight)  # type: ignore[no-untyped-call]
+                true = labels if together and self.label_weight > 0 else None
+                loss = ForwardKl.apply(  # type: ignore[no-untyped-call]
+                    logits, theirs, ids, self.temperature, true, self.label_weight
+                )
             else:
                 soft = logits if self.temperature == 1 else logits / self.temperature
                 classes = soft[:, : theirs.shape[1]] if ids is None else coarse(soft, ids)
