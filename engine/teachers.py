@@ -74,9 +74,16 @@ class Live:
         return self.of(*rows.of(numbers, self.device))
 
     @torch.no_grad()
-    def of(self, ids: Tensor, positions: Tensor | None, chosen: Tensor | None = None) -> Answers:
-        """For any ids and positions (B, T), without the last of each row; of these tokens the `chosen` ones, or all."""
-        states = [body.hidden(ids, positions)[:, :-1].flatten(0, 1) for body in self.bodies]
+    def of(
+        self, ids: Tensor, positions: Tensor | None, chosen: Tensor | None = None, first: Tensor | None = None
+    ) -> Answers:  # fmt: skip
+        """For any ids and positions (B, T), without the last of each row; of these tokens the `chosen` ones, or all.
+
+        first: what the first network's head reads (B, T, H), where somebody has asked for that already.
+        """
+        known = [] if first is None else [first]
+        whole = [*known, *(body.hidden(ids, positions) for body in self.bodies[len(known) :])]
+        states = [each[:, :-1].flatten(0, 1) for each in whole]
         states = states if chosen is None else [each[chosen] for each in states]
 
         @torch.no_grad()

@@ -74,7 +74,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
             with torch.no_grad():
                 theirs = features(teacher, ids, positions, attend)
             hidden = ours.last[:, :-1].flatten(0, 1)
-            answers = live.of(ids, positions) if params.label_weight < 1 else None
+            answers = live.of(ids, positions, first=theirs.last) if params.label_weight < 1 else None
             loss = token_loss(lesson.body, hidden, ids[:, 1:].flatten(), answers, params.objective)
             if params.hidden_weight:
                 loss = loss + params.hidden_weight * hidden_loss(ours.hidden, theirs.hidden, maps)

@@ -137,6 +137,21 @@ def test_a_cache_says_what_the_teachers_say_and_later_runs_need_none(
     assert float(Objective()(student, None, found)) <= float(Objective()(student, None, exact)) * 1.01
 
 
+def test_what_the_first_teacher_has_computed_is_not_computed_again(
+    tiny_folder: Callable[..., Path], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = load_live([tiny_folder(), tiny_folder()], 1280, context, DTYPE)
+    ids, positions = rows_of().of(torch.tensor([0, 3]), torch.device("cpu"))
+    expected = live.of(ids, positions)(slice(0, 30))
+    first, hidden, asked = live.bodies[0].hidden(ids, positions), Body.hidden, []
+    monkeypatch.setattr(Body, "hidden", lambda body, *given: asked.append(body) or hidden(body, *given))
+    found = live.of(ids, positions, first=first)(slice(0, 30))
+    assert asked == live.bodies[1:]
+    assert isinstance(found, Full)
+    assert isinstance(expected, Full)
+    assert found.logp.equal(expected.logp)
+
+
 def test_a_cache_is_softened_before_the_rest_is_merged(tiny_folder: Callable[..., Path], context: Context) -> None:
     folder, rows, numbers = tiny_folder(), rows_of(), torch.tensor([4, 1])
     live = load_live([folder], 1280, context, DTYPE)
