@@ -38,7 +38,8 @@ BATCH = 32
 SHORT, MIDDLE, LONG = 600, 800, 4800  # steps
 EIGHT, MANY = 8, 64  # texts that are read in one pass
 QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
-REPAIR: dict[str, JsonValue] = {"distill/repair": {"steps": 150}}
+REPAIRS = {"norms": "norms", "low-rank additions": "lora", "every weight": "all"}
+REPAIR_STEPS = 150
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
 log = logging.getLogger("shrink")
@@ -71,7 +72,9 @@ def sparsity() -> str:
         for name in ("magnitude", "wanda", "sparsegpt"):
             step: dict[str, JsonValue] = {f"prune/{name}": {"pattern": pattern}}
             trials.append(trial(f"{name}, {shown}", [step]))
-            trials.append(trial(f"{name}, {shown}, repaired", [step, REPAIR]))
+            for repaired, scope in REPAIRS.items():
+                repair: dict[str, JsonValue] = {"distill/repair": {"scope": scope, "steps": REPAIR_STEPS}}
+                trials.append(trial(f"{name}, {shown}, repaired: {repaired}", [step, repair]))
     return table(trials, COLUMNS)
 
 
@@ -262,7 +265,7 @@ def healed(name: str, steps: int) -> list[object]:
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "bar": ("DistilBERT's bar, 40 % smaller, 60 % faster, 97 % of the accuracy:", bar),
-    "sparsity": ("Zeros at the same number, before and after self-repair:", sparsity),
+    "sparsity": ("Zeros at the same number, before and after self-repair of 150 steps:", sparsity),
     "students": ("A student, by what it learns from, for how long, and from how much text:", students),
     "assistant": (
         "A student of a tenth of the weights, with and without an assistant of a size in between:",
