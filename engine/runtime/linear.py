@@ -41,7 +41,7 @@ SIMULATED = "simulated: dense {dtype}"
 # From this many rows on a product is bound by arithmetic, and unpacking a stretch of weights to bfloat16 for the dense
 # kernel is faster than the integer kernels (measured on Zen 4, two cores: 4 bits, one scale a row, halves).
 MANY_ROWS_INT4, MANY_ROWS_INT8, MANY_ROWS_HALVES = 80, 24, 40
-MANY_ROWS_INT8_INT8 = {"avx512": 17, "avx2": 48}  # from here on our own kernel orders the weights by panels
+MANY_ROWS_INT8_INT8 = {"amx": 17, "avx512": 17, "avx2": 48}  # from here on our own kernel orders the weights by panels
 AMPERE = (8, 0)  # the oldest GPUs that torch compiles its 4-bit kernel for
 STRETCH_BYTES = 1 << 21  # of unpacked weights at a time: they stay in the cache
 

@@ -8,6 +8,7 @@ import fcntl
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,26 @@ from tests.engine.test_runtime import exact_product, make, relative_error
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(not library.available(), reason="our own kernels cannot be built here")
 # rows, columns, groups
-SHAPES = [(128, 256, 4), (100, 256, 1), (16, 64, 8), (7, 72, 3), (130, 200, 25), (65, 8, 1), (20, 1000, 1)]
+SHAPES = [
+    (128, 256, 4),
+    (100, 256, 1),
+    (16, 64, 8),
+    (7, 72, 3),
+    (130, 200, 25),
+    (65, 8, 1),
+    (20, 1000, 1),
+    (24, 2304, 3),
+]
+KINDS = [kind.name for kind in library.PROCESSORS if kind.here()]  # the first is what this machine takes by itself
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each kind of kernels that this processor can run, in turn."""
+    monkeypatch.setenv(library.SWITCH, request.param)
+    library._load.cache_clear()
+    yield request.param
+    library._load.cache_clear()
 
 
 def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -50,11 +70,14 @@ def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, shape: tuple[int, int, int]) -> None:
+def test_a_native_linear_computes_the_grids_product(
+    bits: int, symmetric: bool, shape: tuple[int, int, int], kind: str
+) -> None:
     rows, columns, groups = shape
     weight = make(bits, groups, symmetric=symmetric, rows=rows, columns=columns)
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     linear = NativeLinear(weight, bias)
+    assert linear.kernel.endswith(f"-{kind}")
     for m in [*range(1, 18), linear.many_rows - 1, linear.many_rows, 100]:  # every tile of rows, and both ways
         x = inputs(m, columns, m)
         y = linear(x)
@@ -65,6 +88,15 @@ def test_a_native_linear_computes_the_grids_product(bits: int, symmetric: bool, 
 
 
 @needs_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+def test_more_rows_than_are_taken_at_once_are_taken(bits: int, kind: str) -> None:
+    weight = make(bits, 2, rows=33, columns=64)
+    x = inputs(2100, 64)
+    assert relative_error(NativeLinear(weight)(x), exact_product(x, weight)) < 0.005
+
+
+@needs_kernels
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize(
     ("tokens", "size"), [(0, 5), (1, 1), (2, 16), (7, 65), (64, 64), (33, 100), (100, 384), (9, 2048), (10, 2200)]
 )
@@ -119,6 +151,7 @@ def test_columns_are_solved_as_one_by_one(columns: int, rows: int, groups: int) 
 
 
 @needs_kernels
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("threads", [2, 3, 5])
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_threads_share_the_work_and_change_nothing(rows: int, threads: int) -> None:
@@ -218,14 +251,14 @@ def test_the_switch_gives_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_kernels
 @pytest.mark.parametrize("scale", [None, 0.03])
-@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (33, 100), (65, 102), (200, 4)])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (33, 100), (65, 102), (200, 4), (20, 4200)])
 def test_integer_products_are_those_of_the_input_grid(
-    rows: int, columns: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, scale: float | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = make(8, 1, rows=rows, columns=columns)
     weight = QuantizedWeight(made.codes, made.scale, made.zero, 8, True, InputGrid(scale))
     native = Int8Linear(weight)
-    assert native.kernel == f"{INT8}-{library.available()}"
+    assert native.kernel == f"{INT8}-{kind}"
     monkeypatch.setenv(library.SWITCH, "0")
     plain = Int8Linear(weight)
     monkeypatch.delenv(library.SWITCH)
@@ -238,6 +271,7 @@ def test_integer_products_are_those_of_the_input_grid(
 
 
 @needs_kernels
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("rows", [1, 3, 60])
 @pytest.mark.parametrize("scale", [None, 0.03])
 def test_integer_products_of_what_lies_beyond_every_grid(
@@ -328,6 +362,7 @@ def rounded(weight: Tensor, bits: int, groups: int) -> QuantizedWeight:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()

@@ -1,1 +1,1 @@
-"""Our own kernels for CPUs with AVX-512 and bfloat16 dot products: products with packed weights, and decoder blocks."""
+"""Our own kernels for CPUs (AMX, AVX-512, AVX2): products with packed weights, decoder blocks, GPTQ's sums and columns."""

@@ -4,7 +4,7 @@ The sources beside this file are plain C++ over pointers and know nothing of tor
 seconds, once for a machine and version. The processor is asked before anything is built or loaded, and the compiler
 is told exactly the instructions that were asked for, so a library runs wherever its flags are there. Where it cannot
 be had (another processor, no compiler, a failed build, MAQUETTE_NATIVE=0), torch's kernels compute as before; the
-log says so once, and the kernels' names say so everywhere.
+log says so once, and the kernels' names say so everywhere. MAQUETTE_NATIVE=avx2 asks for those of a lesser processor.
 """
 
 from __future__ import annotations
@@ -31,40 +31,54 @@ from engine.processor import instructions
 
 log = logging.getLogger(__name__)
 
-SWITCH = "MAQUETTE_NATIVE"  # 0 in the environment: never
+SWITCH = "MAQUETTE_NATIVE"  # in the environment; 0: never, a kind of processor: at most what that can do
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A kind of processor: its instructions as Linux names them, what the compiler is told, its folder of sources."""
+    """A kind of processor: its instructions as Linux names them, what the compiler is told, its folders of sources."""
 
     name: str
     instructions: tuple[str, ...]
     flags: tuple[str, ...] = ()
+    less: Processor | None = None  # whose sources are its own, too, but those for which it has better ones
+    tiles: bool = False  # whether the system must be asked for its registers
 
     @property
     def command(self) -> list[str]:
-        """What the compiler is given: flags, then the sources, of which those in the folder are for this kind alone."""
-        asked = [f"-m{name.replace('_', '')}" for name in self.instructions]
-        folders = [f"-I{HERE / self.name}", f"-I{HERE}"]
+        """What the compiler is given: flags, then the sources, of which those in the folders are for this kind."""
+        asked = [f"-m{name.replace('amx_', 'amx-').replace('_', '')}" for name in self.instructions]
+        folders = [f"-I{folder}" for folder in self.folders]
         return [*FLAGS, *self.flags, *asked, *folders, *(str(path) for path in self.sources if path.suffix == ".cpp")]
 
     @property
+    def folders(self) -> list[Path]:
+        """Where its sources are, its own first."""
+        return [HERE / self.name, *(self.less.folders if self.less else [HERE])]
+
+    @property
     def sources(self) -> list[Path]:
-        """All files that the library is made of."""
-        return sorted(path for folder in (HERE, HERE / self.name) for path in folder.iterdir() if path.suffix in KINDS)
+        """All files that the library is made of; of those with one name, the first folder's."""
+        found = {path.name: path for folder in reversed(self.folders) for path in folder.iterdir()}
+        return sorted(path for path in found.values() if path.suffix in KINDS)
+
+    def here(self) -> bool:
+        """Whether this machine's processor is one, and the system lets this process use it."""
+        return instructions().issuperset(self.instructions) and (not self.tiles or may_use_tiles())
 
 
 KINDS = (".cpp", ".h")
-PROCESSORS = (  # best first
-    Processor(
-        "avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma"),
-        ("-mprefer-vector-width=512",),
-    ),
-    Processor("avx2", ("avx2", "fma")),
+AVX512 = Processor(
+    "avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni", "fma"),
+    ("-mprefer-vector-width=512",),
 )  # fmt: skip
+AMX = Processor(
+    "amx", (*AVX512.instructions, "amx_tile", "amx_bf16", "amx_int8"), AVX512.flags, less=AVX512, tiles=True
+)
+PROCESSORS = (AMX, AVX512, Processor("avx2", ("avx2", "fma")))  # best first
+ARCH_PRCTL, ASK_FOR_STATE, TILES = 158, 0x1023, 18  # a call of Linux on x86-64, what it shall do, and for which state
 PATIENCE = 300.0  # seconds for the compiler, on a machine that does other work
 
 _POINTERS = {  # arguments of the functions
@@ -112,37 +126,51 @@ class Block(ctypes.Structure):
 
 def library() -> ctypes.CDLL | None:
     """The kernels, built where they were not; None where this machine cannot have them or is told not to."""
-    return None if os.environ.get(SWITCH) == "0" else _load()
+    return None if os.environ.get(SWITCH) == "0" else _load()[0]
 
 
 def available() -> str | None:
     """The kind of processor for which our own kernels compute products here; None where they do not."""
-    kind = processor()
-    return None if kind is None or library() is None else kind.name
+    return None if library() is None else _load()[1]
 
 
-def processor() -> Processor | None:
-    """The best kind that this machine's processor is; None where it is none of them."""
-    return next((kind for kind in PROCESSORS if instructions().issuperset(kind.instructions)), None)
+def may_use_tiles() -> bool:
+    """Ask Linux for the registers of tiles (AMX), which no process has before it asked; all its threads then have.
+
+    Source: the kernel's documentation, "Using XSTATE features in user space applications".
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(c_long(ARCH_PRCTL), c_long(ASK_FOR_STATE), c_long(TILES)) == 0
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | None:
-    kind = processor()
-    if kind is None:
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library of the best kind that can be had here, and the kind's name."""
+    names = [kind.name for kind in PROCESSORS]
+    asked = os.environ.get(SWITCH, "")
+    kinds = [kind for kind in PROCESSORS[names.index(asked) if asked in names else 0 :] if kind.here()]
+    if not kinds:
         missing = sorted({*PROCESSORS[-1].instructions} - instructions())
         log.info("packed products use torch's kernels: this processor has no %s", ", ".join(missing))
-        return None
-    try:
-        loaded = ctypes.CDLL(str(build(_folder(), kind)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = (error.stderr if isinstance(error, subprocess.CalledProcessError) else "") or str(error)
-        log.warning("packed products use torch's slower kernels; ours could not be built: %s", short(detail))
-        return None
-    for name, arguments in _POINTERS.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
-    return loaded
+    reasons = []
+    for kind in kinds:
+        try:
+            loaded = ctypes.CDLL(str(build(_folder(), kind)))
+        except (OSError, subprocess.SubprocessError) as error:
+            reasons.append((error.stderr if isinstance(error, subprocess.CalledProcessError) else "") or str(error))
+            continue
+        for name, arguments in _POINTERS.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, None
+        if reasons:
+            log.warning(
+                "packed products use kernels for %s; better ones could not be built: %s", kind.name, short(reasons[0])
+            )
+        return loaded, kind.name
+    if reasons:
+        log.warning("packed products use torch's slower kernels; ours could not be built: %s", short(reasons[0]))
+    return None, None
 
 
 def build(folder: Path, kind: Processor) -> Path:

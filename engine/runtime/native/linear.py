@@ -2,13 +2,14 @@
 
 Two layouts, both exact: w = (code - zero) * scale, and the zero points through the sum of a group's inputs.
 
-    int4-avx512, int4-avx2    codes of 2 to 4 bits, 4 bits a weight
-    int8-avx512, int8-avx2    codes of 5 to 8 bits, 8 bits a weight
+    int4-amx, int4-avx512, int4-avx2    codes of 2 to 4 bits, 4 bits a weight
+    int8-amx, int8-avx512, int8-avx2    codes of 5 to 8 bits, 8 bits a weight
 
 Blocks of 16 rows lie side by side, so that 64 bytes are 8 (4) inputs of 16 rows and a lane sums a row. AVX-512
 multiplies codes as whole bfloat16 numbers, and unpacks the weights some rows at a time into the cache where the inputs
-have `MANY_ROWS` rows or more. AVX2 multiplies whole numbers of 16 bits: inputs are such numbers times a power of two
-for 128 of them at most, which changes none by more than a 128th of what bfloat16 rounds in the largest of them.
+have `MANY_ROWS` rows or more. AMX does the same by tiles of 16 rows of inputs, and one or two rows as AVX-512 does. AVX2
+multiplies whole numbers of 16 bits: inputs are such numbers times a power of two for 128 of them at most, which changes
+none by more than a 128th of what bfloat16 rounds in the largest of them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from engine.packing import QuantizedWeight
 from engine.runtime.native.library import Matrix, available, library
 
 ROWS = 16  # of a block
-MANY_ROWS = {"avx512": 32, "avx2": 256}  # AVX-512: measured on Zen 4; AVX2: rows that are taken at once
+# AMX: more than a tile has; AVX-512: measured on Zen 4; AVX2: rows that are taken at once.
+MANY_ROWS = {"amx": 17, "avx512": 32, "avx2": 256}
 
 
 def native_kernel(weight: QuantizedWeight, device: torch.device | str, dtype: torch.dtype) -> str | None:

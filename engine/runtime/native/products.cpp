@@ -7,6 +7,9 @@
 
 #include "bytes.h"
 #include "rows.h"
+#ifdef __AMX_TILE__
+#include "few.h"
+#endif
 
 namespace {
 
@@ -22,11 +25,6 @@ struct Task {
     const Inputs* inputs = nullptr;  // its own, or another task's
     Bytes bytes;
 };
-
-// Whether both read x in the same order.
-bool same_inputs(const Matrix& a, const Matrix& b) {
-    return a.kind == b.kind && a.group == b.group && !a.zero == !b.zero;
-}
 
 template <int M> void run(const Task& task, long block) {
     const Matrix& w = *task.w;
@@ -50,13 +48,14 @@ constexpr Run RUNS[TILE + 1] = {nullptr, run<1>, run<2>, run<3>, run<4>, run<5>,
 
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
     if (m == 0) return;
+#ifdef __AMX_TILE__
+    if (multiply_tile(matrices, count, x, m, out, threads)) return;
+#endif
     const int tiles = (m + TILE - 1) / TILE;
     const auto first = [m, tiles](int tile) { return int(long(tile) * m / tiles); };  // row of x
-    long stride = 0, all = 0;
-    for (int i = 0; i < count; ++i) stride += matrices[i].rows, all += blocks(matrices[i]);
-    threads = int(std::min<long>(threads, 1 + m * stride * matrices[0].columns / ENOUGH));
+    const Blocks blocks(matrices, count, m, threads);
     std::vector<Task> tasks(size_t(tiles) * count);  // (tiles of x, matrices)
-#pragma omp parallel for num_threads(std::min(threads, tiles)) schedule(static)
+#pragma omp parallel for num_threads(std::min(blocks.threads, tiles)) schedule(static)
     for (int tile = 0; tile < tiles; ++tile) {
         const int start = first(tile), rows = first(tile + 1) - start;
         Task* const here = &tasks[size_t(tile) * count];
@@ -64,7 +63,7 @@ void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out
             const Matrix& w = matrices[i];
             Task& task = here[i];
             task.w = &w, task.x = x + long(start) * w.columns;
-            task.out = out + start * stride + at, task.stride = stride;
+            task.out = out + start * blocks.stride + at, task.stride = blocks.stride;
             if (w.kind == Matrix::INT8_INT8) task.bytes = encode(w, task.x, rows, 1);
             for (int j = 0; j < i && !task.inputs; ++j)
                 if (same_inputs(w, matrices[j])) task.inputs = here[j].inputs;
@@ -73,12 +72,9 @@ void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out
             task.inputs = &task.own;
         }
     }
-    // By turns: cores are not equally fast, and not always there.
-#pragma omp parallel for num_threads(threads) schedule(dynamic, std::max(1L, all / (threads * 16L)))
-    for (long unit = 0; unit < all; ++unit) {
-        long block = unit;
-        int i = 0;
-        while (block >= blocks(matrices[i])) block -= blocks(matrices[i++]);
+#pragma omp parallel for num_threads(blocks.threads) schedule(dynamic, blocks.turn)
+    for (long unit = 0; unit < blocks.all; ++unit) {
+        const auto [i, block, at] = blocks.find(unit);
         for (int tile = 0; tile < tiles; ++tile)
             RUNS[first(tile + 1) - first(tile)](tasks[size_t(tile) * count + i], block);
     }

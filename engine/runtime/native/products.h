@@ -1,5 +1,7 @@
 // Products of a few or many rows of bfloat16 activations with a weight in one of four layouts.
 #pragma once
+#include <algorithm>
+
 #include "vectors.h"
 
 constexpr int ROWS = 16;          // of W, one for each lane of a vector of float32
@@ -23,6 +25,38 @@ struct Matrix {
 };
 
 inline long blocks(const Matrix& w) { return (w.rows + ROWS - 1) / ROWS; }
+
+// Whether both read x in the same order.
+inline bool same_inputs(const Matrix& a, const Matrix& b) {
+    return a.kind == b.kind && a.group == b.group && !a.zero == !b.zero;
+}
+
+// The blocks of all matrices in a row, and how threads take them: by turns, for cores are not equally fast.
+struct Blocks {
+    const Matrix* matrices;
+    long stride = 0, all = 0;  // of the output; blocks
+    int threads;
+    long turn;
+
+    Blocks(const Matrix* matrices, int count, int m, int most) : matrices(matrices) {
+        for (int i = 0; i < count; ++i) stride += matrices[i].rows, all += blocks(matrices[i]);
+        threads = int(std::min<long>(most, 1 + m * stride * matrices[0].columns / ENOUGH));
+        turn = std::max(1L, all / (threads * 16L));
+    }
+
+    struct Place {
+        int matrix;
+        long block, at;  // at: the matrix's first output
+    };
+    Place find(long unit) const {
+        Place place{0, unit, 0};
+        for (; place.block >= blocks(matrices[place.matrix]); ++place.matrix) {
+            place.block -= blocks(matrices[place.matrix]);
+            place.at += matrices[place.matrix].rows;
+        }
+        return place;
+    }
+};
 
 // out (M, sum of rows) = x (M, columns) times all `count` matrices, which read the same x. For few rows.
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads);

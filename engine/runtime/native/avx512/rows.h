@@ -77,6 +77,7 @@ void packed_block(const Matrix& w, long block, const Inputs& in, Floats* totals)
         for (auto& chain : sums) std::fill(chain, chain + M, zeros());
         for (int c = 0; c < w.group / STEP; ++c, codes += 64, x += PAIRS * M) {
             __m512i pairs[PAIRS];
+            fetch(codes);
             Codes<KIND>::unpack(codes, pairs);
             for (int j = 0; j < PAIRS; ++j)
 #pragma GCC unroll 8
@@ -106,6 +107,7 @@ template <int M> void dense_block(const Matrix& w, long block, const bf16* x, co
         for (; k + 32 * CHAINS <= w.columns; k += 32 * CHAINS)
             for (int j = 0; j < CHAINS; ++j) {
                 const __m512i weights = _mm512_loadu_si512(row + k + 32 * j);
+                fetch(row + k + 32 * j);
 #pragma GCC unroll 8
                 for (int i = 0; i < M; ++i)
                     sums[i][j] = dot(sums[i][j], weights, _mm512_loadu_si512(x + long(i) * w.columns + k + 32 * j));
@@ -148,6 +150,7 @@ void bytes_block(const Matrix& w, long block, const Step* codes, const float* sc
             const int left = w.columns - k;
             const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
             const __m512i weights = _mm512_maskz_loadu_epi8(mask, row + k);
+            fetch(row + k);
 #pragma GCC unroll 8
             for (int i = 0; i < M; ++i)
                 sums[i] = _mm512_dpbusd_epi32(

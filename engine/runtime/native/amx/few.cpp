@@ -1,0 +1,153 @@
+// Some rows of x, too many for sums in registers of vectors: one tile of them meets 16 rows of W at a time.
+//
+// Codes become whole bfloat16 numbers in the first cache, and a group's sums are multiplied by its scales once, as with
+// vectors. What is stored row by row needs no unpacking: there the rows of W are the tile's rows, x is its columns, and
+// the sums of a block are turned round at the end.
+#include "few.h"
+
+#include <vector>
+
+#include "bytes.h"
+#include "tiles.h"
+
+namespace {
+
+// One matrix and what its blocks read of x.
+struct Task {
+    const Matrix* w = nullptr;
+    Lines x;                  // a row of tiles; row by row or, where W is stored so, turned
+    std::vector<float> sums;  // (groups, m), for zero points; nothing where there are none
+    Bytes bytes;
+    int like = -1;  // the task that reads the same x
+};
+
+bool packed(const Matrix& w) { return w.kind == Matrix::INT4 || w.kind == Matrix::INT8; }
+
+void turn(Line* tile) {
+    __m512i square[SIDE];
+    for (int i = 0; i < SIDE; ++i) square[i] = _mm512_load_si512(tile + i);
+    transpose(square);
+    for (int i = 0; i < SIDE; ++i) _mm512_store_si512(tile + i, square[i]);
+}
+
+void read(Task& task, const bf16* x, int m) {
+    const Matrix& w = *task.w;
+    const bool integers = w.kind == Matrix::INT8_INT8;
+    const long bytes = long(w.columns) * (integers ? 1 : 2);
+    if (integers) task.bytes = encode(w, x, m, 1);
+    task.x = tiles_of(integers ? (const void*)task.bytes.codes.data() : x, m, bytes, 1, 1);
+    if (!packed(w))
+        for (long k = 0; k < upward(bytes, 64); ++k) turn(&task.x[k * SIDE]);
+    if (w.zero) {
+        task.sums.resize(size_t(w.columns / w.group) * m);
+        for (int i = 0; i < m; ++i)
+            for (int k = 0; k < w.columns; ++k) task.sums[size_t(k / w.group) * m + i] += widen(x[long(i) * w.columns + k]);
+    }
+}
+
+// totals (m): the products of a row of x each with the 16 rows of W in `block`.
+template <int KIND> void packed_block(const Matrix& w, long block, const Line* x, const float* sums, int m, Floats* totals) {
+    constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS;
+    const int groups = w.columns / w.group;
+    const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
+    alignas(64) __m512i weights[2][SIDE];  // by turns: one is written while the other is read
+    alignas(64) float found[SIDE][SIDE];
+    for (int i = 0; i < m; ++i) totals[i] = zeros();
+    for (int g = 0; g < groups; ++g) {
+        _tile_zero(0);
+        for (int k = 0; k < w.group / 32; ++k, x += SIDE) {
+            __m512i* const to = weights[k % 2];
+            for (int c = 0; c < SIDE; c += PAIRS, codes += 64) {
+                fetch(codes);
+                Codes<KIND>::unpack(codes, to + c);
+            }
+            Tiles::written();
+            _tile_loadd(1, x, 64);
+            _tile_loadd(2, to, 64);
+            _tile_dpbf16ps(0, 1, 2);
+        }
+        _tile_stored(0, found, 64);
+        const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
+        const __m512 zero = w.zero ? load(w.zero + (block * groups + g) * ROWS) : zeros();
+        for (int i = 0; i < m; ++i) {
+            __m512 sum = _mm512_load_ps(found[i]);
+            if (w.zero) sum = less_fused(sum, zero, all(sums[g * m + i]));
+            totals[i] = fused(sum, scale, totals[i]);
+        }
+    }
+}
+
+// The same for what is stored row by row: sums (m), whole numbers or float32.
+template <bool INTEGERS> void plain_block(const Matrix& w, long block, const Line* x, __m512i* sums) {
+    const long bytes = long(w.columns) * (INTEGERS ? 1 : 2), tiles = upward(bytes, 64);
+    const uint8_t* from = (const uint8_t*)w.weight + block * ROWS * bytes;
+    const long rows = std::min<long>(ROWS, w.rows - block * ROWS), whole = rows == ROWS ? bytes / 64 : 0;
+    alignas(64) __m512i rest[SIDE];
+    _tile_zero(0);
+    for (long k = 0; k < tiles; ++k, x += SIDE) {
+        if (k < whole) {
+            _tile_loadd(1, from + k * 64, bytes);
+        } else {  // past the end there is nothing that may be read
+            const long left = std::min(64L, bytes - k * 64);
+            const __mmask64 mask = left == 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+            for (int r = 0; r < SIDE; ++r)
+                rest[r] = r < rows ? _mm512_maskz_loadu_epi8(mask, from + r * bytes + k * 64) : _mm512_setzero_si512();
+            Tiles::written();
+            _tile_loadd(1, rest, 64);
+        }
+        _tile_loadd(2, x, 64);
+        if constexpr (INTEGERS) _tile_dpbsud(0, 1, 2);
+        else _tile_dpbf16ps(0, 1, 2);
+    }
+    _tile_stored(0, sums, 64);
+    transpose(sums);
+}
+
+void run(const Task& task, const Task& inputs, long block, int m, bf16* out, long stride) {
+    const Matrix& w = *task.w;
+    const __mmask16 mask = lanes(w.rows - block * ROWS);
+    Floats totals[SIDE];
+    alignas(64) __m512i sums[SIDE];
+    if (w.kind == Matrix::INT4) packed_block<Matrix::INT4>(w, block, inputs.x.get(), inputs.sums.data(), m, totals);
+    if (w.kind == Matrix::INT8) packed_block<Matrix::INT8>(w, block, inputs.x.get(), inputs.sums.data(), m, totals);
+    if (w.kind == Matrix::DENSE) {
+        plain_block<false>(w, block, inputs.x.get(), sums);
+        for (int i = 0; i < m; ++i) totals[i] = _mm512_castsi512_ps(sums[i]);
+    }
+    if (w.kind == Matrix::INT8_INT8) {
+        plain_block<true>(w, block, inputs.x.get(), sums);
+        const __m512i shift = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, w.sums + block * ROWS), 7);
+        const __m512 scale = load(w.scale + block * ROWS, mask);
+        for (int i = 0; i < m; ++i)
+            totals[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i], shift)) * all(task.bytes.scales[i]) * scale;
+    }
+    const Floats bias = w.bias ? load(w.bias + block * ROWS, mask) : zeros();
+    for (int i = 0; i < m; ++i) store(out + i * stride + block * ROWS, totals[i] + bias, mask);
+}
+
+}  // namespace
+
+bool multiply_tile(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
+    if (m < FEWEST || m > SIDE) return false;
+    std::vector<Task> tasks(count);
+    for (int i = 0; i < count; ++i) {
+        const Matrix& w = matrices[i];
+        if (packed(w) && w.group % 32) return false;
+        tasks[i].w = &w;
+        for (int j = 0; j < i && tasks[i].like < 0 && w.kind != Matrix::INT8_INT8; ++j)
+            if (same_inputs(w, matrices[j])) tasks[i].like = j;
+        if (tasks[i].like < 0) read(tasks[i], x, m);
+    }
+    const Blocks blocks(matrices, count, m, threads);
+#pragma omp parallel num_threads(blocks.threads)
+    {
+        const Tiles here;
+#pragma omp for schedule(dynamic, blocks.turn)
+        for (long unit = 0; unit < blocks.all; ++unit) {
+            const auto [i, block, at] = blocks.find(unit);
+            const Task& task = tasks[i];
+            run(task, task.like < 0 ? task : tasks[task.like], block, m, out + at, blocks.stride);
+        }
+    }
+    return true;
+}
