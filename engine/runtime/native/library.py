@@ -141,7 +141,8 @@ def may_use_tiles() -> bool:
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
-    return ctypes.CDLL(None).syscall(c_long(ARCH_PRCTL), c_long(ASK_FOR_STATE), c_long(TILES)) == 0
+    answer: int = ctypes.CDLL(None).syscall(c_long(ARCH_PRCTL), c_long(ASK_FOR_STATE), c_long(TILES))
+    return answer == 0
 
 
 @functools.cache
