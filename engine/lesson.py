@@ -23,7 +23,7 @@ from engine.fields import RARE
 from engine.losses import Objective, chunk_size, chunked, pieces
 from engine.methods import Context, Params
 from engine.models import LoadedModel
-from engine.preflight import calibration_file, check_text, whole
+from engine.preflight import check_text, text_file, whole
 from engine.rows import MOST_HELD, Rows, packed_rows
 from engine.teachers import Answers, Question, Teacher, cached, dtype_of, load_live, shared_vocabulary
 from engine.tokens import check_same_tokenizer
@@ -42,6 +42,14 @@ class TextParams(Params):
     sequence_length: Annotated[int, RARE] = Field(128, ge=8, le=8192, description="Tokens of each sequence.")
     text: str = Field("demo", description="Training text: `demo`, or a text or JSONL file.")
 
+    def file(self) -> Path:
+        """Where the text is.
+
+        Raises:
+            BadText: it is not there.
+        """
+        return text_file(self.text, "training text")
+
     def rooted(self) -> dict[str, JsonValue]:
         """The text."""
         return {**super().rooted(), "text": whole(self.text)}
@@ -49,7 +57,7 @@ class TextParams(Params):
     def check_sources(self, folder: Path) -> None:
         """Refuse a text that cannot be read, or is shorter than one sequence."""
         super().check_sources(folder)
-        check_text(calibration_file(self.text), folder, self.sequence_length)
+        check_text(self.file(), folder, self.sequence_length)
 
 
 class TrainingParams(TextParams):

@@ -165,9 +165,9 @@ class Params(BaseModel):
         """What a reader should know before a run with a model of this shape on `cpu` or `cuda`, as sentences."""
         return ()
 
-    def heals(self) -> bool:
-        """Whether it teaches the model as it is what the original says: nothing to learn where no step came before."""
-        return False
+    def notes_at_first(self, shape: Shape) -> Sequence[str]:
+        """As `notes`, where no step before changes the model: then it begins with the original itself."""
+        return ()
 
     def keeps_grids(self) -> bool:
         """Whether weights that an earlier step put on a grid stay on it, so that this may follow quantization."""

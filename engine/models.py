@@ -138,6 +138,12 @@ class LoadedModel:
         """Where the model computes."""
         return self.network.device if self.parts is None else self.parts.device
 
+    @property
+    def parameters(self) -> int:
+        """How many it has; a weight that is another's counts once, also while its part is closed."""
+        tied, all_names = self.tied, self.network.named_parameters(remove_duplicate=False)
+        return sum({id(each): each.numel() for name, each in all_names if name not in tied}.values())
+
     @contextlib.contextmanager
     def opened(self, part: str) -> Iterator[None]:
         """The part has its weights meanwhile; changes to them are lost at the end unless they were stored."""

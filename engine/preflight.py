@@ -27,7 +27,6 @@ from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
-NOTHING_TO_HEAL = "No step before changes the model: the student begins as the teacher itself."
 
 
 def resolve(source: str) -> Path:
@@ -166,13 +165,22 @@ def calibration_file(source: str) -> Path:
     Raises:
         BadText: there is no such file.
     """
+    return text_file(source, "calibration file")
+
+
+def text_file(source: str, called: str) -> Path:
+    """The file of a text: `demo`, or a path. `called`: what an error says that it is.
+
+    Raises:
+        BadText: there is no such file.
+    """
     try:
         path = DEMO / "text.txt" if source == "demo" else place(source)
         if "\0" not in source and path.is_file():
             return path.resolve()
     except (OSError, RuntimeError):  # a name that is too long; a home of nobody
         pass
-    raise BadText(f"There is no calibration file {short(source)!r}. Give `demo` or a text or JSONL file.")
+    raise BadText(f"There is no {called} {short(source)!r}. Give `demo` or a text or JSONL file.")
 
 
 def check(
@@ -243,7 +251,7 @@ def _estimate(
             *_rounded_otherwise(params, shape),
             *_ignored_for_nothing(params, shape),
             *_of_a_toy_world(params, recipe.model),
-            *([NOTHING_TO_HEAL] if params is steps[0][1] and params.heals() else []),
+            *(params.notes_at_first(shape) if params is steps[0][1] else ()),
         )
     ]
     return replace(found, notes=(*said, *found.notes))

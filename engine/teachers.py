@@ -152,10 +152,10 @@ def cached(
 ) -> Cached:
     """The teachers' answers to all rows, from disk where they are; where some are missing, `load`s them.
 
-    Of several processes each asks for some of the files.
+    Of several processes each asks for some of the files. What is damaged of the run's own files is asked for again.
 
     Raises:
-        BadModel: a file of the cache is another teacher's.
+        BadModel: a file of the cache is another teacher's, or damaged.
         TooBig: the cache does not fit on the disk.
     """
     whose = fingerprint(folders, question)
@@ -168,7 +168,7 @@ def cached(
     missing = [
         place
         for place, (file, kept) in enumerate(zip(files, shared, strict=True))
-        if not (_is_of(file, whose) or (_is_of(kept, whose) and fetch(file, kept)))
+        if not (_is_of(file, whose) if file.exists() else _shared(kept, whose) and fetch(file, kept))
     ]
     if missing:
         tokens = sum(spans[place][1] - spans[place][0] for place in missing) * (width - 1)
@@ -220,19 +220,24 @@ def write_answers(
 
 
 def _is_of(file: Path, whose: str) -> bool:
-    """Whether a finished file is there.
+    """Whether a file is finished, whole, and of these teachers."""
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get(KEY, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return False
+    return bool(about == {"teacher": whose, "rows": file.stem})
+
+
+def _shared(file: Path, whose: str) -> bool:
+    """Whether a finished file is there that runs share.
 
     Raises:
         BadModel: it is there, and another teacher's or damaged.
     """
     if not file.exists():
         return False
-    try:
-        with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get(KEY, "{}"))
-    except (OSError, SafetensorError, ValueError):
-        about = {}
-    if about != {"teacher": whose, "rows": file.stem}:
+    if not _is_of(file, whose):
         raise BadModel(
             f"The cache {short(file.name, 12)} was made by another teacher or tokenizer, or is damaged. "
             f"Delete the folder {file.parent.name} below cache/teachers."

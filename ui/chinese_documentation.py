@@ -68,9 +68,10 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         # quantize/gptq
         "GPTQ (Frantar et al., 2022, arXiv 2210.17323). Minimises |XW - XQ|² for each linear with the Hessian H = 2 "
         "X Xᵀ of calibration inputs. Needs calibration text, no training; the best choice at 4 bits and below among "
-        "the weight-only schemes here.":
-            "GPTQ（Frantar 等，2022，arXiv 2210.17323）。对每个线性层最小化 |XW - XQ|²，其中 Hessian 矩阵 H = 2 X Xᵀ 由"
-            "校准输入得出。需要校准文本，无需训练；在这里的仅权重方案中，是 4 位及以下的首选。",
+        "the weight-only schemes here that give all linears the same bits (`quantize/mixed` does not).":
+            "GPTQ（Frantar 等，2022，arXiv 2210.17323）。对每个线性层最小化 |XW - XQ|²，其中 Hessian 矩阵 H = 2 X Xᵀ "
+            "由校准输入得出。需要校准文本，无需训练；在这里给所有线性层同样位数的仅权重方案中，是 4 位及以下的首选（"
+            "`quantize/mixed` 则逐层分配位数）。",
         "The weight is worked through column by column, in slices (`engine.solver`); the codes are those of the "
         "paper, read from H itself instead of the Cholesky factor of H⁻¹ (Chen et al., 2025, \"The Geometry of LLM "
         "Quantization: GPTQ as Babai's Nearest Plane Algorithm\", arXiv 2507.18553). By hand, with the grid of whole "
@@ -172,23 +173,28 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "predictions from the original's. A small change of an output costs in proportion to its square, so o costs "
         "k(l) e(l, o) / e(l, probe). 3. The assignment with the least total cost whose stored bits, scales and all, "
         "fit the budget: a multiple-choice knapsack, solved by dynamic programming over `CELLS` cells of the budget, "
-        "and at a price for bits (Lagrange's multiplier); the better of the two is taken. The budget is never exceeded. "
-        "A budget of memory counts codes as kernels hold them, 2 to 4 bits in 4 and others in 8: a model that fits on "
-        "the disk need not fit there. 4. GPTQ with the grid that was chosen for each linear.":
-            "1. 对每个线性层 l 和每个选项 o（位数与组大小），由输入的二阶矩 H 算出舍入引起的输出相对变化：e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ)"
-            "。\n2. 这样的变化给模型带来多大代价：只把 l 舍入到 `PROBE_BITS` 位，测模型预测与原始模型预测的 KL 散度 k(l)。输出变化较小时，代价与其平方成"
-            "正比，所以 o 的代价为 k(l) e(l, o) / e(l, `PROBE_BITS`)。\n3. 求总代价最小、且存储位数（含缩放系数等）不超预算的分配：这是一个多"
-            "选背包问题，一面在预算的 `CELLS` 个格子上用动态规划求解，一面给每一位定价求解（拉格朗日乘子），取两者中较好的；绝不会超出预算。内存预算按算子实际保存编码的方式计算，2 至 4 位按 4 位，其余按"
-            " 8 位：磁盘上放得下的模型，内存里未必放得下。\n4. 用为每个线性层选定的网格做 GPTQ。",
+        "and at a price for bits (Lagrange's multiplier); the better of the two is taken. The budget is never "
+        "exceeded; one above the largest option counts as that. A budget of memory counts codes as kernels hold "
+        "them, 2 to 4 bits in 4 and others in 8: a model that fits on the disk need not fit there. 4. GPTQ with the "
+        "grid that was chosen for each linear.":
+            "1. 对每个线性层 l 和每个选项 o（位数与组大小），由输入的二阶矩 H 算出舍入引起的输出相对变化：e(l, o) = "
+            "tr(D H Dᵀ) / tr(W H Wᵀ)。\n2. 这样的变化给模型带来多大代价：只把 l 舍入到 `PROBE_BITS` 位，测模型预测与"
+            "原始模型预测的 KL 散度 k(l)。输出变化较小时，代价与其平方成正比，所以 o 的代价为 k(l) e(l, o) / e(l, "
+            "`PROBE_BITS`)。\n3. 求总代价最小、且存储位数（含缩放系数等）不超预算的分配：这是一个多选背包问题，一面在"
+            "预算的 `CELLS` 个格子上用动态规划求解，一面给每一位定价求解（拉格朗日乘子），取两者中较好的；绝不会超出"
+            "预算；高于最大选项的预算按最大选项计。内存预算按算子实际保存编码的方式计算，2 至 4 位按 4 位，其余按 8 "
+            "位：磁盘上放得下的模型，内存里未必放得下。\n4. 用为每个线性层选定的网格做 GPTQ。",
         "Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3. The head, "
         "where it is chosen, is one more linear under the same budget; embeddings are not, they have 8 bits.":
             "第 1、2 步与预算无关，结果会保留；换一个预算从第 3 步开始。输出头若被选中，就作为同一预算下的又一个线性层；词嵌入不在其中，固定为 8 位。",
         # quantize/rtn
-        "Round-to-nearest, the baseline that every other scheme must beat: no calibration, seconds for any model. "
-        "Good at 8 bits, acceptable at 4 with small groups, poor below. See Nagel et al., 2021, \"A White Paper on "
-        "Neural Network Quantization\", arXiv 2106.08295, section 2.":
-            "就近舍入，是其他所有方案都必须超过的基线：无需校准，任何模型只需几秒。8 位时良好，4 位配小组时尚可，更低则差。见 Nagel 等，2021，“A White "
-            "Paper on Neural Network Quantization”，arXiv 2106.08295，第 2 节。",
+        "Round-to-nearest, the baseline that every other scheme must beat: no calibration, hardly longer than the "
+        "model takes to read and write. Good at 8 bits, acceptable at 4 with small groups, poor below. With "
+        "`clipping` each range is narrowed where that lowers the squared error. See Nagel et al., 2021, \"A White "
+        "Paper on Neural Network Quantization\", arXiv 2106.08295, section 2.":
+            "就近舍入，是其他所有方案都必须超过的基线：无需校准，用时几乎只是读写模型的时间。8 位时良好，4 位配小组时"
+            "尚可，更低则差。设置 `clipping` 后，在能降低平方误差之处收窄取值范围。见 Nagel 等，2021，“A White Paper "
+            "on Neural Network Quantization”，arXiv 2106.08295，第 2 节。",
         # quantize/smoothquant
         "SmoothQuant (Xiao et al., 2022, \"SmoothQuant: Accurate and Efficient Post-Training Quantization for Large "
         "Language Models\", arXiv 2211.10438), W8A8. Weights are easy to round to 8 bits, activations are not: a few "
@@ -211,18 +217,23 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "ZeroQuant (Yao et al., 2022, \"ZeroQuant: Efficient and Affordable Post-Training Quantization for "
         "Large-Scale Transformers\", arXiv 2206.01861). Fine grains make simple rounding good enough: a scale for "
         "each group of weights, and for each token's inputs a scale found as it comes. Where bits are few, "
-        "*layer-by-layer knowledge distillation* helps: one block at a time, the weights are trained so that the "
-        "rounded block gives what the original gave,":
-            "ZeroQuant（Yao 等，2022，“ZeroQuant: Efficient and Affordable Post-Training Quantization "
-            "for Large-Scale Transformers”，arXiv 2206.01861）。细粒度足以让简单舍入够用：每组权重一个缩放系数，每个词元的输入在到来时求一"
-            "个缩放系数。位数很少时，*逐层知识蒸馏*有帮助：一次一层，训练权重，使舍入后的层给出原始层的输出，",
-        "with the gradient passed straight through the rounding. Only one block's weights and gradients are in "
-        "memory, and no labels are needed, only the calibration text; what the original gave stands in files where "
-        "it is much. A block keeps its weights where training did not help.":
-            "梯度直接穿过舍入传递。内存中只有一层的权重和梯度，不需要标签，只需校准文本；原始层的输出很大时存入文件。训练没有帮助的层保留原来的权重。",
+        "*layer-by-layer knowledge distillation* helps (`distill_steps`, none unless asked for): one block at a "
+        "time, the weights are trained so that the rounded block gives what the original block gives for the same "
+        "inputs, those that the rounded blocks before it leave,":
+            "ZeroQuant（Yao 等，2022，“ZeroQuant: Efficient and Affordable Post-Training Quantization for "
+            "Large-Scale Transformers”，arXiv 2206.01861）。细粒度足以让简单舍入够用：每组权重一个缩放系数，每个词元"
+            "的输入在到来时求一个缩放系数。位数很少时，*逐层知识蒸馏*有帮助（`distill_steps`，默认不做）：一次一层，"
+            "训练权重，使舍入后的层对同样的输入（即前面已舍入各层的输出）给出与原始层相同的输出，",
+        "with the gradient passed straight through the rounding, of inputs too. Only one block's weights, gradients "
+        "and moments are in memory, and no labels are needed, only the calibration text; what the original gave "
+        "stands in files where it is much. A block keeps its weights where training did not help.":
+            "梯度直接穿过舍入（包括输入的舍入）传递。内存中只有一层的权重、梯度和优化器的矩，不需要标签，只需校准文本"
+            "；原始层的输出很大时存入文件。训练没有帮助的层保留原来的权重。",
         "Products of grouped weights with 8-bit inputs have no kernel of their own here: the inputs are rounded, "
-        "then the 4-bit kernels compute.":
-            "分组权重与 8 位输入的乘积在这里没有专用算子：先舍入输入，再由 4 位算子计算。",
+        "then the kernels of packed weights compute. With one scale a row or matrix, symmetric weights of 5 to 8 "
+        "bits multiply as integers, as SmoothQuant's do.":
+            "分组权重与 8 位输入的乘积在这里没有专用算子：先舍入输入，再由打包权重的算子计算。若每行或整个矩阵只有一"
+            "个缩放系数，5 至 8 位的对称权重按整数相乘，与 SmoothQuant 相同。",
         # prune/depth
         "- `influence`: 1 - the mean cosine of what enters and what leaves (ShortGPT, Men et al., 2024, arXiv "
         "2403.03853). - `angle`: the angle between the two (The Unreasonable Ineffectiveness of the Deeper Layers, "
@@ -237,11 +248,12 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "LLaMA，Kim 等，2024，arXiv 2402.02834）；较慢，每层都要读一遍文本。\n- `greedy`：同 `perplexity`，但每次只去掉一层，"
             "其余各层重新评判（SLEB，Song 等，2024，arXiv 2402.09025）；去掉几层，就慢几倍。",
         "Contiguous blocks are judged as one run. Free ones are judged one by one on the whole model, but for "
-        "`greedy`, so that blocks that each are dispensable may not be so together. Fewer blocks make everything smaller and faster, on every "
-        "device, in proportion; the damage is large and wants repair by training after it (distillation with student "
-        "`current`).":
-            "相邻的层作为一个整体评判。不要求相邻时，除 `greedy` 外，各层在完整模型上逐一评判，因此单独都可去掉的几层，一起去掉未必可行。层数减少后，一切都按比例变小变快，在任何设备上都是如此；损伤很"
-            "大，之后需要通过训练修复（学生为 `current` 的蒸馏）。",
+        "`greedy`, so that blocks that each are dispensable may not be so together. A block that goes makes the "
+        "model smaller and faster, on every device, by what it was of the whole; the damage is large and wants "
+        "repair by training after it (distillation with student `current`).":
+            "相邻的层作为一个整体评判。不要求相邻时，除 `greedy` 外，各层在完整模型上逐一评判，因此单独都可去掉的几层"
+            "，一起去掉未必可行。每移除一层，模型就按该层所占的份额变小变快，在任何设备上都是如此；损伤很大，之后需要"
+            "通过训练修复（学生为 `current` 的蒸馏）。",
         # prune/gradual
         "Gradual magnitude pruning (Zhu & Gupta, 2017, \"To prune, or not to prune\", arXiv 1710.01878). After step "
         "t the sparsity of each linear is":
@@ -255,9 +267,11 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "the same share without one.":
             "因为早期可剪的多，恢复的时间也多。其余步数在目标稀疏度下恢复。在文本的真实标签上训练；若要向原始模型学习，请在其后接修复或蒸馏。已为零的权重保持为零。使用 N:M 模式时"
             "，在 T 处一次剪成完整的模式，此前按同样的比例剪枝而不限位置。",
-        "The best accuracy at high sparsity of the unstructured ways here, for the price of training. The zeros stay "
-        "dense: memory and latency do not fall by themselves.":
-            "在这里的非结构化方法中，高稀疏度下准确率最高，代价是训练。零仍以稠密形式存储：内存和延迟不会自行下降。",
+        "For high sparsities, which break a model that does not train on. The zeros stay dense in memory, and in the "
+        "file unless `storage` is `bitmask`: memory and latency fall only with a kernel that uses them, CUDA's for "
+        "2:4.":
+            "适合高稀疏度：不继续训练的模型在那里会失效。零在内存中仍是稠密的，在文件中也是，除非 `storage` 为 "
+            "`bitmask`：只有利用零的算子（CUDA 的 2:4 算子）才能降低内存和延迟。",
         # prune/l1
         "L1 regularisation before pruning, as in Han et al., 2015, \"Learning both Weights and Connections\", arXiv "
         "1506.02626, after Tibshirani's lasso (1996). In the first part of the steps the loss is":
@@ -266,13 +280,17 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "cross entropy + penalty * sum of |w| over the selected linears / number of linears":
             "    交叉熵 + penalty * 所选线性层的 Σ |w| / 线性层数",
         "whose gradient pulls each weight towards zero by the same amount, whatever its size. Then each linear loses "
-        "the share `sparsity` of its smallest weights, by a hard threshold; the run says what the threshold was. The "
-        "rest of the steps trains without a price and with these weights at zero.":
-            "其梯度以同样的力度把每个权重拉向零，与权重大小无关。然后用硬阈值让每个线性层失去比例为 `sparsity` 的最小权重；运行会写明阈值。其余步数不加代价继续训练，这些权"
-            "重保持为零。",
+        "the share `sparsity` of its smallest weights, or with a pattern N in each M, at once; the run says how "
+        "large the largest of all these was. The rest of the steps trains without a price and with these weights at "
+        "zero.":
+            "其梯度以同样的力度把每个权重拉向零，与权重大小无关。然后让每个线性层一次失去比例为 `sparsity` 的最小权重"
+            "，使用 N:M 模式时则每 M 个失去 N 个；运行会写明其中最大的权重有多大。其余步数不加代价继续训练，这些权重"
+            "保持为零。",
         "Adam divides each gradient by its usual size: a weight that matters little to the loss feels the price "
-        "most. The zeros stay dense: memory and latency do not fall by themselves.":
-            "Adam 把每个梯度除以其通常大小：对损失影响小的权重最能感受到这一代价。零仍以稠密形式存储：内存和延迟不会自行下降。",
+        "most. The zeros stay dense in memory, and in the file unless `storage` is `bitmask`: memory and latency "
+        "fall only with a kernel that uses them, CUDA's for 2:4.":
+            "Adam 把每个梯度除以其通常大小：对损失影响小的权重最能感受到这一代价。零在内存中仍是稠密的，在文件中也是"
+            "，除非 `storage` 为 `bitmask`：只有利用零的算子（CUDA 的 2:4 算子）才能降低内存和延迟。",
         # prune/low_rank
         "SVD-LLM (Wang et al., 2024, arXiv 2403.07378): with the Cholesky factor S of the inputs' second moments, X "
         "Xᵀ = S Sᵀ, the singular values of W S are what truncation costs: |WX - W'X|² is the sum of the squares that "
@@ -287,21 +305,24 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "that save most for each weight that they take are kept, wherever they are, until the size is reached; "
         "linears that would not become smaller stay as they are, and the log says which. On the demo model at ratio "
         "0.6 that is KL 0.003 against 0.29; with inputs as they are instead of scaled to length 1 it is 0.53, for "
-        "the energy is then that of a few tokens with massive activations. The singular values are kept: another "
-        "ratio needs no new look.":
-            "秩由 `ratio`（所选线性层权重的保留比例）决定。`uniform`：各线性层比例相同。`water-filling`：线性层的损失以其输出能量来衡量，优先保留单位权"
-            "重所减少损失最多的奇异值，不论它们在哪里，直到达到目标大小；不会因此变小的线性层保持原样，日志会写明是哪些。在演示模型上，`ratio` 为 0.6 时 KL 为 "
-            "0.003，而均等分配为 0.29；若输入保持原样而不缩放到长度 1，则为 0.53，因为此时的能量只是少数具有极大激活值的词元的能量。奇异值会保留：换一个比例无需重新测"
-            "量。",
+        "the energy is then that of a few tokens with massive activations. The singular values are kept: with "
+        "another ratio the text is read once, not twice.":
+            "秩由 `ratio`（所选线性层权重的保留比例）决定。`uniform`：各线性层比例相同。`water-filling`：线性层的损失"
+            "以其输出能量来衡量，优先保留单位权重所减少损失最多的奇异值，不论它们在哪里，直到达到目标大小；不会因此变"
+            "小的线性层保持原样，日志会写明是哪些。在演示模型上，`ratio` 为 0.6 时 KL 为 0.003，而均等分配为 0.29；若"
+            "输入保持原样而不缩放到长度 1，则为 0.53，因为此时的能量只是少数具有极大激活值的词元的能量。奇异值会保留"
+            "：换一个比例时，文本只需读一遍，而不是两遍。",
         "The file is in a format of Maquette's own (`engine.low_rank`); `export dense` writes matrices that anybody "
         "loads. Zeros of earlier pruning steps are lost: a product has none.":
             "文件采用 Maquette 自己的格式（`engine.low_rank`）；`export dense` 写出谁都能加载的矩阵。先前剪枝步骤的零会丢失：乘积中没有零。",
         # prune/magnitude
         "Magnitude pruning (Han et al., 2015, arXiv 1506.02626), without retraining. Needs neither calibration nor "
-        "training; the baseline that activation-aware pruning must beat. Unless `storage` says otherwise the zeros "
-        "stay dense: memory and latency fall only with a later step or a kernel that uses them.":
-            "幅值剪枝（Han 等，2015，arXiv 1506.02626），不再训练。既不需要校准，也不需要训练；是激活感知剪枝必须超过的基线。除非 `storage` 另有设置"
-            "，零仍以稠密形式存储：只有后续步骤或利用零的算子才能降低内存和延迟。",
+        "training; the baseline that activation-aware pruning must beat. The zeros stay dense in memory, and in the "
+        "file unless `storage` is `bitmask`: memory and latency fall only with a kernel that uses them, CUDA's for "
+        "2:4.":
+            "幅值剪枝（Han 等，2015，arXiv 1506.02626），不再训练。既不需要校准，也不需要训练；是激活感知剪枝必须超过"
+            "的基线。零在内存中仍是稠密的，在文件中也是，除非 `storage` 为 `bitmask`：只有利用零的算子（CUDA 的 2:4 "
+            "算子）才能降低内存和延迟。",
         "With the scope `global` one threshold holds for all selected linears (Blalock et al., 2020, \"What is the "
         "State of Neural Network Pruning?\", arXiv 2003.03033): linears of large weights lose less. It is exact and "
         "holds one block in memory: float32 magnitudes are ordered as their bits are, so the threshold's upper 16 "
@@ -313,13 +334,15 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         # prune/sparsegpt
         "SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774): minimises |XW - XQ|² for each linear, with the "
         "Hessian H = 2 X Xᵀ of calibration inputs, as GPTQ does, with zeros in the place of rounding. Zeros are "
-        "chosen slice by slice of 128 columns, all rows together, after the columns before have been made up for: "
-        "those with the least saliency of optimal brain surgery. With a pattern N:M they are chosen when the first "
-        "of M columns comes. Needs calibration text, no training. Better than Wanda, most of all where a pattern "
-        "restricts the choice, for what is left moves.":
-            "SparseGPT（Frantar 和 Alistarh，2023，arXiv 2301.00774）：与 GPTQ 一样，用校准输入的 Hessian 矩阵 H = "
-            "2 X Xᵀ 对每个线性层最小化 |XW - XQ|²，只是以置零代替舍入。每 128 列为一个切片，在前面的列得到补偿之后，所有行一起选择置零位置：取“最优脑外科”显著"
-            "性最小的权重。使用 N:M 模式时，在 M 列中的第一列到来时选择。需要校准文本，无需训练。优于 Wanda，在模式限制选择时尤其如此，因为留下的权重会移动。",
+        "chosen slice by slice of 128 columns, all rows together (of a large matrix those of 16 million weights), "
+        "after the columns before have been made up for: those with the least saliency of optimal brain surgery. "
+        "With a pattern N:M they are chosen when the first of M columns comes. Needs calibration text, no training. "
+        "Better than Wanda, most of all where a pattern restricts the choice, for what is left moves.":
+            "SparseGPT（Frantar 和 Alistarh，2023，arXiv 2301.00774）：与 GPTQ 一样，用校准输入的 Hessian 矩阵 H = 2 "
+            "X Xᵀ 对每个线性层最小化 |XW - XQ|²，只是以置零代替舍入。每 128 列为一个切片，在前面的列得到补偿之后，所"
+            "有行一起（大矩阵则每 1600 万个权重的行一起）选择置零位置：取“最优脑外科”显著性最小的权重。使用 N:M 模式"
+            "时，在 M 列中的第一列到来时选择。需要校准文本，无需训练。优于 Wanda，在模式限制选择时尤其如此，因为留下"
+            "的权重会移动。",
         "Columns are solved in their natural order, and tokens enter H as they are: on the demo model an early "
         "comparison gave KL 0.024 at half the weights and 0.065 at 2:4, against 0.029 and 0.072 with inputs scaled "
         "to length 1, which rounding prefers. The largest inputs first, which rounding prefers too, changed nothing "
@@ -329,9 +352,10 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "Another ratio needs the calibration again: a Hessian for each linear is too large to keep, of 8 billion "
         "weights tens of GB.":
             "换一个比例需要重新校准：每个线性层的 Hessian 矩阵太大，无法保留，80 亿权重的模型需要几十 GB。",
-        "Zeros that an earlier step made stay zeros and count. The zeros stay dense unless `storage` says otherwise: "
-        "memory and latency fall only with a kernel that uses them.":
-            "先前步骤产生的零保持为零并计入其中。除非 `storage` 另有设置，零仍以稠密形式存储：只有利用零的算子才能降低内存和延迟。",
+        "Zeros that an earlier step made stay zeros and count. They all stay dense in memory, and in the file unless "
+        "`storage` is `bitmask`: memory and latency fall only with a kernel that uses them, CUDA's for 2:4.":
+            "先前步骤产生的零保持为零并计入其中。所有的零在内存中仍是稠密的，在文件中也是，除非 `storage` 为 "
+            "`bitmask`：只有利用零的算子（CUDA 的 2:4 算子）才能降低内存和延迟。",
         # prune/vocabulary
         "For a model that will only see one language, domain or format: large vocabularies are a third of a small "
         "model, and most of their tokens are never seen. Unlike other pruning it costs nothing on that text: it is "
@@ -352,10 +376,11 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "表缩减到某一语料的做法见 Abdaoui 等，2020，arXiv 2010.05609。困惑度之间只能通过每字节位数比较。",
         # prune/wanda
         "Wanda (Sun et al., 2023, arXiv 2306.11695): score |w_nk| * |x_k|₂, compared within each output row. Needs "
-        "calibration text, no training and no weight update. Unless `storage` says otherwise the zeros stay dense: "
-        "memory and latency fall only with a later step or a kernel that uses them.":
-            "Wanda（Sun 等，2023，arXiv 2306.11695）：得分为 |w_nk| * |x_k|₂，在每个输出行内比较。需要校准文本，无需训练，也不更新权重。除"
-            "非 `storage` 另有设置，零仍以稠密形式存储：只有后续步骤或利用零的算子才能降低内存和延迟。",
+        "calibration text, no training and no weight update. The zeros stay dense in memory, and in the file unless "
+        "`storage` is `bitmask`: memory and latency fall only with a kernel that uses them, CUDA's for 2:4.":
+            "Wanda（Sun 等，2023，arXiv 2306.11695）：得分为 |w_nk| * |x_k|₂，在每个输出行内比较。需要校准文本，无需"
+            "训练，也不更新权重。零在内存中仍是稠密的，在文件中也是，除非 `storage` 为 `bitmask`：只有利用零的算子（"
+            "CUDA 的 2:4 算子）才能降低内存和延迟。",
         "As in the paper's code a block is measured with what the pruned blocks before it give. With `inputs: "
         "original` all are measured in the model as it comes, once: the norms are kept, and another sparsity, "
         "pattern or choice of linears on the same text needs no calibration.":
@@ -384,20 +409,23 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "KL":
             "    预测项 + hidden_weight * |h_student W - h_teacher|² / |h_teacher|² 的平均值 + "
             "attention_weight * KL 的平均值",
-        "over the sequences and the blocks (and the embeddings, for hidden states). W is a linear map that is learned "
-        "beside the student and thrown away afterwards; where the widths agree there is none. Hidden states of a "
-        "sequence count relative to the teacher's size, so that a weight means the same in every family. Attention "
-        "maps are compared as "
-        "probabilities, KL(teacher || student), averaged over the heads where their numbers differ; TinyBERT "
-        "compared the logits before the softmax, which `transformers` does not give. Maps need the plain (eager) "
-        "attention, slower and of memory T² a head: only while training, and only with an attention_weight above 0.":
-            "平均值取自各序列和各层（隐藏状态还包括词嵌入）。W 是与学生一起学习、之后丢弃的线性映射；宽度一致时不用。每个序列的隐藏状态相对教师的大小计算，使同一权重在每个模型系列中含义相同。注意力图"
-            "以概率比较，即 `KL(teacher || student)`，头数不同时对各头取平均；TinyBERT 比较的是 softmax 之前的 logits，"
-            "`transformers` 不提供。注意力图需要普通（eager）注意力，较慢，每个头占用 T² 的内存：只在训练时，且仅当 `attention_weight` 大于"
-            " 0 时。",
-        "Good for students that start at random, and early in a training. The teacher is in memory all the while. "
+        "over the sequences and the blocks (and the embeddings, for hidden states). The loss on predictions is that "
+        "of `distill/logits`, with more `teachers` from the mean of their probabilities; hidden states and maps are "
+        "the original's alone. W is a linear map that is learned beside the student and thrown away afterwards; "
+        "where the widths agree there is none. Hidden states of a sequence count relative to the teacher's size, so "
+        "that a weight means the same in every family. Attention maps are compared as probabilities, KL(teacher || "
+        "student), averaged over the heads where their numbers differ; TinyBERT compared the logits before the "
+        "softmax, which `transformers` does not give. Maps need the plain (eager) attention, slower and of memory T² "
+        "a head: only while training, and only with an attention_weight above 0.":
+            "平均值取自各序列和各层（隐藏状态还包括词嵌入）。预测项的损失与 `distill/logits` 相同，指定更多 "
+            "`teachers` 时，以它们概率的平均为准；隐藏状态和注意力图只取自原始模型。W 是与学生一起学习、之后丢弃的线"
+            "性映射；宽度一致时不用。每个序列的隐藏状态相对教师的大小计算，使同一权重在每个模型系列中含义相同。注意力"
+            "图以概率比较，即 `KL(teacher || student)`，头数不同时对各头取平均；TinyBERT 比较的是 softmax 之前的 "
+            "logits，`transformers` 不提供。注意力图需要普通（eager）注意力，较慢，每个头占用 T² 的内存：只在训练时，"
+            "且仅当 `attention_weight` 大于 0 时。",
+        "Good for students that start at random, and early in a training. All teachers are in memory all the while. "
         "Needs training text.":
-            "适合从随机开始的学生，以及训练初期。教师始终在内存中。需要训练文本。",
+            "适合从随机开始的学生，以及训练初期。所有教师始终在内存中。需要训练文本。",
         # distill/logits
         "Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531). With z the teacher's and y the student's "
         "logits, the loss of each token is":
@@ -426,23 +454,29 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
         "(FSDP).":
             "有多块 GPU 时，每块上的一个进程处理每个批次的一份，并保存学生的一个分片（FSDP）。",
         # distill/on_policy
-        "Generalised knowledge distillation (GKD, Agarwal et al., 2023, arXiv 2306.13649). A share of the batches "
-        "goes on from the first tokens of the text's rows with tokens that the student samples; the teacher says "
-        "what it would have expected there, and the divergence counts on the tokens that were written, up to the "
-        "first end of text. The other batches are the text, as in logit distillation. Nothing is learned through the "
-        "sampling itself.":
-            "广义知识蒸馏（GKD，Agarwal 等，2023，arXiv 2306.13649）。一部分批次以文本各行的开头词元为起点，由学生采样续写；教师给出它在那里会预期什么，"
-            "散度只计所写的词元，直到第一个文本结束符。其余批次就是文本，如同 Logit 蒸馏。采样本身不参与学习。",
+        "Generalised knowledge distillation (GKD, Agarwal et al., 2023, arXiv 2306.13649). In a share of the batches "
+        "the student goes on from the beginning of a document in each of the text's rows (of the row, where none "
+        "begins in it) with tokens that it samples; the teacher, with more `teachers` the mean of their "
+        "probabilities, says what it would have expected there, and the divergence counts on the tokens that were "
+        "written, up to the first end of text. The other batches are the text, as in logit distillation. Nothing is "
+        "learned through the sampling itself.":
+            "广义知识蒸馏（GKD，Agarwal 等，2023，arXiv 2306.13649）。一部分批次以文本各行中某个文档的开头为起点（行"
+            "中没有文档开始时，以该行的开头为起点），由学生采样续写；教师给出它在那里会预期什么（指定更多 `teachers` "
+            "时，取它们概率的平均），散度只计所写的词元，直到第一个文本结束符。其余批次就是文本，如同 Logit 蒸馏。采"
+            "样本身不参与学习。",
         "Reverse KL and Jensen-Shannon make a small student keep to what it can do well. Good for a student that "
-        "writes already (healed or pruned, not one at random); slow, since sequences are written token by token. What "
-        "is sampled after a row follows from the seed, the step and the row alone, so a resumed run writes it again, "
-        "and each of several processes writes after its own rows. The teacher is in memory all the while. Needs "
-        "training text.":
-            "反向 KL 和 Jensen-Shannon 散度让较小的学生模型专注于它能做好的事。适合已经会写的学生（修复过或剪枝过的，而不是随机初始化的）；较慢，因为序列是逐词元写"
-            "出的。每行之后的样本只由种子、步数和该行决定，所以继续的运行会写出同样的样本，多个进程也各写自己的行。教师始终在内存中。需要训练文本。",
+        "writes already (healed or pruned, not one at random); slow, since sequences are written token by token. "
+        "What is sampled after a row follows from the seed, the step and the row alone, so a resumed run writes it "
+        "again, and each of several processes writes after its own rows. All teachers are in memory all the while. "
+        "Needs training text.":
+            "反向 KL 和 Jensen-Shannon 散度让较小的学生模型专注于它能做好的事。适合已经会写的学生（修复过或剪枝过的，"
+            "而不是随机初始化的）；较慢，因为序列是逐词元写出的。每行之后的样本只由种子、步数和该行决定，所以继续的运"
+            "行会写出同样的样本，多个进程也各写自己的行。所有教师始终在内存中。需要训练文本。",
         # distill/repair
-        "Logit distillation of the model as it is, from the original, with three choices of what may change:":
-            "对现有模型做 Logit 蒸馏，教师是原始模型；可以改变什么，有三种选择：",
+        "Logit distillation of the model as it is, from the original (with more `teachers` from the mean of their "
+        "probabilities), with three choices of what may change:":
+            "对现有模型做 Logit 蒸馏，教师是原始模型（指定更多 `teachers` 时，取它们概率的平均）；可以改变什么，有三"
+            "种选择：",
         "- `all`: every weight; zeros of pruned linears stay zero. - `lora`: for each linear of the blocks a product "
         "of two thin matrices is learned beside it, W + B A (LoRA, Hu et al., 2021, arXiv 2106.09685), and merged at "
         "the end, masked where zeros must stay. - `norms and scales`: the weights of norms, all biases but the head's, "
@@ -450,28 +484,34 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "- `all`：全部权重；已剪枝线性层的零保持为零。\n- `lora`：在各层的每个线性层旁学习两个瘦矩阵的乘积，W + B A（LoRA，Hu 等，2021，"
             "arXiv 2106.09685），最后合并，须保持为零之处加掩码。\n- `norms and scales`：归一化的权重、除输出头外的全部偏置，以及各层中已量化线性层的缩放"
             "系数。",
-        "`all` heals most and holds an optimizer state for everything; `lora` trains and keeps about a hundredth of "
-        "it. All three may follow quantization, and what comes out has the same grids: `norms and scales` never "
-        "touches an integer code, w = (code - zero) * scale, where the gradient goes to the scale. `all` and `lora` "
-        "are quantization-aware training (as LLM-QAT, Liu et al., 2023, arXiv 2305.17888): the quantized linears of "
-        "the blocks learn weights that are rounded to the grid for every product, and its scales; head and embeddings "
-        "that are quantized stay as they are. Rounding, also of inputs, is passed over by the gradient "
-        "(straight-through, Bengio et al., 2013, arXiv 1308.3432).":
-            "`all` 恢复得最多，并为全部权重保存优化器状态；`lora` 训练和保存的约为其百分之一。三者都可以放在量化之后，结果仍在同样的网格上：`norms and scales` "
-            "从不改动整数码，`w = (code - zero) * scale`，梯度传给缩放系数。`all` 和 `lora` 是量化感知训练（如 LLM-QAT，Liu 等，2023，arXiv "
-            "2305.17888）：各层中已量化的线性层学习浮点权重，每次相乘前舍入到网格上，并学习网格的缩放系数；已量化的输出头和嵌入保持不变。舍入（包括输入的舍入）被梯度直接穿过"
-            "（直通估计，Bengio 等，2013，arXiv 1308.3432）。",
+        "`all` heals most and holds an optimizer state for everything; `lora` trains far less, of 4,096 by 4,096 "
+        "weights a 256th at rank 8. All three may follow quantization, but not a library's "
+        "(`quantize/bitsandbytes`), and what comes out has the same grids but for their scales: `norms and scales` "
+        "never touches an integer code, w = (code - zero) * scale, where the gradient goes to the scale. `all` and "
+        "`lora` are quantization-aware training (as LLM-QAT, Liu et al., 2023, arXiv 2305.17888): the quantized "
+        "linears of the blocks learn weights that are rounded to the grid for every product, and its scales; head "
+        "and embeddings that are quantized stay as they are. Rounding, also of inputs, is passed over by the "
+        "gradient (straight-through, Bengio et al., 2013, arXiv 1308.3432).":
+            "`all` 恢复得最多，并为全部权重保存优化器状态；`lora` 训练的少得多，秩为 8 时，对 4,096 × 4,096 的权重为 "
+            "1/256。三者都可以放在量化之后（第三方库的量化 `quantize/bitsandbytes` 除外），结果除缩放系数外仍在同样的"
+            "网格上：`norms and scales` 从不改动整数码，`w = (code - zero) * scale`，梯度传给缩放系数。`all` 和 "
+            "`lora` 是量化感知训练（如 LLM-QAT，Liu 等，2023，arXiv 2305.17888）：各层中已量化的线性层学习浮点权重，"
+            "每次相乘前舍入到网格上，并学习网格的缩放系数；已量化的输出头和嵌入保持不变。舍入（包括输入的舍入）被梯度"
+            "直接穿过（直通估计，Bengio 等，2013，arXiv 1308.3432）。",
         "The adapters are written here: `peft` would be one more package for these few lines. Needs training text.":
             "适配器在这里自行实现：为这几行代码引入 `peft` 不值得多一个软件包。需要训练文本。",
         # distill/sequence
-        "Sequence-level distillation (Kim & Rush, 2016, arXiv 1606.07947). The first tokens of the text's rows are "
-        "prompts; the teacher goes on from them, greedily or sampled, and the student learns its tokens as labels, "
-        "and the prompts' too where they are wanted. What the teacher wrote has fewer surprises than what people "
-        "wrote, and a small student can learn more of it. The sequences go to disk with the fingerprint of the "
-        "teacher and of the prompts: a killed run goes on with them, later runs find them, and the teacher is not in "
-        "memory while the student trains.":
-            "序列级蒸馏（Kim 和 Rush，2016，arXiv 1606.07947）。文本各行的开头词元作为提示词；教师以贪心或采样方式续写，学生把这些词元作为标签来学习，需要"
-            "时也学习提示词的词元。教师写的内容比人写的意外更少，较小的学生能从中学到更多。序列连同教师和提示词的指纹一起存入磁盘：中途被终止的运行会接着用，以后的运行也能找到，学生训"
+        "Sequence-level distillation (Kim & Rush, 2016, arXiv 1606.07947). The beginning of a document in each of "
+        "the text's rows (of the row, where none begins in it) is a prompt; the teacher goes on from it, greedily or "
+        "sampled, with more `teachers` by the mean of their probabilities, and the student learns its tokens as "
+        "labels, and the prompts' too unless `learn_prompts` is off. What the teacher wrote has fewer surprises than "
+        "what people wrote, and a small student can learn more of it. The sequences go to disk with the fingerprint "
+        "of the teacher and of the prompts: a killed run goes on with them, later runs find them, and the teacher is "
+        "not in memory while the student trains.":
+            "序列级蒸馏（Kim 和 Rush，2016，arXiv 1606.07947）。以文本各行中某个文档的开头（行中没有文档开始时，以该"
+            "行的开头）作为提示词；教师以贪心或采样方式续写，指定更多 `teachers` 时按它们概率的平均，学生把这些词元作"
+            "为标签来学习，提示词的词元也学习，除非关闭 `learn_prompts`。教师写的内容比人写的意外更少，较小的学生能从"
+            "中学到更多。序列连同教师和提示词的指纹一起存入磁盘：中途被终止的运行会接着用，以后的运行也能找到，学生训"
             "练时教师不在内存中。",
         "Only what the teacher chose counts, not how sure it was: follow or combine with logit distillation where "
         "that matters.":

@@ -54,6 +54,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "模型为空或含有 NUL 字符。请填写 `demo` 或文件夹路径。",
         "There is no calibration file {name}. Give `demo` or a text or JSONL file.":
             "没有校准文件 {name}。请填写 `demo`，或文本文件、JSONL 文件。",
+        "There is no training text {name}. Give `demo` or a text or JSONL file.":
+            "没有训练文本 {name}。请填写 `demo`，或文本文件、JSONL 文件。",
+        "There is no text {name}. Give `demo` or a text or JSONL file.":
+            "没有文本 {name}。请填写 `demo`，或文本文件、JSONL 文件。",
         "{name} is already quantized. Start from the original model.": "{name} 已经量化过。请从原始模型开始。",
         "{method}: sequence_length {length} is more than the {longest} tokens that the model reads. Use {number} or less.":
             "{method}：sequence_length {length} 超过该模型能读取的 {longest} 个词元。请使用 {number} 或更小的值。",
@@ -780,6 +784,8 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "String should have at most {count} characters": "至多 {count} 个字符",
         "Tuple should have at most {count} items after validation, not {got}": "至多 {count} 项，而不是 {got} 项",
         "Tuple should have at most {count} items after validation, not more": "至多 {count} 项",
+        "no checkpoint is named for the student. Write `demo`, owner/name of the hub, or a folder":
+            "没有为学生指定检查点。请填写 `demo`、Hub 上的 owner/name 或文件夹",
         "a quote is not closed. Put a name that holds spaces or quotes in quotes":
             "引号没有闭合。含空格或引号的名称请加引号",
         "{pattern} is no regular expression ({error})": "{pattern} 不是正则表达式（{error}）",

@@ -41,8 +41,8 @@ SUMMARIES: Mapping[str, str] = MappingProxyType(
         "Round each weight to the nearest level of a min-max grid.": "把每个权重舍入到最小–最大网格中最近的一级。",
         "8-bit weights and 8-bit activations, after moving the activations' outliers into the weights.":
             "先把激活值的离群值转移到权重，再对权重和激活值都做 8 位量化。",
-        "Weights in groups, 8-bit activations for each token, and each block taught by its original.":
-            "权重分组量化，激活值逐词元 8 位量化，每一层再由其原始层来教。",
+        "Weights in groups, 8-bit activations for each token, and where asked for each block taught by its original.":
+            "权重分组量化，激活值逐词元 8 位量化，需要时每一层再由其原始层来教。",
         "Remove whole blocks: those that change the text's states least, or that the model predicts best without.":
             "移除整层：对隐藏状态改变最小，或去掉后模型预测仍最好的那些层。",
         "Set ever more of the smallest weights to zero while the model trains on: fast at first, then slower and slower.":
@@ -188,7 +188,7 @@ DESCRIPTIONS: Mapping[str, str] = MappingProxyType(
             "先教会若干中间尺寸的模型，由最后一个来教学生。",
         "Weight of the true labels beside the teacher, on batches of the text.":
             "在文本批次上，真实标签相对教师的权重。",
-        "First tokens of a row, from which writing goes on.": "每行开头的词元数，由此续写。",
+        "Tokens of a document's or row's beginning, from which writing goes on.": "文档或行开头的词元数，由此续写。",
         "Share of the batches that the student writes.": "由学生来写的批次比例。",
         "Of the student's writing.": "学生写作时的采样温度。",
         "What may change: every weight, low-rank additions, or norms and scales.":

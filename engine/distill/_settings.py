@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from engine import headers
 from engine.configs import check_tokenizer
@@ -24,6 +24,8 @@ from engine.sources import named, split
 from engine.surgery import check_blocks
 from engine.tokens import check_same_files
 
+NOTHING_TO_HEAL = "No step before changes the model: the student begins as the teacher itself."
+
 
 class BesideParams(Params):
     """Models that are read beside the recipe's own."""
@@ -37,6 +39,10 @@ class BesideParams(Params):
             BadModel: nobody has said where, and it is not on this machine.
         """
         return self._known.get(name) or FolderOrigin(locate(named(name)))
+
+    def others(self) -> Sequence[str]:
+        """Who teaches beside the original."""
+        return ()
 
 
 class TeacherParams(BesideParams):
@@ -54,28 +60,31 @@ class TeacherParams(BesideParams):
         split(value)
         return value
 
+    def others(self) -> Sequence[str]:
+        return split(self.teachers)
+
     def folders(self, original: Path) -> list[Path]:
         """The teachers' folders, the original first."""
-        return [original, *(locate(named(each)) for each in split(self.teachers))]
+        return [original, *(locate(named(each)) for each in self.others())]
 
     def models(self) -> Sequence[str]:
         """The teachers."""
-        return [*super().models(), *split(self.teachers)]
+        return [*super().models(), *self.others()]
 
     def renamed(self, rename: Callable[[str], str]) -> dict[str, JsonValue]:
         """The teachers."""
-        others = split(self.teachers)
-        return {**super().renamed(rename), **({"teachers": shlex.join(map(rename, others))} if others else {})}
+        found = {"teachers": shlex.join(map(rename, self.others()))} if self.others() else {}
+        return {**super().renamed(rename), **found}
 
     def check_models(self, origin: Origin) -> None:
         """Refuse teachers that are no models, or speak of other tokens."""
         super().check_models(origin)
-        for each in split(self.teachers):
+        for each in self.others():
             _check_beside(origin, self.origin(each))
 
     def beside(self) -> Sequence[headers.Shape]:
         """The other teachers."""
-        return [headers.inspect(self.origin(each)) for each in split(self.teachers)]
+        return [headers.inspect(self.origin(each)) for each in self.others()]
 
 
 class ObjectiveParams(TeacherParams):
@@ -113,7 +122,7 @@ class WritingParams(TextParams):
     """From where sequences are written."""
 
     prompt_tokens: Annotated[int, RARE] = Field(
-        16, ge=1, le=4096, description="First tokens of a row, from which writing goes on."
+        16, ge=1, le=4096, description="Tokens of a document's or row's beginning, from which writing goes on."
     )
 
     @model_validator(mode="after")
@@ -143,10 +152,17 @@ class StudentParams(BesideParams):
         2, ge=1, le=256, description="With student `size`: blocks of the new network."
     )
     folder: Annotated[str, With("student", "folder")] = Field(
-        "", max_length=1000,
+        "", max_length=1000, validate_default=True,
         description="With student `folder`: a checkpoint with the same tokenizer; `demo`, owner/name of the hub "
         "(@revision), or a folder.",
     )  # fmt: skip
+
+    @field_validator("folder")
+    @classmethod
+    def _names_the_student(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("student") == "folder" and not value.strip():
+            raise ValueError("no checkpoint is named for the student. Write `demo`, owner/name of the hub, or a folder")
+        return value
 
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
         """Refuse a student that cannot be cut from the model."""
@@ -161,10 +177,6 @@ class StudentParams(BesideParams):
         size = integer(config.get("head_dim")) or (hidden // heads if heads else 0)
         if self.student == "size" and size and self.hidden_size % size:
             raise BadParams(f"hidden_size {self.hidden_size} is not a multiple of the head size {size} of this model.")
-
-    def heals(self) -> bool:
-        """Where the student is the model as it is, and nobody else teaches it."""
-        return self.student == "current" and not getattr(self, "teachers", "")
 
     def processes(self) -> int:
         """Each needs a row of the batch."""
@@ -204,22 +216,29 @@ class StudentParams(BesideParams):
         return config, tensors
 
     def notes(self, shape: headers.Shape, device: str) -> Sequence[str]:
-        """Say where the student is the teacher, or larger."""
+        """Say where the student is no smaller than the teacher."""
         found = list(super().notes(shape, device))
-        if self.student == "blocks" and self.keep_every == 1:
-            found.append(
-                "The student has every block of the teacher: it is as large, and begins as the teacher itself."
-            )
         # Matrices grow with the square of the width, and a block is one set of them.
         own_size, size = self.num_blocks * self.hidden_size**2, blocks_of(shape.config) * hidden_size(shape.config) ** 2
         if self.student == "size" and own_size >= size:
             found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
-        if self.student == "folder":
-            own = headers.inspect(self.origin(self.folder))
-            if shape.here and own.folder == shape.folder:
-                found.append("The student is the teacher itself.")
-            elif own.parameters >= shape.parameters:
-                found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
+        if self.student == "folder" and headers.inspect(self.origin(self.folder)).parameters >= shape.parameters:
+            found.append("The student is as large as the teacher, or larger: nothing gets smaller.")
+        return found
+
+    def notes_at_first(self, shape: headers.Shape) -> Sequence[str]:
+        """Say where the student is its only teacher."""
+        found = list(super().notes_at_first(shape))
+        if self.others():
+            return found
+        if self.student == "current":
+            found.append(NOTHING_TO_HEAL)
+        if self.student == "blocks" and self.keep_every == 1:
+            found.append(
+                "The student has every block of the teacher: it is as large, and begins as the teacher itself."
+            )
+        if self.student == "folder" and shape.here and self.origin(self.folder).folder == shape.folder:
+            found.append("The student is the teacher itself.")
         return found
 
 

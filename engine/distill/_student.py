@@ -28,6 +28,7 @@ def choose(model: LoadedModel, params: StudentParams, context: Context) -> Loade
     """
     places = [] if model.parts is None else list(model.parts.where.values())
     untouched = bool(places) and all(isinstance(each, Original) and each.folder == model.source for each in places)
+    before = model.parameters
     if params.student == "folder":
         folder = locate(named(params.folder))
         check_same_tokenizer(model.tokenizer, folder)
@@ -40,9 +41,9 @@ def choose(model: LoadedModel, params: StudentParams, context: Context) -> Loade
             model.load_all()
         student = model if params.student == "current" else every_kth(model, params.keep_every)
         untouched = untouched and (params.student == "current" or params.keep_every == 1)
-    count, before = student.network.num_parameters(), model.network.num_parameters()
+    count = student.parameters
     context.log(f"{count:,} of {before:,} parameters")
-    if untouched:
+    if untouched and not params.others():
         context.log("warning: the student is the teacher itself; there is nothing to learn from it but the labels")
     elif count > before:
         context.log("warning: the student is larger than the model")

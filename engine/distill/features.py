@@ -5,14 +5,15 @@ the last for the last. The loss of a batch is
 
     prediction + hidden_weight * mean of |h_student W - h_teacher|² / |h_teacher|² + attention_weight * mean of KL
 
-over the sequences and the blocks (and the embeddings, for hidden states). W is a linear map that is learned beside
-the student and thrown away afterwards; where the widths agree there is none. Hidden states of a sequence count relative
-to the teacher's size, so that a weight means the same in every family. Attention maps are compared as probabilities,
-KL(teacher || student), averaged over the heads where their numbers differ; TinyBERT compared the logits before the
-softmax, which `transformers` does not give. Maps need the plain (eager) attention, slower and of memory T² a head: only
-while training, and only with an attention_weight above 0.
+over the sequences and the blocks (and the embeddings, for hidden states). The loss on predictions is that of
+`distill/logits`, with more `teachers` from the mean of their probabilities; hidden states and maps are the original's
+alone. W is a linear map that is learned beside the student and thrown away afterwards; where the widths agree there is
+none. Hidden states of a sequence count relative to the teacher's size, so that a weight means the same in every family.
+Attention maps are compared as probabilities, KL(teacher || student), averaged over the heads where their numbers
+differ; TinyBERT compared the logits before the softmax, which `transformers` does not give. Maps need the plain (eager)
+attention, slower and of memory T² a head: only while training, and only with an attention_weight above 0.
 
-Good for students that start at random, and early in a training. The teacher is in memory all the while. Needs
+Good for students that start at random, and early in a training. All teachers are in memory all the while. Needs
 training text.
 
 With several GPUs a process on each takes its share of every batch and holds its shard of the student (FSDP).
@@ -36,7 +37,6 @@ from engine.errors import BadModel
 from engine.lesson import Lesson, TrainingParams, read, token_loss
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.preflight import calibration_file
 from engine.wide import mixed_precision
 
 TITLE = "Feature distillation"
@@ -57,7 +57,7 @@ class Params(TrainingParams, ObjectiveParams, StudentParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train the student beside its teacher."""
-    text = read(model, params, calibration_file(params.text))
+    text = read(model, params, params.file())
     student = choose(model, params, context)
     live = live_of(params, model, student, context)
     judge = live if len(text.held) else None

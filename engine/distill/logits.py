@@ -42,7 +42,6 @@ from engine.fields import RARE
 from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import LoadedModel, is_large
-from engine.preflight import calibration_file
 from engine.records import EventKind, Recipe
 from engine.teachers import shared_vocabulary
 
@@ -99,7 +98,7 @@ def _assistant(model: LoadedModel, size: Size, folders: list[Path], params: Para
     if folder.exists():
         context.log("this assistant is finished")
         return folder
-    text = replace(context, calibration=calibration_file(params.text))
+    text = replace(context, calibration=params.file())
     assistant = make(model, size, params, params.sequence_length, text)
     hardware.give_back_memory(collect=is_large(assistant.network))  # of what it was cut from
     context.log(f"{assistant.network.num_parameters():,} parameters")
@@ -124,7 +123,7 @@ def _taught(model: LoadedModel, params: Params, folders: list[Path], context: Co
 
 
 def _learn(student: LoadedModel, model: LoadedModel, params: Params, folders: list[Path], context: Context) -> None:
-    text = read(model, params, calibration_file(params.text))
+    text = read(model, params, params.file())
     shared = shared_vocabulary(folders, student.network.config.get_text_config().vocab_size)
     teacher, judge = teachers_of(text, folders, model, params, context, shared)
     Lesson(student, text, params.objective, teacher, judge).teach(params, context)

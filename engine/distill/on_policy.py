@@ -1,14 +1,15 @@
 """Let the student write, and teach it on what it wrote: what it meets in use is what it learns from.
 
-Generalised knowledge distillation (GKD, Agarwal et al., 2023, arXiv 2306.13649). A share of the batches goes on from
-the first tokens of the text's rows with tokens that the student samples; the teacher says what it would have expected
-there, and the divergence counts on the tokens that were written, up to the first end of text. The other batches are
-the text, as in logit distillation. Nothing is learned through the sampling itself.
+Generalised knowledge distillation (GKD, Agarwal et al., 2023, arXiv 2306.13649). In a share of the batches the student
+goes on from the beginning of a document in each of the text's rows (of the row, where none begins in it) with tokens
+that it samples; the teacher, with more `teachers` the mean of their probabilities, says what it would have expected
+there, and the divergence counts on the tokens that were written, up to the first end of text. The other batches are the
+text, as in logit distillation. Nothing is learned through the sampling itself.
 
 Reverse KL and Jensen-Shannon make a small student keep to what it can do well. Good for a student that writes already
 (healed or pruned, not one at random); slow, since sequences are written token by token. What is sampled after a row
 follows from the seed, the step and the row alone, so a resumed run writes it again, and each of several processes
-writes after its own rows. The teacher is in memory all the while. Needs training text.
+writes after its own rows. All teachers are in memory all the while. Needs training text.
 
 With several GPUs a process on each takes its share of every batch and holds its shard of the student (FSDP).
 """
@@ -32,7 +33,6 @@ from engine.lesson import Lesson, TrainingParams, read, token_loss
 from engine.losses import Divergence, Objective
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.preflight import calibration_file
 from engine.teachers import Live
 from engine.wide import mixed_precision
 
@@ -56,7 +56,7 @@ class Params(TrainingParams, WritingParams, ObjectiveParams, StudentParams):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train the student on the text and on its own writing."""
-    text = read(model, params, calibration_file(params.text))
+    text = read(model, params, params.file())
     student = choose(model, params, context)
     live = live_of(params, model, student, context)
     lesson = Lesson(student, text, params.objective, live, live if len(text.held) else None)

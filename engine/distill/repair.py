@@ -1,6 +1,7 @@
 """Heal the model that earlier steps pruned or quantized: train it to predict as the original does.
 
-Logit distillation of the model as it is, from the original, with three choices of what may change:
+Logit distillation of the model as it is, from the original (with more `teachers` from the mean of their probabilities),
+with three choices of what may change:
 
 - `all`: every weight; zeros of pruned linears stay zero.
 - `lora`: for each linear of the blocks a product of two thin matrices is learned beside it, W + B A (LoRA, Hu et al.,
@@ -8,32 +9,33 @@ Logit distillation of the model as it is, from the original, with three choices 
 - `norms and scales`: the weights of norms, all biases but the head's, and of quantized linears in the blocks the
   scales.
 
-`all` heals most and holds an optimizer state for everything; `lora` trains and keeps about a hundredth of it. All three
-may follow quantization, and what comes out has the same grids: `norms and scales` never touches an integer code, w =
-(code - zero) * scale, where the gradient goes to the scale. `all` and `lora` are quantization-aware training (as
-LLM-QAT, Liu et al., 2023, arXiv 2305.17888): the quantized linears of the blocks learn weights that are rounded to the
-grid for every product, and its scales; head and embeddings that are quantized stay as they are. Rounding, also of
-inputs, is passed over by the gradient (straight-through, Bengio et al., 2013, arXiv 1308.3432).
+`all` heals most and holds an optimizer state for everything; `lora` trains far less, of 4,096 by 4,096 weights a 256th
+at rank 8. All three may follow quantization, but not a library's (`quantize/bitsandbytes`), and what comes out has the
+same grids but for their scales: `norms and scales` never touches an integer code, w = (code - zero) * scale, where the
+gradient goes to the scale. `all` and `lora` are quantization-aware training (as LLM-QAT, Liu et al., 2023, arXiv
+2305.17888): the quantized linears of the blocks learn weights that are rounded to the grid for every product, and its
+scales; head and embeddings that are quantized stay as they are. Rounding, also of inputs, is passed over by the
+gradient (straight-through, Bengio et al., 2013, arXiv 1308.3432).
 
 The adapters are written here: `peft` would be one more package for these few lines. Needs training text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from engine.distill._added import Added, adapters, codes, scales, shifts
-from engine.distill._settings import CacheParams
+from engine.distill._settings import NOTHING_TO_HEAL, CacheParams
 from engine.distill._teachers import teachers_of
 from engine.fields import With
+from engine.headers import Shape
 from engine.lesson import Lesson, TrainingParams, read
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.preflight import calibration_file
 from engine.teachers import shared_vocabulary
 
 TITLE = "Self-repair"
@@ -56,9 +58,10 @@ class Params(TrainingParams, CacheParams):
         """Ten times as high where little is trained, as is usual for LoRA."""
         return super().usual_rate(parameters) if self.scope == "all" else super().usual_rate(parameters // 100)
 
-    def heals(self) -> bool:
-        """Where nobody else teaches the model."""
-        return not self.teachers
+    def notes_at_first(self, shape: Shape) -> Sequence[str]:
+        """Say that there is nothing to heal, where nobody else teaches the model."""
+        own = [] if self.others() else [NOTHING_TO_HEAL]
+        return [*super().notes_at_first(shape), *own]
 
     def processes(self) -> int:
         """Each needs a row of the batch; what is learned beside the network is not in shards."""
@@ -73,7 +76,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Train what may change, and put it in its place."""
     model.load_all()
     folders = params.folders(model.source)
-    text = read(model, params, calibration_file(params.text))
+    text = read(model, params, params.file())
     shared = shared_vocabulary(folders, model.network.config.get_text_config().vocab_size)
     teacher, judge = teachers_of(text, folders, model, params, context, shared)
     torch.manual_seed(context.seed)

@@ -1,10 +1,11 @@
 """Let the teacher write continuations once, and train the student on them as if they were the text.
 
-Sequence-level distillation (Kim & Rush, 2016, arXiv 1606.07947). The first tokens of the text's rows are prompts; the
-teacher goes on from them, greedily or sampled, and the student learns its tokens as labels, and the prompts' too
-where they are wanted. What the teacher wrote has fewer surprises than what people wrote, and a small student can
-learn more of it. The sequences go to disk with the fingerprint of the teacher and of the prompts: a killed run goes
-on with them, later runs find them, and the teacher is not in memory while the student trains.
+Sequence-level distillation (Kim & Rush, 2016, arXiv 1606.07947). The beginning of a document in each of the text's rows
+(of the row, where none begins in it) is a prompt; the teacher goes on from it, greedily or sampled, with more
+`teachers` by the mean of their probabilities, and the student learns its tokens as labels, and the prompts' too unless
+`learn_prompts` is off. What the teacher wrote has fewer surprises than what people wrote, and a small student can learn
+more of it. The sequences go to disk with the fingerprint of the teacher and of the prompts: a killed run goes on with
+them, later runs find them, and the teacher is not in memory while the student trains.
 
 Only what the teacher chose counts, not how sure it was: follow or combine with logit distillation where that matters.
 
@@ -36,7 +37,6 @@ from engine.lesson import Lesson, Text, TrainingParams, judge_of, read, token_lo
 from engine.losses import Objective, pieces
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.preflight import calibration_file
 from engine.rows import Rows
 from engine.teachers import Live, Question, dtype_of, fingerprint, load_live, shared_vocabulary
 from engine.wide import mixed_precision
@@ -63,7 +63,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Let the teacher write, where it has not yet, and train the student on it."""
     folders = params.folders(model.source)
     check_tokenizers(folders, model)
-    given = read(model, params, calibration_file(params.text))
+    given = read(model, params, params.file())
     judge = judge_of(model, given, context)
     count = min(params.sequences, len(given.rows))
     prompts = given.rows.prompts(torch.arange(count), params.prompt_tokens)

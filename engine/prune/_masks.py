@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from engine.fields import With
 from engine.headers import Shape
 from engine.methods import Params, Selection
 from engine.models import LoadedModel
@@ -17,7 +18,7 @@ from engine.sparsity import Pattern, check_pattern, drop, span_of
 class SparsityParams(Selection):
     """Settings that every unstructured or N:M pruning has."""
 
-    sparsity: float = Field(
+    sparsity: Annotated[float, With("pattern", "unstructured")] = Field(
         0.5, ge=0.0, lt=1.0, description="Fraction of weights set to zero; the patterns 2:4 and 4:8 are always half."
     )
     pattern: Pattern = Field("unstructured", description="Where the zeros may fall: anywhere, or N in each M inputs.")

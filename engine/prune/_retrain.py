@@ -13,7 +13,6 @@ from engine.lesson import Lesson, TrainingParams, judge_of, read
 from engine.losses import Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
-from engine.preflight import calibration_file
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
 from engine.training import Prune
 
@@ -48,7 +47,7 @@ def retrain(
 
     Zeros stay zero: of the selected linears from the beginning.
     """
-    text = read(model, params, calibration_file(params.text))
+    text = read(model, params, params.file())
     lesson = Lesson(model, text, LABELS, None, judge_of(model, text, context))
     now = 0
 

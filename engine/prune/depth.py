@@ -9,8 +9,9 @@
   arXiv 2402.09025); as many times slower as blocks go.
 
 Contiguous blocks are judged as one run. Free ones are judged one by one on the whole model, but for `greedy`, so that
-blocks that each are dispensable may not be so together. Fewer blocks make everything smaller and faster, on every
-device, in proportion; the damage is large and wants repair by training after it (distillation with student `current`).
+blocks that each are dispensable may not be so together. A block that goes makes the model smaller and faster, on every
+device, by what it was of the whole; the damage is large and wants repair by training after it (distillation with
+student `current`).
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ after Tibshirani's lasso (1996). In the first part of the steps the loss is
     cross entropy + penalty * sum of |w| over the selected linears / number of linears
 
 whose gradient pulls each weight towards zero by the same amount, whatever its size. Then each linear loses the share
-`sparsity` of its smallest weights, by a hard threshold; the run says what the threshold was. The rest of the steps
-trains without a price and with these weights at zero.
+`sparsity` of its smallest weights, or with a pattern N in each M, at once; the run says how large the largest of all
+these was. The rest of the steps trains without a price and with these weights at zero.
 
 Adam divides each gradient by its usual size: a weight that matters little to the loss feels the price most. The zeros
-stay dense: memory and latency do not fall by themselves.
+stay dense in memory, and in the file unless `storage` is `bitmask`: memory and latency fall only with a kernel that
+uses them, CUDA's for 2:4.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Set the weights with the smallest magnitude to zero, of each linear or of all together.
 
-Magnitude pruning (Han et al., 2015, arXiv 1506.02626), without retraining. Needs neither calibration
-nor training; the baseline that activation-aware pruning must beat. Unless `storage` says otherwise the zeros stay
-dense: memory and latency fall only with a later step or a kernel that uses them.
+Magnitude pruning (Han et al., 2015, arXiv 1506.02626), without retraining. Needs neither calibration nor training; the
+baseline that activation-aware pruning must beat. The zeros stay dense in memory, and in the file unless `storage` is
+`bitmask`: memory and latency fall only with a kernel that uses them, CUDA's for 2:4.
 
 With the scope `global` one threshold holds for all selected linears (Blalock et al., 2020, "What is the State of
 Neural Network Pruning?", arXiv 2003.03033): linears of large weights lose less. It is exact and holds one block in
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from engine.calibration import BlockLinear, stretches, walk_blocks
+from engine.fields import With
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
@@ -33,7 +34,7 @@ HALF = 1 << 16  # values of half the bits of a float32
 class Params(SparsityParams):
     """Settings of magnitude pruning."""
 
-    scope: Literal["linear", "global"] = Field(
+    scope: Annotated[Literal["linear", "global"], With("pattern", "unstructured")] = Field(
         "linear", description="The smallest weights of each linear, or of all together; patterns know no difference."
     )
 

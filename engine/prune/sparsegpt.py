@@ -1,10 +1,11 @@
 """Set weights to zero column by column and let the columns that follow make up for each.
 
-SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774): minimises |XW - XQ|² for each linear, with the Hessian
-H = 2 X Xᵀ of calibration inputs, as GPTQ does, with zeros in the place of rounding. Zeros are chosen slice by slice of
-128 columns, all rows together, after the columns before have been made up for: those with the least saliency of
-optimal brain surgery. With a pattern N:M they are chosen when the first of M columns comes. Needs calibration text,
-no training. Better than Wanda, most of all where a pattern restricts the choice, for what is left moves.
+SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774): minimises |XW - XQ|² for each linear, with the Hessian H = 2 X
+Xᵀ of calibration inputs, as GPTQ does, with zeros in the place of rounding. Zeros are chosen slice by slice of 128
+columns, all rows together (of a large matrix those of 16 million weights), after the columns before have been made up
+for: those with the least saliency of optimal brain surgery. With a pattern N:M they are chosen when the first of M
+columns comes. Needs calibration text, no training. Better than Wanda, most of all where a pattern restricts the choice,
+for what is left moves.
 
 Columns are solved in their natural order, and tokens enter H as they are: on the demo model an early comparison gave
 KL 0.024 at half the weights and 0.065 at 2:4, against 0.029 and 0.072 with inputs scaled to length 1, which rounding
@@ -13,8 +14,8 @@ prefers. The largest inputs first, which rounding prefers too, changed nothing t
 Another ratio needs the calibration again: a Hessian for each linear is too large to keep, of 8 billion weights tens of
 GB.
 
-Zeros that an earlier step made stay zeros and count. The zeros stay dense unless `storage` says otherwise: memory and
-latency fall only with a kernel that uses them.
+Zeros that an earlier step made stay zeros and count. They all stay dense in memory, and in the file unless `storage` is
+`bitmask`: memory and latency fall only with a kernel that uses them, CUDA's for 2:4.
 """
 
 from __future__ import annotations

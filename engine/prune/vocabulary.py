@@ -26,7 +26,7 @@ from engine.errors import BadModel
 from engine.methods import Context
 from engine.methods import Params as Base
 from engine.models import LoadedModel
-from engine.preflight import calibration_file, whole
+from engine.preflight import text_file, whole
 from engine.text import read_documents
 from engine.vocabulary import closure, keep_tokens
 
@@ -43,6 +43,14 @@ class Params(Base):
         "demo", max_length=4096, description="Text whose tokens stay: `demo`, or a text or JSONL file. Give much of it."
     )
 
+    def file(self) -> Path:
+        """Where the text is.
+
+        Raises:
+            BadText: it is not there.
+        """
+        return text_file(self.text, "text")
+
     def rooted(self) -> dict[str, JsonValue]:
         """The text."""
         return {"text": whole(self.text)}
@@ -55,7 +63,7 @@ class Params(Base):
 
     def check_sources(self, folder: Path) -> None:
         """Refuse a text that is not there or empty, and tokenizers that tokens cannot be dropped from."""
-        read_documents(calibration_file(self.text))
+        read_documents(self.file())
         vocabulary.read(folder)
 
 
@@ -66,7 +74,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
         BadModel: the tokenizer splits the text otherwise afterwards.
     """
     model.load_all()
-    documents = read_documents(calibration_file(params.text))
+    documents = read_documents(params.file())
     rows = split(model, documents, context)
     kept = kept_ids(model, {number for row in rows for number in row})
     total = model.network.config.get_text_config().vocab_size

@@ -1,8 +1,8 @@
 """Set the weights whose magnitude times input norm is smallest in their row to zero.
 
 Wanda (Sun et al., 2023, arXiv 2306.11695): score |w_nk| * |x_k|₂, compared within each output row.
-Needs calibration text, no training and no weight update. Unless `storage` says otherwise the zeros stay dense:
-memory and latency fall only with a later step or a kernel that uses them.
+Needs calibration text, no training and no weight update. The zeros stay dense in memory, and in the file unless
+`storage` is `bitmask`: memory and latency fall only with a kernel that uses them, CUDA's for 2:4.
 
 As in the paper's code a block is measured with what the pruned blocks before it give. With `inputs: original` all are
 measured in the model as it comes, once: the norms are kept, and another sparsity, pattern or choice of linears on the

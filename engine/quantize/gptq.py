@@ -2,7 +2,7 @@
 
 GPTQ (Frantar et al., 2022, arXiv 2210.17323). Minimises |XW - XQ|² for each linear with the Hessian
 H = 2 X Xᵀ of calibration inputs. Needs calibration text, no training; the best choice at 4 bits and
-below among the weight-only schemes here.
+below among the weight-only schemes here that give all linears the same bits (`quantize/mixed` does not).
 
 The weight is worked through column by column, in slices (`engine.solver`); the codes are those of the paper, read from
 H itself instead of the Cholesky factor of H⁻¹ (Chen et al., 2025, "The Geometry of LLM Quantization: GPTQ as Babai's
@@ -38,7 +38,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from engine import hardware, patterns, shards, solver
 from engine.calibration import Block, BlockLinear, Moments
 from engine.errors import short
-from engine.fields import RARE
+from engine.fields import RARE, With
 from engine.headers import Shape
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -70,7 +70,7 @@ class SolverParams(Moments):
 class Params(SolverParams, GridParams):
     """Settings of GPTQ: the grid, the solver, and zeros that are chosen in the same pass."""
 
-    sparsity: Annotated[float, RARE] = Field(
+    sparsity: Annotated[float, RARE, With("pattern", "unstructured")] = Field(
         0.0, ge=0.0, lt=1.0, description="Fraction of weights set to zero meanwhile; with a pattern always half."
     )
     pattern: Annotated[Pattern, RARE] = Field(

@@ -11,8 +11,9 @@ Better than equal bits of the same size where linears differ in how much they ca
     o costs k(l) e(l, o) / e(l, probe).
 3.  The assignment with the least total cost whose stored bits, scales and all, fit the budget: a multiple-choice
     knapsack, solved by dynamic programming over `CELLS` cells of the budget, and at a price for bits (Lagrange's
-    multiplier); the better of the two is taken. The budget is never exceeded. A budget of memory counts codes as
-    kernels hold them, 2 to 4 bits in 4 and others in 8: a model that fits on the disk need not fit there.
+    multiplier); the better of the two is taken. The budget is never exceeded; one above the largest option counts as
+    that. A budget of memory counts codes as kernels hold them, 2 to 4 bits in 4 and others in 8: a model that fits on
+    the disk need not fit there.
 4.  GPTQ with the grid that was chosen for each linear.
 
 Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3. The head, where it is

@@ -1,8 +1,9 @@
 """Round each weight to the nearest level of a min-max grid.
 
-Round-to-nearest, the baseline that every other scheme must beat: no calibration, seconds for any model.
-Good at 8 bits, acceptable at 4 with small groups, poor below. See Nagel et al., 2021, "A White Paper on
-Neural Network Quantization", arXiv 2106.08295, section 2.
+Round-to-nearest, the baseline that every other scheme must beat: no calibration, hardly longer than the model takes to
+read and write. Good at 8 bits, acceptable at 4 with small groups, poor below. With `clipping` each range is narrowed
+where that lowers the squared error. See Nagel et al., 2021, "A White Paper on Neural Network Quantization", arXiv
+2106.08295, section 2.
 """
 
 from __future__ import annotations

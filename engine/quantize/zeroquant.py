@@ -1,18 +1,20 @@
-"""Weights in groups, 8-bit activations for each token, and each block taught by its original.
+"""Weights in groups, 8-bit activations for each token, and where asked for each block taught by its original.
 
 ZeroQuant (Yao et al., 2022, "ZeroQuant: Efficient and Affordable Post-Training Quantization for Large-Scale
 Transformers", arXiv 2206.01861). Fine grains make simple rounding good enough: a scale for each group of weights, and
-for each token's inputs a scale found as it comes. Where bits are few, *layer-by-layer knowledge distillation* helps:
-one block at a time, the weights are trained so that the rounded block gives what the original gave,
+for each token's inputs a scale found as it comes. Where bits are few, *layer-by-layer knowledge distillation* helps
+(`distill_steps`, none unless asked for): one block at a time, the weights are trained so that the rounded block gives
+what the original block gives for the same inputs, those that the rounded blocks before it leave,
 
     min |block(x; Q(W)) - block(x; W0)|²
 
-with the gradient passed straight through the rounding. Only one block's weights and gradients are in memory, and no
-labels are needed, only the calibration text; what the original gave stands in files where it is much. A block keeps its
-weights where training did not help.
+with the gradient passed straight through the rounding, of inputs too. Only one block's weights, gradients and moments
+are in memory, and no labels are needed, only the calibration text; what the original gave stands in files where it is
+much. A block keeps its weights where training did not help.
 
-Products of grouped weights with 8-bit inputs have no kernel of their own here: the inputs are rounded, then the 4-bit
-kernels compute.
+Products of grouped weights with 8-bit inputs have no kernel of their own here: the inputs are rounded, then the kernels
+of packed weights compute. With one scale a row or matrix, symmetric weights of 5 to 8 bits multiply as integers, as
+SmoothQuant's do.
 """
 
 from __future__ import annotations

@@ -388,10 +388,17 @@ def test_the_head_may_have_bits_of_its_own(tiny_folder: Maker) -> None:
 
 
 def test_that_there_is_nothing_to_heal_is_said_before_the_run(tiny_folder: Maker) -> None:
-    folder, words = tiny_folder(), "the student begins as the teacher itself"
-    for heal in ({"distill/repair": {}}, {"distill/logits": {"student": "current"}}):
-        for steps, said in (([heal], True), ([{"prune/magnitude": {}}, heal], False)):
-            assert any(words in note for note in preflight.estimate(recipe(folder, *steps)).notes) == said
+    folder, other = tiny_folder(), tiny_folder(num_hidden_layers=1)
+    begins, is_it = "begins as the teacher itself", "The student is the teacher itself"
+    for name, given, words in (
+        ("distill/repair", {}, begins), ("distill/logits", {"student": "current"}, begins),
+        ("distill/logits", {"keep_every": 1}, begins), ("distill/features", {"keep_every": 1}, begins),
+        ("distill/sequence", {"student": "folder", "folder": str(folder)}, is_it),
+    ):  # fmt: skip
+        pruned, taught = {"prune/depth": {"count": 1}}, {name: {**given, "teachers": str(other)}}
+        for steps, said in (([{name: given}], True), ([pruned, {name: given}], False), ([taught], False)):
+            notes = preflight.estimate(recipe(folder, *steps)).notes
+            assert any(words in note for note in notes) == said, (steps, notes)
 
 
 def test_that_others_round_inputs_otherwise_is_said_before_the_run(tmp_path: Path) -> None:

@@ -232,6 +232,23 @@ def test_a_cache_of_another_teacher_is_refused(tiny_folder: Callable[..., Path],
         cached([second], rows_of(), QUESTION, context, lambda: live)
 
 
+def test_damaged_answers_are_named_where_runs_share_them_and_asked_for_again_where_they_are_the_runs_own(
+    tiny_folder: Callable[..., Path], context: Context, recorder: Recorder
+) -> None:
+    folder = tiny_folder()
+    live = load_live([folder], 1280, context, DTYPE)
+    cached([folder], rows_of(), QUESTION, context, lambda: live)
+    (own,), (shared,) = (context.folder / "answers").glob("*/*"), (context.cache / "teachers").glob("*/*")
+    whole = own.read_bytes()
+    own.write_bytes(whole[:-100])  # and the other, which is a link
+    later = replace(context, folder=context.folder / "later")
+    with pytest.raises(BadModel, match=rf"Delete the folder {shared.parent.name} below cache/teachers"):
+        cached([folder], rows_of(), QUESTION, later, lambda: live)
+    cached([folder], rows_of(), QUESTION, context, lambda: live)
+    assert recorder.logs()[-1].endswith("; 0 of 1 files reused")
+    assert own.read_bytes() == shared.read_bytes() == whole
+
+
 def test_other_tokenizers_are_refused_with_the_reason_and_padding_is_not(tiny_folder: Callable[..., Path]) -> None:
     ours, padded, other = tiny_folder(), tiny_folder(vocab_size=1344), tiny_folder()
     check_same_files(FolderOrigin(ours), FolderOrigin(padded))

@@ -129,6 +129,7 @@ SAMPLES = {
     "kept": "No checkpoint was written yet.", "_where(error)": "unreadable in line 1, column 2",
     "problem": "lm_head is missing", "error.strerror": "Permission denied", "UNITS[self.unit]": "MiB",
     "problem['msg']": "Input should be a valid number", "WAYS": WAYS, "SINGLE": SINGLE, "INDEX": INDEX,
+    "called": "training text",
 }  # fmt: skip
 BY_FILE = {
     "engine/tokens.py": {"reason": "it has 5 tokens, the model 7"},
@@ -181,6 +182,7 @@ def test_what_is_said_in_other_ways_can_be_said_in_chinese() -> None:
         said.append(f"The run needs 9.1 GiB, 7.8 are free: {phrase} 5.2.")
         said.append(f"{said[-1]} That is too much, too. Close other programs, or choose a smaller model.")
     said.append("The run needs 9.1 GiB, 7.8 are free. Close other programs, or choose a smaller model.")
+    said += [f"There is no {each} 'a'. Give `demo` or a text or JSONL file." for each in ("calibration file", "text")]
     for file in ("uploader.py", "quotas.py", "download.py", "fetch.py", "supervision.py", "worker.py", "streams.py"):
         said += sentences(file)
     said += [f"The hub answers too slowly. Try again later. {then}" for then in ("Trying again.", "Going on in 8 s.")]

@@ -114,6 +114,18 @@ def test_a_setting_that_does_not_count_is_hidden_until_it_does() -> None:
     assert cast(dict[str, object], compress.revealing(method, "divergence", ["beta"])("js"))["visible"] is True
 
 
+@pytest.mark.parametrize(
+    "name", ["prune/magnitude", "prune/wanda", "prune/sparsegpt", "prune/gradual", "prune/l1", "quantize/gptq"]
+)
+def test_a_pattern_leaves_no_sparsity_to_choose(name: str) -> None:
+    method = methods()[name]
+    chosen = {"sparsity", "scope"} if name == "prune/magnitude" else {"sparsity"}
+    for pattern, seen in (("unstructured", chosen), ("2:4", set[str]()), ("4:8", set[str]())):
+        shown = {key for key, component in form.inputs(method, {"pattern": pattern}).items() if component.visible}
+        assert shown & chosen == seen
+        assert set(method.params.model_fields) - shown <= chosen
+
+
 def test_what_decides_whether_a_setting_counts_has_the_values_that_are_named() -> None:
     for method in methods().values():
         for name, info in method.params.model_fields.items():

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import anatomy, artifacts
+from engine import anatomy, artifacts, headers, models
 from engine.distill import logits, repair
-from engine.distill._student import every_kth, of_size
+from engine.distill._student import choose, every_kth, of_size
 from engine.distill.logits import Params
 from engine.errors import BadModel, BadParams, Cancelled, Diverged
 from engine.losses import Full, Objective
@@ -70,6 +71,22 @@ def test_blocks_that_compute_by_their_number_make_no_student() -> None:
 def test_keeping_no_block_is_refused(tiny: LoadedModel) -> None:
     with pytest.raises(BadParams, match="keep_every 4 leaves no block of 3"):
         every_kth(tiny, 4)
+
+
+@pytest.mark.parametrize("opened", [False, True])  # as a step before leaves a model that is larger than memory
+def test_the_log_counts_parameters_as_they_were_before_the_student_was_cut(
+    opened: bool, tiny_folder: Callable[..., Path], context: Context, recorder: Recorder
+) -> None:
+    folder = tiny_folder()
+    model, before = models.stream(folder), headers.inspect(folder).parameters
+    for part in ("model.embed_tokens", "lm_head") if opened else ():
+        with model.opened(part):
+            pass
+    student = choose(model, Params(keep_every=2), context)
+    each = sum(value.numel() for value in blocks(student.network)[1][0].parameters())
+    assert recorder.logs() == [f"{before - 2 * each:,} of {before:,} parameters"]
+    model.untie("lm_head")
+    assert model.parameters == before + 1280 * 64
 
 
 def test_a_student_of_a_size_has_it_and_runs(tiny: LoadedModel) -> None:

@@ -309,10 +309,11 @@ def test_a_checkpoint_can_be_the_student_and_vocabularies_may_differ_by_padding(
         ({"steps": 0}, "steps"),
         ({"keep_every": 9}, "keep_every 9 leaves no block of 4"),
         ({"student": "size", "hidden_size": 100}, "not a multiple of the head size 64"),
-        ({"student": "folder"}, "The model is empty"),
+        ({"student": "folder"}, "folder: no checkpoint is named for the student"),
+        ({"student": "folder", "folder": " "}, "folder: no checkpoint is named for the student"),
         ({"teachers": "/nowhere/at/all"}, "There is no model folder"),
         ({"teachers": "'/nowhere at/all"}, "a quote is not closed"),
-        ({"text": "/nowhere.txt"}, "There is no calibration file"),
+        ({"text": "/nowhere.txt"}, "There is no training text"),
         ({"text": "EMPTY"}, "is empty"),
         ({"text": "SHORT"}, "one sequence needs 128"),
         ({"teachers": "OTHER"}, "another tokenizer"),
@@ -360,12 +361,13 @@ def test_a_student_that_is_the_teacher_or_larger_is_said(
     def notes(**given: object) -> str:
         return " ".join(methods.get("distill/logits").check(given).notes(shape, "cpu"))  # type: ignore[arg-type]
 
-    assert "The student is the teacher itself." in notes(student="folder", folder=str(source))
-    assert "as large as the teacher, or larger" in notes(student="folder", folder=str(large))
-    assert "begins as the teacher itself" in notes(keep_every=1)
-    assert notes() == notes(student="current") == ""
-    apply("distill/logits", models.stream(source, "bfloat16", "cpu"), context, student="current")
-    assert any("the student is the teacher itself" in line for line in recorder.logs())
+    for folder in (source, large):
+        assert "as large as the teacher, or larger" in notes(student="folder", folder=str(folder))
+    assert notes() == notes(student="current") == notes(keep_every=1) == ""
+    for number, (teachers, said) in enumerate(((str(large), False), ("", True))):
+        own = dataclasses.replace(context, folder=context.folder / str(number))
+        apply("distill/logits", models.stream(source), own, student="current", teachers=teachers, steps=1)
+        assert any("the student is the teacher itself" in line for line in recorder.logs()) is said
 
 
 @pytest.mark.parametrize("learn_prompts", [True, False])

@@ -57,6 +57,13 @@ def test_a_pattern_ends_with_two_of_four(name: str, context: Context) -> None:
         assert bool(((weight.view(-1, 4) == 0).sum(1) == 2).all())
 
 
+@pytest.mark.parametrize("name", ["prune/gradual", "prune/l1"])
+def test_a_file_may_hold_the_zeros_as_bits(name: str, context: Context) -> None:
+    model = pruned(name, context, storage="bitmask")
+    assert len(model.sparse) == 9
+    assert model.sparse == model.pruned
+
+
 def test_the_sparsity_rises_step_by_step(context: Context, recorder: Recorder) -> None:
     pruned("prune/gradual", context, sparsity=0.8, every=2, ramp=0.75)
     shown = [data["value"] for kind, data in recorder.said if kind == "sample" and data["series"] == "sparsity"]
@@ -117,7 +124,7 @@ def test_training_recovers_what_the_cut_broke(context: Context) -> None:
 @pytest.mark.parametrize("name", ["prune/gradual", "prune/l1"])
 def test_a_text_that_is_no_text_is_refused_before_the_run(name: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
-    for text, words in ((tmp_path / "absent.txt", "no calibration file"), (tmp_path / "short.txt", "tokens")):
+    for text, words in ((tmp_path / "absent.txt", "no training text"), (tmp_path / "short.txt", "tokens")):
         with pytest.raises(BadText, match=words):
             get(name).check({"text": str(text)}).check_sources(DEMO / "model")
 

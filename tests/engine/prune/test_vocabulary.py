@@ -277,7 +277,7 @@ def test_other_tokenizers_are_refused_before_work(
 
 
 def test_a_text_that_is_missing_or_empty_is_refused_before_work(tmp_path: Path) -> None:
-    with pytest.raises(BadText, match="There is no"):
+    with pytest.raises(BadText, match="There is no text"):
         method.Params(text=str(tmp_path / "none.txt")).check_sources(DEMO / "model")
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(BadText, match="is empty"):
