@@ -16,7 +16,7 @@ namespace {
 struct Task {
     const Matrix* w = nullptr;
     Lines x;                  // a row of tiles; row by row or, where W is stored so, turned
-    std::vector<float> sums;  // (groups, m), for zero points; nothing where there are none
+    std::vector<float> sums;  // (groups, 16), for zero points; nothing where there are none
     Bytes bytes;
     int like = -1;  // the task that reads the same x
 };
@@ -39,42 +39,56 @@ void read(Task& task, const bf16* x, int m) {
     if (!packed(w))
         for (long k = 0; k < upward(bytes, 64); ++k) turn(&task.x[k * SIDE]);
     if (w.zero) {
-        task.sums.resize(size_t(w.columns / w.group) * m);
+        task.sums.resize(size_t(w.columns / w.group) * SIDE);
         for (int i = 0; i < m; ++i)
-            for (int k = 0; k < w.columns; ++k) task.sums[size_t(k / w.group) * m + i] += widen(x[long(i) * w.columns + k]);
+            for (int k = 0; k < w.columns; ++k) task.sums[size_t(k / w.group) * SIDE + i] += widen(x[long(i) * w.columns + k]);
     }
 }
 
-// totals (m): the products of a row of x each with the 16 rows of W in `block`.
-template <int KIND> void packed_block(const Matrix& w, long block, const Line* x, const float* sums, int m, Floats* totals) {
+// totals (M): the products of a row of x each with the 16 rows of W in `block`; `sums` (groups, 16) of the inputs.
+template <int KIND, int M>
+void packed_block(const Matrix& w, long block, const Line* x, const float* sums, Floats* out) {
     constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS;
-    const int groups = w.columns / w.group;
+    constexpr int SOME = 8;  // tiles at a time: what was just stored cannot be loaded yet
+    const int groups = w.columns / w.group, tiles = w.columns / 32, each = w.group / 32;
     const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
-    alignas(64) __m512i weights[2][SIDE];  // by turns: one is written while the other is read
+    alignas(64) __m512i weights[SOME][SIDE];
     alignas(64) float found[SIDE][SIDE];
-    for (int i = 0; i < m; ++i) totals[i] = zeros();
-    for (int g = 0; g < groups; ++g) {
-        _tile_zero(0);
-        for (int k = 0; k < w.group / 32; ++k, x += SIDE) {
-            __m512i* const to = weights[k % 2];
-            for (int c = 0; c < SIDE; c += PAIRS, codes += 64) {
-                fetch(codes);
-                Codes<KIND>::unpack(codes, to + c);
-            }
-            Tiles::written();
-            _tile_loadd(1, x, 64);
-            _tile_loadd(2, to, 64);
-            _tile_dpbf16ps(0, 1, 2);
+    Floats totals[M];
+    std::fill(totals, totals + M, zeros());
+    for (int tile = 0, g = 0; tile < tiles;) {
+        const int last = std::min(tile + SOME, tiles);
+        for (__m512i* to = weights[0]; to < weights[last - tile]; to += PAIRS, codes += 64) {
+            fetch(codes);
+            Codes<KIND>::unpack(codes, to);
         }
-        _tile_stored(0, found, 64);
-        const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
-        const __m512 zero = w.zero ? load(w.zero + (block * groups + g) * ROWS) : zeros();
-        for (int i = 0; i < m; ++i) {
-            __m512 sum = _mm512_load_ps(found[i]);
-            if (w.zero) sum = less_fused(sum, zero, all(sums[g * m + i]));
-            totals[i] = fused(sum, scale, totals[i]);
+        Tiles::written();
+        for (const __m512i* from = weights[0]; tile < last; from += SIDE, x += SIDE) {
+            if (tile % each == 0) _tile_zero(0);
+            _tile_loadd(1, x, 64);
+            _tile_loadd(2, from, 64);
+            _tile_dpbf16ps(0, 1, 2);
+            if (++tile % each) continue;
+            _tile_stored(0, found, 64);
+            const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
+            const __m512 zero = w.zero ? load(w.zero + (block * groups + g) * ROWS) : zeros();
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) {
+                __m512 sum = _mm512_load_ps(found[i]);
+                if (w.zero) sum = less_fused(sum, zero, all(sums[g * SIDE + i]));
+                totals[i] = fused(sum, scale, totals[i]);
+            }
+            ++g;
         }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) out[i] = totals[i];
+}
+template <int KIND>
+void packed_block(const Matrix& w, long block, const Line* x, const float* sums, int m, Floats* totals) {
+    if (m <= 4) packed_block<KIND, 4>(w, block, x, sums, totals);
+    else if (m <= 8) packed_block<KIND, 8>(w, block, x, sums, totals);
+    else packed_block<KIND, 16>(w, block, x, sums, totals);
 }
 
 // The same for what is stored row by row: sums (m), whole numbers or float32.
