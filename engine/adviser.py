@@ -279,7 +279,7 @@ def _work(
         if method.family == "distill":
             hours += assumptions.training_hours(after.shape.parameters)
             teacher += assumptions.teacher_usd()
-        elif isinstance(params, methods.Calibrated):
+        elif methods.calibrates(params):
             hours += assumptions.quantize_hours(before.shape.parameters)
     return hours, teacher
 
@@ -287,7 +287,7 @@ def _work(
 def _needs(steps: Sequence[tuple[Method, Params]]) -> tuple[str, ...]:
     """What must be there: calibration text, a teacher and training, kernels for packed weights."""
     found = []
-    if any(isinstance(params, methods.Calibrated) for _, params in steps):
+    if any(methods.calibrates(params) for _, params in steps):
         found.append("calibration")
     if any(method.family == "distill" for method, _ in steps):
         found.append("training")

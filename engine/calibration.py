@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from engine import hardware, headers, shards
+from engine import hardware, headers, shards, sizes
 from engine.errors import BadModel, BadParams, short
 from engine.experts import Experts
 from engine.fields import RARE
@@ -91,6 +91,11 @@ class Moments(Observed):
     def collect(self) -> Collect:
         """What `walk_blocks` is to gather."""
         return "directions" if self.equal_tokens else "hessian"
+
+    def work(self, shape: Shape) -> float:
+        """Column by column: each weight is corrected by all columns before it."""
+        solving = sum(float(outputs) * inputs * inputs for outputs, inputs in sizes.chosen(shape, self).values())
+        return super().work(shape) + solving
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Literal
 
 from engine import pace, sizes
 from engine.headers import Shape, experts, integer
-from engine.methods import Calibrated, Method, Params
+from engine.methods import Calibrated, Method, Params, calibrates
 from engine.pace import Rates
 from engine.records import Recipe
 from engine.sizes import WIDTHS, Holding
@@ -187,7 +187,7 @@ def compressing(
     """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
     if integer(getattr(params, "steps", 0)):
         return _training(held, method, params, first, machine)
-    if isinstance(params, Calibrated) and getattr(params, "by", "") == "taylor":
+    if calibrates(params) and getattr(params, "by", "") == "taylor":
         return [Need("compress", _differentiating(held, params), method.title)]
     params, (largest, beside) = params.on(held.shape, held.width), held.parts()
     weights, others = (held.width * size if streamed else held.dense for size in (largest, beside))
@@ -195,13 +195,12 @@ def compressing(
     if chosen is not None:
         codes = round(largest * (1 + chosen.stored / 8))  # as found, and as written
         earlier = 0 if streamed else max(0, sum(_linear_sizes(held.shape)) - largest)  # of all blocks before
-    calibrated = isinstance(params, Calibrated)
     rounding = {
         "weights": weights, "codes": earlier + codes,
-        "solver": 0 if chosen is None and not calibrated else _rounding(held.shape, params),
+        "solver": 0 if chosen is None and not calibrates(params) else _rounding(held.shape, params),
     }  # fmt: skip
     phases = [rounding]
-    if isinstance(params, Calibrated):
+    if calibrates(params):
         observing = {"weights": weights, "codes": earlier}
         phases = _calibrating(held, params, observing, rounding)
         if survey := params.survey(held.shape):

@@ -54,7 +54,7 @@ class TextParams(Params):
         """The text."""
         return {**super().rooted(), "text": whole(self.text)}
 
-    def check_sources(self, folder: Path) -> None:
+    def check_sources(self, folder: Path | None) -> None:
         """Refuse a text that cannot be read, or is shorter than one sequence."""
         super().check_sources(folder)
         check_text(self.file(), folder, self.sequence_length)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, ValidationError, field_validator
 
@@ -146,8 +146,8 @@ class Params(BaseModel):
             BadModel: one line that names the family.
         """
 
-    def check_sources(self, folder: Path) -> None:
-        """Refuse texts that these settings name and that cannot be used for the model in `folder`.
+    def check_sources(self, folder: Path | None) -> None:
+        """Refuse texts that these settings name and that cannot be used for the model in `folder`; None: not here yet.
 
         Raises:
             InputError: one line that names the text.
@@ -200,6 +200,17 @@ class Params(BaseModel):
         """These settings for a model of that shape and so many bytes a dense weight: bits may follow from its size."""
         return self
 
+    def calibration_length(self) -> int | None:
+        """Tokens that the recipe's calibration text must have at least, for one sequence; None: it is not read."""
+        return None
+
+    def work(self, shape: Shape) -> float:
+        """Floating-point operations for the time estimate, or what takes as long, on the weights of such a model.
+
+        What comes beside reading and writing each, the passes of calibration text, `survey`, and training's steps.
+        """
+        return 0.0
+
     def survey(self, shape: Shape) -> Survey | None:
         """What the step measures of a whole model of that shape before it changes anything."""
         return None
@@ -251,6 +262,14 @@ class Calibrated(Params):
     sequence_length: Annotated[int, RARE] = Field(
         128, ge=8, le=8192, description="Tokens of each calibration sequence."
     )
+
+    def calibration_length(self) -> int | None:
+        return self.sequence_length
+
+
+def calibrates(params: Params) -> TypeGuard[Calibrated]:
+    """Whether calibration text flows through the model with these settings."""
+    return isinstance(params, Calibrated) and params.calibration_length() is not None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from engine import rescue, sizes
 from engine.headers import integer
-from engine.methods import Calibrated, Method, Params
+from engine.methods import Method, Params, calibrates
 from engine.sizes import Holding
 
 TIMES = ("download", "load", "steps", "save", "verify", "measure")
@@ -54,16 +54,14 @@ def seconds(
 
 
 def step_seconds(held: Holding, params: Params, rates: Rates, first: Holding | None = None) -> float:
-    """A step's own seconds: reading, changing and writing each weight, the calibration's tokens, the training's.
+    """A step's own seconds: reading and writing each weight, the method's work, tokens of calibration and training.
 
     first: the model before any step, where others came before this one: it is who teaches.
     """
     parameters, original = held.shape.parameters, (first or held).shape
-    work = 0.0
-    if isinstance(params, Calibrated):
+    work = params.work(held.shape)
+    if calibrates(params):
         work += 6.0 * params.samples * params.sequence_length * parameters
-        if getattr(params, "collect", "norm") in ("hessian", "directions"):
-            work += _solving(held)
     if survey := params.survey(held.shape):
         work += survey.operations
     if steps := integer(getattr(params, "steps", 0)):
@@ -76,11 +74,6 @@ def step_seconds(held: Holding, params: Params, rates: Rates, first: Holding | N
             work += done * tokens * (own * each.parameters + 2.0 * teacher)
             teacher = each.parameters
     return 4 * held.dense / rates.disk + work / rates.arithmetic
-
-
-def _solving(held: Holding) -> float:
-    """Column by column: each weight is corrected by all columns before it."""
-    return sum(float(outputs) * inputs * inputs for outputs, inputs in held.shape.linears.values())
 
 
 def bytes_read(held: Holding, batch: int, tokens: int) -> int:

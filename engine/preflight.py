@@ -16,17 +16,17 @@ from engine.errors import BadModel, BadText, InputError, TooBig, short
 from engine.fit import Estimate, Machine
 from engine.headers import Shape
 from engine.hub import Hub
-from engine.methods import Calibrated, Method, Params, Selection
+from engine.methods import Method, Params, Selection
 from engine.origin import FolderOrigin, Origin
 from engine.pace import Rates
 from engine.records import Model, Recipe
 from engine.sizes import WIDTHS
 from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
-from engine.text import read_bytes, read_documents, too_short
+from engine.text import documents, is_long, too_short
 from engine.ways import Way
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
-SHORT_TEXT = 1 << 17  # bytes; the tokens of a calibration text below it are counted before any work
+SENSED = 128  # tokens of each sequence of the calibration text on which sensitivity is measured
 
 
 def resolve(source: str) -> Path:
@@ -203,14 +203,13 @@ def check(
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
     suitability.check_steps(steps, shape, 8 * WIDTHS[recipe.model.dtype])
     suitability.check_measures(recipe, shape)
+    folder = shape.folder if shape.here else None  # once it is, the worker looks again
     for _, params in steps:
         params.check_models(origin)
-        if shape.here:  # else the worker does, once the model is
-            params.check_sources(shape.folder)
+        params.check_sources(folder)
     text = calibration_file(recipe.calibration)
-    for _, params in steps:
-        if isinstance(params, Calibrated):
-            check_text(text, shape.folder, params.sequence_length)
+    for length in _lengths(recipe, steps, shape):
+        check_text(text, folder, length)
     where = machine(recipe, spare)
     found = _estimate(recipe, shape, steps, where, _to_download(models(recipe), hub, token, room))
     if not found.fits:
@@ -346,17 +345,32 @@ def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str, room: Cal
     return needed
 
 
-def check_text(text: Path, folder: Path, length: int) -> None:
-    """Refuse a text that is no text, empty, or certainly shorter than one sequence of `length` tokens."""
-    if len(read_bytes(text, SHORT_TEXT)) == SHORT_TEXT:
+def _lengths(recipe: Recipe, steps: Iterable[tuple[Method, Params]], shape: Shape) -> list[int]:
+    """Tokens of each sequence that some part of a run reads of the calibration text; none where it is not read."""
+    found = {params.calibration_length() for _, params in steps}
+    packs = any(method.family == "quantize" and params.cache_grid() is None for method, params in steps)
+    if "sensitivity" in recipe.measure and not packs and headers.QUANTIZED.isdisjoint(shape.config):
+        found.add(SENSED)
+    return sorted(length for length in found if length is not None)
+
+
+def check_text(text: Path, folder: Path | None, length: int) -> None:
+    """Refuse a text that is no text, empty, or certainly shorter than one sequence of `length` tokens.
+
+    All of it that can be read is looked at. folder: that of the model, whose tokenizer counts, where it is here.
+    """
+    if is_long(text) or folder is None:
         return
-    documents = read_documents(text)
     file = folder / "tokenizer.json"
     if not file.is_file():
         return  # only the worker can count
     read_object(FolderOrigin(folder), file.name)  # a damaged one is an exception of no kind in the library
     from tokenizers import Tokenizer
 
-    counted = sum(len(each.ids) for each in Tokenizer.from_file(str(file)).encode_batch(documents))
-    if counted + len(documents) < length:  # each document may get a token that ends it
-        raise too_short(text, counted, length)
+    tokenizer, counted = Tokenizer.from_file(str(file)), 0
+    tokenizer.no_truncation()  # which a file may ask for
+    for number, document in enumerate(documents(text), 1):
+        counted += len(tokenizer.encode(document).ids)
+        if counted + number >= length:  # each document may get a token that ends it
+            return
+    raise too_short(text, counted, length)

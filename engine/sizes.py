@@ -213,6 +213,12 @@ def head_of(shape: Shape) -> dict[str, tuple[int, int]]:
     return {name.removesuffix(".weight"): (shape.tensors[name][0], shape.tensors[name][1]) for name in found}
 
 
+def chosen(shape: Shape, params: Params) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear that a step with these settings is to change: of the blocks, and the head if chosen."""
+    found = {n: size for n, size in shape.linears.items() if not isinstance(params, Selection) or params.selects(n)}
+    return found | (head_of(shape) if params.beyond_blocks()[0] else {})
+
+
 def counted_parameters(shape: Shape, params: Params, width: int) -> int:
     """The weights of a model with the linears as they are, as so many of `width` bits.
 

@@ -8,7 +8,7 @@ from engine import headers, patterns
 from engine.errors import BadModel, BadParams, short
 from engine.experts import NAMES
 from engine.headers import Shape
-from engine.methods import Method, Params, Selection
+from engine.methods import Calibrated, Method, Params, Selection, calibrates
 from engine.records import Recipe
 from engine.sizes import HEADS, counted_parameters, head_of, longest_text
 
@@ -44,6 +44,8 @@ def check_measures(recipe: Recipe, shape: Shape) -> None:
 
 def _check_length(method: Method, params: Params, shape: Shape) -> None:
     """Refuse sequences that are longer than the model has positions for."""
+    if isinstance(params, Calibrated) and not calibrates(params):
+        return  # no text is read
     length, longest = getattr(params, "sequence_length", 0), longest_text(shape.config)
     if length > longest > 0:
         raise BadParams(

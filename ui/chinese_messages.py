@@ -281,12 +281,16 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         # texts
         "The text {name} has {tokens} tokens, one sequence needs {length}. Give a longer text or a smaller sequence_length.":
             "文本 {name} 有 {tokens} 个词元，一条序列需要 {length} 个。请换更长的文本，或减小 sequence_length。",
-        "{name} is not UTF-8 text.": "{name} 不是 UTF-8 文本。",
+        "{name} is not UTF-8 text (line {number}). Save it as UTF-8.": "{name} 不是 UTF-8 文本（第 {number} 行）。请另存为 UTF-8。",
         "The text {name} is empty.": "文本 {name} 为空。",
-        "{name} is a binary file; a text or JSONL file in UTF-8 is needed.": "{name} 是二进制文件；需要 UTF-8 的文本文件或 JSONL 文件。",
+        "{name} is a binary file (a NUL in line {number}); a text or JSONL file in UTF-8 is needed.":
+            "{name} 是二进制文件（第 {number} 行有 NUL 字符）；需要 UTF-8 的文本文件或 JSONL 文件。",
         "The text {name} cannot be read: {said}.": "文本 {name} 无法读取：{said}。",
         "The text {name} cannot be read: {error}.": "文本 {name} 无法读取：{error}。",
-        "{name}, line {number}: a JSON object with a \"text\" is needed.": "{name} 第 {number} 行：需要含有 \"text\" 的 JSON 对象。",
+        "{name}, line {number}: a JSON object with a \"text\" that is a string is needed.":
+            "{name} 第 {number} 行：需要含有 \"text\" 且其值为字符串的 JSON 对象。",
+        "{name}, line {number}: the \"text\" holds half of a surrogate pair. Write the character whole.":
+            "{name} 第 {number} 行：\"text\" 中有半个代理对。请写出完整的字符。",
         # runs
         "{count} of your runs are waiting already. Wait for one to start, or cancel one.": "您已有 {count} 个运行在排队。请等其中一个开始，或取消一个。",
         "Run {run} is {said}; only an interrupted or failed run can be resumed.": "运行 {run} 的状态为“{said}”；只有已中断或失败的运行可以继续。",

@@ -32,9 +32,10 @@ from engine.calibration import Block, BlockLinear, token_rows, walk_blocks
 from engine.flow import run_block
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel, blocks
+from engine.preflight import SENSED
 from engine.records import Measurement
 
-ROWS, LENGTH = 16, 128  # sequences and their tokens
+ROWS, LENGTH = 16, SENSED  # sequences and their tokens
 BITS = 3
 GROUPS = (128, 64, 32)  # weights that share a scale: the first that divides a row
 

@@ -27,7 +27,7 @@ from engine.methods import Context
 from engine.methods import Params as Base
 from engine.models import LoadedModel
 from engine.preflight import text_file, whole
-from engine.text import read_documents
+from engine.text import is_long, read_documents
 from engine.vocabulary import closure, keep_tokens
 
 TITLE = "Vocabulary pruning"
@@ -61,10 +61,15 @@ class Params(Base):
             return "the original has other tokens than the model then, and can teach it nothing. Put it before."
         return ""
 
-    def check_sources(self, folder: Path) -> None:
+    def calibration_length(self) -> int | None:
+        """However short: the log says how it is split."""
+        return 1
+
+    def check_sources(self, folder: Path | None) -> None:
         """Refuse a text that is not there or empty, and tokenizers that tokens cannot be dropped from."""
-        read_documents(self.file())
-        vocabulary.read(folder)
+        is_long(self.file())
+        if folder is not None:
+            vocabulary.read(folder)
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

@@ -52,6 +52,9 @@ class Params(Selection, Calibrated):
     def beyond_blocks(self) -> tuple[bool, bool]:
         return self.head, False
 
+    def calibration_length(self) -> int | None:
+        return super().calibration_length() if self.scheme == "int8" else None
+
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse the shapes that 4-bit products damage."""
         if self.scheme != "int8":

@@ -29,8 +29,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from engine import sizes
 from engine.calibration import stretches
 from engine.fields import RARE
+from engine.headers import Shape
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import QuantizedWeight
@@ -40,6 +42,7 @@ from engine.quantize._place import place, walk
 TITLE = "HQQ"
 CHANGES = ("disk", "memory", "latency")
 SHARPER = 1.05  # growth of b each turn
+TURN = 1000.0  # operations that take as long as a turn on one weight: two powers, and thirty passes over memory
 
 
 class Params(GridParams):
@@ -52,6 +55,11 @@ class Params(GridParams):
     penalty: Annotated[float, RARE] = Field(
         10.0, gt=0.0, le=1000.0, description="The b of the first turn, for errors in steps."
     )
+
+    def work(self, shape: Shape) -> float:
+        """The turns."""
+        weights = sum(outputs * inputs for outputs, inputs in sizes.chosen(shape, self).values())
+        return super().work(shape) + TURN * (self.turns + 1) * weights
 
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:

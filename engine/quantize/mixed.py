@@ -102,7 +102,7 @@ class Params(gptq.SolverParams, Beyond, Range):
         """With the bits that the budget leaves each weight of this model."""
         if self.unit == "bits":
             return self
-        weights = sum(outputs * inputs for outputs, inputs in self._chosen(shape).values())
+        weights = sum(outputs * inputs for outputs, inputs in sizes.chosen(shape, self).values())
         bits = (
             self.budget_bits(weights, sizes.counted_parameters(shape, self, 8 * width), 8 * width) if weights else 0.0
         )
@@ -124,7 +124,7 @@ class Params(gptq.SolverParams, Beyond, Range):
 
     def survey(self, shape: Shape) -> Survey:
         """Steps 1 and 2: calibration once more; each linear in each option; the model read with each one rounded."""
-        found = self._chosen(shape)
+        found = sizes.chosen(shape, self)
         vocabulary = sizes.vocabulary_size(shape)
         length, rows = probe_rows(self.sequence_length, vocabulary)
         options = sum(
@@ -136,11 +136,6 @@ class Params(gptq.SolverParams, Beyond, Range):
         largest = max((outputs * inputs for outputs, inputs in found.values()), default=0)
         logits = length * vocabulary
         return Survey(calibration + options + reading, WEIGHED * largest, (4 * rows + LOGIT) * logits)
-
-    def _chosen(self, shape: Shape) -> dict[str, tuple[int, int]]:
-        """The linears that are to be quantized."""
-        found = {name: linear for name, linear in shape.linears.items() if self.selects(name)}
-        return found | (sizes.head_of(shape) if self.head else {})
 
     def width(self, bits: Bits) -> int:
         """Bits of a code as the budget counts them."""

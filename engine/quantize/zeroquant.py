@@ -19,6 +19,7 @@ SmoothQuant's do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,8 +27,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from engine import sizes
 from engine.calibration import Block
-from engine.flow import Batches, States
+from engine.flow import Batches, States, batch_size
+from engine.headers import Shape
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
 from engine.packing import InputGrid
@@ -38,6 +41,7 @@ from engine.quantize.smoothquant import with_inputs
 TITLE = "ZeroQuant"
 CHANGES = ("disk", "memory", "latency")
 INPUTS = InputGrid()
+LEARNED, ROUNDED = 1200.0, 600.0  # operations that take as long as a weight's step of Adam with rounding; as rounding
 
 
 class Params(GridParams, Calibrated):
@@ -49,6 +53,17 @@ class Params(GridParams, Calibrated):
 
     def rounds_inputs(self) -> bool:
         return True
+
+    def work(self, shape: Shape) -> float:
+        """The distillation: a batch forward and back in each step; before and after them all text thrice."""
+        if not self.distill_steps:
+            return super().work(shape)
+        together, heads = batch_size(self.sequence_length), sizes.head_of(shape)
+        weights = sum(size[0] * size[1] for name, size in sizes.chosen(shape, self).items() if name not in heads)
+        tokens = min(self.samples, together) * self.sequence_length
+        learning = self.distill_steps * (6.0 * tokens + LEARNED)
+        judging = 6.0 * self.samples * self.sequence_length + 2 * math.ceil(self.samples / together) * ROUNDED
+        return super().work(shape) + weights * (learning + judging)
 
     def unfit_for_experts(self) -> str:
         return "files cannot say that the inputs of experts are rounded."

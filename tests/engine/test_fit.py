@@ -12,6 +12,7 @@ from engine.fit import Estimate, Machine, Need
 from engine.headers import Shape
 from engine.pace import Rates
 from engine.packing import CacheGrid
+from engine.quantize import hqq, zeroquant
 from engine.records import Recipe
 from engine.sizes import Holding
 
@@ -208,6 +209,54 @@ def test_what_is_measured_first_takes_its_time_and_memory() -> None:
     assert seconds[0] - seconds[1] == pytest.approx(survey.operations / Rates().arithmetic)
     need = step(estimate(shape, {"quantize/mixed": {"samples": 1, "sequence_length": 128}}))
     assert need.parts["activations"] == (8 * 4 + 10) * 128 * 50_000  # logits that are kept, and those at work
+
+
+def test_four_bits_of_bitsandbytes_read_no_text_and_neither_time_nor_memory_says_so() -> None:
+    def seen(scheme: str, samples: int) -> tuple[float, int, bool]:
+        body: dict[str, JsonValue] = {"scheme": scheme, "samples": samples, "sequence_length": 2048}
+        found = estimate(LARGE, {"quantize/bitsandbytes": body}, machine=Machine(64 * GiB))
+        need = step(found)
+        return found.working, need.total, "calibration" in need.parts
+
+    for scheme in ("nf4", "fp4"):
+        assert seen(scheme, 1) == seen(scheme, 4096)
+        assert not seen(scheme, 4096)[2]
+    assert seen("int8", 4096)[0] - seen("int8", 1)[0] == pytest.approx(
+        6 * 4095 * 2048 * LARGE.parameters / Rates().arithmetic
+    )
+    assert seen("int8", 4096)[2]
+
+
+def working(name: str, **params: JsonValue) -> float:
+    """Operations that the time of a method's steps counts beside all others'."""
+    return estimate(LARGE, {name: params}).working * Rates().arithmetic
+
+
+def test_the_turns_of_hqq_take_time_on_the_weights_that_it_changes() -> None:
+    weights = sum(outputs * inputs for outputs, inputs in LARGE.linears.values())
+    more = working("quantize/hqq", turns=30) - working("quantize/hqq", turns=20)
+    assert more == pytest.approx(10 * hqq.TURN * weights)
+    assert working("quantize/hqq") - working("quantize/rtn") == pytest.approx(21 * hqq.TURN * weights)
+    few = working("quantize/hqq", targets="*.o_proj") - working("quantize/rtn")
+    assert few == pytest.approx(21 * hqq.TURN * 32 * 4096**2)
+    head = working("quantize/hqq", head=True) - working("quantize/hqq")
+    assert head == pytest.approx(21 * hqq.TURN * 128256 * 4096)
+
+
+def test_blocks_that_learn_take_the_time_of_their_steps() -> None:
+    weights = sum(outputs * inputs for outputs, inputs in LARGE.linears.values())
+
+    def taken(steps: int, samples: int = 64, **more: JsonValue) -> float:
+        return working("quantize/zeroquant", distill_steps=steps, samples=samples, sequence_length=128, **more)
+
+    assert taken(30) - taken(20) == pytest.approx(10 * (6 * 8 * 128 + zeroquant.LEARNED) * weights)
+    assert taken(30, samples=2) - taken(20, samples=2) == pytest.approx(
+        10 * (6 * 2 * 128 + zeroquant.LEARNED) * weights
+    )
+    judging = 6 * 64 * 128 + 2 * 8 * zeroquant.ROUNDED  # three passes over all text, two of them with rounding
+    learning = 10 * (6 * 8 * 128 + zeroquant.LEARNED)
+    assert taken(10) - taken(0) == pytest.approx((learning + judging) * weights)
+    assert taken(10, head=True) - taken(0, head=True) == pytest.approx(taken(10) - taken(0))  # the head does not learn
 
 
 def test_a_block_that_learns_stands_in_float32_beside_itself_with_what_it_gave() -> None:

@@ -257,6 +257,42 @@ def test_a_text_that_cannot_calibrate(
     preflight.check(recipe(tiny_folder(), {"quantize/rtn": {"group_size": 32}}, calibration=str(text)))
 
 
+@pytest.mark.parametrize(
+    ("steps", "measure"),
+    [
+        ([{"quantize/bitsandbytes": {"scheme": "int8"}}], []),
+        ([{"prune/wanda": {}}], []),
+        ([{"prune/vocabulary": {}}], []),
+        ([], ["sensitivity"]),
+        ([{"prune/magnitude": {}}], ["sensitivity"]),
+    ],
+)
+def test_whatever_reads_the_calibration_text_has_it_looked_through(
+    tiny_folder: Maker, tmp_path: Path, steps: list[object], measure: list[str]
+) -> None:
+    text, folder = tmp_path / "a.txt", tiny_folder()
+    text.write_bytes(b"The lamp is in the barn.\n" * 8000)
+    preflight.check(recipe(folder, *steps, measure=measure, calibration=str(text)))
+    text.write_bytes(b"The lamp is in the barn.\n" * 8000 + b"\0")
+    assert "NUL in line 8001" in refuse(recipe(folder, *steps, measure=measure, calibration=str(text)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "measure"),
+    [
+        ([{"quantize/bitsandbytes": {"scheme": "nf4"}}], []),
+        ([{"quantize/bitsandbytes": {"scheme": "fp4", "sequence_length": 300}}], []),  # the model reads 256 tokens
+        ([{"quantize/hqq": {"group_size": 32}}], ["sensitivity"]),  # which packed weights are not asked for
+        ([{"prune/magnitude": {}}], ["size"]),
+    ],
+)
+def test_what_reads_no_calibration_text_is_not_held_up_by_one(
+    tiny_folder: Maker, tmp_path: Path, steps: list[object], measure: list[str]
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\0")
+    preflight.check(recipe(tiny_folder(), *steps, measure=measure, calibration=str(tmp_path / "a.txt")))
+
+
 def test_a_run_keeps_whole_paths_however_its_files_were_named(
     tiny_folder: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +319,15 @@ def test_a_short_text_is_enough_for_short_sequences(tiny_folder: Maker, tmp_path
     (tmp_path / "a.txt").write_text("the lamp is in the barn and the cat is on the roof")
     step = {"quantize/gptq": {"group_size": 32, "sequence_length": 8}}
     preflight.check(recipe(tiny_folder(), step, calibration=str(tmp_path / "a.txt")))
+
+
+def test_tokens_that_a_tokenizer_would_cut_off_are_counted(tiny_folder: Maker, tmp_path: Path) -> None:
+    folder = tiny_folder()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": cut}))
+    (tmp_path / "a.txt").write_text("the lamp is in the barn and the cat is on the roof " * 40)  # one line
+    preflight.check_text(tmp_path / "a.txt", folder, 128)
 
 
 def test_a_model_that_does_not_fit(tiny_folder: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
