@@ -7,9 +7,9 @@ Two layouts, both exact: w = (code - zero) * scale, and the zero points through 
 
 Blocks of 16 rows lie side by side, so that 64 bytes are 8 (4) inputs of 16 rows and a lane sums a row. AVX-512
 multiplies codes as whole bfloat16 numbers, and unpacks the weights some rows at a time into the cache where the inputs
-have `MANY_ROWS` rows or more. AMX does the same by tiles of 16 rows of inputs, and one row as AVX-512 does. AVX2
-multiplies whole numbers of 16 bits: inputs are such numbers times a power of two for 128 of them at most, which changes
-none by more than a 128th of what bfloat16 rounds in the largest of them.
+have `MANY_ROWS` rows or more; AMX does the same by tiles of 16 rows of inputs. AVX2, and both of them for one row of
+inputs, multiply whole numbers of 16 bits: inputs are such numbers times a power of two for 128 of them at most, which
+changes none by more than a 128th of what bfloat16 rounds in the largest of them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 // Blocks of 16 rows of W times a few rows of x: AVX-512 with products of bfloat16 pairs. What is done with each byte of
 // a weight must fit beside the loads: codes become bfloat16 numbers without error and enter the processor's dot product
-// of bfloat16 pairs with float32 sums; a group's sum is multiplied by its scale once.
+// of bfloat16 pairs with float32 sums; a group's sum is multiplied by its scale once. For one row of x less must be done:
+// there both are whole numbers of sixteen bits.
 #pragma once
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "products.h"
+#include "wholes.h"
 
 namespace {  // so that what one function alone calls becomes part of it
 
@@ -47,12 +48,17 @@ inline uint32_t pair(const bf16* from) {  // two neighbours, wherever they begin
 
 // Rows of x as the packed layouts read them; dense weights read x.
 struct Inputs {
+    Wholes wholes;                // of one row, and then nothing else
     std::vector<uint32_t> pairs;  // (columns / 2, m): two neighbours of a row each
     std::vector<float> sums;      // (groups, m), for zero points; nothing where there are none
 };
 [[maybe_unused]] Inputs arrange(const Matrix& w, const bf16* x, int m) {
     Inputs in;
     if (w.kind == Matrix::DENSE) return in;
+    if (m == 1) {
+        in.wholes = whole_numbers(w, x, m);
+        return in;
+    }
     in.pairs.resize(size_t(w.columns) / 2 * m);
     if (w.zero) in.sums.resize(size_t(w.columns / w.group) * m);
     for (int i = 0; i < m; ++i) {
@@ -63,9 +69,66 @@ struct Inputs {
     return in;
 }
 
+// The next 64 bytes of a packed block as vectors of sixteen bits, (16 rows, 2 columns) each: codes plus OFFSET, of which
+// every second vector is 16 times as large where that saves shifting it.
+template <int KIND> struct Words;
+template <> struct Words<Matrix::INT4> {
+    static constexpr int OFFSET = 8, SHIFT = 4;
+    static void unpack(const uint8_t* from, __m512i* pairs) {
+        const __m512i low = _mm512_set1_epi16(15), high = _mm512_set1_epi16(15 << 4);
+        const __m512i first = _mm512_loadu_si512(from), second = _mm512_srli_epi16(first, 8);
+        pairs[0] = _mm512_and_si512(first, low);
+        pairs[1] = _mm512_and_si512(first, high);
+        pairs[2] = _mm512_and_si512(second, low);
+        pairs[3] = _mm512_and_si512(second, high);
+    }
+};
+template <> struct Words<Matrix::INT8> {
+    static constexpr int OFFSET = 0, SHIFT = 0;
+    static void unpack(const uint8_t* from, __m512i* pairs) {
+        pairs[0] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+        pairs[1] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(from + 32)));
+    }
+};
+
+// The products of one row of x with the 16 rows of W in `block`.
+template <int KIND> Floats whole_block(const Matrix& w, long block, const Wholes& in) {
+    constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS;
+    const int groups = w.columns / w.group, steps = in.chunk / STEP;
+    const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
+    const int32_t* x = in.pairs.data();
+    Floats total = zeros();
+    for (size_t part = 0; part < in.parts.size(); ++part) {
+        const auto [column, group] = in.parts[part];
+        const uint8_t* from = codes + column / STEP * 64;
+        __m512i sums[PAIRS];
+        std::fill(sums, sums + PAIRS, _mm512_setzero_si512());
+        for (int c = 0; c < steps; ++c, from += 64, x += PAIRS) {
+            __m512i pairs[PAIRS];
+            fetch(from);
+            Words<KIND>::unpack(from, pairs);
+#pragma GCC unroll 4
+            for (int j = 0; j < PAIRS; ++j) sums[j] = _mm512_dpwssd_epi32(sums[j], pairs[j], _mm512_set1_epi32(x[j]));
+        }
+        __m512i sum = sums[0], larger = sums[1];
+        for (int j = 2; j < PAIRS; j += 2) sum = _mm512_add_epi32(sum, sums[j]), larger = _mm512_add_epi32(larger, sums[j + 1]);
+        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(larger, Words<KIND>::SHIFT));
+        const int inputs = in.sums[part];
+        Floats number = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(Words<KIND>::OFFSET * inputs)));
+        const long at = (block * groups + group) * ROWS;
+        if (w.zero) number = less_fused(number, load(w.zero + at), all(float(inputs)));
+        total = fused(number, load(w.scale + at) * all(in.steps[part]), total);
+    }
+    return total;
+}
+
 // totals[i] = the products of row i of x with the 16 rows of W in `block`.
 template <int KIND, int M>
 void packed_block(const Matrix& w, long block, const Inputs& in, Floats* totals) {
+    if constexpr (M == 1) {
+        *totals = whole_block<KIND>(w, block, in.wholes);
+        return;
+    }
     constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS, CHAINS = M <= 2 ? PAIRS : 1;
     const int groups = w.columns / w.group;
     const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
