@@ -66,8 +66,8 @@ void packed_block(const Matrix& w, long block, const Line* x, const float* sums,
         for (const __m512i* from = weights[0]; tile < last; from += SIDE, x += SIDE) {
             if (tile % each == 0) _tile_zero(0);
             _tile_loadd(1, x, 64);
-            _tile_loadd(2, from, 64);
-            _tile_dpbf16ps(0, 1, 2);
+            _tile_loadd(4, from, 64);
+            _tile_dpbf16ps(0, 1, 4);
             if (++tile % each) continue;
             _tile_stored(0, found, 64);
             const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
@@ -97,23 +97,23 @@ template <bool INTEGERS> void plain_block(const Matrix& w, long block, const Lin
     const uint8_t* from = (const uint8_t*)w.weight + block * ROWS * bytes;
     const long rows = std::min<long>(ROWS, w.rows - block * ROWS), whole = rows == ROWS ? bytes / 64 : 0;
     alignas(64) __m512i rest[SIDE];
-    _tile_zero(0);
+    _tile_zero(5);
     for (long k = 0; k < tiles; ++k, x += SIDE) {
         if (k < whole) {
-            _tile_loadd(1, from + k * 64, bytes);
+            _tile_loadd(6, from + k * 64, bytes);
         } else {  // past the end there is nothing that may be read
             const long left = std::min(64L, bytes - k * 64);
             const __mmask64 mask = left == 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
             for (int r = 0; r < SIDE; ++r)
                 rest[r] = r < rows ? _mm512_maskz_loadu_epi8(mask, from + r * bytes + k * 64) : _mm512_setzero_si512();
             Tiles::written();
-            _tile_loadd(1, rest, 64);
+            _tile_loadd(6, rest, 64);
         }
-        _tile_loadd(2, x, 64);
-        if constexpr (INTEGERS) _tile_dpbsud(0, 1, 2);
-        else _tile_dpbf16ps(0, 1, 2);
+        _tile_loadd(7, x, 64);
+        if constexpr (INTEGERS) _tile_dpbsud(5, 6, 7);
+        else _tile_dpbf16ps(5, 6, 7);
     }
-    _tile_stored(0, sums, 64);
+    _tile_stored(5, sums, 64);
     transpose(sums);
 }
 
@@ -155,7 +155,7 @@ bool multiply_tile(const Matrix* matrices, int count, const bf16* x, int m, bf16
     const Blocks blocks(matrices, count, m, threads);
 #pragma omp parallel num_threads(blocks.threads)
     {
-        const Tiles here;
+        const Tiles here(m);
 #pragma omp for schedule(dynamic, blocks.turn)
         for (long unit = 0; unit < blocks.all; ++unit) {
             const auto [i, block, at] = blocks.find(unit);

@@ -12,12 +12,12 @@ constexpr int PARTS = PANEL / SIDE;
 struct alignas(64) Line { uint8_t bytes[64]; };
 using Lines = std::unique_ptr<Line[]>;        // 16 of them are a tile; nothing in them at first
 
-// While one lives its thread has all eight tiles, each whole.
+// While one lives its thread has all eight tiles: the first four of so many rows, the others whole.
 class Tiles {
   public:
-    Tiles() {
+    explicit Tiles(int rows = SIDE) {
         struct alignas(64) { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } shape;
-        for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = SIDE;
+        for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = uint8_t(i < 4 ? rows : SIDE);
         written();
         _tile_loadconfig(&shape);
     }
