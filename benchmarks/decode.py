@@ -43,7 +43,7 @@ SHAPES = {
         num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=2048,
     ),
 }  # fmt: skip
-SECTIONS = {"cpu": "decode", "cuda": "decode-cuda"}
+SECTIONS = {None: "decode", "avx512": "decode", "avx2": "decode-avx2", "amx": "decode-amx", "cuda": "decode-cuda"}
 PROMPT, NEW, GROUP = 32, 32, 64
 BATCHES = (1, 4, 16)
 PREFILL = 512  # tokens
@@ -177,8 +177,7 @@ def main() -> None:
     text = "\n\n".join([about(stock, arguments.threads), *tables])
     log.info("%s", text)
     if arguments.write:
-        section = "decode-avx2" if arguments.device == "cpu" and available() == "avx2" else SECTIONS[arguments.device]
-        write_section(README, section, text)
+        write_section(README, SECTIONS[available() if arguments.device == "cpu" else arguments.device], text)
 
 
 def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:

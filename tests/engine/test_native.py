@@ -494,6 +494,29 @@ def test_a_failed_build_leaves_nothing_and_is_said_once(
     assert [file.name for file in (tmp_path / "home" / "maquette" / "kernels").iterdir()] == ["lock"]
 
 
+@pytest.mark.skipif("amx" not in KINDS, reason="this processor has no tiles, or they are not given")
+def test_a_compiler_that_knows_no_tiles_builds_for_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = shutil.which("g++")
+    fake_compiler(
+        tmp_path / "bin", monkeypatch, f'case "$*" in *amx*) echo "what is amx?" >&2; exit 1;; esac\nexec {real} "$@"'
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    library._load.cache_clear()
+    try:
+        assert library.available() == "avx512"
+    finally:
+        library._load.cache_clear()
+    assert "kernels for avx512; better ones could not be built: what is amx?" in caplog.text
+
+
+def test_tiles_that_the_system_does_not_give_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "instructions", lambda: frozenset(library.AMX.instructions))
+    monkeypatch.setattr(library, "may_use_tiles", lambda: False)
+    assert [kind.name for kind in library.PROCESSORS if kind.here()] == ["avx512"]
+
+
 def test_another_processor_is_never_asked_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(library, "instructions", lambda: frozenset(["avx2"]))
