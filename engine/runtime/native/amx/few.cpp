@@ -53,7 +53,7 @@ void packed_block(const Matrix& w, long block, const Line* x, const float* sums,
     const int groups = w.columns / w.group, tiles = w.columns / 32, each = w.group / 32;
     const uint8_t* codes = (const uint8_t*)w.weight + block * (w.columns / STEP) * 64;
     alignas(64) __m512i weights[SOME][SIDE];
-    alignas(64) float found[SIDE][SIDE];
+    alignas(64) float found[SIDE][SIDE] = {};  // also of rows that are not there
     Floats totals[M];
     std::fill(totals, totals + M, zeros());
     for (int tile = 0, g = 0; tile < tiles;) {

@@ -8,8 +8,8 @@
 
 namespace {
 
-constexpr long SOME = 1024;         // rows of x at a time
-constexpr int STRETCH = 1 << 11;    // bytes of a row of x at a time: the panel of W that they meet stays in the cache
+constexpr long SOME = 1024;       // rows of x at a time
+constexpr int STRETCH = 1 << 11;  // bytes of a row of x at a time: the panel of W that they meet stays in the cache
 
 // out (m, 16 rows of W) from sums (m / 16 tiles that are 64 x 16 numbers apart, 16, 16).
 void finish(const Matrix& w, long row, const Line* sums, long m, const float* scales, bf16* out) {
