@@ -38,7 +38,7 @@ BATCH = 32
 SHORT, MIDDLE, LONG = 600, 800, 4800  # steps
 EIGHT, MANY = 8, 64  # texts that are read in one pass
 QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
-REPAIRS = {"norms": "norms", "low-rank additions": "lora", "every weight": "all"}
+REPAIRS = {"norms": "norms and scales", "low-rank additions": "lora", "every weight": "all"}
 REPAIR_STEPS = 150
 COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
 
