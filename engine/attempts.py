@@ -11,6 +11,7 @@
         tmp/           what the worker puts aside; deleted when it has ended
         blocks/        finished blocks, moved on to the next attempt
         artifact/      the result, renamed into place when complete
+        exports/       the result in other formats, by their names (`engine.exporting`)
     HOME/cache/        what one run measured and others can use
 
 The scheduler takes the lock before the worker exists and hands the open file down, so that there is no
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 ROOM = 8192  # bytes
 ASIDE = "tmp"
+EXPORTS = "exports"
 DURABLE = frozenset({"artifact", "finished"})
 
 
@@ -67,7 +69,7 @@ def prepare(home: Path, run: str, attempt: int, request: dict[str, JsonValue]) -
             (earlier / "blocks").rename(folder / "blocks")
         with suppress(FileNotFoundError):  # by rename, so that what is called `artifact` is always whole
             (earlier / "artifact").rename(earlier / "discarded")
-        for leftover in ("discarded", "artifact.tmp", "blocks", ASIDE):
+        for leftover in ("discarded", "artifact.tmp", "blocks", EXPORTS, ASIDE):
             shutil.rmtree(earlier / leftover, ignore_errors=True)
     path = folder / "request.json"
     path.write_text(json.dumps({**request, "folder": str(folder)}))

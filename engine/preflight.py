@@ -265,7 +265,7 @@ def _for_maquette_alone(method: Method, params: Params, shape: Shape) -> list[st
     said = f"Packed linears of {kind} are in a format of Maquette's own, which stock `transformers` refuses."
     if params.rounds_inputs():
         return [f"{said} No export holds rounded inputs: for other programs use a weight-only method."]
-    return [f"{said} `export --format dense` writes a folder that it loads, in 16 bit."]
+    return [f"{said} The Runs tab or `export --format dense` writes a folder that it loads, in 16 bit."]
 
 
 def _rounded_otherwise(params: Params, shape: Shape) -> list[str]:

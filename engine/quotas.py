@@ -116,6 +116,27 @@ class Quotas:
             )
         return size
 
+    def check_export(self, run: Run, size: int) -> None:
+        """Refuse an export of a run that leaves so many bytes on disk, where that is too much.
+
+        Raises:
+            TooBig: for its owner, or for the disk; with the numbers and a way out.
+        """
+        limits = self._limits
+        if not self._bounded:
+            return
+        if limits.disk is not None and (used := self.used(run.owner)) + size > limits.disk:
+            raise TooBig(
+                f"Your runs hold {_bytes(used)} of the {_bytes(limits.disk)} that a visitor has, and the export needs "
+                f"up to {_bytes(size)}. Delete a run on the Runs tab."
+            )
+        self.make_room(run.recipe, size)
+        if (free := self._free()) - size < limits.floor:
+            raise TooBig(
+                f"The server's disk has {_bytes(free)} left; the export needs up to {_bytes(size)}, and "
+                f"{_bytes(limits.floor)} stay free. Delete runs of yours, or come back later."
+            )
+
     def make_room(self, recipe: Recipe, needed: int) -> None:
         """Delete what nobody uses until a run of the recipe finds so many bytes of the disk, or nothing is left."""
         self._release(lambda: self._free() - needed >= self._limits.floor, partial(self._unused, recipe))

@@ -29,6 +29,7 @@ from pydantic import JsonValue
 from engine import hardware, preflight, rescue
 from engine.attempts import ASIDE, attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName, os_reason
+from engine.exporting import Exports
 from engine.fit import Estimate
 from engine.hub import Hub
 from engine.modes import Limits
@@ -100,6 +101,7 @@ class Scheduler:
         scratch = scratch_of(self.home)
         shutil.rmtree(scratch, ignore_errors=True)  # of a server that was killed
         self._streams = Streams(scratch / "streams")
+        self._exports = Exports(scratch / "exports", self.limits.seconds)
         self._quotas = Quotas(self.home, self.store, self.limits, hub=self.hub, warm=self._streams.models)
         self._rates = Rates()
         self._memory_budget = memory_budget
@@ -128,8 +130,9 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Interrupt what runs (it can be resumed), end the warm models, close the store."""
+        """Interrupt what runs (it can be resumed), end warm models and exports, close the store."""
         self._streams.close()
+        self._exports.close()
         self._stopping.set()
         self._wake.set()
         if self._thread is not None:
@@ -283,6 +286,17 @@ class Scheduler:
             folders, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, same_text=same_text,
             top_p=top_p, top_k=top_k, stop_strings=stop_strings, chat=chat, system=system, stop=stop,
         )  # fmt: skip
+
+    def export(
+        self, run_id: str, name: str, owner: str | None = "", stop: threading.Event | None = None
+    ) -> Iterator[float]:
+        """Keep a run's artifact in another format beside it; see `Exports.write`.
+
+        Raises:
+            UnknownName: there is no such run of that owner.
+        """
+        run = self._own(run_id, owner)
+        return self._exports.write(run, name, partial(self._quotas.check_export, run), stop)
 
     # The thread
 

@@ -7,6 +7,8 @@
     {"kind": "probe" | "verify" | "measure", ...}
         A child of a run, or of the command line: the work is in a process of its own so that it starts fresh.
         Events go to stdout, a line `{"kind", "data"}` each; the last one is `finished`.
+    {"kind": "export", "artifact": folder, "format": name, "folder": where it is to be}
+        Writes an artifact in another format; says nothing but `finished`, to stdout.
     {"kind": "train", ...}
         One of several processes that train together, as RANK and WORLD_SIZE say; see `engine.ranks`.
     {"kind": "serve", "model": source, "device": device}
@@ -236,6 +238,13 @@ def _child(request: Request, replies: TextIO) -> Status:
         _reply(replies, {"kind": kind, "data": data})
 
     def work() -> None:
+        if request["kind"] == "export":
+            with swift_imports():
+                from engine import export
+
+                write = export.exporter(str(request["format"]))
+            write(Path(str(request["artifact"])), Path(str(request["folder"])))
+            return
         with swift_imports():
             from engine import pipeline, probe, ranks, verify
         if request["kind"] == "train":

@@ -170,8 +170,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{method}: {pattern} of {setting} fits no linear that is chosen. Names are as in {linear}.":
             "{method}：{setting} 中的 {pattern} 不匹配任何选中的线性层。名称形如 {linear}。",
         "Packed linears of {kind} are in a format of Maquette's own, which stock `transformers` refuses. "
-        "`export --format dense` writes a folder that it loads, in 16 bit.":
-            "打包后的 {kind} 线性层采用 Maquette 自己的格式，标准 `transformers` 会拒绝加载。`export --format dense` 会写出它能加载的 16 位文件夹。",
+        "The Runs tab or `export --format dense` writes a folder that it loads, in 16 bit.":
+            "打包后的 {kind} 线性层采用 Maquette 自己的格式，标准 `transformers` 会拒绝加载。“运行”页或 `export --format dense` 会写出它能加载的 16 位文件夹。",
         "Packed linears of {kind} are in a format of Maquette's own, which stock `transformers` refuses. "
         "No export holds rounded inputs: for other programs use a weight-only method.":
             "打包后的 {kind} 线性层采用 Maquette 自己的格式，标准 `transformers` 会拒绝加载。任何导出格式都无法表示输入被舍入：若要供其他程序使用，请选择只量化权重的方法。",
@@ -402,6 +402,16 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{name}: {linear} has {bits} bits; the GPTQ format has {known}.": "{name}：{linear} 为 {bits} 位；GPTQ 格式支持 {known} 位。",
         "{name}: {linear} has zero points of 0, which the first version of the GPTQ format cannot hold. Export it as gptq_v2.":
             "{name}：{linear} 的零点为 0，GPTQ 格式第一版无法表示。请导出为 gptq_v2。",
+        "Run {run} has no model to export: its files were deleted, or it did not finish.":
+            "运行 {run} 没有可导出的模型：其文件已删除，或它没有完成。",
+        "An export of yours is being made already. Wait for it, or stop it.": "您已有一个导出正在进行。请等待它完成，或停止它。",
+        "Stopped; nothing of the export is left.": "已停止；没有留下任何导出内容。",
+        "The export took longer than the {minutes} minutes that it has here and was ended. "
+        "Export a smaller model, or run Maquette on your own machine.":
+            "导出超过了此处允许的 {minutes} 分钟，已被结束。请导出较小的模型，或在您自己的机器上运行 Maquette。",
+        "The export ended without a word; memory may have run out. Try again later.":
+            "导出没有任何说明就结束了；可能内存不足。请稍后重试。",
+        "The run's files were deleted while they were exported.": "该运行的文件在导出过程中被删除了。",
         # goals of the advice
         "The goal is {goal}. Write memory=8GB, latency=0.5 (half), cost or cost=0.3 (USD).":
             "目标为 {goal}。请写 memory=8GB、latency=0.5（一半）、cost 或 cost=0.3（美元）。",
@@ -561,6 +571,12 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The server's disk has {free} left; the run needs up to {size}, and {floor} stay free. "
         "Delete runs of yours, or come back later.":
             "服务器磁盘剩余 {free}；此运行最多需要 {size}，且须保留 {floor}。请删除您的一些运行，或稍后再来。",
+        "Your runs hold {used} of the {most} that a visitor has, and the export needs up to {size}. "
+        "Delete a run on the Runs tab.":
+            "您的运行已占用每位访客 {most} 限额中的 {used}，而导出最多需要 {size}。请在“运行”页删除一个运行。",
+        "The server's disk has {free} left; the export needs up to {size}, and {floor} stay free. "
+        "Delete runs of yours, or come back later.":
+            "服务器磁盘剩余 {free}；导出最多需要 {size}，且须保留 {floor}。请删除您的一些运行，或稍后再来。",
         "The server's disk has {free} left. Choose a smaller model, or come back later.":
             "服务器磁盘只剩 {free}。请选择较小的模型，或稍后再来。",
         "The run took longer than the {limit} minutes that a run has here. Use a smaller model, fewer steps or fewer "

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from engine import bundle
+from engine import bundle, exporting
 from engine.card import CARD
 from engine.errors import InputError, MaquetteError, UnknownName
 from ui import dossier, report
@@ -18,7 +18,8 @@ from ui.desk import Desk, Entry
 from ui.edge import COOKIE, NAME, line
 from ui.wording import say
 
-MODEL = "model.zip"
+ZIP = ".zip"
+MODEL = "model"  # as the run saved it; all other zips are called after their formats
 
 
 class Downloads:
@@ -32,7 +33,7 @@ class Downloads:
         return [Route("/runs/{run}/{name}", self.of_run), Route("/compare/{name}", self.of_comparison)]
 
     def of_run(self, request: Request) -> Response:
-        """`recipe.yaml`, `measurements.csv`, `report.md`, the model card, or the model as a zip."""
+        """`recipe.yaml`, `measurements.csv`, `report.md`, the model card, or the model as a zip, of any format."""
         owner, name = visitor(request), request.path_params["name"]
         if not owner:
             return nothing()
@@ -42,8 +43,8 @@ class Downloads:
             return nothing()
         baseline = self._desk.baseline(entry.run.recipe, owner)
         try:
-            if name == MODEL:
-                return self._model(entry, baseline)
+            if name.endswith(ZIP):
+                return self._model(entry, baseline, name.removesuffix(ZIP))
             if name == CARD:
                 return attachment(
                     report.card(entry, baseline), "text/markdown; charset=utf-8", f"{entry.run.id}-{name}"
@@ -68,14 +69,22 @@ class Downloads:
         except InputError as error:
             return PlainTextResponse(line(error), status_code=400)
 
-    def _model(self, entry: Entry, baseline: Entry | None) -> Response:
-        """The artifact with its card, sent as it is read.
+    def _model(self, entry: Entry, baseline: Entry | None, name: str) -> Response:
+        """The artifact or an export of it, with its card, sent as it is read.
+
+        The numbers were measured of the artifact, so they stand in its card alone.
 
         Raises:
             MaquetteError: it is not there, or not whole.
         """
-        files = bundle.contents(report.folder(entry), report.card(entry, baseline))
-        name = f"maquette-{entry.run.id}"
+        folder = report.folder(entry)
+        if name == MODEL:
+            files, name = bundle.contents(folder, report.card(entry, baseline)), f"maquette-{entry.run.id}"
+        elif name in exporting.made(folder):
+            folder = exporting.place(folder, name)
+            files, name = bundle.contents(folder, (folder / CARD).read_text()), f"maquette-{entry.run.id}-{name}"
+        else:
+            return nothing()
         headers = {"Content-Disposition": f'attachment; filename="{name}.zip"'}
         return StreamingResponse(bundle.zipped(files, name), media_type="application/zip", headers=headers)
 

@@ -146,9 +146,12 @@ def _healed(recipe: Recipe) -> bool:
 
 def run_detail(
     run: Run, story: Story, series: Sequence[Series], progress: Mapping[str, JsonValue] | None, entry: Entry | None,
-    baseline: Entry | None,
+    baseline: Entry | None, formats: Sequence[str] = (),
 ) -> Markup:  # fmt: skip
-    """One run: where it stands, what it measured, its charts, its log, its files."""
+    """One run: where it stands, what it measured, its charts, its log, its files.
+
+    formats: the other ones in which its model is there.
+    """
     head = tag(
         "header",
         tag("h2", wording.title(run.recipe)),
@@ -189,6 +192,9 @@ def run_detail(
         files = [
             tag("li", markup.link(say(f"file.{name}"), f"./runs/{run.id}/{name}", download=True)) for name in names
         ]
+        for name in formats:
+            said = say("file.export", format=wording.known(f"format.{name}", name))
+            files.append(tag("li", markup.link(said, f"./runs/{run.id}/{name}.zip", download=True)))
         parts.append(tag("ul", *files, class_="mq-files"))
     if story.log:
         text = "\n".join(translate(line) for _, line in list(story.log)[-14:])

@@ -22,15 +22,13 @@ from torch import Tensor
 from engine import artifacts, card, headers
 from engine.bitmask import SPARSE_KEY
 from engine.errors import BadModel, InputError, TooBig, short
+from engine.export._offer import codes_of, room
 from engine.files import as_usual, publish
-from engine.low_rank import RANKS_KEY
-from engine.own_packed import PACKED_KEY
 from engine.packing import QuantizedWeight, pack, unpack
 from engine.records import Recipe
 from engine.runtime.load import Schemes
 from engine.shards import PARTS, TensorFiles, read_quantized
 
-CODES = ".weight_packed"
 # Where the hub's checkpoints, and all who read their like, have another name than transformers 5 has.
 IN_CHECKPOINTS = {"mixtral": (".mlp.", ".block_sparse_moe.")}
 Tensors = dict[str, Tensor]
@@ -72,32 +70,9 @@ class Artifact:
         self.recipe = Recipe.model_validate(json.loads((folder / artifacts.MANIFEST).read_text())["recipe"])
         self.config: dict[str, JsonValue] = json.loads((folder / "config.json").read_text())
         self.files = TensorFiles.of_folder(folder)
-        if RANKS_KEY in self.config:
-            raise BadModel(
-                f"{self.label} has linears that are products of two, which this format does not know. Export it as "
-                "dense, or quantize without prune/low_rank."
-            )
-        if PACKED_KEY in self.config:
-            raise BadModel(
-                f"{self.label} holds linears of {self.config.get('model_type')}, which readers of this format do not "
-                "know. Export it as dense."
-            )
+        stored, names = codes_of(self.label, self.config, self.files.names)
+        del self.config["quantization_config"]
         self.config.pop(SPARSE_KEY, None)  # what stands there as a bitmask is written as the numbers it is
-        stored = self.config.pop("quantization_config", None)
-        if not isinstance(stored, dict):
-            raise BadModel(f"{self.label} holds no quantized weights: there is nothing to export.")
-        names = [name.removesuffix(CODES) for name in self.files.names if name.endswith(CODES)]
-        if stored.get("format") != "pack-quantized" or not names:
-            what = stored.get("format", stored.get("quant_method"))
-            raise BadModel(
-                f"{self.label} is stored as {short(what)}; only weights in groups or rows of integers, with inputs as "
-                "they are, can be exported. Use a weight-only method such as quantize/gptq."
-            )
-        if beyond := [name for name in names if not any(word.isdigit() for word in name.split("."))]:
-            raise BadModel(
-                f"{self.label} has packed weights beside its blocks ({beyond[0]}), which readers of these formats do "
-                "not expect. Quantize with `head` and `embeddings` off to export."
-            )
         self._schemes = Schemes(stored, folder)
         self._shapes = headers.inspect(folder).tensors
         self.packed = {name: self._packed(name) for name in names}
@@ -216,17 +191,17 @@ def write(
 
 def publish_folder(
     source: Path, folder: Path, files: Mapping[str, JsonValue], names: Sequence[str],
-    tensors: Callable[[str], Iterable[tuple[str, Tensor]]], recipe: Recipe, size: int = 0,
+    tensors: Callable[[str], Iterable[tuple[str, Tensor]]], recipe: Recipe, kind: str = "",
 ) -> None:  # fmt: skip
     """Write a folder with the other files of `source`, new JSON `files`, and `tensors` of names sorted by block.
 
-    size: bytes of the tensors, where they may be more than those of the source.
+    kind: of the export, where its tensors may be more than those of the source.
 
     Raises:
         InputError: the folder exists already, or its parent does not.
         TooBig: the disk is too full.
     """
-    _check_place(source, folder, size)
+    _check_place(folder, room(source, kind))
     temporary = folder.with_name(f".{folder.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -245,12 +220,11 @@ def publish_folder(
         raise
 
 
-def _check_place(source: Path, folder: Path, size: int) -> None:
+def _check_place(folder: Path, needed: int) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{short(folder)} exists already. Name a folder that does not.")
     if not folder.parent.is_dir():
         raise InputError(f"There is no folder {short(folder.parent)} to write {short(folder.name)} into.")
-    needed = max(size, sum(file.stat().st_size for file in source.iterdir())) * 11 // 10
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise TooBig(f"The export needs {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} are free.")

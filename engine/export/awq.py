@@ -21,10 +21,11 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.export import _offer
 from engine.export._folder import Artifact, Tensors, check_divisible, check_halves, pack_rows, write
 from engine.packing import QuantizedWeight
 
-BITS = 4
+(BITS,) = _offer.BITS["awq"]
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from engine import artifacts, headers
 from engine.errors import BadModel, short
-from engine.export._folder import CODES, block_of, publish_folder
+from engine.export._folder import block_of, publish_folder
+from engine.export._offer import CODES, DENSE
 from engine.headers import OWN_KEYS
 from engine.low_rank import RANKS_KEY
 from engine.own_packed import CONV1D, PACKED_KEY, rounds_inputs
@@ -51,8 +52,7 @@ def export(artifact: Path, folder: Path) -> None:
     recipe = Recipe.model_validate(json.loads((artifact / artifacts.MANIFEST).read_text())["recipe"])
     source = _Source(artifact, config)
     plain = {key: value for key, value in source.config.items() if key not in OWN_KEYS}
-    files, size = {"config.json": plain}, 2 * headers.inspect(artifact).parameters
-    publish_folder(artifact, folder, files, source.names, source.tensors, recipe, size)
+    publish_folder(artifact, folder, {"config.json": plain}, source.names, source.tensors, recipe, DENSE)
 
 
 class _Source:

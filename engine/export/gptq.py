@@ -28,10 +28,11 @@ import torch
 from pydantic import JsonValue
 
 from engine.errors import InputError
+from engine.export import _offer
 from engine.export._folder import Artifact, Tensors, check_divisible, check_halves, pack_rows, write
 from engine.packing import QuantizedWeight
 
-BITS = (2, 3, 4, 8)
+BITS = _offer.BITS["gptq"]
 WORD = 32  # rows and columns come in multiples of this, so that fields of any bits fill whole words
 SETTINGS = ("bits", "group_size", "sym")
 

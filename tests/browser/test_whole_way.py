@@ -1,8 +1,9 @@
 """The whole way of a visitor, in both languages: find a model on the hub, see that it fits, make it smaller, compare,
-take the report and the model away, and load that in stock transformers."""
+take the report and the model away, and load that in stock transformers; take it in another program's format, too."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def take(page: Page, link: Locator, place: Path) -> Path:
 def test_from_a_search_to_a_model_that_transformers_loads(
     code: str, bits: int, open_page: Open, returning: StorageState, tmp_path: Path
 ) -> None:
-    words = DICTIONARIES[code]
+    words, other = DICTIONARIES[code], "awq" if bits == 4 else "gptq"
     page = open_page(f"?lang={code}", state=returning)
     page.get_by_role("tab", name=words["tab.compress"], exact=True).click()
     page.get_by_role("button", name=words["models.find"]).click()
@@ -55,6 +56,13 @@ def test_from_a_search_to_a_model_that_transformers_loads(
     expect(detail).to_contain_text(words["status.succeeded"], timeout=PATIENCE)
 
     model = take(page, detail.locator('a[href$="model.zip"]'), tmp_path)
+    expect(page.locator("#mq-export-format")).to_contain_text(words[f"format.{other}.for"])
+    page.locator("#mq-export-start").dblclick()
+    expect(page.locator("#mq-export-told a")).to_be_visible(timeout=PATIENCE)
+    with zipfile.ZipFile(take(page, page.locator("#mq-export-told a"), tmp_path)) as archive:
+        (config,) = (name for name in archive.namelist() if name.endswith("/config.json"))
+        assert json.loads(archive.read(config))["quantization_config"]["quant_method"] == other
+    expect(detail).to_contain_text(words["file.export"].format(format=words[f"format.{other}"]), timeout=30_000)
     page.get_by_role("button", name=words["runs.compare"], exact=True).click()
     expect(page.locator(".mq-verdict").first).to_contain_text(
         words["ratio.smaller"].format(ratio="").strip(), timeout=60_000
@@ -70,12 +78,12 @@ def test_from_a_search_to_a_model_that_transformers_loads(
 
     with zipfile.ZipFile(model) as archive:
         archive.extractall(tmp_path / "model")
-    (config,) = (tmp_path / "model").rglob("config.json")
+    (folder,) = (file.parent for file in (tmp_path / "model").rglob("config.json"))
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.parent)
-    network = AutoModelForCausalLM.from_pretrained(config.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         logits = network(**tokenizer("Once upon a time", return_tensors="pt")).logits
     assert logits.isfinite().all()

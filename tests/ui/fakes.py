@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import threading
@@ -12,7 +13,10 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from engine import methods, rescue
+from engine.attempts import EXPORTS
+from engine.card import CARD
 from engine.errors import InputError, UnknownName
+from engine.files import MANIFEST, digest
 from engine.hub import Hub
 from engine.modes import Limits
 from engine.records import Event, EventKind, Measurement, Output, Recipe, Run, Status, Step, Token
@@ -169,11 +173,28 @@ class FakeScheduler:
         finally:
             self.closed_streams += 1
 
+    def export(
+        self, run_id: str, name: str, owner: str | None = "", stop: threading.Event | None = None
+    ) -> Iterator[float]:
+        run = self._own(run_id, owner)
+        yield 1.0
+        export(run, name)
+
     def _own(self, run_id: str, owner: str | None) -> Run:
         run = self.store.run(run_id)
         if owner is not None and run.owner != owner:
             raise UnknownName("run", run_id, ())
         return run
+
+
+def export(run: Run, name: str) -> None:
+    """An export of a run, by its look."""
+    folder = Path(str(run.artifact)).parent / EXPORTS / name
+    folder.mkdir(parents=True)
+    for file, text in ((CARD, f"# As {name}"), ("model.safetensors", "codes")):
+        (folder / file).write_text(text)
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "recipe": run.recipe.model_dump(mode="json")}))
 
 
 def say(scheduler: FakeScheduler, run: Run, *events: tuple[EventKind, dict[str, JsonValue]], start: int = 1) -> None:

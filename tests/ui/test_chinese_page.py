@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from engine import hardware, ways
+from engine import export, hardware, ways
 from engine.assumptions import Assumptions
 from engine.errors import UnknownName
 from engine.fit import PARTS, Estimate, Need
@@ -52,7 +52,7 @@ from ui.edge import line
 from ui.flips import Flips
 from ui.journal import Journal
 from ui.login import Door
-from ui.pages import advice, compress, methods, models, push, runs, scaling
+from ui.pages import advice, compress, exports, methods, models, push, runs, scaling
 from ui.pages.sets import go_through
 from ui.translated import Page
 from ui.visitors import Members
@@ -63,7 +63,7 @@ NAMES = set(
     "MiniLLM GKD GGUF L1 Adam Hessian Logit logits CPU RAM GPU CUDA KV KL JS MiB GiB KiB nat ms µs pi p50 p95 p99 "
     "CSV YAML JSON JSONL Markdown demo cookie recipe yaml W8A8 int8 e4m3 lora js mse llama max min Beta Top "
     "token tokens MAQUETTE HOME HTML zip Hub qwen McNemar GB TFLOP ZeroGPU torch transformers gradio bfloat16 int4pack "
-    "cpu UTC".split()
+    "cpu UTC vLLM SGLang GPTQModel v2".split()
 )
 # Names in what methods say of themselves: models, architectures, tools, and letters of formulas.
 NAMES |= set(
@@ -249,6 +249,9 @@ def test_models_of_the_hub_and_who_may_do_what_are_chinese(desk: Desk, scheduler
     assert left(hosting.who("member:anna")) == {"anna"}
     for kind in ("creating", "uploading"):
         assert left(push._line(kind, {"seconds": 3.0, "bytes": 1 << 20, "files": 4})) == set()
+    lines = [*map(str, exports.go(desk, ANNA, run.id, "dense", threading.Event()))]
+    assert left(" ".join((*lines, *(wording.say(f"format.{name}.for") for name in export.formats())))) == set()
+    assert left(runs.describe(desk, Journal(desk.store), ANNA, run)) == set()
 
 
 def test_the_login_page_is_in_the_visitors_language(tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def test_a_refresh_sends_only_what_changed(desk: Desk, scheduler: FakeScheduler)
 def offered(desk: Desk, scheduler: FakeScheduler, run: Run, owner: str = ANNA) -> tuple[str, list[str]]:
     """What a run's page says, and the two buttons that are there for a training that diverged."""
     _, detail, _, *buttons = runs.refresh(desk, Journal(scheduler.store), owner, run.id, "", ("", "", ""))
-    updates = cast(list[dict[str, object]], buttons[5:])
+    updates = cast(list[dict[str, object]], buttons[5:7])
     return str(detail), [str(each.get("value", "#mq-slower")) for each in updates if each["visible"]]
 
 

@@ -189,8 +189,9 @@ def functions(running: Host, run: str) -> Iterator[tuple[int, str, list[list[obj
 
 @pytest.fixture
 def any_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a run be named that a picker does not offer: Gradio refuses it, but a handler must by itself."""
-    monkeypatch.setattr(gr.Dropdown, "preprocess", lambda self, value: value)
+    """Let a run be named that a picker does not offer, or a format: Gradio refuses it, but a handler must by itself."""
+    for picker in (gr.Dropdown, gr.Radio):
+        monkeypatch.setattr(picker, "preprocess", lambda self, value: value)
 
 
 def body(session: str, index: int, data: list[object], run: str) -> dict[str, object]:
@@ -474,6 +475,27 @@ def test_only_its_owner_lets_a_run_that_diverged_go_on(running: Host) -> None:
     assert go_on(ben, "ben-rescue") == run
     found = go_on(anna, "anna-rescue")
     assert (found.status, found.recipe.steps[0].params[rescue.SETTING]) == (Status.QUEUED, "0.1 after 100")
+
+
+@pytest.mark.usefixtures("any_choice")
+def test_only_its_owner_exports_a_run_and_who_sees_it_downloads_that(running: Host) -> None:
+    anna, ben, nobody = running.enter("anna"), running.enter("ben"), running.nobody()
+    run = running.run_of(running.owner("anna", anna))
+    by_name = {fn.api_name: index for index, fn in running.page.fns.items()}
+
+    def export(client: httpx.Client, session: str) -> int:
+        """What the export is answered with, once this visitor has tried to make it."""
+        client.post("/gradio_api/run/predict", json=body(session, by_name["select"], ["", None], run.id))
+        through_the_queue(client, session, [body(session, by_name["export"], [None, None, "awq", 1], run.id)])
+        return ask(client, "GET", f"/runs/{run.id}/awq.zip").status_code
+
+    running.scheduler.share(run.id, True, owner=run.owner)
+    assert export(ben, "ben-export") == 404
+    assert export(anna, "anna-export") == 200
+    assert ask(ben, "GET", f"/runs/{run.id}/awq.zip").status_code == (404 if running.mode is Mode.LOCAL else 200)
+    running.scheduler.share(run.id, False, owner=run.owner)
+    assert ask(ben, "GET", f"/runs/{run.id}/awq.zip").status_code == 404
+    assert ask(nobody, "GET", f"/runs/{run.id}/awq.zip").status_code == (401 if running.mode is Mode.TEAM else 404)
 
 
 def test_a_run_is_deleted_only_once_its_owner_was_asked(running: Host) -> None:

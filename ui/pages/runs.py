@@ -21,7 +21,7 @@ from ui import hosting, markup, views, wording
 from ui.desk import Desk
 from ui.edge import edge, visitor
 from ui.journal import Journal
-from ui.pages import models, push, scaling
+from ui.pages import exports, models, push, scaling
 from ui.wiring import on, signal
 from ui.wording import say
 
@@ -89,6 +89,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
             elem_id="mq-share",
         )  # fmt: skip
     detail = gr.HTML(elem_id="mq-detail")
+    offers = exports.build(desk, picked, last, shown)
     with gr.Column(elem_classes="mq-block"):
         gr.HTML(markup.heading(say("diff.title"), say("diff.about")))
         picks = gr.Dropdown([], multiselect=True, max_choices=PICKS, label=say("diff.runs"), elem_id="mq-picks")
@@ -97,7 +98,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     scaling.build(desk, last)
     timer = gr.Timer(1.5, active=False)
     buttons = [compare, cancel, resume, delete, share, slower, finish]
-    outputs: list[Block] = [table, detail, last, *buttons]
+    outputs: list[Block] = [table, detail, last, *buttons, *offers]
     inputs: list[Block] = [picked, needle, last]
 
     def look(owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
@@ -188,7 +189,8 @@ def news(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str) -> 
     run = _picked(desk, runs, owner, run_id)
     clock = 1 if any(each.status is Status.RUNNING for each in runs) else 60  # seconds; what is past is told in minutes
     states = [(each.id, each.attempt, each.status, each.shared, each.expired) for each in runs]
-    return str(hash((run_id, str(needle), journal.story(run).seen if run else 0, time.time() // clock, *states)))
+    seen = (journal.story(run).seen, *exports.ready(run)) if run else ()
+    return str(hash((run_id, str(needle), seen, time.time() // clock, *states)))
 
 
 def _picked(desk: Desk, runs: list[Run], owner: str, run_id: str) -> Run | None:
@@ -216,17 +218,20 @@ def shown(run_id: str, last: Shown) -> str:
 
 
 def refresh(desk: Desk, journal: Journal, owner: str, run_id: str, needle: str, last: Shown) -> list[object]:
-    """Table, detail, what is shown now, seven buttons; what has not changed is left as it is."""
+    """Table, detail, what is shown now, seven buttons, other formats; what has not changed is left as it is."""
     runs = desk.runs(owner)
     run = _picked(desk, runs, owner, run_id)
     marks = hosting.marks(runs, owner)
     table = views.runs_table(runs, run.id if run else "", str(needle or "")[:100], time.time(), marks)
     detail = describe(desk, journal, owner, run) if run else Markup("")
-    state = f"{run.id} {run.status.value} {run.shared} {run.attempt}" if run else ""
+    state = f"{run.id} {run.status.value} {run.shared} {run.attempt} {run.expired}" if run else ""
     now: Shown = (str(hash(table)), str(hash(detail)), state)
     before = tuple(last) if isinstance(last, list | tuple) and len(last) == 3 else ("", "", "")
     changed = [gr.skip() if now[i] == before[i] else part for i, part in enumerate((table, detail))]
-    return [*changed, now, *([gr.skip()] * 7 if now[2] == before[2] else buttons_for(desk, owner, run))]
+    if now[2] == before[2]:
+        return [*changed, now, *[gr.skip()] * 9]
+    mine = run if run is not None and desk.owns(run, owner) else None
+    return [*changed, now, *buttons_for(desk, owner, run), *exports.offer(mine)]
 
 
 def buttons_for(desk: Desk, owner: str, run: Run | None) -> list[object]:
@@ -265,5 +270,6 @@ def describe(desk: Desk, journal: Journal, owner: str, run: Run) -> Markup:
         progress = found if status.get("running") == run.id and isinstance(found, dict) else None
     baseline = desk.baseline(run.recipe, owner)
     note = hosting.run_note(run, desk.limits, desk.owns(run, owner), time.time())
-    shown = views.run_detail(run, journal.story(run), journal.series(run), progress, entry, baseline)
+    story, series, formats = journal.story(run), journal.series(run), exports.ready(run)
+    shown = views.run_detail(run, story, series, progress, entry, baseline, formats)
     return markup.join((note, shown))
