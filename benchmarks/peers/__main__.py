@@ -30,6 +30,7 @@ from benchmarks.peers import environments, products, subjects, watch
 from benchmarks.peers.environments import CACHE, PACKAGES
 from benchmarks.sections import README, ROOT, write_section
 from engine import hardware
+from engine.runtime.native.library import available
 from engine.wide import multiplies_bfloat16
 
 OURS = "maquette"
@@ -69,7 +70,8 @@ def main() -> None:
     text = report()
     log.info("%s", text)
     if options.write:
-        write_section(README, "peers" if multiplies_bfloat16("cpu") else "peers-float32", text)
+        tiles, section = available() == "amx", "peers" if multiplies_bfloat16("cpu") else "peers-float32"
+        write_section(README, "peers-amx" if tiles else section, text)
 
 
 def cell_file(subject: str, task: str, peer: str) -> Path:
