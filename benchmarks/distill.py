@@ -25,13 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.decode import priority
 from benchmarks.peers import environments, watch
 from benchmarks.peers.watch import Watched
-from benchmarks.sections import README, ROOT, write_section
+from benchmarks.sections import README, ROOT, by_processor, write_section
 from engine import hardware
 from engine.calibration import token_rows
 from engine.distill._student import every_kth
 from engine.models import load
 from engine.preflight import DEMO
-from engine.wide import multiplies_bfloat16
 
 CACHE = environments.CACHE.parent / "distill"
 WAYS = {
@@ -161,7 +160,7 @@ def main() -> None:
     text = "\n".join(parts)
     log.info("%s", text)
     if options.write:
-        write_section(README, "distill" if multiplies_bfloat16("cpu") else "distill-float32", text)
+        write_section(README, by_processor("distill"), text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from engine.runtime.native.library import available
+from engine.wide import multiplies_bfloat16
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "benchmarks" / "README.md"
 CHROMIUM = shutil.which("chromium")  # None leaves the choice to Playwright
@@ -33,6 +36,13 @@ def write_section(file: Path, name: str, text: str) -> None:
     if not found or not end:
         raise SystemExit(f"{file.name} has no section <!-- {name} -->")
     file.write_text(f"{before}{found}\n{text}\n\n{end}{after}")
+
+
+def by_processor(name: str) -> str:
+    """The section for this kind of processor of what is measured on several: where products differ, ratios do."""
+    if not multiplies_bfloat16("cpu"):
+        return f"{name}-float32"
+    return f"{name}-amx" if available() == "amx" else name
 
 
 @contextmanager

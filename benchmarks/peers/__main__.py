@@ -28,9 +28,8 @@ import torch
 from benchmarks.decode import priority
 from benchmarks.peers import environments, products, subjects, watch
 from benchmarks.peers.environments import CACHE, PACKAGES
-from benchmarks.sections import README, ROOT, write_section
+from benchmarks.sections import README, ROOT, by_processor, write_section
 from engine import hardware
-from engine.runtime.native.library import available
 from engine.wide import multiplies_bfloat16
 
 OURS = "maquette"
@@ -70,8 +69,7 @@ def main() -> None:
     text = report()
     log.info("%s", text)
     if options.write:
-        tiles, section = available() == "amx", "peers" if multiplies_bfloat16("cpu") else "peers-float32"
-        write_section(README, "peers-amx" if tiles else section, text)
+        write_section(README, by_processor("peers"), text)
 
 
 def cell_file(subject: str, task: str, peer: str) -> Path:
