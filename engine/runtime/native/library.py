@@ -1,10 +1,11 @@
 """The kernels as a library: compiled at first use, kept in the user's cache, called through ctypes.
 
 The sources beside this file are plain C++ over pointers and know nothing of torch or Python, so g++ needs four
-seconds, once for a machine and version. The processor is asked before anything is built or loaded, and the compiler
-is told exactly the instructions that were asked for, so a library runs wherever its flags are there. Where it cannot
-be had (another processor, no compiler, a failed build, MAQUETTE_NATIVE=0), torch's kernels compute as before; the
-log says so once, and the kernels' names say so everywhere. MAQUETTE_NATIVE=avx2 asks for those of a lesser processor.
+seconds to eleven, once for a machine and version. The processor is asked before anything is built or loaded, and the
+compiler is told exactly the instructions that were asked for, so a library runs wherever its flags are there. Where
+it cannot be had (another processor, no compiler, a failed build, MAQUETTE_NATIVE=0), torch's kernels compute as
+before; the log says so once, and the kernels' names say so everywhere. MAQUETTE_NATIVE=avx2 asks for those of a
+lesser processor.
 """
 
 from __future__ import annotations
