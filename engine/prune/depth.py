@@ -28,7 +28,7 @@ from engine.calibration import token_rows
 from engine.errors import BadParams
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel, blocks
-from engine.sizes import attention_sizes
+from engine.sizes import attention_sizes, blocks_of, hidden_size, vocabulary_size
 from engine.surgery import check_blocks, keep_blocks
 
 TITLE = "Depth pruning"
@@ -74,6 +74,20 @@ class Params(Calibrated):
         """Refuse to remove none or all, and blocks that would compute otherwise in another place."""
         self.removed(attention_sizes(config)[0])
         check_blocks(config)
+
+    def work(self, shape: headers.Shape) -> float:
+        """Where losses judge: for each run of blocks the text through those behind it, and the head."""
+        if self.by not in ("perplexity", "greedy"):
+            return super().work(shape)
+        total = blocks_of(shape.config)
+        count = self.removed(total)
+        block = sum(outputs * inputs for outputs, inputs in shape.linears.values()) / total
+        head = vocabulary_size(shape) * hidden_size(shape.config)
+        left = [total - gone for gone in range(count)] if self.by == "greedy" else [total]
+        span = count if self.contiguous else 1
+        behind = [blocks - start - span for blocks in left for start in range(blocks - span + 1)]
+        tokens = self.samples * self.sequence_length
+        return super().work(shape) + 2.0 * tokens * sum(number * block + head for number in behind)
 
     def reshaped(
         self, config: dict[str, JsonValue], tensors: headers.Tensors

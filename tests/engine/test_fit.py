@@ -243,6 +243,18 @@ def test_the_turns_of_hqq_take_time_on_the_weights_that_it_changes() -> None:
     assert head == pytest.approx(21 * hqq.TURN * 128256 * 4096)
 
 
+def test_blocks_that_losses_judge_take_the_time_of_what_is_behind_them() -> None:
+    text = {"samples": 10, "sequence_length": 100}
+    block, head = sum(outputs * inputs for outputs, inputs in LARGE.linears.values()) / 32, 128256 * 4096
+    quick = working("prune/depth", by="influence", **text)
+    one = working("prune/depth", by="perplexity", count=8, **text) - quick
+    assert one == pytest.approx(2 * 1000 * (sum(range(32)) * block + 32 * head))
+    runs = working("prune/depth", by="perplexity", count=8, contiguous=True, **text) - quick
+    assert runs == pytest.approx(2 * 1000 * (sum(range(25)) * block + 25 * head))
+    two = working("prune/depth", by="greedy", count=2, **text) - quick
+    assert two == pytest.approx(one + 2 * 1000 * (sum(range(31)) * block + 31 * head))
+
+
 def test_blocks_that_learn_take_the_time_of_their_steps() -> None:
     weights = sum(outputs * inputs for outputs, inputs in LARGE.linears.values())
 
