@@ -101,6 +101,7 @@ def downloaded(folder: Path) -> Hub:
 
 def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_cancelled: Check) -> LoadedModel:
     """The model after all steps; those that a recipe that begins alike has done are not done again."""
+    hardware.keep_memory()
     hub, cache = downloaded(folder), cache_folder(folder)
     steps, source = methods.check(preflight.located(recipe, hub)), preflight.locate(recipe.model, hub)
     model, done = intermediate.find(recipe, source, steps, cache, folder / "blocks" / "kept", device)

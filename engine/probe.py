@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from pydantic import JsonValue
 
-from engine import headers, methods, models, pace, preflight
+from engine import hardware, headers, methods, models, pace, preflight
 from engine.methods import Context, Emit, Params, Selection
 from engine.models import LoadedModel, blocks, linears
 from engine.pace import Rates
@@ -55,6 +55,7 @@ def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
     if probed is None:
         return
     keep_first_block(model)
+    hardware.keep_memory()  # as the run does
     seconds, rates = 0.0, dict[str, JsonValue]()
     held = Holding(headers.inspect(source), model.network.dtype.itemsize)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

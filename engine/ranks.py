@@ -145,6 +145,7 @@ def work(request: Request, emit: Emit) -> None:
     device, folder = str(request["device"]), Path(str(request["folder"]))
     method, settings = methods.get(str(request["method"])), request["params"]
     assert isinstance(settings, dict)
+    hardware.keep_memory()
     with distributed.joined(device, place):
         context = Context(
             device, int(str(request["seed"])), folder, Path(str(request["cache"])), Path(str(request["calibration"])),

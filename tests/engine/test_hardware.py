@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,3 +60,35 @@ def test_a_control_group_without_a_limit_or_statistics(tmp_path: Path, monkeypat
     assert hardware.memory()[1] == machine
     (tmp_path / "memory.max").write_text(f"{GIB}\n")
     assert hardware.memory() == (GIB, GIB)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own")
+def test_memory_that_is_kept_is_not_made_anew() -> None:
+    """Pages that a process asks for while it takes and frees 8 MiB, after the first time; of 4 KiB."""
+    script = """
+import ctypes, resource, sys
+from engine import hardware
+if sys.argv[1] == "keep":
+    hardware.keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+for turn in range(20):
+    if turn == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    place = libc.malloc(8 << 20)
+    ctypes.memset(place, 1, 8 << 20)
+    libc.free(place)
+    if turn == 19:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # as it begins: the library moves it later
+    pages = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", script, what], env=env, check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for what in ("leave", "keep")
+    ]
+    assert pages[0] >= 19 * 2048
+    assert pages[1] < 2048
