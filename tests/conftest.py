@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shutil
 import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,6 +28,7 @@ from engine.methods import Context
 from engine.models import LoadedModel, load_tokenizer
 from engine.preflight import DEMO
 from engine.records import EventKind
+from engine.runtime.native import library
 from engine.wide import Everywhere, multiplies_bfloat16, widen
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -160,6 +162,14 @@ class Recorder:
 
     def logs(self) -> list[str]:
         return [str(data["text"]) for kind, data in self.said if kind == "log"]
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    """Our own kernels are looked for once in a process: a test may not leave behind that there are none."""
+    yield
+    if library._load.cache_info().currsize and shutil.which("g++"):
+        assert library._load()[0] is not None or not any(kind.here() for kind in library.PROCESSORS)
 
 
 @pytest.fixture(autouse=True)

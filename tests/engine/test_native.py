@@ -8,7 +8,6 @@ import fcntl
 import os
 import platform
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +30,11 @@ from engine.runtime.native.linear import NativeLinear, native_kernel
 from engine.runtime.native.moments import add_second_moments
 from engine.runtime.pages import give_back, use_large_pages
 from tests.conftest import in_memory, tiny_config
+from tests.engine.conftest import KINDS, needs_kernels
 from tests.engine.test_generate import LEAN, PLAIN, PROMPT
 from tests.engine.test_runtime import exact_product, make, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_kernels = pytest.mark.skipif(not library.available(), reason="our own kernels cannot be built here")
 # rows, columns, groups
 SHAPES = [
     (128, 256, 4),
@@ -47,17 +46,7 @@ SHAPES = [
     (20, 1000, 1),
     (24, 2304, 3),
 ]
-KINDS = [kind.name for kind in library.PROCESSORS if kind.here()]  # the first is what this machine takes by itself
 BITS = [(kind, bits) for kind in KINDS for bits in (range(2, 9) if kind == KINDS[0] else (4, 8))]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each kind of kernels that this processor can run, in turn."""
-    monkeypatch.setenv(library.SWITCH, request.param)
-    library._load.cache_clear()
-    yield request.param
-    library._load.cache_clear()
 
 
 def inputs(rows: int, columns: int, seed: int = 0) -> Tensor:
