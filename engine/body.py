@@ -129,16 +129,16 @@ def _isolates(body: Body, ids: Tensor) -> bool:
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False  # the family does not take such a mask
     alone = body.hidden(second)
-    rounding = _distance(body.hidden(torch.cat([second, first], 1))[:, :half], alone)
-    return _close(packed[0], packed[1]) and _distance(packed[0], alone) <= max(CLOSE, 3 * rounding)
+    rounding = distance(body.hidden(torch.cat([second, first], 1))[:, :half], alone)
+    return _close(packed[0], packed[1]) and distance(packed[0], alone) <= max(CLOSE, 3 * rounding)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and _distance(a, b) <= CLOSE
+    return a.shape == b.shape and distance(a, b) <= CLOSE
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative to the second."""
+def distance(a: Tensor, b: Tensor) -> float:
+    """How far one tensor is from another, relative to the second's length."""
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 

@@ -46,7 +46,7 @@ LOGITS, PAIR = (
     10,
     20,
 )  # bytes of a logit: 16 bit, float32 and its logarithm; with those of the original, and both at work
-LOGITS_CPU, LOGITS_CUDA, FEWEST = 1 << 18, 1 << 27, 128  # that exist at once in training; of so many tokens at least
+LOGITS_CPU, LOGITS_CUDA, FEWEST = 1 << 20, 1 << 27, 128  # that exist at once in training; of so many tokens at least
 WRITTEN = 64  # tokens of each of sixteen sequences, prompt included, when latency is measured
 BATCHES, LENGTHS = (1, 4, 16, 64), (1024, 4096, 16_384, 65_536)  # for which serving is estimated
 LARGE = "Larger than memory: one block at a time."

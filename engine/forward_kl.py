@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from engine.runtime.native.divergence import forward_kl
+
 TINY = 1e-30  # of the student's odds; what is below has lost digits
 
 
 class ForwardKl(torch.autograd.Function):
     """(1 - weight) T² KL(p || q) - weight log softmax(y)[label], summed over n tokens.
 
-    logits: y (n, V). theirs: log p, of the first tokens (n, at most V) where `ids` is None; else of the tokens `ids`
-    (n, k) and their tail (n, k + 1). labels: (n,), at temperature 1 alone and where p is of all V or has a tail; None
-    leaves the second part out.
+    logits: y (n, V), in whose dtype the gradient is; sums are float32 at least. theirs: log p, of the first tokens
+    (n, at most V) where `ids` is None; else of the tokens `ids` (n, k) and their tail (n, k + 1). labels: (n,), at
+    temperature 1 alone and where p is of all V or has a tail; None leaves the second part out.
     """
 
     @staticmethod
@@ -35,16 +37,20 @@ class ForwardKl(torch.autograd.Function):
         ctx: Any, logits: Tensor, theirs: Tensor, ids: Tensor | None, temperature: float, labels: Tensor | None,
         weight: float,
     ) -> Tensor:  # fmt: skip
-        soft = logits if temperature == 1 else logits / temperature
-        places = None if labels is None else labels[:, None]
         taught, told = (1 - weight) * temperature, 0.0 if labels is None else weight
+        if (found := forward_kl(logits, theirs, ids, temperature, taught, labels, told)) is not None:
+            losses, gradient = found
+            ctx.save_for_backward(gradient)
+            return losses.sum().to(theirs.dtype)
+        soft = logits.to(theirs.dtype) / temperature
+        places = None if labels is None else labels[:, None]
         if ids is None:
             divergence, surprise, gradient = _of_all(soft, theirs, places, taught, told)
         else:
             divergence, surprise, gradient = _of_some(soft, theirs, ids, places, taught, told)
         if places is not None:
             gradient.scatter_add_(1, places, gradient.new_full(places.shape, -told))
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient.to(logits.dtype))
         return taught * temperature * divergence + told * surprise
 
     @staticmethod

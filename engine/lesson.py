@@ -17,7 +17,8 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import Tensor, nn
 
 from engine import rescue
-from engine.body import Body, eager
+from engine.body import Body
+from engine.closed_forms import closed_forms, short_attention
 from engine.errors import BadModel
 from engine.fields import RARE
 from engine.losses import Objective, chunk_size, chunked, pieces
@@ -211,8 +212,9 @@ class Lesson:
         schedule = params.schedule(self.student.network.num_parameters())
         if not params.learning_rate:
             context.log(f"the highest learning rate is {schedule.rate:.2g}, by the size of the model")
-        plain = self.student.device.type == "cpu" and params.sequence_length <= SHORT
+        short = self.student.device.type == "cpu" and params.sequence_length <= SHORT
         with contextlib.ExitStack() as stack:
-            if plain and self.body.isolation == "positions":
-                stack.enter_context(eager(self.student.network))
+            stack.enter_context(closed_forms(self.student.network))
+            if short and self.body.isolation == "positions":
+                stack.enter_context(short_attention(self.body))
             train(self.student, numbers, loss_of or self.batch_loss, schedule, context, prune, extras)

@@ -34,6 +34,7 @@ from torch.nn import functional
 from engine import distributed, hardware, headers, models
 from engine.body import Body
 from engine.checkpoint import read_config
+from engine.closed_forms import take_over
 from engine.errors import BadModel, TooBig, short
 from engine.files import fetch, give, publish
 from engine.losses import Full, Target, TopK, averaged, chunk_size, pieces, top_k
@@ -307,5 +308,6 @@ def load_live(folders: Sequence[Path], vocabulary: int, context: Context, dtype:
         if not fits:
             context.log(f"the teacher {folder.name} is larger than half of the free memory: one block at a time")
         teacher.network.requires_grad_(False)
+        take_over(teacher.network)
         bodies.append(Body.of(teacher.network))
     return Live(bodies, vocabulary)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.losses import Divergence, Full, Objective, Target, TopK, averaged, chunked, coarse, top_k
+from tests.engine.conftest import needs_kernels
 
 V, N, H = 11, 7, 5
 KINDS: tuple[Divergence, ...] = ("forward", "reverse", "js")
@@ -131,6 +132,63 @@ def test_jensen_shannon_is_symmetric_at_a_half_and_bounded() -> None:
     far = torch.full((1, V), -1e4).index_fill(1, torch.tensor(0), 0.0)
     other = torch.full((1, V), -1e4).index_fill(1, torch.tensor(1), 0.0)
     assert float(half.distance(far, other)) == pytest.approx(math.log(2), rel=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.0), (1.0, 0.3), (2.5, 0.0), (2.0, 0.25)])
+@pytest.mark.parametrize("named", [None, 4])
+def test_our_kernel_computes_forward_kl(
+    named: int | None, temperature: float, weight: float, dtype: torch.dtype, kind: str
+) -> None:
+    """Against the same in double, whose gradients are those of finite differences; logits are more by padding."""
+    dice = torch.Generator().manual_seed(5)
+    teacher = torch.randn(9, 77, generator=dice) * 3
+    student = (torch.cat([teacher, torch.zeros(9, 6)], 1) + torch.randn(9, 83, generator=dice) * 2).to(dtype)
+    student[0] *= 40  # all but sure
+    labels = torch.randint(77, (9,), generator=dice)
+    logp = teacher.log_softmax(-1)
+    target = Full(logp) if named is None else top_k(logp, named, temperature)
+    objective = Objective("forward", temperature, weight)
+    ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    with torch.enable_grad():
+        found, wanted = objective(ours, labels, target), objective(exact, labels, target)
+    found.backward()
+    wanted.backward()
+    assert found.dtype == torch.float32
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    limit = 2e-6 if dtype == torch.float32 else 0.004
+    assert float((ours.grad - exact.grad).norm()) <= limit * float(exact.grad.norm())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_kernel_tells_tokens_apart_that_a_sure_student_excludes(dtype: torch.dtype, kind: str) -> None:
+    """All that the teacher does not name together has less than a float's digits beside what it does name."""
+    student = torch.tensor([[300.0, 200.0, 3.0, 2.0, 1.0]], dtype=dtype, requires_grad=True)
+    target = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]]).log(), torch.tensor([0.25]).log())
+    with torch.enable_grad():
+        found = Objective()(student, None, target)
+    found.backward()
+    rest = torch.tensor([3.0, 2.0, 1.0]).softmax(0)
+    assert found.item() == pytest.approx(
+        0.5 * math.log(0.5) + 0.5 * math.log(0.25) + 25 + 0.25 * (300 - 3.4076), rel=1e-4
+    )
+    assert student.grad is not None
+    wanted = torch.cat([torch.tensor([0.5, -0.25]), -0.25 * rest])
+    torch.testing.assert_close(student.grad[0].float(), wanted, rtol=0.01, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_no_number_is_not_hidden_by_our_kernel(broken: float, kind: str) -> None:
+    student = torch.zeros(2, 40)
+    student[1, 20] = broken
+    logp = torch.zeros(2, 40).log_softmax(-1)
+    for target in (Full(logp), top_k(logp, 3)):
+        assert not math.isfinite(float(Objective()(student, None, target)))
 
 
 def test_an_ensemble_is_the_mean_of_probabilities() -> None:

@@ -82,17 +82,11 @@ PROCESSORS = (AMX, AVX512, Processor("avx2", ("avx2", "fma")))  # best first
 ARCH_PRCTL, ASK_FOR_STATE, TILES = 158, 0x1023, 18  # a call of Linux on x86-64, what it shall do, and for which state
 PATIENCE = 300.0  # seconds for the compiler, on a machine that does other work
 
-_POINTERS = {  # arguments of the functions
-    "maquette_multiply": (c_void_p, c_void_p, c_int, c_void_p, c_int),
-    "maquette_multiply_many": (c_void_p, c_void_p, c_long, c_void_p, c_int),
-    "maquette_normalize": (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p),
-    "maquette_project": (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int),
-    "maquette_attend": (*[c_void_p] * 3, *[c_int] * 6, c_float, c_void_p, c_int),
-    "maquette_attend_packed": (*[c_void_p] * 2, *[c_int] * 6, c_float, c_void_p, c_int),
-    "maquette_finish": (c_void_p, c_void_p, c_void_p, c_int, c_int),
-    "maquette_solve_columns": (*[c_void_p] * 6, c_int, c_long, c_float, c_void_p, c_void_p, c_int),
-    "maquette_second_moments": (c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_void_p, c_int),
-}
+
+class Some(ctypes.Structure):
+    """`Some` of between.cpp. Whoever makes one keeps the tensor it points to."""
+
+    _fields_ = (("data", c_void_p), ("narrow", c_int32))
 
 
 class Matrix(ctypes.Structure):
@@ -123,6 +117,29 @@ class Block(ctypes.Structure):
         ("epsilon", c_float), ("hidden", c_int32), ("inner", c_int32), ("heads", c_int32), ("shared", c_int32),
         ("size", c_int32), ("q_k_v", Matrix * 3), ("o", Matrix), ("gate_up", Matrix * 2), ("down", Matrix),
     )  # fmt: skip
+
+
+_POINTERS = {  # arguments of the functions
+    "maquette_multiply": (c_void_p, c_void_p, c_int, c_void_p, c_int),
+    "maquette_multiply_many": (c_void_p, c_void_p, c_long, c_void_p, c_int),
+    "maquette_normalize": (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p),
+    "maquette_project": (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int),
+    "maquette_attend": (*[c_void_p] * 3, *[c_int] * 6, c_float, c_void_p, c_int),
+    "maquette_attend_packed": (*[c_void_p] * 2, *[c_int] * 6, c_float, c_void_p, c_int),
+    "maquette_finish": (c_void_p, c_void_p, c_void_p, c_int, c_int),
+    "maquette_solve_columns": (*[c_void_p] * 6, c_int, c_long, c_float, c_void_p, c_void_p, c_int),
+    "maquette_second_moments": (c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_void_p, c_int),
+    "maquette_rms_norm": (Some, c_void_p, c_long, c_long, c_float, Some, c_void_p, c_int),
+    "maquette_rms_norm_back": (Some, Some, c_void_p, c_void_p, c_long, c_long, Some, c_void_p, c_int),
+    "maquette_gate": (c_int, Some, c_void_p, c_long, c_void_p, c_int),
+    "maquette_gate_back": (c_int, Some, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_int),
+    "maquette_rotate": (Some, c_void_p, Some, Some, c_long, c_void_p, c_int, Some, c_void_p, c_int),
+    "maquette_soften": (Some, *[c_void_p] * 3, c_long, c_float, c_int),
+    "maquette_soften_back": (Some, *[c_void_p] * 4, c_long, c_float, c_int),
+    "maquette_forward_kl": (
+        Some, c_long, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, *[c_float] * 3, c_void_p, c_void_p, c_int,
+    ),
+}  # fmt: skip
 
 
 def library() -> ctypes.CDLL | None:

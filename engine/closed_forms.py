@@ -1,0 +1,361 @@
+"""What stands between the products of a network, each part with its gradient in closed form, while it trains on a CPU.
+
+Norms, rotations, gates and softmax are small sums that autograd takes apart: an RMS norm of the Llama family is eight
+operations forward and fourteen backward, each of which reads and writes all of the hidden states, and keeps some. In
+closed form a norm, with r = 1 / sqrt(mean(x²) + eps), n channels, and g the gradient of its result, is
+
+    y = w r x        dL/dx = r g w - x r³ (g w · x) / n        dL/dw = sum over tokens of g r x
+
+and a softmax p of scores s, with g the gradient of p, is dL/ds = p (g - g · p): one pass forward, one backward, by
+kernels of our own. Attention keeps its weights beside queries, keys and values, and knows for each token the first and
+the last key that it sees, so what is masked is never added, softened or copied.
+
+A part is taken over only where it is seen to compute the same: a family's own norm, gate and rotation are asked with
+random numbers, and the whole network with two documents in a row. Everything else stays as `transformers` has it.
+(Demo model, 2 of its 4 blocks as student: see benchmarks/README.md.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from engine.body import CLOSE, PROBE, Body, distance, eager
+from engine.runtime.native import between
+from engine.runtime.native.library import library
+
+ATTENTION = "maquette"  # the name by which `transformers` knows ours
+HARMLESS = {"position_ids", "sliding_window", "is_causal", "use_cache", "output_attentions", "output_hidden_states"}
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}  # fmt: skip
+ROTATION = "apply_rotary_pos_emb"  # in the modules of families that have one
+SAME = 1e-5  # relative distance of float32 results
+Rotate = Callable[..., tuple[Tensor, Tensor]]  # of queries, keys, cos and sin
+Form = Callable[[nn.Module], Callable[..., Tensor]]  # of a module its `forward`
+
+
+class RmsNorm(torch.autograd.Function):
+    """(w + offset) x / sqrt(mean(x²) + eps) of x (..., K), w (K,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offset: float, epsilon: float, dtype: torch.dtype) -> Tensor:
+        x, scale = x.contiguous(), weight.float() + offset
+        out, inverse = between.rms_norm(x, scale, epsilon, dtype)
+        ctx.save_for_backward(x, scale, inverse)
+        ctx.dtype = weight.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, inverse = ctx.saved_tensors
+        of_x, of_weight = between.rms_norm_back(gradients[0], x, scale, inverse, ctx.needs_input_grad[1])
+        return of_x, None if of_weight is None else of_weight.to(ctx.dtype), None, None, None
+
+
+class Gate(torch.autograd.Function):
+    """act(gate) * up, for two tensors of one shape and dtype; kind: one of `ACTS`."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: str, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.kind = kind
+        ctx.save_for_backward(gate, up)
+        return between.gated(kind, gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *between.gated_back(ctx.kind, gradients[0], *ctx.saved_tensors)
+
+
+class Rotation(torch.autograd.Function):
+    """x cos + rotate_half(x) sin for x (B, heads, T, D), cos and sin (B or 1, T, D); contiguous, in `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return between.rotated(x, cos, sin, torch.empty(x.shape, dtype=dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        batch, heads, tokens, size = gradient.shape
+        out = torch.empty(batch, tokens, heads, size, dtype=ctx.dtype).transpose(1, 2)  # as linears make them
+        return between.rotated(gradient, cos, sin, out, back=True), None, None, None
+
+
+class Attention(torch.autograd.Function):
+    """softmax(scale q kᵀ) v (B, T, H, D), for q (B, H, T, D), k and v (B, S, T, D), S dividing H, all of one dtype.
+
+    first, end: (B or 1, T), int32: the first key that each token sees, and the one after the last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, scale: float) -> Tensor:
+        batch, shared, keys, _ = k.shape
+        ctx.shape, ctx.scale = (*q.shape[:3], keys), scale
+        q, k, v = (each.reshape(batch * shared, -1, each.shape[-1]) for each in (q, k, v))
+        weights = torch.bmm(q, k.transpose(1, 2))  # heads that share keys stand one below the other
+        between.soften_(weights.view(ctx.shape), first, end, scale)
+        ctx.save_for_backward(q, k, v, weights, first, end)
+        return torch.bmm(weights, v).view(*ctx.shape[:3], -1).transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, first, end = ctx.saved_tensors
+        batch, heads, tokens, _ = ctx.shape
+        gradient = gradients[0].to(v.dtype).transpose(1, 2).reshape(len(v), -1, v.shape[-1])
+        of_scores = torch.bmm(gradient, v.transpose(1, 2))
+        between.soften_back_(of_scores.view(ctx.shape), weights, first, end, ctx.scale)
+        of_q = torch.bmm(of_scores, k).view(batch, heads, tokens, -1)
+        of_k, of_v = torch.bmm(of_scores.transpose(1, 2), q), torch.bmm(weights.transpose(1, 2), gradient)
+        return of_q, of_k.view(batch, -1, *k.shape[1:]), of_v.view(batch, -1, *v.shape[1:]), None, None, None
+
+
+@contextlib.contextmanager
+def closed_forms(network: PreTrainedModel) -> Iterator[None]:
+    """Let a network on a CPU compute norms, gates and rotations in closed form meanwhile, where ours are the same."""
+    taken = take_over(network)
+    try:
+        with _rotations(network):
+            yield
+    finally:
+        for module in taken:
+            del module.forward
+
+
+@contextlib.contextmanager
+def short_attention(body: Body) -> Iterator[None]:
+    """Let a network on a CPU compute attention so that short rows train fast: in closed form, or else plainly.
+
+    One that computes it plainly stays as it is: somebody looks at its maps, or it can do nothing else.
+    """
+    network = body.network
+    with contextlib.ExitStack() as stack:
+        if network.config._attn_implementation != "eager":
+            stack.enter_context(eager(network))
+            if library() is not None and _attends_alike(body):
+                stack.enter_context(_attention(network))
+        yield
+
+
+def take_over(network: PreTrainedModel) -> list[nn.Module]:
+    """Put closed forms in the place of a network's norms and gates, where ours are the same; which it was done to."""
+    found: dict[object, Form | None] = {}
+    taken: list[nn.Module] = []
+    if network.device.type != "cpu" or library() is None:
+        return taken
+    for module in network.modules():
+        key = (type(module), _epsilon(module), type(getattr(module, "act_fn", None)))
+        if key not in found:
+            found[key] = _norm_like(module) or _gate_like(module)
+        if (form := found[key]) is not None:
+            module.forward = form(module)
+            taken.append(module)
+    return taken
+
+
+@contextlib.contextmanager
+def _rotations(network: PreTrainedModel) -> Iterator[None]:
+    """Let all networks of a family, by its files, rotate in closed form meanwhile."""
+    files = {type(module).__module__ for module in network.modules()} if library() is not None else set()
+    with contextlib.ExitStack() as stack:
+        for file in (sys.modules[name] for name in sorted(files)):
+            theirs: Rotate | None = getattr(file, ROTATION, None)
+            if theirs is not None and _rotates_alike(theirs):
+                setattr(file, ROTATION, partial(_rotate, theirs))
+                stack.callback(setattr, file, ROTATION, theirs)
+        yield
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None
+
+
+def _norm_like(module: nn.Module) -> Form | None:
+    """How to compute a module that is an RMS norm, with a weight as it is or one less; None where it is none."""
+    epsilon, weights = _epsilon(module), dict(module.named_parameters())
+    if epsilon is None or list(weights) != ["weight"] or weights["weight"].dim() != 1 or weights["weight"].is_meta:
+        return None
+    x = torch.randn(3, len(weights["weight"]), generator=torch.Generator().manual_seed(0))
+    for offset in (0.0, 1.0):
+        with torch.no_grad():
+            if _same(module, (x,), RmsNorm.apply(x, weights["weight"], offset, epsilon, torch.float32)):  # type: ignore[no-untyped-call]
+                return lambda norm, offset=offset: partial(_norm, norm, offset, epsilon)  # type: ignore[misc]
+    return None
+
+
+def _norm(norm: nn.Module, offset: float, epsilon: float, x: Tensor) -> Tensor:
+    """An RMS norm; where products are bfloat16 it gives the hidden states, which are float32, as they take them."""
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    if x.dtype not in between.WIDTHS:
+        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
+    narrow = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if narrow else torch.promote_types(x.dtype, weight.dtype)
+    found: Tensor = RmsNorm.apply(x, weight, offset, epsilon, dtype)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _gate_like(module: nn.Module) -> Form | None:
+    """How to compute a module that is down(act(gate(x)) * up(x)); None where it is none."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
+    found = [each for each in parts if isinstance(each, nn.Module)]
+    if len(found) < len(parts):
+        return None
+    gate, up, down, act = found
+    numbers = torch.linspace(-9, 9, 64)
+    kind = next((kind for kind, form in ACTS.items() if _same(act, (numbers,), form(numbers))), None)
+    if kind is None:
+        return None
+    weight = next(gate.parameters())
+    if weight.is_meta:
+        return None
+    x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.no_grad():
+        same = _same(module, (x,), down(act(gate(x)) * up(x)))
+    return (lambda mlp: partial(_gated, kind, mlp)) if same else None
+
+
+def _gated(kind: str, mlp: nn.Module, x: Tensor) -> Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)  # type: ignore[operator]
+    if gate.dtype not in between.WIDTHS or gate.dtype != up.dtype:
+        between_them = mlp.act_fn(gate) * up  # type: ignore[operator]
+    else:
+        between_them = Gate.apply(kind, gate, up)  # type: ignore[no-untyped-call]
+    found: Tensor = mlp.down_proj(between_them)  # type: ignore[operator]
+    return found
+
+
+def _rotates_alike(theirs: Rotate) -> bool:
+    if list(inspect.signature(theirs).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    dice = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 3, 8, generator=dice), torch.randn(2, 2, 3, 8, generator=dice)
+    cos, sin = torch.randn(2, 2, 3, 8, generator=dice)
+    ours = [Rotation.apply(x, cos, sin, x.dtype) for x in (q, k)]  # type: ignore[no-untyped-call]
+    return _same(lambda *given: torch.cat(theirs(*given), 1), (q, k, cos, sin), torch.cat(ours, 1))
+
+
+def _rotate(
+    theirs: Rotate, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any
+) -> tuple[Tensor, Tensor]:
+    """As `theirs`, in closed form where it can be; it gives what attention's products take."""
+    tensors = (q, k, cos, sin)
+    known = all(x.dtype in between.WIDTHS and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
+    if others or more or not known or cos.dim() != 3 or cos.dtype != sin.dtype:
+        return theirs(q, k, cos, sin, *others, **more)
+    autocast = torch.is_autocast_enabled("cpu")
+    cos, sin = cos.contiguous(), sin.contiguous()
+    dtypes = [torch.get_autocast_dtype("cpu") if autocast else torch.promote_types(x.dtype, cos.dtype) for x in (q, k)]
+    found = [Rotation.apply(x, cos, sin, dtype) for x, dtype in zip((q, k), dtypes, strict=True)]  # type: ignore[no-untyped-call]
+    return found[0], found[1]
+
+
+def _same(theirs: Callable[..., Tensor], given: tuple[Tensor, ...], ours: Tensor) -> bool:
+    """Whether something takes what it is given, and makes the same of it."""
+    try:
+        with torch.no_grad():
+            found = theirs(*given)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+    if not isinstance(found, Tensor) or found.shape != ours.shape:
+        return False
+    distance = (found.float() - ours.float()).norm() / found.float().norm()
+    return float(distance) <= SAME  # false for what is no number
+
+
+@contextlib.contextmanager
+def _attention(network: PreTrainedModel) -> Iterator[None]:
+    """Let a network take our attention meanwhile."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _seen)
+    before = network.config._attn_implementation
+    network.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(before)
+
+
+def _attends_alike(body: Body) -> bool:
+    """Whether a network that trains computes the same with our attention, of two documents in a row; in 16 bits about
+    as nearly as with the fused kernel."""
+    network, training = body.network, body.network.training
+    network.train()
+    half = PROBE // 2
+    ids = torch.arange(3, 3 + PROBE, device=network.device)[None] % body.vocabulary
+    positions = torch.arange(half, device=network.device).repeat(2)[None]
+    try:
+        with torch.no_grad():
+            plain = body.hidden(ids, positions)
+            with _attention(network):
+                ours = body.hidden(ids, positions)
+            rounding = 0.0 if network.dtype == torch.float32 else distance(_fused(body, ids, positions), plain)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False  # there is more to it than ours does, or it drops some of its weights
+    finally:
+        network.train(training)
+    return distance(ours, plain) <= max(CLOSE, 3 * rounding)
+
+
+def _fused(body: Body, ids: Tensor, positions: Tensor) -> Tensor:
+    before = body.network.config._attn_implementation
+    body.network.set_attn_implementation("sdpa")
+    try:
+        return body.hidden(ids, positions)
+    finally:
+        body.network.set_attn_implementation(before)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as `transformers` asks for it: query (B, H, T, D), key and value (B, S, T, D); (B, T, H, D).
+
+    Raises:
+        ValueError: more is asked for than ours does.
+    """
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    if dropout or unknown or seen is None or seen.dim() != 3:
+        raise ValueError(f"attention in closed form has no dropout, mask of numbers, or {unknown}")
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    states = (each.to(dtype) for each in (query, key, value))
+    return Attention.apply(*states, *seen, scale), None  # type: ignore[no-untyped-call]
+
+
+def _seen(*arguments: Any, **settings: Any) -> Tensor:
+    """The keys that each token sees, (2, B or 1, T) int32: the first, and the one after the last.
+
+    Raises:
+        ValueError: some are left out in between.
+    """
+    mask = sdpa_mask(*arguments, **{**settings, "allow_is_causal_skip": False})
+    assert mask is not None
+    mask = mask[:, 0]
+    count, first = mask.sum(-1), mask.int().argmax(-1)
+    end = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
+    if not torch.equal(end - first, count) or not bool((count > 0).all()):
+        raise ValueError("tokens are left out in between")
+    return torch.stack([first, end]).int()

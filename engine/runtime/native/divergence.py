@@ -1,0 +1,33 @@
+"""Forward KL and its gradient with our own kernel, which reads logits as their product left them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.runtime.native.between import WIDTHS, some
+from engine.runtime.native.library import library
+
+
+def forward_kl(
+    logits: Tensor, theirs: Tensor, ids: Tensor | None, temperature: float, taught: float, labels: Tensor | None,
+    told: float,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """taught T KL(p || q) - told log softmax(y)[label] of each of n rows (n,), float64, and the gradient of y.
+
+    Arguments are as those of `ForwardKl`; None where our kernel is not there, or sums are wanted in float64.
+    """
+    if logits.device.type != "cpu" or logits.dtype not in WIDTHS or theirs.dtype != torch.float32:
+        return None
+    if (kernels := library()) is None:
+        return None
+    logits, theirs = logits.contiguous(), theirs.contiguous()
+    ids = None if ids is None else ids.long().contiguous()
+    losses, gradient = torch.empty(len(logits), dtype=torch.float64), torch.empty_like(logits)
+    kernels.maquette_forward_kl(
+        some(logits), *logits.shape, theirs.data_ptr(), theirs.shape[1],
+        None if ids is None else ids.data_ptr(), 0 if ids is None else ids.shape[1],
+        None if labels is None else labels.data_ptr(), temperature, taught, told, gradient.data_ptr(),
+        losses.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return losses, gradient

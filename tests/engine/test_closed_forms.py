@@ -1,0 +1,259 @@
+"""Closed forms against what autograd makes of the plain formulas, alone and in the networks of every family."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from engine.body import Body, eager
+from engine.closed_forms import (
+    ACTS,
+    ATTENTION,
+    ROTATION,
+    Attention,
+    Gate,
+    RmsNorm,
+    Rotation,
+    closed_forms,
+    short_attention,
+    take_over,
+)
+from engine.wide import multiplies_bfloat16
+from tests.conftest import in_memory, tiny_config
+from tests.engine.conftest import needs_kernels
+from tests.families import FAMILIES, MIXTURES
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), needs_kernels]
+WIDTHS = [torch.float32, torch.bfloat16]
+IDS = torch.randint(3, 1280, (3, 24), generator=torch.Generator().manual_seed(7))
+POSITIONS = torch.cat([torch.arange(9), torch.arange(11), torch.arange(4)]).expand(3, 24)
+# Of each family what is computed in closed form; attention, too, but where it has more to it.
+NORMS = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "smollm3",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+}
+PLAIN_ATTENTION = {"gemma2", "falcon", "bloom"}
+
+
+def made(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *given: Tensor) -> None:
+    """Results and gradients of all that is given agree: to float32's digits, or to two roundings of bfloat16."""
+    wide = [each.double().requires_grad_() for each in given]
+    own = [each.clone().requires_grad_() for each in given]
+    with torch.enable_grad():
+        wanted, found = plain(*wide), ours(*own)
+    gradient = made(*wanted.shape, seed=9).to(found.dtype)
+    wanted.backward(gradient.double())
+    found.backward(gradient)
+    limit = 2e-6 if found.dtype == torch.float32 else 0.01
+    pairs = [(found, wanted), *((a.grad, b.grad) for a, b in zip(own, wide, strict=True))]
+    for mine, theirs in pairs:
+        assert mine is not None
+        assert theirs is not None
+        assert float((mine.detach().double() - theirs.detach()).norm()) <= limit * float(theirs.detach().norm())
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("size", [1, 7, 16, 40, 256])
+def test_a_norm(size: int, offset: float, dtype: torch.dtype, kind: str) -> None:
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return (weight + offset) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2)
+
+    x = made(5, 9, size, dtype=dtype)
+    same(lambda x, weight: RmsNorm.apply(x, weight, offset, 1e-2, dtype), plain, x, made(size, seed=1))
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("size", [1, 33, 700])
+def test_a_gate(size: int, act: str, dtype: torch.dtype, kind: str) -> None:
+    gate, up = made(4, size, dtype=dtype) * 4, made(4, size, seed=1, dtype=dtype)
+    same(lambda gate, up: Gate.apply(act, gate, up), lambda gate, up: ACTS[act](gate) * up, gate, up)
+
+
+def test_a_gate_far_from_zero_is_open_or_shut(kind: str) -> None:
+    for act in ACTS:
+        x = torch.tensor([-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4], requires_grad=True)
+        with torch.enable_grad():
+            found = Gate.apply(act, x, torch.ones(7))
+        found.sum().backward()
+        torch.testing.assert_close(found.detach(), x.detach().clamp_min(0), rtol=0, atol=1e-10)
+        torch.testing.assert_close(x.grad, torch.tensor([0, 0, 0, 0.5, 1, 1, 1]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize(("batch", "size"), [(1, 8), (2, 32), (2, 80)])
+def test_a_rotation(batch: int, size: int, dtype: torch.dtype, kind: str) -> None:
+    cos, sin = made(batch, 5, size, seed=1), made(batch, 5, size, seed=2)
+
+    def plain(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None].double() + torch.cat([-second, first], -1) * sin[:, None].double()
+
+    x = made(2, 5, 3, size, dtype=dtype).transpose(1, 2)  # as linears make them
+    same(lambda x: Rotation.apply(x, cos, sin, dtype), plain, x)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize(("heads", "shared", "tokens", "size"), [(1, 1, 1, 8), (4, 2, 19, 16), (6, 2, 40, 24)])
+def test_attention(heads: int, shared: int, tokens: int, size: int, dtype: torch.dtype, kind: str) -> None:
+    dice = torch.Generator().manual_seed(3)
+    end = torch.arange(1, tokens + 1).expand(2, tokens)
+    first = (end * torch.rand(2, tokens, generator=dice)).int()
+    places = torch.arange(tokens)
+    mask = (places >= first[..., None]) & (places < end[..., None])
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (each.repeat_interleave(heads // shared, 1) for each in (k, v))
+        scores = (q @ k.transpose(2, 3) * 0.7).masked_fill(~mask[:, None], -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    q = made(2, tokens, heads, size, dtype=dtype).transpose(1, 2)
+    k, v = (made(2, tokens, shared, size, seed=seed, dtype=dtype).transpose(1, 2) for seed in (1, 2))
+    same(lambda q, k, v: Attention.apply(q, k, v, first.int(), end.int().contiguous(), 0.7), plain, q, k, v)
+
+
+def test_weights_of_sharp_attention_are_whole_numbers_or_none(kind: str) -> None:
+    """What lies below all digits of the sum would make gradients without digits, which are slow to multiply."""
+    q, k = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8)
+    q[..., 0], k[..., 0] = 100, torch.tensor([1.0, 0.5, 0.0])
+    v = made(1, 1, 3, 8).requires_grad_()
+    with torch.enable_grad():
+        found = Attention.apply(q, k, v, torch.zeros(1, 3).int(), torch.full((1, 3), 3).int(), 1.0)
+    torch.testing.assert_close(found, v[:, :, :1].transpose(1, 2).expand(1, 3, 1, 8))
+    found.backward(torch.full_like(found, 1e-20))
+    assert torch.equal(v.grad[0, 0, 1:], torch.zeros(2, 8))
+
+
+def learned(network: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a network's head reads of two documents and a half, and all gradients of it."""
+    body = Body(network, "positions", lambda outputs: outputs)
+    with torch.enable_grad():
+        hidden = body.hidden(IDS, POSITIONS)
+        (hidden * made(*hidden.shape, seed=3)).sum().backward()
+    found = {name: each.grad for name, each in network.named_parameters() if each.grad is not None}
+    network.zero_grad()
+    return hidden.detach(), found
+
+
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+def test_a_family_learns_the_same(family: str) -> None:
+    network = in_memory((FAMILIES | MIXTURES)[family], torch.float32).network
+    network.config.use_cache = False
+    network.train().requires_grad_(True)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    body, before = Body.of(network), network.config._attn_implementation
+    with eager(network):
+        plain = learned(network)
+    with closed_forms(network), short_attention(body):
+        assert (network.config._attn_implementation == ATTENTION) == (family not in PLAIN_ATTENTION)
+        taken = {type(module).__name__ for module in network.modules() if "forward" in vars(module)}
+        assert any("Norm" in name for name in taken) == (family in NORMS)
+        ours = learned(network)
+    assert network.config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in network.modules())
+    for mine, theirs in [(ours[0], plain[0]), *((ours[1][name], plain[1][name]) for name in plain[1])]:
+        assert float((mine - theirs).norm()) <= 2e-5 * float(theirs.norm()) + 1e-6
+
+
+@pytest.mark.skipif(not multiplies_bfloat16("cpu"), reason="products of bfloat16 are float32 here")
+def test_under_autocast_it_is_as_near_to_the_truth() -> None:
+    exact = in_memory(tiny_config(), torch.float32).network.train()
+    exact.requires_grad_(True)
+    body = Body.of(exact)
+    with eager(exact):
+        truth = learned(exact)[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = learned(exact)[1]
+    with closed_forms(exact), short_attention(body), torch.autocast("cpu", torch.bfloat16):
+        ours = learned(exact)[1]
+
+    def far(found: dict[str, Tensor]) -> float:
+        return sum(float((found[name] - truth[name]).norm() / truth[name].norm()) for name in truth)
+
+    assert far(ours) <= 1.1 * far(plain)
+
+
+def test_a_network_that_drops_weights_of_attention_computes_it_plainly() -> None:
+    network = in_memory(tiny_config(attention_dropout=0.5)).network
+    with short_attention(Body.of(network)):
+        assert network.config._attn_implementation == "eager"
+
+
+def test_one_whose_maps_are_looked_at_stays_as_it_is() -> None:
+    network = in_memory(tiny_config()).network
+    body = Body.of(network)
+    with eager(network), short_attention(body):
+        assert network.config._attn_implementation == "eager"
+
+
+def test_what_computes_otherwise_is_not_taken_over() -> None:
+    network = in_memory(tiny_config()).network
+    first = network.model.layers[0]
+    kind = type(first.input_layernorm)
+
+    class Other(kind):  # type: ignore[valid-type, misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 1.01  # type: ignore[no-any-return]
+
+    first.input_layernorm.__class__ = Other
+    first.mlp.act_fn = nn.ReLU()
+    taken = take_over(network)
+    assert first.input_layernorm not in taken
+    assert first.post_attention_layernorm in taken
+    assert first.mlp not in taken
+    assert network.model.layers[1].mlp in taken
+
+
+def test_a_familys_rotation_comes_back_after_a_failure() -> None:
+    network = in_memory(tiny_config()).network
+    file = sys.modules[type(network).__module__]
+    theirs = getattr(file, ROTATION)
+    with contextlib.suppress(ZeroDivisionError), closed_forms(network):
+        assert getattr(file, ROTATION) is not theirs
+        raise ZeroDivisionError
+    assert getattr(file, ROTATION) is theirs
+
+
+def test_without_kernels_everything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAQUETTE_NATIVE", "0")
+    network = in_memory(tiny_config()).network
+    with closed_forms(network), short_attention(Body.of(network)):
+        assert network.config._attn_implementation == "eager"
+        assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    """As a student that is cut from a network: nothing of it may lead back."""
+    network = in_memory(tiny_config(), torch.float32).network
+    with torch.no_grad(), closed_forms(network):
+        pass
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+        assert not torch.equal(network(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    assert functional.mse_loss(network.model.norm.weight * 2, other.model.norm.weight) == 0
