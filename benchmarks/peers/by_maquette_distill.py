@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 
 from benchmarks.peers.runner import mark, request, say
-from engine import lesson
+from engine import hardware, lesson
 from engine.distill import _teachers
 from engine.methods import Context, get
 from engine.models import load
@@ -27,6 +27,7 @@ from engine.training import Training
 def main() -> None:
     asked = request()
     torch.manual_seed(0)
+    hardware.keep_memory()  # as a run does before its steps
     model, out = load(Path(asked["model"])), Path(asked["out"])
     losses: list[float] = []
     spent: dict[str, float] = defaultdict(float)
