@@ -365,7 +365,8 @@ def _logits(tokens: int, vocabulary: int, machine: Machine) -> int:
 def _remembered(held: Holding, length: int) -> int:
     """What the backward pass needs of the forward one: of a token of rows of that length its states in a block."""
     config = held.shape.config
-    maps = sizes.query_heads(config) * length * 8 if length <= 256 else 0  # attention of short rows is written out
+    # Attention's weights, which the backward pass needs in closed form, of short rows; of shorter ones plainly, too.
+    maps = sizes.query_heads(config) * length * (8 if length <= 256 else 2 if length <= 512 else 0)
     return 24 * sizes.hidden_size(config) + 12 * _widest(held.shape) + maps
 
 

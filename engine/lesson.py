@@ -31,7 +31,6 @@ from engine.tokens import check_same_tokenizer
 from engine.training import Extras, Prune, Schedule, train
 from engine.wide import mixed_precision
 
-SHORT = 256  # tokens of a sequence up to which plain attention trains faster on a CPU than the fused kernel
 HIGHEST = 1e-3  # learning rate where none is named
 JUDGED = 50  # of the original's most probable tokens, where nobody else asks it
 KL = Objective()  # how a student is judged, whatever it is taught with
@@ -212,9 +211,8 @@ class Lesson:
         schedule = params.schedule(self.student.network.num_parameters())
         if not params.learning_rate:
             context.log(f"the highest learning rate is {schedule.rate:.2g}, by the size of the model")
-        short = self.student.device.type == "cpu" and params.sequence_length <= SHORT
         with contextlib.ExitStack() as stack:
-            stack.enter_context(closed_forms(self.student.network))
-            if short and self.body.isolation == "positions":
-                stack.enter_context(short_attention(self.body))
+            stack.enter_context(closed_forms(self.student))
+            if self.student.device.type == "cpu" and self.body.isolation == "positions":
+                stack.enter_context(short_attention(self.body, params.sequence_length))
             train(self.student, numbers, loss_of or self.batch_loss, schedule, context, prune, extras)
