@@ -103,23 +103,25 @@ def bar() -> str:
 
 
 def students() -> str:
-    """A student with the teacher and with labels alone, on much text and on little."""
+    """A student with the teacher and with labels alone, on much text and on little; each pair is trained thrice."""
     name, few = "three blocks, 46 % of the neurons", text(LITTLE)
+
+    def thrice(what: str, **changes: JsonValue) -> list[Trial]:
+        return [trial(f"{name}, {what}", taught(MIDDLE, **changes), seed=seed) for seed in range(3)]
+
     original = trial("original", [])
-    much = [
-        trial(f"{name}, distilled, {LONG:,} steps", taught(LONG)),
-        trial(f"{name}, distilled, {MIDDLE} steps", taught(MIDDLE)),
-        trial(f"{name}, labels alone, {MIDDLE} steps", taught(MIDDLE, label_weight=1.0)),
-    ]
-    little = [
-        trial(f"{name}, distilled on little text", taught(MIDDLE, text=few, label_weight=0.0)),
-        trial(f"{name}, labels alone on little text", taught(MIDDLE, text=few, label_weight=1.0)),
-    ]
+    long = trial(f"{name}, distilled, {LONG:,} steps", taught(LONG))
+    much = thrice(f"distilled, {MIDDLE} steps"), thrice(f"labels alone, {MIDDLE} steps", label_weight=1.0)
+    little = (
+        thrice("distilled on little text", text=few, label_weight=0.0),
+        thrice("labels alone on little text", text=few, label_weight=1.0),
+    )
     words = [
-        f"{DOCUMENTS:,} documents: {margin('distilled', much[1], 'labels alone', much[2])}",
-        f"{LITTLE:,} documents: {margin('distilled', little[0], 'labels alone', little[1])}",
+        f"{documents:,} documents: {margin('distilled', by_teacher, 'labels alone', by_labels)}"
+        for documents, (by_teacher, by_labels) in ((DOCUMENTS, much), (LITTLE, little))
     ]
-    return f"{table([original, *much, *little], COLUMNS)}\n\n" + "\n".join(f"- {each}" for each in words)
+    shown = [original, long, *(each[0] for each in (*much, *little))]
+    return f"{table(shown, COLUMNS)}\n\n" + "\n".join(f"- {each}" for each in words)
 
 
 class Pace(NamedTuple):
@@ -172,27 +174,38 @@ def reading(trials: Sequence[Trial], texts: int, turns: int = 30) -> list[float]
     return [statistics.median(each) for each in found]
 
 
-def margin(a_name: str, a: Trial, b_name: str, b: Trial) -> str:
-    """How far two models are apart: in accuracy, question by question, in perplexity, and in KL to the original."""
+def margin(a_name: str, a: Sequence[Trial], b_name: str, b: Sequence[Trial]) -> str:
+    """How far two models are apart, each trained with the same seeds: in accuracy, question by question, in perplexity,
+    and in KL to the original; means over the trainings, with the errors of one, for all are measured on one text.
+    """
     points, error = paired(a, b)
     words = []
     for name, title in (("perplexity", "perplexity"), ("kl", "KL")):
-        one, other = (each.measured[name] for each in (a, b))
-        apart = abs(one.value - other.value) / math.hypot(one.error or 0, other.error or 0)
-        words.append(f"{title} {one.value:.3g} against {other.value:.3g} ({apart:.1f} standard errors)")
+        (one, of_one), (other, of_other) = (
+            (statistics.fmean(m.value for m in measured), statistics.fmean(m.error or 0 for m in measured))
+            for measured in ([each.measured[name] for each in trials] for trials in (a, b))
+        )
+        apart = abs(one - other) / math.hypot(of_one, of_other)
+        words.append(f"{title} {one:.3g} against {other:.3g} ({apart:.1f} standard errors)")
+    alone = ", ".join(f"{100 * paired([one], [other])[0]:+.1f}" for one, other in zip(a, b, strict=True))
     return (
-        f"after the same tokens, {a_name} against {b_name}: {100 * points:+.1f} points of accuracy "
-        f"({abs(points) / error:.1f} standard errors of the questions' differences), {', '.join(words)}."
+        f"after the same tokens, {len(a)} trainings each, {a_name} against {b_name}: {100 * points:+.1f} points of "
+        f"accuracy ({abs(points) / error:.1f} standard errors of the questions' differences; by training {alone}), "
+        f"{', '.join(words)}."
     )
 
 
-def paired(a: Trial, b: Trial) -> tuple[float, float]:
-    """The difference of two models' accuracies and its standard error, for both answered the same questions."""
-    answers = [
-        [int(mark) for task in TASKS for mark in str(each.measured[f"accuracy.{task}"].details["right"])]
-        for each in (a, b)
-    ]
-    apart = [one - other for one, other in zip(*answers, strict=True)]
+def paired(a: Sequence[Trial], b: Sequence[Trial]) -> tuple[float, float]:
+    """The difference of two models' accuracies and its standard error, for both answered the same questions.
+
+    Of several trainings each question's answers are averaged first.
+    """
+
+    def answers(of: Trial) -> list[int]:
+        return [int(mark) for task in TASKS for mark in str(of.measured[f"accuracy.{task}"].details["right"])]
+
+    means = [[statistics.fmean(marks) for marks in zip(*map(answers, trials), strict=True)] for trials in (a, b)]
+    apart = [one - other for one, other in zip(*means, strict=True)]
     return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
 
 
