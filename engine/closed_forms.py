@@ -338,11 +338,11 @@ def _attend(
     """Attention as `transformers` asks for it: query (B, H, T, D), key and value (B, S, T, D); (B, T, H, D).
 
     Raises:
-        ValueError: more is asked for than ours does.
+        NotImplementedError: more is asked for than ours does.
     """
     unknown = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
     if dropout or unknown or seen is None or seen.dim() != 3:
-        raise ValueError(f"attention in closed form has no dropout, mask of numbers, or {unknown}")
+        raise NotImplementedError(f"attention in closed form has no dropout, mask of numbers, or {unknown}")
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -354,7 +354,7 @@ def _seen(*arguments: Any, **settings: Any) -> Tensor:
     """The keys that each token sees, (2, B or 1, T) int32: the first, and the one after the last.
 
     Raises:
-        ValueError: some are left out in between.
+        NotImplementedError: some are left out in between.
     """
     mask = sdpa_mask(*arguments, **{**settings, "allow_is_causal_skip": False})
     assert mask is not None
@@ -362,5 +362,5 @@ def _seen(*arguments: Any, **settings: Any) -> Tensor:
     count, first = mask.sum(-1), mask.int().argmax(-1)
     end = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
     if not torch.equal(end - first, count) or not bool((count > 0).all()):
-        raise ValueError("tokens are left out in between")
+        raise NotImplementedError("tokens are left out in between")
     return torch.stack([first, end]).int()

@@ -21,7 +21,7 @@ TIMES = ("download", "load", "steps", "save", "verify", "measure")
 class Rates:
     """What this machine does in a second, where nothing better is known; the demo on two cores gave the figures.
 
-    steps: by method, how many times as long it took here as these figures say, from probes of earlier runs.
+    steps: by method, how many times as long it took here as these figures say, from earlier runs.
     """
 
     download: float = 2e7  # B

@@ -7,8 +7,10 @@ that its memory is that of the compressed model and of nothing else.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from engine import (
     intermediate,
     methods,
     models,
+    pace,
     preflight,
     ranks,
     untouched,
@@ -36,8 +39,10 @@ from engine.fit import Estimate
 from engine.hub import Hub
 from engine.methods import Context, Emit
 from engine.models import LoadedModel
+from engine.pace import Rates
 from engine.records import EventKind, Recipe
 from engine.runtime import load_dense
+from engine.sizes import Holding
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +115,8 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
     elif done:
         titles = ", ".join(method.title for method, _ in steps[:done])
         emit("log", {"text": f"reused what an earlier run has done: {titles}"})
+    first = Holding(headers.inspect(source), model.network.dtype.itemsize)
+    held = functools.reduce(lambda held, step: held.after(step[1]), steps[:done], first)
     for number, (method, params) in enumerate(steps[done:], done):
         check_cancelled()
         emit("phase", {"name": method.title})
@@ -117,11 +124,17 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
         text = preflight.calibration_file(recipe.calibration)
         context = Context(device, recipe.seed, blocks, cache, text, _numbered(emit, number), check_cancelled)
         torch.manual_seed(recipe.seed + number)  # of this step alone: the ones before may have been reused
+        whole, began = not blocks.exists(), time.monotonic()
         with torch.no_grad():
             if (processes := ranks.wanted(params, model, context)) > 1:
                 model = ranks.apply(method, params, model, context, processes, original=number == 0)
             else:
                 model = method.apply(model, params, context)
+        if whole:  # nothing of it was done before
+            took = time.monotonic() - began
+            rate = took / pace.step_seconds(held, params, Rates(), first)
+            emit("took", {"method": method.name, "seconds": took, "rate": rate})
+        held = held.after(params)
         if getattr(params, "steps", 0):
             hardware.give_back_memory()  # gradients and moments of a training
         if number + 1 < len(steps):

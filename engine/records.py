@@ -136,6 +136,7 @@ EventKind = Literal[
     "output",
     "artifact",
     "diverged",
+    "took",
     "finished",
 ]
 
@@ -149,7 +150,8 @@ class Event(Record):
     linear {"name", "bits", "error", ...}, as `quantize._place` makes it ·
     budget {"points", "uniform", "chosen"} as `quantize.mixed` makes it ·
     measurement (a Measurement) · output (an Output) · artifact {"path"} ·
-    diverged (a Divergence without its attempt) · finished {"status", "reason"}
+    diverged (a Divergence without its attempt) · took {"method", "seconds", "rate": times what `engine.pace` thought}
+    of a step that was done whole · finished {"status", "reason"}
     """
 
     run: str

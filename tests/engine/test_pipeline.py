@@ -48,6 +48,9 @@ def test_a_chain_from_recipe_to_measurements(tiny_folder: Maker, tmp_path: Path,
     assert estimate["memory"] > found["size.bytes"]["value"]
     phases = [data["name"] for kind, data in recorder.said if kind == "phase"]
     assert phases[:7] == ["checking", "loading", "Wanda", "Logit distillation", "GPTQ", "saving", "verifying"]
+    took = [data for kind, data in recorder.said if kind == "took"]
+    assert [data["method"] for data in took] == ["prune/wanda", "distill/logits", "quantize/gptq"]
+    assert all(float(str(data["seconds"])) > 0 and float(str(data["rate"])) > 0 for data in took)
     # What pruning set to zero is still zero after distillation and quantization, in the file a stranger reads.
     loaded = models.load(artifact).network
     loaded(torch.arange(4)[None])  # stock transformers unpacks on the first forward
@@ -73,6 +76,7 @@ def test_the_same_recipe_gives_the_same_manifest_also_when_interrupted(tiny_fold
         pipeline.run(wanted, broken, said, stop_in_the_last_block)
     second = pipeline.run(wanted, broken, said, lambda: None)
     assert "reused 2 finished blocks" in said.logs()
+    assert not any(kind == "took" for kind, _ in said.said), "what took less than it takes"
     left = [data for kind, data in said.said if kind == "kept"]
     assert left == [{"modules": {"16": ["model.embed_tokens", "lm_head"]}}]
     manifests = [(folder / artifacts.MANIFEST).read_bytes() for folder in (first, second)]

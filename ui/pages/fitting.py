@@ -29,7 +29,7 @@ def look(
     desk.check_sources(recipe)
     hub = hub or desk.scheduler.hub
     spare, room = desk.scheduler.spare(recipe), partial(desk.scheduler.room, recipe)
-    estimate = preflight.estimate(recipe, hub, token, speeds.probed(desk.store, desk.runs(owner)), spare, room)
+    estimate = preflight.estimate(recipe, hub, token, speeds.learned(desk.store, desk.runs(owner)), spare, room)
     way = None if estimate.fits else preflight.way_out(recipe, estimate, hub, token, spare)
     if estimate.fits:
         preflight.check(recipe, hub, token, spare, room)

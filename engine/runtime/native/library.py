@@ -1,7 +1,7 @@
 """The kernels as a library: compiled at first use, kept in the user's cache, called through ctypes.
 
 The sources beside this file are plain C++ over pointers and know nothing of torch or Python, so g++ needs four
-seconds to eleven, once for a machine and version. The processor is asked before anything is built or loaded, and the
+seconds to seventeen, once for a machine and version. The processor is asked before anything is built or loaded, and the
 compiler is told exactly the instructions that were asked for, so a library runs wherever its flags are there. Where
 it cannot be had (another processor, no compiler, a failed build, MAQUETTE_NATIVE=0), torch's kernels compute as
 before; the log says so once, and the kernels' names say so everywhere. MAQUETTE_NATIVE=avx2 asks for those of a
