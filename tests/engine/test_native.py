@@ -436,12 +436,15 @@ def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) ->
 
 def test_builds_at_the_same_time_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = tmp_path / "calls"
-    script = f'[ "$1" = --version ] && exit 0; echo x >> {calls}; sleep 0.3; for last; do :; done; echo whole > "$last"'
+    script = (
+        f'[ "$1" = --version ] && exit 0; for last; do :; done; echo $last >> {calls}; sleep 0.1; echo whole > $last'
+    )
     fake_compiler(tmp_path / "bin", monkeypatch, script)
     folder = tmp_path / "kernels"
     with ThreadPoolExecutor(4) as pool:  # the lock is a file's, so threads stand for processes
         found = set(pool.map(library.build, [folder] * 4, [library.PROCESSORS[0]] * 4))
-    assert calls.read_text() == "x\n"
+    wanted = [f"{path.stem}.o" for path in library.PROCESSORS[0].sources if path.suffix == ".cpp"]
+    assert sorted(Path(line).name for line in calls.read_text().splitlines()) == sorted([*wanted, "library.so"])
     assert [file.read_text() for file in found] == ["whole\n"]
     assert sorted(file.name for file in folder.iterdir()) == sorted(["lock", *(file.name for file in found)])
 

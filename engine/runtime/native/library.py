@@ -1,7 +1,7 @@
 """The kernels as a library: compiled at first use, kept in the user's cache, called through ctypes.
 
 The sources beside this file are plain C++ over pointers and know nothing of torch or Python, so g++ needs four
-seconds to seventeen, once for a machine and version. The processor is asked before anything is built or loaded, and the
+seconds to nine, once for a machine and version. The processor is asked before anything is built or loaded, and the
 compiler is told exactly the instructions that were asked for, so a library runs wherever its flags are there. Where
 it cannot be had (another processor, no compiler, a failed build, MAQUETTE_NATIVE=0), torch's kernels compute as
 before; the log says so once, and the kernels' names say so everywhere. MAQUETTE_NATIVE=avx2 asks for those of a
@@ -22,12 +22,14 @@ import stat
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int, c_int32, c_long, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import short
 from engine.files import publish
+from engine.hardware import cores
 from engine.processor import instructions
 
 log = logging.getLogger(__name__)
@@ -48,11 +50,10 @@ class Processor:
     tiles: bool = False  # whether the system must be asked for its registers
 
     @property
-    def command(self) -> list[str]:
-        """What the compiler is given: flags, then the sources, of which those in the folders are for this kind."""
+    def compile_flags(self) -> list[str]:
+        """What the compiler is told of this kind."""
         asked = [f"-m{name.replace('amx_', 'amx-').replace('_', '')}" for name in self.instructions]
-        folders = [f"-I{folder}" for folder in self.folders]
-        return [*FLAGS, *self.flags, *asked, *folders, *(str(path) for path in self.sources if path.suffix == ".cpp")]
+        return [*FLAGS, *self.flags, *asked, *(f"-I{folder}" for folder in self.folders)]
 
     @property
     def folders(self) -> list[Path]:
@@ -216,12 +217,25 @@ def build(folder: Path, kind: Processor) -> Path:
         if not target.exists():
             began = time.monotonic()
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch, target.name)
-                command = [compiler, *kind.command, "-o", str(made)]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-                publish(made, target)
+                publish(_compile(compiler, kind, Path(scratch)), target)
             log.info("built the kernels for packed weights in %.0f s: %s", time.monotonic() - began, target)
     return target
+
+
+def _compile(compiler: str, kind: Processor, scratch: Path) -> Path:
+    """The library of a kind, in `scratch`; its sources are compiled beside each other."""
+
+    def run(*arguments: str | Path) -> None:
+        subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True, timeout=PATIENCE)
+
+    def compiled(source: Path) -> Path:
+        run(*kind.compile_flags, "-c", source, "-o", scratch / f"{source.stem}.o")
+        return scratch / f"{source.stem}.o"
+
+    with ThreadPoolExecutor(cores()) as pool:
+        objects = list(pool.map(compiled, [path for path in kind.sources if path.suffix == ".cpp"]))
+    run(*FLAGS, *objects, "-o", scratch / "library.so")
+    return scratch / "library.so"
 
 
 def _key(compiler: str, kind: Processor) -> str:
