@@ -13,9 +13,9 @@ from tests.ui import fakes
 from tests.ui.fakes import FakeScheduler
 
 
-def test_the_newest_probe_of_a_method_counts(tmp_path: Path) -> None:
+def test_the_upper_median_of_a_methods_newest_rates_counts(tmp_path: Path) -> None:
     scheduler = FakeScheduler(tmp_path)
-    for factor in (9.0, 3.0, "bad"):
+    for factor in (90.0, 80.0, 3.0, 9.0, "bad", 0.1, 9.0, 0.1):
         run = scheduler.store.begin_attempt(scheduler.store.add_run(fakes.GPTQ, "anna").id)
         rates = {"quantize/gptq": factor, "quantize/rtn": -1}
         fakes.say(scheduler, run, ("estimate", {"memory": 1, "seconds": 2.0, "probed": True, "rates": rates}))
