@@ -310,8 +310,10 @@ def _attention(network: PreTrainedModel) -> Iterator[None]:
 
 
 def _attends_alike(body: Body) -> bool:
-    """Whether a network that trains computes the same with our attention, of two documents in a row; in 16 bits about
-    as nearly as with the fused kernel."""
+    """Whether a network that trains computes the same of two documents in a row with our attention.
+
+    In 16 bits about as nearly as with the fused kernel.
+    """
     network, training = body.network, body.network.training
     network.train()
     half = PROBE // 2

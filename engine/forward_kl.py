@@ -42,7 +42,8 @@ class ForwardKl(torch.autograd.Function):
             losses, gradient = found
             ctx.save_for_backward(gradient)
             return losses.sum().to(theirs.dtype)
-        soft = logits.to(theirs.dtype) / temperature
+        wide = logits.to(theirs.dtype)
+        soft = wide if temperature == 1 else wide / temperature
         places = None if labels is None else labels[:, None]
         if ids is None:
             divergence, surprise, gradient = _of_all(soft, theirs, places, taught, told)

@@ -101,7 +101,8 @@ class Objective:
                     logits, theirs, ids, self.temperature, true, self.label_weight
                 )
             else:
-                soft = logits.to(dtype) / self.temperature
+                wide = logits.to(dtype)
+                soft = wide if self.temperature == 1 else wide / self.temperature
                 classes = soft[:, : theirs.shape[1]] if ids is None else coarse(soft, ids)
                 ours = functional.log_softmax(classes, -1)
                 loss = (1 - self.label_weight) * self.temperature**2 * self.distance(ours, theirs)

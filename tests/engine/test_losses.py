@@ -182,6 +182,16 @@ def test_our_kernel_tells_tokens_apart_that_a_sure_student_excludes(dtype: torch
 
 
 @needs_kernels
+def test_a_token_that_there_is_none_of_is_refused_by_our_kernel(kind: str) -> None:
+    """As a damaged cache of answers may name: what is written there would be somebody else's."""
+    target = TopK(torch.tensor([[0, 40]]), torch.tensor([[0.5, 0.25]]).log(), torch.tensor([0.25]).log())
+    with pytest.raises(IndexError, match="40 tokens"):
+        Objective()(torch.zeros(1, 40), None, target)
+    with pytest.raises(IndexError, match="40 tokens"):
+        Objective(label_weight=0.5)(torch.zeros(1, 40), torch.tensor([-1]), Full(torch.zeros(1, 40).log_softmax(-1)))
+
+
+@needs_kernels
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_what_is_no_number_is_not_hidden_by_our_kernel(broken: float, kind: str) -> None:
     student = torch.zeros(2, 40)

@@ -33,9 +33,21 @@ inline Gate gelu(Floats x) {
     return {value, fused(value * (all(1) - s), grows, s)};
 }
 
-template <typename F> void gates(int kind, F f) {
-    if (kind == 0) f([](Floats x) { return silu(x); });
-    else f([](Floats x) { return gelu(x); });
+// Calls f with what each 16 of `count` gates let through, with what finds the numbers at their places in another tensor
+// of the same type, and with which of them count; kind: 0 SiLU, 1 GELU by tanh.
+template <typename F> void gated(int kind, Some gate, long count, int threads, F f) {
+    const auto all_by = [=](auto* gate, auto act) {
+#pragma omp parallel for num_threads(worth(count, threads)) schedule(static)
+        for (long start = 0; start < count; start += PIECE)
+            each(std::min(PIECE, count - start), [&](long k, Lanes mask) {
+                const auto numbers = [=](auto* from) { return (decltype(gate))from + start + k; };
+                f(act(load(numbers(gate), mask)), numbers, mask);
+            });
+    };
+    typed([=](auto* gate) {
+        if (kind == 0) all_by(gate, [](Floats x) { return silu(x); });
+        else all_by(gate, [](Floats x) { return gelu(x); });
+    }, gate);
 }
 
 // Calls f, for each row of scores (batch, heads, tokens, keys), with the part that its token sees, where that begins
@@ -121,35 +133,19 @@ void maquette_rms_norm_back(Some gradient, Some x, const float* weight, const fl
 
 // out = act(gate) up, of `count` numbers, all of one type; kind: 0 SiLU, 1 GELU by tanh.
 void maquette_gate(int kind, Some gate, const void* up, long count, void* out, int threads) {
-    typed([=](auto* gate) {
-        gates(kind, [=](auto act) {
-#pragma omp parallel for num_threads(worth(count, threads)) schedule(static)
-            for (long start = 0; start < count; start += PIECE)
-                each(std::min(PIECE, count - start), [&](long k, Lanes mask) {
-                    const auto numbers = [=](auto* from) { return (decltype(gate))from + start + k; };
-                    const Floats found = act(load(numbers(gate), mask)).value * load(numbers(up), mask);
-                    store(numbers(out), found, mask);
-                });
-        });
-    }, gate);
+    gated(kind, gate, count, threads, [=](Gate open, auto numbers, Lanes mask) {
+        store(numbers(out), open.value * load(numbers(up), mask), mask);
+    });
 }
 
 // The gradients of gate and up, from that of `out`.
 void maquette_gate_back(int kind, Some gate, const void* up, const void* gradient, long count, void* of_gate,
                         void* of_up, int threads) {
-    typed([=](auto* gate) {
-        gates(kind, [=](auto act) {
-#pragma omp parallel for num_threads(worth(count, threads)) schedule(static)
-            for (long start = 0; start < count; start += PIECE)
-                each(std::min(PIECE, count - start), [&](long k, Lanes mask) {
-                    const auto numbers = [=](auto* from) { return (decltype(gate))from + start + k; };
-                    const Gate open = act(load(numbers(gate), mask));
-                    const Floats g = load(numbers(gradient), mask);
-                    store(numbers(of_gate), g * load(numbers(up), mask) * open.slope, mask);
-                    store(numbers(of_up), g * open.value, mask);
-                });
-        });
-    }, gate);
+    gated(kind, gate, count, threads, [=](Gate open, auto numbers, Lanes mask) {
+        const Floats g = load(numbers(gradient), mask);
+        store(numbers(of_gate), g * load(numbers(up), mask) * open.slope, mask);
+        store(numbers(of_up), g * open.value, mask);
+    });
 }
 
 // Rotates the pairs (i, i + size / 2) of each head by its token's angles, or with `back` by what turns gradients of the

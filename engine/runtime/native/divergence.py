@@ -16,13 +16,19 @@ def forward_kl(
     """taught T KL(p || q) - told log softmax(y)[label] of each of n rows (n,), float64, and the gradient of y.
 
     Arguments are as those of `ForwardKl`; None where our kernel is not there, or sums are wanted in float64.
+
+    Raises:
+        IndexError: a token is none of the logits': ids may come from a file.
     """
     if logits.device.type != "cpu" or logits.dtype not in WIDTHS or theirs.dtype != torch.float32:
         return None
     if (kernels := library()) is None:
         return None
     logits, theirs = logits.contiguous(), theirs.contiguous()
-    ids = None if ids is None else ids.long().contiguous()
+    ids, labels = (None if each is None else each.long().contiguous() for each in (ids, labels))
+    for tokens in (ids, labels):
+        if tokens is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]:
+            raise IndexError(f"there are logits of {logits.shape[1]} tokens")
     losses, gradient = torch.empty(len(logits), dtype=torch.float64), torch.empty_like(logits)
     kernels.maquette_forward_kl(
         some(logits), *logits.shape, theirs.data_ptr(), theirs.shape[1],
