@@ -89,7 +89,10 @@ class Gate(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """x cos + rotate_half(x) sin for x (B, heads, T, D), cos and sin (B or 1, T, D); contiguous, in `dtype`."""
+    """x cos + rotate_half(x) sin for x (B, heads, T, D), cos and sin (B or 1, T, R); contiguous, in `dtype`.
+
+    Where a head has more than R channels, those that follow stay as they are.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,8 +196,8 @@ def _rotations(network: PreTrainedModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for file in (sys.modules[name] for name in sorted(files)):
             theirs: Rotate | None = getattr(file, ROTATION, None)
-            if theirs is not None and _rotates_alike(theirs):
-                setattr(file, ROTATION, partial(_rotate, theirs))
+            if theirs is not None and _rotates_alike(theirs, 8):
+                setattr(file, ROTATION, partial(_rotate, theirs, _rotates_alike(theirs, 4)))
                 stack.callback(setattr, file, ROTATION, theirs)
         yield
 
@@ -220,7 +223,7 @@ def _norm_like(module: nn.Module) -> Form | None:
 def _norm(norm: nn.Module, offset: float, epsilon: float, x: Tensor) -> Tensor:
     """An RMS norm; where products are bfloat16 it gives the hidden states, which are float32, as they take them."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
-    if x.dtype not in between.WIDTHS:
+    if x.dtype not in between.WIDTHS or x.shape[-1:] != weight.shape:
         return type(norm).forward(norm, x)  # type: ignore[no-any-return]
     narrow = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if narrow else torch.promote_types(x.dtype, weight.dtype)
@@ -250,7 +253,7 @@ def _gate_like(module: nn.Module) -> Form | None:
 
 def _gated(kind: str, mlp: nn.Module, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)  # type: ignore[operator]
-    if gate.dtype not in between.WIDTHS or gate.dtype != up.dtype:
+    if gate.dtype not in between.WIDTHS or gate.dtype != up.dtype or gate.shape != up.shape:
         between_them = mlp.act_fn(gate) * up  # type: ignore[operator]
     else:
         between_them = Gate.apply(kind, gate, up)  # type: ignore[no-untyped-call]
@@ -258,23 +261,28 @@ def _gated(kind: str, mlp: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
-def _rotates_alike(theirs: Rotate) -> bool:
+def _rotates_alike(theirs: Rotate, turning: int) -> bool:
+    """Whether a family's rotation of so many channels of heads of eight is ours."""
     if list(inspect.signature(theirs).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     dice = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 4, 3, 8, generator=dice), torch.randn(2, 2, 3, 8, generator=dice)
-    cos, sin = torch.randn(2, 2, 3, 8, generator=dice)
+    cos, sin = torch.randn(2, 2, 3, turning, generator=dice)
     ours = [Rotation.apply(x, cos, sin, x.dtype) for x in (q, k)]  # type: ignore[no-untyped-call]
     return _same(lambda *given: torch.cat(theirs(*given), 1), (q, k, cos, sin), torch.cat(ours, 1))
 
 
 def _rotate(
-    theirs: Rotate, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any
+    theirs: Rotate, parts: bool, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any
 ) -> tuple[Tensor, Tensor]:
-    """As `theirs`, in closed form where it can be; it gives what attention's products take."""
+    """As `theirs`, in closed form where it can be; it gives what attention's products take.
+
+    parts: whether some of a head's channels may stay as they are.
+    """
     tensors = (q, k, cos, sin)
     known = all(x.dtype in between.WIDTHS and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
-    if others or more or not known or cos.dim() != 3 or cos.dtype != sin.dtype:
+    fits = all(between.turns(x, cos, sin) for x in (q, k))
+    if others or more or not known or not fits or not (parts or cos.shape[-1] == q.shape[-1] == k.shape[-1]):
         return theirs(q, k, cos, sin, *others, **more)
     autocast = torch.is_autocast_enabled("cpu")
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -355,8 +363,8 @@ def _attend(
 def _seen(*arguments: Any, **settings: Any) -> Tensor:
     """The keys that each token sees, (2, B or 1, T) int32: the first, and the one after the last.
 
-    Raises:
-        NotImplementedError: some are left out in between.
+    Where there are none, or some are left out in between, the mask itself, which our attention refuses; a family may
+    ask for one that no block needs.
     """
     mask = sdpa_mask(*arguments, **{**settings, "allow_is_causal_skip": False})
     assert mask is not None
@@ -364,5 +372,5 @@ def _seen(*arguments: Any, **settings: Any) -> Tensor:
     count, first = mask.sum(-1), mask.int().argmax(-1)
     end = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
     if not torch.equal(end - first, count) or not bool((count > 0).all()):
-        raise NotImplementedError("tokens are left out in between")
+        return mask[:, None]
     return torch.stack([first, end]).int()

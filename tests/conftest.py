@@ -36,7 +36,7 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # Whose blocks differ most. `make everything` tests the others too, everywhere; the files in ALWAYS test all.
 DISTINCT = ("llama", "gpt2", "falcon", "gemma3", "mixtral")
-ALWAYS = ("test_families", "test_every_way")
+ALWAYS = ("test_families", "test_every_way", "test_closed_forms")
 
 
 # What takes long, and has others beside it that see most of what it sees. It comes last, while there is time.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Phi3Config, PreTrainedModel
 
 from engine.body import Body, eager
 from engine.closed_forms import (
@@ -28,28 +28,16 @@ from engine.closed_forms import (
 from engine.wide import multiplies_bfloat16
 from tests.conftest import in_memory, tiny_config
 from tests.engine.conftest import needs_kernels
-from tests.families import FAMILIES, MIXTURES
+from tests.families import FAMILIES, GROUPED, MIXTURES
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_kernels]
 WIDTHS = [torch.float32, torch.bfloat16]
 IDS = torch.randint(3, 1280, (3, 24), generator=torch.Generator().manual_seed(7))
 POSITIONS = torch.cat([torch.arange(9), torch.arange(11), torch.arange(4)]).expand(3, 24)
-# Of each family what is computed in closed form; attention, too, but where it has more to it.
-NORMS = {
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma2",
-    "gemma3",
-    "smollm3",
-    "olmo2",
-    "mixtral",
-    "qwen3_moe",
-    "qwen2_moe",
-}
-PLAIN_ATTENTION = {"gemma2", "falcon", "bloom"}
+# Norms and attention of the families are computed in closed form, but where they are of another kind.
+OTHER_NORMS = {"gpt2", "gpt_neox", "opt", "bloom", "falcon", "stablelm"}
+OTHER_ATTENTION = {"gemma2", "falcon", "bloom", "opt"}
+ALL = FAMILIES | MIXTURES | {"phi3, in part": Phi3Config(**GROUPED, partial_rotary_factor=0.75)}
 
 
 def made(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,13 +91,15 @@ def test_a_gate_far_from_zero_is_open_or_shut(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize(("batch", "size"), [(1, 8), (2, 32), (2, 80)])
-def test_a_rotation(batch: int, size: int, dtype: torch.dtype, kind: str) -> None:
-    cos, sin = made(batch, 5, size, seed=1), made(batch, 5, size, seed=2)
+@pytest.mark.parametrize(("batch", "size", "turning"), [(1, 8, 8), (2, 32, 32), (2, 80, 80), (1, 16, 4), (2, 80, 60)])
+def test_a_rotation(batch: int, size: int, turning: int, dtype: torch.dtype, kind: str) -> None:
+    cos, sin = made(batch, 5, turning, seed=1), made(batch, 5, turning, seed=2)
 
     def plain(x: Tensor) -> Tensor:
+        x, still = x[..., :turning], x[..., turning:]
         first, second = x.chunk(2, -1)
-        return x * cos[:, None].double() + torch.cat([-second, first], -1) * sin[:, None].double()
+        turned = x * cos[:, None].double() + torch.cat([-second, first], -1) * sin[:, None].double()
+        return torch.cat([turned, still], -1)
 
     x = made(2, 5, 3, size, dtype=dtype).transpose(1, 2)  # as linears make them
     same(lambda x: Rotation.apply(x, cos, sin, dtype), plain, x)
@@ -157,9 +147,9 @@ def learned(network: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
     return hidden.detach(), found
 
 
-@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_family_learns_the_same(family: str) -> None:
-    model = in_memory((FAMILIES | MIXTURES)[family], torch.float32)
+    model = in_memory(ALL[family], torch.float32)
     network = model.network
     network.config.use_cache = False
     network.train().requires_grad_(True)
@@ -170,9 +160,9 @@ def test_a_family_learns_the_same(family: str) -> None:
     with eager(network):
         plain = learned(network)
     with closed_forms(model), short_attention(body, 24):
-        assert (network.config._attn_implementation == ATTENTION) == (family not in PLAIN_ATTENTION)
+        assert (network.config._attn_implementation == ATTENTION) == (family not in OTHER_ATTENTION)
         taken = {type(module).__name__ for module in network.modules() if "forward" in vars(module)}
-        assert any("Norm" in name for name in taken) == (family in NORMS)
+        assert any("Norm" in name for name in taken) == (family not in OTHER_NORMS)
         ours = learned(network)
     assert network.config._attn_implementation == before
     assert not any("forward" in vars(module) for module in network.modules())
@@ -260,3 +250,10 @@ def test_a_copy_that_takes_the_networks_place_computes_with_its_own_weights_and_
         model.network.model.norm.weight.mul_(2)
         torch.testing.assert_close(model.network(input_ids=IDS).logits, 2 * before)
     assert not any("forward" in vars(module) for module in model.network.modules())
+
+
+def test_angles_of_other_tokens_are_refused() -> None:
+    x = made(1, 2, 3, 8)
+    for angles in (made(1, 4, 8), made(1, 3, 10), made(2, 3, 8)):
+        with pytest.raises(IndexError, match="angles of"):
+            Rotation.apply(x, angles, angles, x.dtype)

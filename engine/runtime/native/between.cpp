@@ -149,13 +149,14 @@ void maquette_gate_back(int kind, Some gate, const void* up, const void* gradien
 }
 
 // Rotates the pairs (i, i + size / 2) of each head by its token's angles, or with `back` by what turns gradients of the
-// rotated into those of the heads. x, out: (batch, heads, tokens, size), as far apart as x_steps, out_steps say (of
-// batch, heads, tokens); cos, sin: (batch or 1, tokens, size), cos_step apart from sequence to sequence.
+// rotated into those of the heads. x, out: (batch, heads, tokens, wide), as far apart as x_steps, out_steps say (of
+// batch, heads, tokens); cos, sin: (batch or 1, tokens, size), cos_step apart from sequence to sequence. What a head has
+// beyond `size` is copied. shape: batch, heads, tokens, wide, size.
 void maquette_rotate(Some x, const long* x_steps, Some cos, Some sin, long cos_step, const long* shape, int back,
                      Some out, const long* out_steps, int threads) {
-    const long batch = shape[0], heads = shape[1], tokens = shape[2], size = shape[3], half = size / 2;
+    const long batch = shape[0], heads = shape[1], tokens = shape[2], wide = shape[3], size = shape[4], half = size / 2;
     typed([=](auto* x, auto* cos, auto* sin, auto* out) {
-#pragma omp parallel for collapse(2) num_threads(worth(batch * heads * tokens * size, threads)) schedule(static)
+#pragma omp parallel for collapse(2) num_threads(worth(batch * heads * tokens * wide, threads)) schedule(static)
         for (long b = 0; b < batch; ++b)
             for (long t = 0; t < tokens; ++t) {
                 const auto *c = cos + b * cos_step + t * size, *s = sin + b * cos_step + t * size;
@@ -168,6 +169,9 @@ void maquette_rotate(Some x, const long* x_steps, Some cos, Some sin, long cos_s
                         const Floats c1 = first * load(c + k, mask), c2 = second * load(c + half + k, mask);
                         store(to + k, back ? fused(second, s2, c1) : less_fused(c1, second, s1), mask);
                         store(to + half + k, back ? less_fused(c2, first, s1) : fused(first, s2, c2), mask);
+                    });
+                    each(wide - size, [&](long k, Lanes mask) {
+                        store(to + size + k, load(from + size + k, mask), mask);
                     });
                 }
             }

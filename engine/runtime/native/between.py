@@ -61,13 +61,29 @@ def gated_back(kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[T
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """x cos + rotate_half(x) sin, written to `out`; or, with `back`, the gradient of x from that of the result.
 
-    x, out: (B, heads, T, D), whose channels are beside each other. cos, sin: (B or 1, T, D) contiguous, of one dtype.
+    x, out: (B, heads, T, D), whose channels are beside each other. cos, sin: (B or 1, T, R) contiguous, of one dtype;
+    of more than R channels those that follow are copied.
+
+    Raises:
+        IndexError: the angles are not those of as many tokens and channels.
     """
+    if not turns(x, cos, sin) or out.shape != x.shape:
+        raise IndexError(f"angles of {tuple(cos.shape)} are not those of heads of {tuple(x.shape)}")
     apart = 0 if cos.shape[0] == 1 else cos.stride(0)
     _call(
-        "rotate", some(x), _steps(x), some(cos), some(sin), apart, _longs(x.shape), back, some(out), _steps(out)
+        "rotate", some(x), _steps(x), some(cos), some(sin), apart, _longs((*x.shape, cos.shape[-1])), back, some(out),
+        _steps(out),
     )  # fmt: skip
     return out
+
+
+def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether cos and sin (B or 1, T, R) are the angles of heads x (B, heads, T, D), or of a part of their channels."""
+    if x.dim() != 4 or cos.dim() != 3:
+        return False
+    sequences, tokens, turning = cos.shape
+    alike = cos.shape == sin.shape and cos.dtype == sin.dtype
+    return alike and sequences in (1, len(x)) and tokens == x.shape[2] and turning <= x.shape[3] and turning % 2 == 0
 
 
 def soften_(scores: Tensor, first: Tensor, end: Tensor, scale: float) -> Tensor:
