@@ -242,10 +242,11 @@ def _gate_like(module: nn.Module) -> Form | None:
     kind = next((kind for kind, form in ACTS.items() if _same(act, (numbers,), form(numbers))), None)
     if kind is None:
         return None
-    weight = next(gate.parameters())
-    if weight.is_meta:
+    weight, columns = next(gate.parameters(), None), getattr(gate, "in_features", None)
+    if columns is None or (weight is not None and weight.is_meta):
         return None
-    x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    x = torch.randn(1, columns, generator=torch.Generator().manual_seed(0))
+    x = x.to(torch.bfloat16 if weight is None else weight.dtype)  # packed weights are multiplied by bfloat16
     with torch.no_grad():
         same = _same(module, (x,), down(act(gate(x)) * up(x)))
     return (lambda mlp: partial(_gated, kind, mlp)) if same else None

@@ -45,6 +45,7 @@ SHAPES = [
     (65, 8, 1),
     (20, 1000, 1),
     (24, 2304, 3),
+    (530, 2304, 9),
 ]
 BITS = [(kind, bits) for kind in KINDS for bits in (range(2, 9) if kind == KINDS[0] else (4, 8))]
 

@@ -35,7 +35,7 @@ void read(Task& task, const bf16* x, int m) {
     const bool integers = w.kind == Matrix::INT8_INT8;
     const long bytes = long(w.columns) * (integers ? 1 : 2);
     if (integers) task.bytes = encode(w, x, m, 1);
-    task.x = tiles_of(integers ? (const void*)task.bytes.codes.data() : x, m, bytes, 1, 1);
+    task.x = tiles_of(integers ? (const void*)task.bytes.codes.data() : x, m, bytes, 1, upward(bytes, 64), 1);
     if (!packed(w))
         for (long k = 0; k < upward(bytes, 64); ++k) turn(&task.x[k * SIDE]);
     if (w.zero) {

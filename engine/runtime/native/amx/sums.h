@@ -31,7 +31,7 @@ class Rows {
         for (int row = 0; row < last; row += 2 * SIDE)
             for (int column = 0; column < std::min<long>(left, PANEL); column += 2 * SIDE) {
                 zero_sums();
-                two_by_two<false>(&rows[row / SIDE * pairs], pairs, columns + column, int(pairs / SIDE));
+                two_by_two<false>(&rows[row / SIDE * pairs], pairs, columns + column, BY_COLUMNS, int(pairs / SIDE));
                 store_sums(found[0], found[1], found[2], found[3]);
                 for (int tile = 0; tile < 4; ++tile)
                     for (int i = 0, down = row + tile % 2 * SIDE; i < SIDE && down + i < last; ++i) {

@@ -31,8 +31,9 @@ class Tiles {
 
 inline long upward(long value, long step) { return (value + step - 1) / step; }
 
-// m rows of `bytes` bytes as so many rows of tiles (tall, bytes / 64, 16 rows, 64 bytes), zeros past the last row and byte.
-inline Lines tiles_of(const void* rows, long m, long bytes, long tall, int threads) {
+// m rows of `bytes` bytes as so many rows of tiles, zeros past the last row and byte. Tiles that are read together stand
+// together, else they would meet in few places of the cache: (stretches, tall, stretch, 16 rows, 64 bytes).
+inline Lines tiles_of(const void* rows, long m, long bytes, long tall, long stretch, int threads) {
     const long across = upward(bytes, 64);
     Lines lines(new Line[size_t(tall) * across * SIDE]);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -41,7 +42,9 @@ inline Lines tiles_of(const void* rows, long m, long bytes, long tall, int threa
         for (long k = 0; k < across; ++k) {
             const long left = i < m ? std::min(64L, bytes - k * 64) : 0;
             const __mmask64 mask = left == 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
-            _mm512_store_si512(&lines[((i / SIDE) * across + k) * SIDE + i % SIDE], _mm512_maskz_loadu_epi8(mask, row + k * 64));
+            const long first = k / stretch * stretch, steps = std::min(stretch, across - first);
+            Line* const tile = &lines[(first * tall + i / SIDE * steps + k - first) * SIDE];
+            _mm512_store_si512(tile + i % SIDE, _mm512_maskz_loadu_epi8(mask, row + k * 64));
         }
     }
     return lines;
@@ -68,12 +71,12 @@ inline void store_sums(void* upper_left, void* lower_left, void* upper_right, vo
 }
 
 // Add to them the products of two rows of tiles, the lower `below` lines after the upper, and two columns of a panel.
-template <bool INTEGERS> void two_by_two(const Line* x, long below, const uint32_t* weights, int steps) {
-    for (int k = 0; k < steps; ++k, x += SIDE, weights += SIDE * PANEL) {
+template <bool INTEGERS> void two_by_two(const Line* x, long below, const uint32_t* weights, Order order, int steps) {
+    for (int k = 0; k < steps; ++k, x += SIDE, weights += SIDE * order.step) {
         _tile_loadd(4, x, 64);
-        _tile_loadd(6, weights, PANEL * 4);
+        _tile_loadd(6, weights, order.step * 4);
         _tile_loadd(5, x + below, 64);
-        _tile_loadd(7, weights + SIDE, PANEL * 4);
+        _tile_loadd(7, weights + order.part, order.step * 4);
         if constexpr (INTEGERS) {
             _tile_dpbusd(0, 4, 6);
             _tile_dpbusd(1, 5, 6);

@@ -81,9 +81,9 @@ void multiply_many(const Matrix& w, const bf16* x, long m, bf16* out, int thread
         std::vector<uint32_t> panel(size_t(w.columns) / 2 * PANEL);
 #pragma omp for schedule(static)
         for (long p = 0; p < panels; ++p) {
-            if (w.kind == Matrix::INT4) unpack_panel<Matrix::INT4>(w, p, 0, w.columns, panel.data());
-            if (w.kind == Matrix::INT8) unpack_panel<Matrix::INT8>(w, p, 0, w.columns, panel.data());
-            if (w.kind == Matrix::INT8_INT8) order_panel(w, p, 0, w.columns, panel.data());
+            if (w.kind == Matrix::INT4) unpack_panel<Matrix::INT4>(w, p, 0, w.columns, BY_COLUMNS, panel.data());
+            if (w.kind == Matrix::INT8) unpack_panel<Matrix::INT8>(w, p, 0, w.columns, BY_COLUMNS, panel.data());
+            if (w.kind == Matrix::INT8_INT8) order_panel(w, p, 0, w.columns, BY_COLUMNS, panel.data());
             for (long start = 0; start < m; start += PANEL_TILE) {
                 const int rows = int(std::min<long>(PANEL_TILE, m - start));
                 bf16* to = out + start * w.rows;

@@ -8,35 +8,87 @@ namespace {
 
 constexpr int PANEL = 64;  // rows of W
 
-// Columns first .. last - 1 of a panel of INT4 or INT8 codes in bfloat16, ordered (columns / 2, 64 rows, 2 columns);
-// zeros past the last row. `first` is a multiple of a packed chunk's columns.
-template <int KIND> void unpack_panel(const Matrix& w, long panel, int first, int last, uint32_t* to) {
+// Where the numbers of 32 bits of a panel stand: one for each 16 rows of W, of one pair of columns after another.
+struct Order {
+    long part, step;  // from 16 rows to the next, and from pair to pair
+};
+constexpr Order BY_COLUMNS{ROWS, PANEL};  // (columns / 2, 64 rows, 2 columns)
+
+// Two columns' codes of 16 rows, one beside the other, times the scales of their rows.
+template <int KIND> class Scaled;
+
+// They are looked up as bfloat16, and the products of pairs, of which one counts, are exact in float32.
+template <> class Scaled<Matrix::INT4> {
+  public:
+    Scaled(const bf16* scale, const int8_t* zero) {
+        const __m512i scales = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)scale));
+        even = (__m512bh)scales;
+        odd = (__m512bh)_mm512_slli_epi32(scales, 16);
+        less = zero ? zeros() - load(zero) * load(scale) : zeros();
+        alignas(64) uint16_t places[32];  // of sixteen numbers of even columns, then of odd ones, one by one
+        for (int i = 0; i < 32; ++i) places[i] = uint16_t(i / 2 + i % 2 * 16);
+        mixed = _mm512_load_si512(places);
+    }
+    void unpack(const uint8_t* codes, __m512i* out) const {
+        Codes<Matrix::INT4>::unpack(codes, out);
+        for (int j = 0; j < Codes<Matrix::INT4>::PAIRS; ++j) {
+            const __m512 first = _mm512_dpbf16_ps(less, (__m512bh)out[j], even);
+            const __m512 second = _mm512_dpbf16_ps(less, (__m512bh)out[j], odd);
+            out[j] = _mm512_permutexvar_epi16(mixed, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+        }
+    }
+
+  private:
+    __m512bh even, odd;
+    __m512 less;
+    __m512i mixed;
+};
+
+// They stand as they are wanted, eight rows of both columns in a vector of float32.
+template <> class Scaled<Matrix::INT8> {
+  public:
+    Scaled(const bf16* scale, const int8_t* zero) {
+        const __m512 scales = load(scale), less = zero ? load(zero) * scales : zeros();
+        for (int half = 0; half < 2; ++half) {
+            alignas(64) int32_t rows[16];
+            for (int i = 0; i < 16; ++i) rows[i] = half * 8 + i / 2;
+            const __m512i places = _mm512_load_si512(rows);
+            times[half] = _mm512_permutexvar_ps(places, scales);
+            minus[half] = _mm512_permutexvar_ps(places, less);
+        }
+    }
+    void unpack(const uint8_t* codes, __m512i* out) const {
+        for (int j = 0; j < Codes<Matrix::INT8>::PAIRS; ++j, codes += 32) {
+            const __m512 upper = _mm512_fmsub_ps(Codes<Matrix::INT8>::sixteen(codes), times[0], minus[0]);
+            const __m512 lower = _mm512_fmsub_ps(Codes<Matrix::INT8>::sixteen(codes + 16), times[1], minus[1]);
+            out[j] = (__m512i)_mm512_cvtne2ps_pbh(lower, upper);
+        }
+    }
+
+  private:
+    __m512 times[2], minus[2];
+};
+
+// Columns first .. last - 1 of a panel of INT4 or INT8 codes in bfloat16; zeros past the last row. `first` is a multiple
+// of a packed chunk's columns.
+template <int KIND> void unpack_panel(const Matrix& w, long panel, int first, int last, Order order, uint32_t* to) {
     constexpr int PAIRS = Codes<KIND>::PAIRS, STEP = 2 * PAIRS;
     const int groups = w.columns / w.group;
-    const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
-    alignas(64) uint16_t places[32];  // of sixteen numbers of even columns, then of odd ones, one by one
-    for (int i = 0; i < 32; ++i) places[i] = uint16_t(i / 2 + i % 2 * 16);
-    const __m512i mixed = _mm512_load_si512(places);
     for (int part = 0; part < PANEL / ROWS; ++part) {
         const long block = panel * (PANEL / ROWS) + part;
-        uint32_t* at = to + part * ROWS;
+        uint32_t* at = to + part * order.part;
         if (block >= blocks(w)) {
-            for (int k = first; k < last; k += 2, at += PANEL) _mm512_storeu_si512(at, _mm512_setzero_si512());
+            for (int k = first; k < last; k += 2, at += order.step) _mm512_storeu_si512(at, _mm512_setzero_si512());
             continue;
         }
         const uint8_t* codes = (const uint8_t*)w.weight + (block * (w.columns / STEP) + first / STEP) * 64;
         for (int g = first / w.group, k = first; k < last; ++g) {
-            const __m512 scale = load(w.scale + (block * groups + g) * ROWS);
-            const __m512 zero = w.zero ? load(w.zero + (block * groups + g) * ROWS) : zeros();
+            const long group = (block * groups + g) * ROWS;
+            const Scaled<KIND> scaled(w.scale + group, w.zero ? w.zero + group : nullptr);
             for (const int end = std::min(last, (g + 1) * w.group); k < end; k += STEP, codes += 64) {
                 __m512i pairs[PAIRS];
-                Codes<KIND>::unpack(codes, pairs);
-                for (int j = 0; j < PAIRS; ++j, at += PANEL) {
-                    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[j], 16));
-                    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs[j], upper));
-                    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((odd - zero) * scale, (even - zero) * scale);
-                    _mm512_storeu_si512(at, _mm512_permutexvar_epi16(mixed, both));
-                }
+                scaled.unpack(codes, pairs);
+                for (int j = 0; j < PAIRS; ++j, at += order.step) _mm512_storeu_si512(at, pairs[j]);
             }
         }
     }
@@ -67,9 +119,8 @@ inline void transpose(__m512i* v) {
     std::copy(t, t + 16, v);
 }
 
-// Columns first .. last - 1 (multiples of 4) of 64 rows of INT8_INT8 codes, ordered (columns / 4, 64 rows, 4 columns);
-// zeros past the last row.
-inline void order_panel(const Matrix& w, long panel, int first, int last, uint32_t* to) {
+// The same of columns (multiples of 4) of INT8_INT8 codes, of which four are a number of 32 bits.
+inline void order_panel(const Matrix& w, long panel, int first, int last, Order order, uint32_t* to) {
     for (int part = 0; part < PANEL / ROWS; ++part) {
         const long top = panel * PANEL + part * ROWS;
         for (int k = first; k < last; k += 64) {
@@ -82,7 +133,7 @@ inline void order_panel(const Matrix& w, long panel, int first, int last, uint32
                                 : _mm512_setzero_si512();
             transpose(square);
             for (int j = 0; j < left / 4; ++j)
-                _mm512_storeu_si512(to + ((k - first) / 4 + j) * PANEL + part * ROWS, square[j]);
+                _mm512_storeu_si512(to + ((k - first) / 4 + j) * order.step + part * order.part, square[j]);
         }
     }
 }
