@@ -29,6 +29,7 @@ from engine.generate import decode
 from engine.packing import InputGrid, QuantizedWeight
 from engine.runtime.linear import Int8Linear, packed_linear
 from engine.runtime.native.library import available
+from engine.runtime.norms_and_gates import take_over
 from engine.runtime.pages import use_large_pages
 from engine.wide import widen
 
@@ -116,6 +117,7 @@ def packed(dense: PreTrainedModel, bits: int, group: int | None, integers: bool 
     network.generation_config = dense.generation_config
     if dense.device.type == "cpu":
         use_large_pages(network)
+        take_over(network)
     return network.eval()
 
 

@@ -1,14 +1,10 @@
 """What stands between the products of a network, each part with its gradient in closed form, while it trains on a CPU.
 
-Norms, rotations, gates and softmax are small sums that autograd takes apart: an RMS norm of the Llama family is eight
-operations forward and fourteen backward, each of which reads and writes all of the hidden states, and keeps some. In
-closed form a norm, with r = 1 / sqrt(mean(x²) + eps), n channels, and g the gradient of its result, is
-
-    y = w r x        dL/dx = r g w - x r³ (g w · x) / n        dL/dw = sum over tokens of g r x
-
-and a softmax p of scores s, with g the gradient of p, is dL/ds = p (g - g · p): one pass forward, one backward, by
-kernels of our own. Attention keeps its weights beside queries, keys and values, and knows for each token the first and
-the last key that it sees, so what is masked is never added, softened or copied.
+Autograd takes small sums apart: each operation reads and writes all of the hidden states, and keeps some. Norms and
+gates are one pass forward and one backward (`engine.runtime.norms_and_gates`); so are rotations and attention here. Of
+a softmax p of scores s, with g the gradient of p, it is dL/ds = p (g - g · p). Attention keeps its weights beside
+queries, keys and values, and knows for each token the first and the last key that it sees, so what is masked is never
+added, softened or copied.
 
 A part is taken over only where it is seen to compute the same: a family's own norm, gate and rotation are asked with
 random numbers, and the whole network with two documents in a row. Everything else stays as `transformers` has it.
@@ -29,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -38,54 +33,15 @@ from engine.body import CLOSE, PROBE, Body, distance, eager
 from engine.models import LoadedModel
 from engine.runtime.native import between
 from engine.runtime.native.library import library
+from engine.runtime.norms_and_gates import let_go, same, take_over
 
 ATTENTION = "maquette"  # the name by which `transformers` knows ours
 # Tokens of a row up to which attention trains faster than by the fused kernel, in closed form or plainly. In closed
 # form it is faster at more, too (a step of the demo model: 1.25 times at 512, 1.3 at 1,024), but keeps all weights.
 SHORT, SHORT_PLAIN = 512, 256
 HARMLESS = {"position_ids", "sliding_window", "is_causal", "use_cache", "output_attentions", "output_hidden_states"}
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-}  # fmt: skip
 ROTATION = "apply_rotary_pos_emb"  # in the modules of families that have one
-SAME = 1e-5  # relative distance of float32 results
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # of queries, keys, cos and sin
-Form = Callable[[nn.Module], Callable[..., Tensor]]  # of a module its `forward`
-
-
-class RmsNorm(torch.autograd.Function):
-    """(w + offset) x / sqrt(mean(x²) + eps) of x (..., K), w (K,)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offset: float, epsilon: float, dtype: torch.dtype) -> Tensor:
-        x, scale = x.contiguous(), weight.float() + offset
-        out, inverse = between.rms_norm(x, scale, epsilon, dtype)
-        ctx.save_for_backward(x, scale, inverse)
-        ctx.dtype = weight.dtype
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, inverse = ctx.saved_tensors
-        of_x, of_weight = between.rms_norm_back(gradients[0], x, scale, inverse, ctx.needs_input_grad[1])
-        return of_x, None if of_weight is None else of_weight.to(ctx.dtype), None, None, None
-
-
-class Gate(torch.autograd.Function):
-    """act(gate) * up, for two tensors of one shape and dtype; kind: one of `ACTS`."""
-
-    @staticmethod
-    def forward(ctx: Any, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.kind = kind
-        ctx.save_for_backward(gate, up)
-        return between.gated(kind, gate, up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *between.gated_back(ctx.kind, gradients[0], *ctx.saved_tensors)
 
 
 class Rotation(torch.autograd.Function):
@@ -150,9 +106,7 @@ def closed_forms(model: LoadedModel) -> Iterator[None]:
         with _rotations(model.network):
             yield
     finally:
-        for module in model.network.modules():
-            if _is_taken(module):
-                del module.forward
+        let_go(model.network)
 
 
 @contextlib.contextmanager
@@ -171,24 +125,6 @@ def short_attention(body: Body, length: int) -> Iterator[None]:
         yield
 
 
-def take_over(network: PreTrainedModel) -> None:
-    """Put closed forms in the place of a network's norms and gates, where ours are the same."""
-    if network.device.type != "cpu" or library() is None:
-        return
-    found: dict[object, Form | None] = {}
-    for module in network.modules():
-        key = (type(module), _epsilon(module), type(getattr(module, "act_fn", None)))
-        if key not in found:
-            found[key] = _norm_like(module) or _gate_like(module)
-        if (form := found[key]) is not None and "forward" not in vars(module):  # where somebody else stands in
-            module.forward = form(module)
-
-
-def _is_taken(module: nn.Module) -> bool:
-    form = vars(module).get("forward")
-    return isinstance(form, partial) and form.func in (_norm, _gated)
-
-
 @contextlib.contextmanager
 def _rotations(network: PreTrainedModel) -> Iterator[None]:
     """Let all networks of a family, by its files, rotate in closed form meanwhile."""
@@ -202,66 +138,6 @@ def _rotations(network: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _epsilon(module: nn.Module) -> float | None:
-    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return found if isinstance(found, float) else None
-
-
-def _norm_like(module: nn.Module) -> Form | None:
-    """How to compute a module that is an RMS norm, with a weight as it is or one less; None where it is none."""
-    epsilon, weights = _epsilon(module), dict(module.named_parameters())
-    if epsilon is None or list(weights) != ["weight"] or weights["weight"].dim() != 1 or weights["weight"].is_meta:
-        return None
-    x = torch.randn(3, len(weights["weight"]), generator=torch.Generator().manual_seed(0))
-    for offset in (0.0, 1.0):
-        with torch.no_grad():
-            if _same(module, (x,), RmsNorm.apply(x, weights["weight"], offset, epsilon, torch.float32)):  # type: ignore[no-untyped-call]
-                return lambda norm, offset=offset: partial(_norm, norm, offset, epsilon)  # type: ignore[misc]
-    return None
-
-
-def _norm(norm: nn.Module, offset: float, epsilon: float, x: Tensor) -> Tensor:
-    """An RMS norm; where products are bfloat16 it gives the hidden states, which are float32, as they take them."""
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    if x.dtype not in between.WIDTHS or x.shape[-1:] != weight.shape:
-        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
-    narrow = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if narrow else torch.promote_types(x.dtype, weight.dtype)
-    found: Tensor = RmsNorm.apply(x, weight, offset, epsilon, dtype)  # type: ignore[no-untyped-call]
-    return found
-
-
-def _gate_like(module: nn.Module) -> Form | None:
-    """How to compute a module that is down(act(gate(x)) * up(x)); None where it is none."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-    found = [each for each in parts if isinstance(each, nn.Module)]
-    if len(found) < len(parts):
-        return None
-    gate, up, down, act = found
-    numbers = torch.linspace(-9, 9, 64)
-    kind = next((kind for kind, form in ACTS.items() if _same(act, (numbers,), form(numbers))), None)
-    if kind is None:
-        return None
-    weight, columns = next(gate.parameters(), None), getattr(gate, "in_features", None)
-    if columns is None or (weight is not None and weight.is_meta):
-        return None
-    x = torch.randn(1, columns, generator=torch.Generator().manual_seed(0))
-    x = x.to(torch.bfloat16 if weight is None else weight.dtype)  # packed weights are multiplied by bfloat16
-    with torch.no_grad():
-        same = _same(module, (x,), down(act(gate(x)) * up(x)))
-    return (lambda mlp: partial(_gated, kind, mlp)) if same else None
-
-
-def _gated(kind: str, mlp: nn.Module, x: Tensor) -> Tensor:
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)  # type: ignore[operator]
-    if gate.dtype not in between.WIDTHS or gate.dtype != up.dtype or gate.shape != up.shape:
-        between_them = mlp.act_fn(gate) * up  # type: ignore[operator]
-    else:
-        between_them = Gate.apply(kind, gate, up)  # type: ignore[no-untyped-call]
-    found: Tensor = mlp.down_proj(between_them)  # type: ignore[operator]
-    return found
-
-
 def _rotates_alike(theirs: Rotate, turning: int) -> bool:
     """Whether a family's rotation of so many channels of heads of eight is ours."""
     if list(inspect.signature(theirs).parameters)[:4] != ["q", "k", "cos", "sin"]:
@@ -270,7 +146,7 @@ def _rotates_alike(theirs: Rotate, turning: int) -> bool:
     q, k = torch.randn(2, 4, 3, 8, generator=dice), torch.randn(2, 2, 3, 8, generator=dice)
     cos, sin = torch.randn(2, 2, 3, turning, generator=dice)
     ours = [Rotation.apply(x, cos, sin, x.dtype) for x in (q, k)]  # type: ignore[no-untyped-call]
-    return _same(lambda *given: torch.cat(theirs(*given), 1), (q, k, cos, sin), torch.cat(ours, 1))
+    return same(lambda *given: torch.cat(theirs(*given), 1), (q, k, cos, sin), torch.cat(ours, 1))
 
 
 def _rotate(
@@ -290,19 +166,6 @@ def _rotate(
     dtypes = [torch.get_autocast_dtype("cpu") if autocast else torch.promote_types(x.dtype, cos.dtype) for x in (q, k)]
     found = [Rotation.apply(x, cos, sin, dtype) for x, dtype in zip((q, k), dtypes, strict=True)]  # type: ignore[no-untyped-call]
     return found[0], found[1]
-
-
-def _same(theirs: Callable[..., Tensor], given: tuple[Tensor, ...], ours: Tensor) -> bool:
-    """Whether something takes what it is given, and makes the same of it."""
-    try:
-        with torch.no_grad():
-            found = theirs(*given)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False
-    if not isinstance(found, Tensor) or found.shape != ours.shape:
-        return False
-    distance = (found.float() - ours.float()).norm() / found.float().norm()
-    return float(distance) <= SAME  # false for what is no number
 
 
 @contextlib.contextmanager

@@ -34,7 +34,6 @@ from torch.nn import functional
 from engine import distributed, hardware, headers, models
 from engine.body import Body
 from engine.checkpoint import read_config
-from engine.closed_forms import take_over
 from engine.errors import BadModel, TooBig, short
 from engine.files import fetch, give, publish
 from engine.losses import Full, Target, TopK, averaged, chunk_size, pieces, top_k
@@ -42,6 +41,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.rows import Rows
 from engine.runtime import load_dense
+from engine.runtime.norms_and_gates import take_over
 from engine.wide import multiplies_bfloat16
 
 FILE_TOKENS = 1 << 16  # in one file of a cache

@@ -26,6 +26,7 @@ from engine.packing import Kind
 from engine.runtime.embedding import KERNEL, Int8Embedding
 from engine.runtime.float8 import Float8Linear
 from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
+from engine.runtime.norms_and_gates import take_over
 from engine.runtime.pages import use_large_pages
 from engine.runtime.semi_structured import use_semi_structured
 from engine.shards import PARTS, Scheme, TensorFiles, dense_of, read_quantized, rows_and_columns
@@ -63,6 +64,7 @@ def load(folder: Path, device: str = "cpu") -> LoadedModel:
     _finish(network, folder)
     kernels |= use_semi_structured(network, device)
     use_large_pages(network)
+    take_over(network)
     kv_cache = models.cache_grid(config, folder)
     return LoadedModel(network, models.load_tokenizer(folder), folder, kernels=kernels, kv_cache=kv_cache)
 

@@ -13,18 +13,8 @@ from torch import Tensor, nn
 from transformers import Phi3Config, PreTrainedModel
 
 from engine.body import Body, eager
-from engine.closed_forms import (
-    ACTS,
-    ATTENTION,
-    ROTATION,
-    Attention,
-    Gate,
-    RmsNorm,
-    Rotation,
-    closed_forms,
-    short_attention,
-    take_over,
-)
+from engine.closed_forms import ATTENTION, ROTATION, Attention, Rotation, closed_forms, short_attention
+from engine.runtime.norms_and_gates import ACTS, Gate, RmsNorm, take_over
 from engine.wide import multiplies_bfloat16
 from tests.conftest import in_memory, tiny_config
 from tests.engine.conftest import needs_kernels
