@@ -224,14 +224,15 @@ def _attend(
     return Attention.apply(*states, *seen, scale), None  # type: ignore[no-untyped-call]
 
 
-def _seen(*arguments: Any, **settings: Any) -> Tensor:
+def _seen(*arguments: Any, **settings: Any) -> Tensor | None:
     """The keys that each token sees, (2, B or 1, T) int32: the first, and the one after the last.
 
-    Where there are none, or some are left out in between, the mask itself, which our attention refuses; a family may
-    ask for one that no block needs.
+    Where a token sees none, or some are left out in between, or all see all, what `transformers` has for a mask, which
+    our attention refuses; a family may ask for one that no block needs.
     """
     mask = sdpa_mask(*arguments, **{**settings, "allow_is_causal_skip": False})
-    assert mask is not None
+    if mask is None:
+        return None
     mask = mask[:, 0]
     count, first = mask.sum(-1), mask.int().argmax(-1)
     end = mask.shape[-1] - mask.flip(-1).int().argmax(-1)

@@ -108,11 +108,14 @@ def _norm_like(module: nn.Module) -> Form | None:
     return None
 
 
-def _norm(norm: nn.Module, offset: float, epsilon: float, x: Tensor) -> Tensor:
-    """An RMS norm; where products are bfloat16 it gives the hidden states, which are float32, as they take them."""
+def _norm(norm: nn.Module, offset: float, epsilon: float, x: Tensor, *others: Any, **more: Any) -> Tensor:
+    """An RMS norm; where products are bfloat16 it gives the hidden states, which are float32, as they take them.
+
+    Norms of some families are given a gate, too.
+    """
     weight: Tensor = norm.weight  # type: ignore[assignment]
-    if x.dtype not in between.WIDTHS or x.shape[-1:] != weight.shape:
-        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
+    if others or more or x.dtype not in between.WIDTHS or x.shape[-1:] != weight.shape:
+        return type(norm).forward(norm, x, *others, **more)  # type: ignore[no-any-return]
     narrow = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if narrow else torch.promote_types(x.dtype, weight.dtype)
     found: Tensor = RmsNorm.apply(x, weight, offset, epsilon, dtype)  # type: ignore[no-untyped-call]
@@ -140,7 +143,9 @@ def _gate_like(module: nn.Module) -> Form | None:
     return (lambda mlp: partial(_gated, kind, mlp)) if alike else None
 
 
-def _gated(kind: str, mlp: nn.Module, x: Tensor) -> Tensor:
+def _gated(kind: str, mlp: nn.Module, x: Tensor, *others: Any, **more: Any) -> Tensor:
+    if others or more:
+        return type(mlp).forward(mlp, x, *others, **more)  # type: ignore[no-any-return]
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)  # type: ignore[operator]
     if gate.dtype not in between.WIDTHS or gate.dtype != up.dtype or gate.shape != up.shape:
         between_them = mlp.act_fn(gate) * up  # type: ignore[operator]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Phi3Config, PreTrainedModel
+from transformers import BertConfig, Phi3Config, PreTrainedModel
 
 from engine.body import Body, eager
 from engine.closed_forms import ATTENTION, ROTATION, Attention, Rotation, closed_forms, short_attention
@@ -247,3 +247,34 @@ def test_angles_of_other_tokens_are_refused() -> None:
     for angles in (made(1, 4, 8), made(1, 3, 10), made(2, 3, 8)):
         with pytest.raises(IndexError, match="angles of"):
             Rotation.apply(x, angles, angles, x.dtype)
+
+
+class GatedNorm(nn.Module):
+    """As in families that mix attention with state spaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(made(8)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * gate
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def test_a_norm_that_is_given_a_gate_computes_as_its_family_does() -> None:
+    norm, x, gate = GatedNorm(), made(3, 8, seed=1), made(3, 8, seed=2)
+    wanted = norm(x), norm(x, gate), norm(x, gate=gate)
+    network = in_memory(tiny_config(), torch.float32).network
+    network.add_module("another", norm)
+    take_over(network)
+    assert "forward" in vars(norm)
+    for found, expected in zip((norm(x), norm(x, gate), norm(x, gate=gate)), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_network_in_which_all_see_all_keeps_its_attention() -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 64}
+    model = in_memory(BertConfig(vocab_size=1280, max_position_embeddings=64, **sizes), torch.float32)
+    before = model.network.config._attn_implementation
+    with short_attention(Body.of(model.network), 300):
+        assert model.network.config._attn_implementation == before
