@@ -180,7 +180,7 @@ def cache_label(model: LoadedModel, tokens: int) -> str | None:
 def end_tokens(network: PreTrainedModel) -> frozenset[int]:
     """The tokens that end a text."""
     end = network.generation_config.eos_token_id if network.generation_config else None
-    end = network.config.get_text_config().eos_token_id if end is None else end
+    end = getattr(network.config.get_text_config(), "eos_token_id", None) if end is None else end
     return frozenset([end] if isinstance(end, int) else end or [])
 
 

@@ -40,6 +40,7 @@ MEDIA = (  # of config.json: the parts of a model that reads or makes more than 
 )  # fmt: skip
 QUANTIZED = {"quantization_config", "quantization", PACKED_KEY, CACHE_KEY}  # keys of a config; MLX has one of its own
 REREADING = ("openai-gpt", "rwkv", "xlm")  # families of which transformers keeps no keys and values from token to token
+NEOX = ("gpt_neox", "gpt_neox_japanese")  # whose configs say that they are no decoders, which they are
 OF_EACH_BLOCK = (  # keys of config.json with an entry for each block
     "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
     "intermediate_size", "activation_sparsity_pattern", "indexer_types", "num_attention_heads_per_layer",
@@ -116,6 +117,12 @@ def inspect(place: Path | Origin) -> Shape:
     return Shape(folder, config, tensors, total, origin.folder is not None, _packed(headers, config))
 
 
+def _encodes(kind: type, config: Mapping[str, JsonValue]) -> bool:
+    """Whether a model with a kind of config reads a text in both directions, as BERT does, if the config agrees."""
+    decodes = getattr(kind, "is_decoder", True) or vars(kind).get("model_type") in NEOX
+    return not (decodes or config.get("is_decoder"))
+
+
 def is_own(config: Mapping[str, JsonValue]) -> bool:
     """Whether a config.json says that the weights are in a format that only Maquette reads."""
     return any(key in config for key in OWN_KEYS)
@@ -184,7 +191,11 @@ def _config(origin: Origin) -> dict[str, JsonValue]:
                 "that transformers knows by itself."
             )
         raise BadModel(f"{name}: model type {short(kind)!r} is unknown to the installed transformers.")
-    if config.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if (
+        config.get("is_encoder_decoder")
+        or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or _encodes(CONFIG_MAPPING[kind], config)
+    ):
         raise BadModel(f"{name}: a {kind} model is not a causal language model.")
     if any(part in CONFIG_MAPPING[kind].sub_configs or isinstance(config.get(part), dict) for part in MEDIA):
         raise BadModel(

@@ -1,4 +1,4 @@
-"""Packed weights of linears that compressed-tensors does not know: GPT-2's `Conv1D`, and Falcon's own.
+"""Packed weights of linears that compressed-tensors does not know: GPT-2's `Conv1D`, Falcon's own, and a few families'.
 
     <name>.weight_packed       int32 (N, ceil(K * bits / 32)), the codes dense along K; of 8-bit floats float8 (N, K)
     <name>.weight_scale        (N, G), or (1,) where all share one
@@ -20,7 +20,9 @@ from pydantic import JsonValue
 
 PACKED_KEY = "maquette_packed"  # of config.json
 CONV1D = ("gpt2",)  # families whose linears are `Conv1D`: their weights are (K, N)
-FAMILIES = (*CONV1D, "falcon")  # that are known to need the format; of others the network says
+# Families that begin with numbers of their own for some linears, by their weight, which packed ones have not.
+BEGUN = ("gpt_bigcode", "modernbert-decoder", "nanochat", "recurrent_gemma")
+FAMILIES = (*CONV1D, "falcon", *BEGUN)  # that are known to need the format; of others the network says
 
 
 def rounds_inputs(config: Mapping[str, JsonValue]) -> bool:

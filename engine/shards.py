@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine import low_rank
+from engine import low_rank, own_packed
 from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
 from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
@@ -44,10 +44,12 @@ ROWS = 512  # that are packed or unpacked at a time: it takes a byte for every b
 
 
 def needs_own_format(network: PreTrainedModel) -> bool:
-    """Whether linears of the blocks are none that compressed-tensors packs.
+    """Whether linears of the blocks are none that compressed-tensors packs, or stock `transformers` reads when packed.
 
     GPT-2's `Conv1D` it does not know, and Falcon's own linear reads its weight before it would be unpacked.
     """
+    if network.config.model_type in own_packed.BEGUN:
+        return True
     return any(not is_plain(linear) for block in blocks(network)[1] for _, linear in linears(block))
 
 

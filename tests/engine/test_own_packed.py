@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import artifacts, export, headers, methods, models, preflight, runtime, verify
 from engine.bitmask import SPARSE_KEY
@@ -19,8 +19,8 @@ from engine.errors import BadModel, Cancelled, InputError
 from engine.measure import size
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.own_packed import BEGUN, PACKED_KEY
 from engine.own_packed import FAMILIES as OWN
-from engine.own_packed import PACKED_KEY
 from engine.prune import low_rank, magnitude
 from engine.quantize import rtn
 from engine.records import Recipe
@@ -33,6 +33,11 @@ from tests.families import FAMILIES
 IDS = torch.arange(3, 27)[None]
 FOUR = rtn.Params(bits=4, group_size=32)
 TESTED = ("gpt2", "falcon")
+SMALL = {
+    "vocab_size": 1280, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "head_dim": 16, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "lru_width": 64, "cls_token_id": 0, "sep_token_id": 0,
+}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -233,3 +238,15 @@ def test_the_families_that_are_named_are_those_that_need_it() -> None:
     assert {family for family in FAMILIES if needs_own_format(in_memory(FAMILIES[family]).network)} == set(OWN) & set(
         FAMILIES
     )
+
+
+@pytest.mark.parametrize("family", BEGUN)
+def test_families_that_begin_with_numbers_of_their_own_are_read_back(
+    family: str, context: Context, tmp_path: Path
+) -> None:
+    kind = type(AutoConfig.for_model(family))
+    model = in_memory(kind(**{key: value for key, value in SMALL.items() if hasattr(kind(), key)}))
+    rtn.apply(model, FOUR, context)
+    folder = written(model, tmp_path / "artifact")
+    assert "by Maquette's own reader" in verified(model, folder)
+    torch.testing.assert_close(logits(runtime.load(folder)), logits(model), rtol=0.05, atol=0.05)

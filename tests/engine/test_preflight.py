@@ -46,6 +46,7 @@ def test_sources_that_are_no_model_folder(source: str) -> None:
         ({"model_type": "nonsense"}, "unknown"),
         ({"model_type": None}, "unknown"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "not a causal language model"),
+        ({"model_type": "bert"}, "a bert model is not a causal language model"),
         ({"model_type": "gemma3"}, "is a gemma3 model, which wraps a language model together with other media"),
         ({"model_type": "openai-gpt"}, "keeps no keys and values of openai-gpt models"),
         ({"model_type": "llama4"}, "text-only checkpoint"),

@@ -11,15 +11,15 @@ import pytest
 import torch
 from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, FalconH1Config, PreTrainedModel
 
-from engine import artifacts, methods, models, verify
+from engine import artifacts, methods, models, preflight, verify
 from engine.calibration import walk_blocks
 from engine.checkpoint import part_names
 from engine.errors import BadModel
 from engine.headers import read_header
 from engine.methods import Context, Params
-from engine.models import LoadedModel, blocks
+from engine.models import LoadedModel, blocks, load_tokenizer
 from engine.quantize import gptq, rtn
 from engine.records import Recipe
 from engine.stranger import Stranger
@@ -64,6 +64,15 @@ def test_a_streamed_model_computes_what_the_whole_does(family: str, tmp_path: Pa
     torch.testing.assert_close(found, logits(models.load(folder, "float32").network))
     model.load_all()
     assert logits(model.network).equal(found)
+
+
+def test_what_a_body_computes_for_its_blocks_is_computed(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+    config = FalconH1Config(vocab_size=1280, num_key_value_heads=2, ssm_multipliers=[2.0, 3.0, 4.0, 5.0, 6.0], **sizes)
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    whole.save_pretrained(tmp_path)
+    load_tokenizer(preflight.DEMO / "model").save_pretrained(tmp_path)
+    assert torch.equal(logits(models.stream(tmp_path).network), logits(whole))
 
 
 def test_only_one_block_is_in_memory(tiny_folder: Maker, context: Context) -> None:
