@@ -69,13 +69,17 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     """A model that has the blocks with these numbers alone, in this order; all else is the model's.
 
     What is in memory is shared with the model, not copied; of a streamed one, what stays is read.
+
+    Raises:
+        BadModel: a block has other parts than the one in whose place it would come.
     """
     prefix, modules = blocks(model.network)
     config = copy.deepcopy(model.network.config)
     text = config.get_text_config()
     for key in OF_EACH_BLOCK:
         value = getattr(text, key, None)
-        follows = isinstance(getattr(type(text), key, None), property)  # from other keys
+        name = text.attribute_map.get(key, key)
+        follows = isinstance(getattr(type(text), name, None), property)  # from other keys
         if not follows and isinstance(value, list | tuple) and len(value) == len(modules):
             setattr(text, key, [value[number] for number in kept])
     if getattr(text, "mlp_only_layers", None):  # of mixtures: numbers of blocks
@@ -94,7 +98,13 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
             weights = model.network.get_submodule(part).state_dict(prefix=f"{part}.")
             mine = {key: weight for key, weight in weights.items() if part_of(key, parts) == part}
         chosen |= {f"{new}.{key.removeprefix(f'{part}.')}": weight for key, weight in mine.items()}
-    return assemble(model, config, chosen, functools.partial(_renumbered, prefix, kept))
+    try:
+        return assemble(model, config, chosen, functools.partial(_renumbered, prefix, kept))
+    except RuntimeError as error:
+        raise BadModel(
+            f"The blocks of a {text.model_type} model have different parts, and its config cannot say which of them "
+            "are left: none can go."
+        ) from error
 
 
 def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:

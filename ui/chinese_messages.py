@@ -105,6 +105,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "config.json says {key} = {value} for {linear}, which cannot be.": "config.json 中 {linear} 的 {key} = {value}，这不可能。",
         "config.json says {key}: what a block computes depends on its number, so none can go.":
             "config.json 中有 {key}：每层的计算取决于其序号，所以不能移除任何层。",
+        "The blocks of a {kind} model have different parts, and its config cannot say which of them are left: none can go.":
+            "{kind} 模型各层的组成不同，而其配置无法说明保留了哪些层：不能移除任何层。",
         "config.json does not say how {linear} is packed.": "config.json 没有说明 {linear} 如何打包。",
         "{name}: config.json says {key} = {value}; no such KV cache is known.": "{name}：config.json 中 {key} = {value}；没有这样的 KV 缓存。",
         "{name}: the weights do not fit the config ({said}: {example}).": "{name}：权重与配置不符（{said}：{example}）。",

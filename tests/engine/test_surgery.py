@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, PretrainedConfig, StableLmConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconH1Config,
+    GPT2Config,
+    ModernBertDecoderConfig,
+    PretrainedConfig,
+    StableLmConfig,
+)
 
 from engine import anatomy
 from engine.errors import BadModel, BadParams
@@ -211,3 +219,24 @@ def test_lists_that_are_of_no_block_stay() -> None:
     model = in_memory(tiny_config(num_hidden_layers=2))
     model.network.config.eos_token_id = [0, 5]
     assert keep_blocks(model, [1]).network.config.eos_token_id == [0, 5]
+
+
+SMALL = {
+    "vocab_size": 1280,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+}
+
+
+def test_blocks_of_different_parts_stay_all() -> None:
+    model = in_memory(ModernBertDecoderConfig(**SMALL, pad_token_id=0, cls_token_id=0, sep_token_id=0))
+    assert len(list(blocks(keep_blocks(model, [0, 2]).network)[1])) == 2
+    with pytest.raises(BadModel, match="modernbert-decoder model have different parts"):
+        keep_blocks(model, [1, 2])
+
+
+def test_kinds_of_blocks_that_follow_from_other_keys_are_left_to_them() -> None:
+    model = in_memory(FalconH1Config(**SMALL, num_key_value_heads=2))
+    assert len(list(blocks(keep_blocks(model, [0, 2]).network)[1])) == 2
