@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import json
+import os
 import re
 import shlex
 import signal
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str], supervisor: Callable[[Path], Supervisor]) -> 
     try:
         options = _parser().parse_args(arguments)
         code: int = options.command(options, supervisor)
+        sys.stdout.flush()
         return code
     except MaquetteError as error:
         refused = isinstance(error, InputError)
@@ -83,6 +85,9 @@ def main(arguments: Sequence[str], supervisor: Callable[[Path], Supervisor]) -> 
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130
+    except BrokenPipeError:  # who read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so when it ends
+        return 141
 
 
 def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:

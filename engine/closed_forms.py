@@ -219,6 +219,8 @@ def _attend(
         raise NotImplementedError(f"attention in closed form has no dropout, mask of numbers, or {unknown}")
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+    if dtype not in between.WIDTHS:
+        raise NotImplementedError(f"attention in closed form has no {dtype}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     states = (each.to(dtype) for each in (query, key, value))
     return Attention.apply(*states, *seen, scale), None  # type: ignore[no-untyped-call]

@@ -112,6 +112,8 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
     model, done = intermediate.find(recipe, source, steps, cache, folder / "blocks" / "kept", device)
     if model is None:
         model = (models.stream if steps else load_dense)(source, recipe.model.dtype, device)
+        if steps and model.network.dtype == torch.float16:
+            verify.probe(model)  # before all the work: many a model overflows
     elif done:
         titles = ", ".join(method.title for method, _ in steps[:done])
         emit("log", {"text": f"reused what an earlier run has done: {titles}"})

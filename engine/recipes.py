@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable
 
 import yaml
@@ -42,6 +43,14 @@ def load_recipe(text: str, most: int = MAX_BYTES) -> Recipe:
     return recipe
 
 
+# YAML 1.2 has 1e-4 for a number, as everybody does; PyYAML, which is older, wants 1.0e-4.
+FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts a text that reads as a number into quotes."""
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that a mapping has twice, of which YAML's readers keep the last in silence."""
 
@@ -52,6 +61,10 @@ class _Loader(yaml.SafeLoader):
             twice = next((key for key in keys if keys.count(key) > 1), keys[0])
             raise BadRecipe(f"The recipe has {short(repr(twice))} twice in one place. Keep one.")
         return found
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def _check_tokens(text: str) -> None:
@@ -104,8 +117,8 @@ def dump_recipe(recipe: Recipe) -> str:
     if recipe.device == Recipe.model_fields["device"].default:
         del body["device"]
     return "".join(
-        yaml.safe_dump(
-            {key: value}, sort_keys=False, width=10_000, allow_unicode=readable,
+        yaml.dump(
+            {key: value}, Dumper=_Dumper, sort_keys=False, width=10_000, allow_unicode=readable,
             default_flow_style=None if isinstance(value, list | dict) else False,
         )
         for key, value in body.items()

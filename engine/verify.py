@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine import artifacts, hardware, headers, models
-from engine.errors import BadArtifact
+from engine.errors import BadArtifact, BadModel
 from engine.experts import Experts
 from engine.fit import ROOM
 from engine.models import LoadedModel
@@ -34,11 +34,19 @@ TOLERANCE = 0.02  # relative distance of logits; bf16 products differ in their l
 
 @torch.inference_mode()
 def probe(model: LoadedModel) -> dict[str, Tensor]:
-    """Token ids drawn from a fixed seed and the model's logits for them, in float32."""
+    """Token ids drawn from a fixed seed and the model's logits for them, in float32.
+
+    Raises:
+        BadModel: they are no numbers.
+    """
     size = model.network.config.get_text_config().vocab_size
     ids = torch.randint(size, (1, PROBE), generator=torch.Generator().manual_seed(0))
     with asked(model) as answers:
         logits = model.network(input_ids=ids.to(model.device), use_cache=False).logits
+    if not logits.isfinite().all():
+        if logits.dtype == torch.float16:
+            raise BadModel("In float16 the numbers of this model become too large. Choose bfloat16 or float32.")
+        raise BadModel("What the model computes is no number any more. Choose gentler settings.")
     return {"ids": ids, "logits": logits[0].float().cpu().contiguous(), **answers}
 
 

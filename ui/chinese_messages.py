@@ -105,6 +105,10 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "config.json says {key} = {value} for {linear}, which cannot be.": "config.json 中 {linear} 的 {key} = {value}，这不可能。",
         "config.json says {key}: what a block computes depends on its number, so none can go.":
             "config.json 中有 {key}：每层的计算取决于其序号，所以不能移除任何层。",
+        "In float16 the numbers of this model become too large. Choose bfloat16 or float32.":
+            "在 float16 中，该模型的数值会溢出。请选择 bfloat16 或 float32。",
+        "What the model computes is no number any more. Choose gentler settings.":
+            "模型的计算结果已不是有效数值。请选择更温和的设置。",
         "The blocks of a {kind} model have different parts, and its config cannot say which of them are left: none can go.":
             "{kind} 模型各层的组成不同，而其配置无法说明保留了哪些层：不能移除任何层。",
         "config.json does not say how {linear} is packed.": "config.json 没有说明 {linear} 如何打包。",
@@ -661,7 +665,7 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "warning: only {count} sizes lie between the model and the student": "警告：模型与学生之间只有 {count} 种尺寸",
         "assistant {number} of {count}: {depth} blocks of {width}": "第 {number} 个助教（共 {count} 个）：{depth} 层，宽度 {width}",
         "the highest learning rate is {rate}, by the size of the model": "最高学习率为 {rate}，按模型大小决定",
-        "{count} of {total} parameters are trained": "训练 {total} 个参数中的 {count} 个",
+        "{count} numbers are trained; the model has {total} parameters": "训练 {count} 个数值；模型共有 {total} 个参数",
         "{count} of {total} parameters": "{total} 个参数中的 {count} 个",
         "warning: the student is the teacher itself; there is nothing to learn from it but the labels":
             "警告：学生就是教师本身；除标签外没有可学的",

@@ -85,7 +85,7 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     trained = sum(value.numel() for value in beside.values())
     kept = dict(model.network.named_parameters())
     trained += sum(kept[name].numel() for name in (kept if trainable is None else trainable))
-    context.log(f"{trained:,} of {model.network.num_parameters():,} parameters are trained")
+    context.log(f"{trained:,} numbers are trained; the model has {model.network.num_parameters():,} parameters")
     for each in added.values():
         each.attach()
     try:

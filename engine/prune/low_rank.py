@@ -37,10 +37,12 @@ from engine.low_rank import RANKS_KEY, empty_factors, pays
 from engine.methods import Context, Selection
 from engine.models import LoadedModel
 from engine.solver import turned_factor
+from engine.sparsity import span_of
 
 TITLE = "Low rank"
 CHANGES = ("disk", "memory", "latency")
 VERSION = 1  # of the singular values that are kept
+SMALLEST_GROUP = 32  # of `quantize/mixed`, which chooses
 
 
 class Params(Selection, Moments):
@@ -63,9 +65,16 @@ class Params(Selection, Moments):
             return "it leaves two linears for one. Put it last of these."
         if name == "quantize/bitsandbytes":
             return "the library's files hold no linears of two. Use another quantization, or leave one out."
-        size = getattr(later, "group_size", 1)
-        if name.startswith("quantize/") and getattr(later, "granularity", "group") == "group" and self.multiple % size:
-            return f"ranks are multiples of {self.multiple}, which groups of {size} do not divide. Use multiple {size}."
+        size = getattr(later, "group_size", SMALLEST_GROUP if name == "quantize/mixed" else 1)
+        if later.cache_grid() is not None or getattr(later, "granularity", "group") != "group":
+            size = 1
+        span = span_of(getattr(later, "pattern", "unstructured"))
+        for needed in (size, span[1] if span else 1):
+            if self.multiple % needed:
+                return (
+                    f"ranks are multiples of {self.multiple}, which groups of {needed} do not divide. "
+                    f"Use multiple {needed}."
+                )
         return ""
 
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
