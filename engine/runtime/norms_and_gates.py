@@ -71,7 +71,8 @@ def take_over(network: PreTrainedModel) -> None:
         return
     found: dict[object, Form | None] = {}
     for module in network.modules():
-        key = (type(module), _epsilon(module), type(getattr(module, "act_fn", None)))
+        own = tuple(name for name, _ in module.named_parameters(recurse=False))  # some norms of a kind have no weight
+        key = (type(module), _epsilon(module), own, type(getattr(module, "act_fn", None)))
         if key not in found:
             found[key] = _norm_like(module) or _gate_like(module)
         if (form := found[key]) is not None and "forward" not in vars(module):  # where somebody else stands in
@@ -111,7 +112,7 @@ def _norm_like(module: nn.Module) -> Form | None:
 def _norm(norm: nn.Module, offset: float, epsilon: float, x: Tensor, *others: Any, **more: Any) -> Tensor:
     """An RMS norm; where products are bfloat16 it gives the hidden states, which are float32, as they take them.
 
-    Norms of some families are given a gate, too.
+    Some are given a gate beside them (of Mamba's blocks), and compute more than ours then.
     """
     weight: Tensor = norm.weight  # type: ignore[assignment]
     if others or more or x.dtype not in between.WIDTHS or x.shape[-1:] != weight.shape:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, Phi3Config, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, Phi3Config, PreTrainedModel
 
 from engine.body import Body, eager
 from engine.closed_forms import ATTENTION, ROTATION, Attention, Rotation, closed_forms, short_attention
@@ -189,6 +189,19 @@ def test_how_it_attends_depends_on_the_rows_length(length: int, dropout: float, 
     assert network.config._attn_implementation == "sdpa"
 
 
+def test_numbers_that_our_kernels_do_not_know_are_left_to_others() -> None:
+    network = in_memory(tiny_config(), torch.float16).network
+    with short_attention(Body.of(network), 24):
+        assert network.config._attn_implementation == "eager"
+
+
+def test_tokens_that_see_what_follows_are_left_to_others() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    network = BertLMHeadModel(BertConfig(vocab_size=64, **sizes, is_decoder=False)).eval()
+    with short_attention(Body(network, "none", None), 24):
+        assert network.config._attn_implementation == "eager"
+
+
 def test_one_whose_maps_are_looked_at_stays_as_it_is() -> None:
     network = in_memory(tiny_config()).network
     body = Body.of(network)
@@ -212,6 +225,31 @@ def test_what_computes_otherwise_is_not_taken_over() -> None:
     assert "forward" in vars(first.post_attention_layernorm)
     assert "forward" not in vars(first.mlp)
     assert "forward" in vars(network.model.layers[1].mlp)
+
+
+class Norm(nn.Module):
+    """As Gemma 4's, of which some have no weight, and as those of Mamba's blocks, which may be given a gate."""
+
+    def __init__(self, size: int, with_scale: bool) -> None:
+        super().__init__()
+        self.eps = 1e-6
+        if with_scale:
+            self.weight = nn.Parameter(made(size))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = x if gate is None else x * gate
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x * self.weight if hasattr(self, "weight") else x
+
+
+def test_norms_of_a_kind_may_differ() -> None:
+    network = in_memory(tiny_config()).network
+    norms = network.model.norms = nn.ModuleList([Norm(8, True), Norm(8, False)])
+    x, gate = made(3, 8), made(3, 8, seed=1)
+    plain = [norm(x) for norm in norms], norms[0](x, gate), norms[0](x, gate=gate)
+    take_over(network)
+    assert "forward" in vars(norms[0])
+    torch.testing.assert_close(([norm(x) for norm in norms], norms[0](x, gate), norms[0](x, gate=gate)), plain)
 
 
 def test_a_familys_rotation_comes_back_after_a_failure() -> None:
@@ -247,34 +285,3 @@ def test_angles_of_other_tokens_are_refused() -> None:
     for angles in (made(1, 4, 8), made(1, 3, 10), made(2, 3, 8)):
         with pytest.raises(IndexError, match="angles of"):
             Rotation.apply(x, angles, angles, x.dtype)
-
-
-class GatedNorm(nn.Module):
-    """As in families that mix attention with state spaces."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(made(8)), 1e-6
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        x = x if gate is None else x * gate
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-def test_a_norm_that_is_given_a_gate_computes_as_its_family_does() -> None:
-    norm, x, gate = GatedNorm(), made(3, 8, seed=1), made(3, 8, seed=2)
-    wanted = norm(x), norm(x, gate), norm(x, gate=gate)
-    network = in_memory(tiny_config(), torch.float32).network
-    network.add_module("another", norm)
-    take_over(network)
-    assert "forward" in vars(norm)
-    for found, expected in zip((norm(x), norm(x, gate), norm(x, gate=gate)), wanted, strict=True):
-        torch.testing.assert_close(found, expected)
-
-
-def test_a_network_in_which_all_see_all_keeps_its_attention() -> None:
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 64}
-    model = in_memory(BertConfig(vocab_size=1280, max_position_embeddings=64, **sizes), torch.float32)
-    before = model.network.config._attn_implementation
-    with short_attention(Body.of(model.network), 300):
-        assert model.network.config._attn_implementation == before
