@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.forward_kl import ForwardKl
 from engine.losses import Divergence, Full, Objective, Target, TopK, averaged, chunked, coarse, top_k
 from tests.engine.conftest import needs_kernels
 
@@ -189,6 +190,23 @@ def test_a_token_that_there_is_none_of_is_refused_by_our_kernel(kind: str) -> No
         Objective()(torch.zeros(1, 40), None, target)
     with pytest.raises(IndexError, match="40 tokens"):
         Objective(label_weight=0.5)(torch.zeros(1, 40), torch.tensor([-1]), Full(torch.zeros(1, 40).log_softmax(-1)))
+
+
+@needs_kernels
+def test_answers_to_other_rows_and_tokens_are_refused_by_our_kernel(kind: str) -> None:
+    """They would be read, and the gradient written, past the ends."""
+    logp, ids, tail = torch.zeros(2, 3), torch.arange(3).repeat(2, 1), torch.zeros(2)
+    wrong = [
+        Full(torch.zeros(2, 41)), Full(torch.zeros(1, 40)), TopK(ids[:1], logp, tail), TopK(ids[:, :2], logp, tail),
+        TopK(ids[:1], logp[:1], tail[:1]),
+    ]  # fmt: skip
+    for target in wrong:
+        with pytest.raises(IndexError, match="does not fit logits"):
+            Objective()(torch.zeros(2, 40), None, target)
+    with pytest.raises(IndexError, match="does not fit logits"):
+        Objective(label_weight=0.5)(torch.zeros(2, 40), torch.tensor([1]), Full(torch.zeros(2, 40)))
+    with pytest.raises(IndexError, match="logits of 30 tokens"):  # whose odds are not computed
+        ForwardKl.apply(torch.zeros(1, 40), torch.zeros(1, 30), None, 1.0, torch.tensor([35]), 0.5)
 
 
 @needs_kernels

@@ -18,7 +18,7 @@ def forward_kl(
     Arguments are as those of `ForwardKl`; None where our kernel is not there, or sums are wanted in float64.
 
     Raises:
-        IndexError: a token is none of the logits': ids may come from a file.
+        IndexError: a token is none of the logits', or what is said is not of their rows: both may come from a file.
     """
     if logits.device.type != "cpu" or logits.dtype not in WIDTHS or theirs.dtype != torch.float32:
         return None
@@ -26,9 +26,13 @@ def forward_kl(
         return None
     logits, theirs = logits.contiguous(), theirs.contiguous()
     ids, labels = (None if each is None else each.long().contiguous() for each in (ids, labels))
-    for tokens in (ids, labels):
-        if tokens is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]:
-            raise IndexError(f"there are logits of {logits.shape[1]} tokens")
+    (rows, size), classes = logits.shape, theirs.shape[1]
+    fits = classes <= size if ids is None else ids.shape == (rows, classes - 1)
+    if not fits or len(theirs) != rows or (labels is not None and labels.shape != (rows,)):
+        raise IndexError(f"what is said of {tuple(theirs.shape)} classes does not fit logits of {tuple(logits.shape)}")
+    for tokens, known in ((ids, size), (labels, classes if ids is None else size)):
+        if tokens is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+            raise IndexError(f"there are logits of {known} tokens")
     losses, gradient = torch.empty(len(logits), dtype=torch.float64), torch.empty_like(logits)
     kernels.maquette_forward_kl(
         some(logits), *logits.shape, theirs.data_ptr(), theirs.shape[1],
