@@ -8,6 +8,8 @@ from pages of 2 MiB.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ LINE = 64  # bytes; tensors begin at a multiple
 SMALL = 16 * PAGE  # below it caches hold the weights, and half-filled pages would show in the memory
 
 _areas = WeakTensorKeyDictionary()  # of each tensor that was moved: its memory, and where there it begins
+_readers = WeakTensorKeyDictionary()  # of each tensor: who reads its memory where it lies, as long as they live
 
 
 def use_large_pages(network: nn.Module) -> None:
@@ -45,11 +48,21 @@ def use_large_pages(network: nn.Module) -> None:
         at += -(-tensor.nbytes // LINE) * LINE
 
 
-def give_back(tensor: Tensor) -> None:
-    """Let the system have the memory below a tensor that nobody reads any more, where it is in large pages.
+def read_in_place(tensors: Iterable[Tensor], reader: object) -> None:
+    """Let tensors' memory stay as long as a reader lives that knows where it lies."""
+    for tensor in tensors:
+        if tensor in _areas:
+            _readers.setdefault(tensor, WeakSet()).add(reader)  # type: ignore[no-untyped-call]
 
-    All of them are one area, which would else keep it: only whole pages of the tensor's own are given back.
+
+def give_back(tensor: Tensor) -> None:
+    """Let the system have the memory below a tensor that its owner reads no more, where it is in large pages.
+
+    All of them are one area, which would else keep it: only whole pages of the tensor's own are given back. Where
+    somebody still reads them in place they stay.
     """
+    if _readers.get(tensor):  # type: ignore[no-untyped-call]
+        return
     found = _areas.pop(tensor, None)  # type: ignore[no-untyped-call]
     if found is None:
         return

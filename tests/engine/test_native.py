@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import fcntl
+import gc
 import os
 import platform
 import shutil
@@ -20,11 +21,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from engine.generate import _read_prompt, decode
 from engine.models import blocks, linears, quantize_inputs
 from engine.packing import InputGrid, QuantizedWeight
+from engine.runtime import pages
 from engine.runtime.lean import LeanDecoder
 from engine.runtime.linear import INT8, Int8Linear, PackedLinear, packed_linear
 from engine.runtime.native import library
 from engine.runtime.native.columns import solve_columns
-from engine.runtime.native.decoder import NativeDecoder
+from engine.runtime.native.decoder import MOST_ROWS, NativeDecoder
 from engine.runtime.native.library import Matrix
 from engine.runtime.native.linear import NativeLinear, native_kernel
 from engine.runtime.native.moments import add_second_moments
@@ -537,6 +539,27 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kernels").chmod(0o777)
     with pytest.raises(PermissionError, match="others"):
         library.build(tmp_path / "kernels", library.PROCESSORS[0])
+
+
+@needs_kernels
+def test_weights_that_a_decoder_reads_in_place_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another text's decoder joins linears meanwhile, and gives the memory of their parts back."""
+    monkeypatch.setattr(pages, "SMALL", 0)
+    subject = network(tiny_config(), "W8A8")
+    use_large_pages(subject)
+    alone = [step.tokens.item() for step in decode(subject, PROMPT, 12)]
+    steps = decode(subject, PROMPT, 12)
+    found = [next(steps).tokens.item() for _ in range(4)]
+    part = subject.model.layers[0].mlp.up_proj.weight
+    list(decode(subject, PROMPT, 2, batch=MOST_ROWS + 1))
+    assert subject.model.layers[0].mlp.up_proj.weight is not part
+    assert found + [step.tokens.item() for step in steps] == alone
+    assert part.any()
+    steps.close()
+    del steps
+    gc.collect()
+    give_back(part)
+    assert float((part == 0).float().mean()) > 0.4
 
 
 def test_large_pages_change_where_tensors_lie_and_nothing_else() -> None:

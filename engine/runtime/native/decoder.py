@@ -22,6 +22,7 @@ from engine.runtime.mlp import activation
 from engine.runtime.native import held
 from engine.runtime.native.library import Block, Matrix, library
 from engine.runtime.native.linear import NativeLinear, multiply
+from engine.runtime.pages import read_in_place
 from engine.runtime.parts import rotates, windows
 from engine.wide import is_plain
 
@@ -57,7 +58,9 @@ class NativeDecoder:
         assert kernels is not None
         self._kernels = kernels
         # The blocks point into these; they stay even where the network's own tensors are moved meanwhile.
-        self._kept = [tensor.detach() for tensor in [*network.parameters(), *network.buffers()]]
+        tensors = [*network.parameters(), *network.buffers()]
+        self._kept = [tensor.detach() for tensor in tensors]
+        read_in_place(tensors, self)
         self._room = room
         self._length, self._held = held.of(cache, room)
         body: nn.Module = network.base_model
