@@ -3,7 +3,7 @@
 A token of a packed model costs a few milliseconds, so what surrounds the products counts. The prompt runs
 through `transformers` as always. For the families that we know the tokens after it run through `LeanDecoder`: the
 same modules, with preallocated keys and values and nothing else around them; or, where our own kernels
-know all products of the blocks, through their `NativeDecoder`. The first step repeats the last token of the
+know all parts of the blocks, through their `NativeDecoder`. The first step repeats the last token of the
 prompt and is compared with what `transformers` said; where the two disagree, and for every other family,
 `transformers` goes on with its own cache.
 

@@ -8,6 +8,8 @@ They differ in what says where a token stands, and in how a block adds up:
     Falcon      heads turn; or alibi     the same, with norms of their own or one for both
     BLOOM       alibi                    as GPT-2, behind a norm of the embeddings
 
+A new part has to be one of `engine.runtime.native.forms` as well, or our kernels leave its family to torch.
+
 Alibi (Press et al., 2021, arXiv 2108.12409) adds to each score a slope of its head times the place of what is seen.
 """
 
@@ -123,7 +125,7 @@ def frame(network: PreTrainedModel, size: int, room: int, dtype: torch.dtype) ->
     else:
         nothing = torch.empty(room, 0, dtype=dtype, device=network.device)
         bias = _alibi(network, heads, size, room).to(dtype) if alibi else None
-        sights = Sights([Sight(nothing, nothing, bias=bias)], [0] * len(layers), unchanged)
+        sights = Sights([Sight(nothing, nothing, bias=bias)], [0] * len(layers), unchanged, 0)
     # BLOOM adds scores and alibi in the network's dtype, which has few digits left for either far into a text.
     coarse = type(network).__name__ == "BloomForCausalLM" and network.dtype != torch.float32
     return Frame(

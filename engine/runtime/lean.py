@@ -1,7 +1,8 @@
 """Decode steps of a network in torch: the modules of `transformers`, preallocated keys and values, no more.
 
 It takes every kind of linear: dense ones, and packed ones, which know how to join what reads the same input.
-`engine.runtime.parts` and `engine.runtime.classic` say what the families' blocks are made of.
+`engine.runtime.parts` and `engine.runtime.classic` say what the families' blocks are made of, and say it for the
+`NativeDecoder`, too: `engine.runtime.native.forms` makes structs of the same parts where our kernels know all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from engine.kv_cache import PackedCache, PackedLayer
 from engine.runtime import classic
 from engine.runtime.mlp import activation
-from engine.runtime.parts import ROPE_TYPES, BentAttention, Block, Cap, Frame, Place, Then, windows
+from engine.runtime.parts import ROPE_TYPES, BentAttention, Block, Frame, Place, Then, logit_cap, windows
 
 FAMILIES = (
     "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
@@ -32,7 +33,6 @@ OF_KINDS = (  # whose blocks slide where `layer_types` says so; elsewhere all of
     "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
     "SmolLM3ForCausalLM",
 )  # fmt: skip
-CAPPED_LOGITS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 
 class LeanDecoder:
@@ -80,7 +80,6 @@ class LeanDecoder:
 
     @torch.inference_mode()
     def __init__(self, network: PreTrainedModel, cache: Cache, room: int) -> None:
-        config, name = network.config, type(network).__name__
         dtype = torch.float32 if network.device.type == "cpu" else network.dtype
         self._packed = cache if isinstance(cache, PackedCache) else None
         self._length = cache.get_seq_length() - (0 if self._packed else 1)
@@ -90,13 +89,13 @@ class LeanDecoder:
             else _exact(cache, self._length, room, dtype)
         )
         self._size = self._caches[0].size
-        frame = (classic.frame if name in classic.FAMILIES else Frame.of)(network, self._size, room, dtype)
+        frame = frame_of(network, self._size, room, dtype)
         self._embed, self._positions, self._blocks = frame.embed, frame.positions, frame.blocks
         self._sights, self._partner = frame.sights.of, frame.sights.partner
         self._norm, self._heads = frame.norm, frame.heads
         self._dense = all(block.dense for block in self._blocks)
-        head, cap = network.get_submodule("lm_head"), getattr(config, "final_logit_softcapping", None)
-        self._head = head if cap is None or name not in CAPPED_LOGITS else Then(head, Cap(cap))
+        head, cap = network.get_submodule("lm_head"), logit_cap(network)
+        self._head = head if cap is None else Then(head, cap)
         self._attention: Callable[..., Tensor] = F.scaled_dot_product_attention
         if frame.bend is not None:
             self._attention = BentAttention(frame.bend)
@@ -148,6 +147,12 @@ class LeanDecoder:
         q = both.narrow(1, 0, heads).reshape(batch, shared, -1, size)
         out = self._attention(q, keys, values, place.bias, scale=block.scale)
         return block.o(out.to(x.dtype).reshape(batch, heads * size))
+
+
+def frame_of(network: PreTrainedModel, size: int, room: int, dtype: torch.dtype) -> Frame:
+    """The parts of a supported network; heads of `size` numbers, `room` for tokens, attention in `dtype`."""
+    build = classic.frame if type(network).__name__ in classic.FAMILIES else Frame.of
+    return build(network, size, room, dtype)
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,20 @@ class Side:
     """Linears side by side that read the same input: one product where their weights are, or can be, joined."""
 
     parts: tuple[Function, ...]
-    joined: Function | None
 
     @classmethod
     def of(cls, parts: list[nn.Module]) -> Side:
-        each = tuple(bare(part) for part in parts)
-        if len(parts) == 1:
-            return cls(each, each[0])
-        kinds = {type(part) for part in parts}
+        return cls(tuple(bare(part) for part in parts))
+
+    @functools.cached_property
+    def joined(self) -> Function | None:
+        """One product with the outputs of all parts, which moves their weights; made when it is first asked for."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        kinds = {type(part) for part in self.parts}
         join = getattr(kinds.pop(), "joined", None) if len(kinds) == 1 else None  # packed linears can
-        return cls(each, join(parts) if join is not None else None)
+        found: Function | None = None if join is None else join(self.parts)
+        return found
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs (B, n) of all parts in a row."""

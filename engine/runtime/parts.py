@@ -29,6 +29,8 @@ from engine.runtime.mlp import Function, Side, feed_forward
 from engine.wide import bare, is_plain
 
 CAPPED_SCORES = ("Gemma2ForCausalLM",)  # Gemma 3's config has a cap, which `transformers` does not read
+CAPPED_LOGITS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+ROUNDS_ONCE = ("Olmo2RMSNorm",)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the ones that do not change with the length
 
 
@@ -37,10 +39,16 @@ Finish = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm of the last dimension, as one operation."""
+    """An RMS norm of the last dimension, as one operation.
+
+    rounds: whether `transformers` rounds the quotient before it multiplies. distances: of the weights from 1, where the
+    family keeps those.
+    """
 
     weight: Tensor
     epsilon: float
+    rounds: bool = True
+    distances: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
@@ -66,9 +74,9 @@ def norm(module: nn.Module | None) -> Function:
     if isinstance(module, nn.LayerNorm):
         return LayerNorm(module.normalized_shape, module.weight, module.bias, module.eps)
     own, weight = vars(module), module.get_parameter("weight")
-    if "eps" in own:  # Gemma's: the weights are distances from 1
-        return Norm((1 + weight.float()).to(weight.dtype), float(own["eps"]))
-    return Norm(weight, float(own["variance_epsilon"]))
+    if "eps" in own:  # Gemma's
+        return Norm((1 + weight.float()).to(weight.dtype), float(own["eps"]), False, weight)
+    return Norm(weight, float(own["variance_epsilon"]), type(module).__name__ not in ROUNDS_ONCE)
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -181,13 +189,15 @@ class Sight:
 class Sights:
     """Those of a network's blocks for `room` tokens: `of` them all, and each block's number among them.
 
-    partner: of each number of a head the one with which it turns. Where heads of `size` numbers turn in part, the
-    others have cos 1 and sin 0, and are their own.
+    turns: how many numbers of a head turn, the first half of these with the second. partner: of each number of a head
+    the one with which it turns. Where heads of `size` numbers turn in part, the others have cos 1 and sin 0, and are
+    their own.
     """
 
     of: list[Sight]
     numbers: list[int]
     partner: Function
+    turns: int
 
     @classmethod
     def turning(cls, network: PreTrainedModel, size: int, room: int, dtype: torch.dtype) -> Sights:
@@ -215,7 +225,7 @@ class Sights:
             order = torch.arange(size, device=network.device)
             order[:turning] = order[:turning].roll(turning // 2)
             partner = functools.partial(torch.index_select, dim=-1, index=order)
-        return cls(found, [distinct.index(pair) for pair in each], partner)
+        return cls(found, [distinct.index(pair) for pair in each], partner, turning)
 
 
 @dataclass(frozen=True)
@@ -296,6 +306,12 @@ class Frame:
             [Block.of(layer, number) for layer, number in zip(part("layers").children(), sights.numbers, strict=True)],
             norm(part("norm")), (config.num_attention_heads, config.num_key_value_heads), _score_cap(network),
         )  # fmt: skip
+
+
+def logit_cap(network: PreTrainedModel) -> Cap | None:
+    """What bends the logits of a family that bends them."""
+    cap = getattr(network.config, "final_logit_softcapping", None)
+    return None if cap is None or type(network).__name__ not in CAPPED_LOGITS else Cap(float(cap))
 
 
 def _score_cap(network: PreTrainedModel) -> Cap | None:

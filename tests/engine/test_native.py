@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from engine.generate import _read_prompt, decode
 from engine.models import blocks, linears, quantize_inputs
@@ -33,7 +34,7 @@ from engine.runtime.native.moments import add_second_moments
 from engine.runtime.pages import give_back, use_large_pages
 from tests.conftest import in_memory, tiny_config
 from tests.engine.conftest import KINDS, needs_kernels
-from tests.engine.test_generate import LEAN, PLAIN, PROMPT
+from tests.engine.test_generate import PLAIN, PROMPT
 from tests.engine.test_runtime import exact_product, make, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -295,8 +296,9 @@ def test_scores_of_any_size_are_weights(size: float) -> None:
     keys[0, 0], keys[1, 0] = size, -size
     q_k_v = torch.stack((torch.eye(32)[0].bfloat16(), keys[2], values[2]))  # the new token is the third
     found = torch.empty(32, dtype=torch.bfloat16)
+    heads = library.Heads(1, 1, 32, scale=1.0)
     library.library().maquette_attend(  # type: ignore[union-attr]
-        *(states.data_ptr() for states in (q_k_v, keys, values)), 1, 1, 1, 32, 3, 2, 1.0, found.data_ptr(), 1
+        ctypes.byref(heads), *(states.data_ptr() for states in (q_k_v, keys, values)), 1, 3, 0, 2, found.data_ptr(), 1
     )
     expected = (keys.double() @ q_k_v[0].double()).softmax(0) @ values.double()
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-6)
@@ -308,8 +310,10 @@ def test_gates_of_any_size_are_opened(size: float) -> None:
     eye, ones = torch.eye(32).bfloat16(), torch.ones(32).bfloat16()
     gates = eye * torch.tensor([size, -size]).bfloat16().repeat(16)
     same, gate = (Matrix(Matrix.DENSE, 32, 32, 32, w.data_ptr(), None, None, None, None, 0.0) for w in (eye, gates))
-    norms = (ones.data_ptr(), ones.data_ptr(), None, None, 1e-6)
-    block = library.Block(*norms, 32, 32, 1, 1, 32, (same, same, same), same, (gate, same), same)
+    norm = library.Norm(library.Norm.ROUNDED, 1e-6, 0.0, ones.data_ptr(), None)
+    block = library.Block(
+        before_mlp=norm, hidden=32, inner=32, rising=2, gated=True, o=same, up=(gate, same), down=same
+    )  # fmt: skip
     x, attended = ones.clone(), torch.zeros(32).bfloat16()
     library.library().maquette_finish(  # type: ignore[union-attr]
         ctypes.byref(block), attended.data_ptr(), x.data_ptr(), 1, 1
@@ -335,8 +339,9 @@ def network(config: PretrainedConfig, weights: str) -> PreTrainedModel:
     for number, (name, linear) in enumerate(list(linears(subject))):
         if not name.startswith(blocks(subject)[0]) or weights == "dense":
             continue
+        turned = linear.weight.t().contiguous() if isinstance(linear, Conv1D) else linear.weight
         bits = {"4 bit": 4, "8 bit": 8, "mixed": (3, 4, 8)[number % 3], "W8A8": 8}[weights]
-        grid = rounded(linear.weight, bits, 1 if weights == "W8A8" else 2)
+        grid = rounded(turned, bits, 1 if weights == "W8A8" else 2)
         bias = linear.bias
         if weights == "W8A8":
             subject.set_submodule(name, Int8Linear(replace(grid, inputs=InputGrid()), bias))
@@ -410,8 +415,6 @@ def test_what_the_kernels_do_not_compute_is_left_to_others(monkeypatch: pytest.M
     monkeypatch.setenv(library.SWITCH, "0")
     assert not NativeDecoder.supports(subject, 1, 40)
     monkeypatch.delenv(library.SWITCH)
-    for other in ("gelu llama", "phi3", "olmo2", "gemma", "gemma3", "sliding mistral"):
-        assert not NativeDecoder.supports(network(LEAN[other], "4 bit"), 1, 40)
     quantize_inputs(subject.get_submodule("model.layers.1.mlp.down_proj"), InputGrid())  # nothing would round them
     assert not NativeDecoder.supports(subject, 1, 40)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 
 import pytest
@@ -48,13 +49,13 @@ def test_attention_to_codes_is_that_to_what_they_stand_for(
     for layer in layers:
         layer.update(states(prompt, size), states(prompt, size, seed=1))
     ours, theirs = held.PackedKeys(layers[0], prompt + steps), layers[1]
-    block = library.Block(heads=heads, shared=shared, size=size)
+    block = library.Heads(heads, shared, size, scale=scale)
     dice = torch.Generator().manual_seed(2)
     for at in range(prompt, prompt + steps):
         token = torch.randn(batch, heads + 2 * shared, size, generator=dice).bfloat16()
         q, k, v = token.split((heads, shared, shared), dim=1)
         found = torch.empty(batch, heads, size, dtype=torch.bfloat16)
-        ours.attend(library.library(), block, token.data_ptr(), at, scale, found.data_ptr(), threads)  # type: ignore[arg-type]
+        ours.attend(library.library(), ctypes.addressof(block), token.data_ptr(), 0, at, found.data_ptr(), threads)  # type: ignore[arg-type]
         seen = theirs.update_as(k.unsqueeze(2), v.unsqueeze(2), torch.float64)
         expected = attention(q, *seen, scale)
         torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "vectors.h"
+#include "heads.h"
 
 namespace {
 
@@ -24,6 +24,26 @@ struct Packed {
 // The scores of keys (length, size).
 void score(const bf16* q, const bf16* keys, long length, int size, float scale, float* scores) {
     for (long t = 0; t < length; ++t) scores[t] = inner(q, keys + t * size, size) * scale;
+}
+
+// What a family does with the scores of a head before their softmax; bias: of the head, from the first that is seen on.
+void bend(float* scores, long length, const Heads& heads, const float* bias) {
+    const Floats cap = all(heads.cap), twice = all(2 / heads.cap);
+    for (long t = 0; t < length; t += 16) {
+        const Lanes mask = lanes(length - t);
+        Floats s = load(scores + t, mask);
+        if (bias) s = s + load(bias + t, mask);
+        if (heads.coarse) s = rounded(s);
+        if (heads.cap > 0) s = less_fused(cap, all(2) * cap, all(1) / (all(1) + exponential(twice * s)));  // cap tanh
+        store(scores + t, s, mask);
+    }
+}
+
+bool bends(const Heads& heads) { return heads.bias || heads.coarse || heads.cap > 0; }
+
+// The bias of a head, from the place `first` on.
+const float* bias_of(const Heads& heads, long head, long first) {
+    return heads.bias ? heads.bias + head * heads.room + first : nullptr;
 }
 
 // Scores become weights, e^(score - the highest); returns their sum.
@@ -140,8 +160,10 @@ void weigh_codes(const float* weights, const uint8_t* codes, const bf16* scales,
 
 // One query (size) and what it attends to: of head `head` the packed tokens, then `recent` newest ones.
 template <int BITS>
-void attend_packed(const bf16* q, const Packed& held, long head, long packed, long recent, int size, float scale,
-                   std::vector<float>& room, bf16* out) {
+void attend_packed(const bf16* q, const Packed& held, const Heads& of, long head, const float* bias, long packed,
+                   long recent, std::vector<float>& room, bf16* out) {
+    const int size = of.size;
+    const float scale = of.scale;
     const long groups = packed / held.group, tokens = long(held.groups) * held.group, each = size / held.group;
     room.resize(packed + recent + size + std::max(long(size), each * packed));
     float *weights = room.data(), *sums = weights + packed + recent, *factors = sums + size;
@@ -151,6 +173,7 @@ void attend_packed(const bf16* q, const Packed& held, long head, long packed, lo
     scoring(q, held.key_codes + codes, held.key_scale + key_scales, held.key_low + key_scales, groups, held.group, size,
             scale, factors, weights);
     score(q, held.keys + newest, recent, size, scale, weights + packed);
+    if (bends(of)) bend(weights, packed + recent, of, bias);
     const float whole = soften(weights, packed + recent);
     std::fill(sums, sums + size, 0.0f);
     const auto weighing = size % 64 ? weigh_codes<BITS, 1> : weigh_codes<BITS, 2>;
@@ -161,18 +184,18 @@ void attend_packed(const bf16* q, const Packed& held, long head, long packed, lo
 }
 
 // Put the new keys and values of q_k_v (B, heads + 2 shared, size) at `at` of keys and values (B, shared, room, size).
-void keep(const bf16* q_k_v, bf16* keys, bf16* values, int batch, int heads, int shared, int size, long room, long at) {
-    const int all = heads + 2 * shared;
+void keep(const Heads& of, const bf16* q_k_v, bf16* keys, bf16* values, int batch, long room, long at) {
+    const int shared = of.shared, size = of.size, all = of.heads + 2 * shared;
     for (int i = 0; i < batch * shared; ++i) {
-        const bf16* from = q_k_v + (long(i / shared) * all + heads + i % shared) * size;
+        const bf16* from = q_k_v + (long(i / shared) * all + of.heads + i % shared) * size;
         std::copy(from, from + size, keys + (i * room + at) * size);
         std::copy(from + shared * size, from + (shared + 1) * size, values + (i * room + at) * size);
     }
 }
 
 // As many of the threads as have enough to do.
-int useful(int threads, long batch, long heads, long size, long tokens) {
-    return int(std::min(long(threads), 1 + batch * heads * size * tokens / (1 << 14)));
+int useful(int threads, const Heads& of, long batch, long tokens) {
+    return int(std::min(long(threads), 1 + batch * of.heads * of.size * tokens / (1 << 14)));
 }
 
 }  // namespace
@@ -180,41 +203,42 @@ int useful(int threads, long batch, long heads, long size, long tokens) {
 extern "C" {
 
 // Put the new keys and values at `at` of keys and values (B, shared, room, size); out (B, heads, size): attention to
-// all up to there.
-void maquette_attend(const bf16* q_k_v, bf16* keys, bf16* values, int batch, int heads, int shared, int size, int room,
-                     int at, float scale, bf16* out, int threads) {
-    const int all = heads + 2 * shared;
-    keep(q_k_v, keys, values, batch, heads, shared, size, room, at);
-#pragma omp parallel num_threads(useful(threads, batch, heads, size, at))
+// those from `first` up to there.
+void maquette_attend(const Heads* of, const bf16* q_k_v, bf16* keys, bf16* values, int batch, int room, int first,
+                     int at, bf16* out, int threads) {
+    const int heads = of->heads, shared = of->shared, size = of->size, all = heads + 2 * shared, seen = at + 1 - first;
+    keep(*of, q_k_v, keys, values, batch, room, at);
+#pragma omp parallel num_threads(useful(threads, *of, batch, seen))
     {
-        std::vector<float> weights(at + 1), sums(size);
+        std::vector<float> weights(seen), sums(size);
 #pragma omp for schedule(static)
         for (int i = 0; i < batch * heads; ++i) {
             const int sequence = i / heads, head = i % heads;
-            const long states = (long(sequence) * shared + head / (heads / shared)) * room * size;
-            score(q_k_v + (long(sequence) * all + head) * size, keys + states, at + 1, size, scale, weights.data());
-            const float whole = soften(weights.data(), at + 1);
+            const long states = ((long(sequence) * shared + head / (heads / shared)) * room + first) * size;
+            score(q_k_v + (long(sequence) * all + head) * size, keys + states, seen, size, of->scale, weights.data());
+            if (bends(*of)) bend(weights.data(), seen, *of, bias_of(*of, head, first));
+            const float whole = soften(weights.data(), seen);
             std::fill(sums.begin(), sums.end(), 0.0f);
-            weigh(weights.data(), values + states, at + 1, size, sums.data());
+            weigh(weights.data(), values + states, seen, size, sums.data());
             finish(sums.data(), whole, size, out + long(i) * size);
         }
     }
 }
 
 // As `maquette_attend`: to `packed` tokens, whole groups, and then the newest, where the new one is put at `recent`.
-void maquette_attend_packed(const bf16* q_k_v, const Packed* held, int batch, int heads, int shared, int size,
-                            int packed, int recent, float scale, bf16* out, int threads) {
-    const int all = heads + 2 * shared;
-    keep(q_k_v, held->keys, held->values, batch, heads, shared, size, held->newest, recent);
+void maquette_attend_packed(const Heads* of, const bf16* q_k_v, const Packed* held, int batch, int packed, int recent,
+                            bf16* out, int threads) {
+    const int heads = of->heads, shared = of->shared, size = of->size, all = heads + 2 * shared;
+    keep(*of, q_k_v, held->keys, held->values, batch, held->newest, recent);
     const auto attend = held->bits == 4 ? attend_packed<4> : attend_packed<8>;
-#pragma omp parallel num_threads(useful(threads, batch, heads, size, packed + recent))
+#pragma omp parallel num_threads(useful(threads, *of, batch, packed + recent))
     {
         std::vector<float> room;
 #pragma omp for schedule(static)
         for (int i = 0; i < batch * heads; ++i) {
             const int sequence = i / heads, head = i % heads;
-            attend(q_k_v + (long(sequence) * all + head) * size, *held,
-                   long(sequence) * shared + head / (heads / shared), packed, recent + 1, size, scale, room,
+            attend(q_k_v + (long(sequence) * all + head) * size, *held, *of,
+                   long(sequence) * shared + head / (heads / shared), bias_of(*of, head, 0), packed, recent + 1, room,
                    out + long(i) * size);
         }
     }

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from engine.kv_cache import PackedCache, PackedLayer, PackedStates
 from engine.packing import CacheGrid
 from engine.runtime.lean import with_room
-from engine.runtime.native.library import Block, Packed
+from engine.runtime.native.library import Packed
 
 LANES = 16  # numbers of a vector of the kernels
 
@@ -32,10 +32,11 @@ class Held(Protocol):
     def nbytes(self) -> int:
         """Bytes that are held, room for later tokens included."""
 
-    def attend(
-        self, kernels: ctypes.CDLL, block: Block, q_k_v: int, at: int, scale: float, out: int, threads: int
-    ) -> None:
-        """Keep the keys and values of token `at`, and attend to all up to it; q_k_v and out: addresses."""
+    def attend(self, kernels: ctypes.CDLL, heads: int, q_k_v: int, first: int, at: int, out: int, threads: int) -> None:
+        """Keep the keys and values of token `at`, and attend to those from `first` up to it.
+
+        heads, q_k_v, out: addresses. Packed keys see all: for them `first` is 0.
+        """
 
 
 def reads(grid: CacheGrid, size: int) -> bool:
@@ -68,14 +69,11 @@ class ExactKeys:
         """See `Held`."""
         return self.keys.nbytes + self.values.nbytes
 
-    def attend(
-        self, kernels: ctypes.CDLL, block: Block, q_k_v: int, at: int, scale: float, out: int, threads: int
-    ) -> None:
+    def attend(self, kernels: ctypes.CDLL, heads: int, q_k_v: int, first: int, at: int, out: int, threads: int) -> None:
         """See `Held`."""
-        batch, _, room, size = self.keys.shape
         kernels.maquette_attend(
-            q_k_v, self.keys.data_ptr(), self.values.data_ptr(), batch, block.heads, block.shared, size, room, at,
-            scale, out, threads,
+            heads, q_k_v, self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[0], self.keys.shape[2], first,
+            at, out, threads,
         )  # fmt: skip
 
 
@@ -119,15 +117,13 @@ class PackedKeys:
         """See `Held`."""
         return sum(states.nbytes for states in self._states)
 
-    def attend(
-        self, kernels: ctypes.CDLL, block: Block, q_k_v: int, at: int, scale: float, out: int, threads: int
-    ) -> None:
+    def attend(self, kernels: ctypes.CDLL, heads: int, q_k_v: int, first: int, at: int, out: int, threads: int) -> None:
         """See `Held`."""
+        assert first == 0
         while self._packed < self._grid.packed_tokens(at):
             self._pack()
         kernels.maquette_attend_packed(
-            q_k_v, self._address, self.keys.shape[0], block.heads, block.shared, block.size, self._packed,
-            at - self._packed, scale, out, threads,
+            heads, q_k_v, self._address, self.keys.shape[0], self._packed, at - self._packed, out, threads
         )  # fmt: skip
 
     def _pack(self) -> None:

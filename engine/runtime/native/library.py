@@ -93,7 +93,7 @@ class Some(ctypes.Structure):
 class Matrix(ctypes.Structure):
     """`Matrix` of products.h. Whoever makes one keeps the tensors it points to."""
 
-    DENSE, INT4, INT8, INT8_INT8 = range(4)
+    DENSE, INT4, INT8, INT8_INT8, TURNED = range(5)
     _fields_ = (
         ("kind", c_int32), ("rows", c_int32), ("columns", c_int32), ("group", c_int32), ("weight", c_void_p),
         ("scale", c_void_p), ("zero", c_void_p), ("sums", c_void_p), ("bias", c_void_p), ("input_scale", c_float),
@@ -110,23 +110,44 @@ class Packed(ctypes.Structure):
     )  # fmt: skip
 
 
-class Block(ctypes.Structure):
-    """`Block` of decoder.cpp."""
+class Heads(ctypes.Structure):
+    """`Heads` of heads.h. Whoever makes one keeps the tensor it points to."""
 
     _fields_ = (
-        ("before_attention", c_void_p), ("before_mlp", c_void_p), ("query_norm", c_void_p), ("key_norm", c_void_p),
-        ("epsilon", c_float), ("hidden", c_int32), ("inner", c_int32), ("heads", c_int32), ("shared", c_int32),
-        ("size", c_int32), ("q_k_v", Matrix * 3), ("o", Matrix), ("gate_up", Matrix * 2), ("down", Matrix),
+        ("heads", c_int32), ("shared", c_int32), ("size", c_int32), ("turning", c_int32), ("scale", c_float),
+        ("cap", c_float), ("coarse", c_int32), ("room", c_int32), ("bias", c_void_p),
+    )  # fmt: skip
+
+
+class Norm(ctypes.Structure):
+    """`Norm` of decoder.cpp. Whoever makes one keeps the tensors it points to."""
+
+    NONE, ROUNDED, RMS, LAYER = range(4)
+    _fields_ = (
+        ("kind", c_int32), ("epsilon", c_float), ("base", c_float), ("weight", c_void_p), ("bias", c_void_p),
+    )  # fmt: skip
+
+
+class Block(ctypes.Structure):
+    """`Block` of decoder.cpp. Whoever makes one keeps the tensors it points to."""
+
+    _fields_ = (
+        ("heads", Heads), ("before_attention", Norm), ("queries", Norm), ("keys", Norm), ("behind_attention", Norm),
+        ("behind_sum", Norm), ("before_mlp", Norm), ("behind_mlp", Norm), ("behind_all", Norm), ("hidden", c_int32),
+        ("inner", c_int32), ("asking", c_int32), ("asked", c_int32), ("rising", c_int32), ("whole", c_int32),
+        ("gated", c_int32), ("act", c_int32), ("beside", c_int32), ("order", c_void_p), ("q_k_v", Matrix * 3),
+        ("o", Matrix), ("up", Matrix * 2), ("down", Matrix),
     )  # fmt: skip
 
 
 _POINTERS = {  # arguments of the functions
     "maquette_multiply": (c_void_p, c_void_p, c_int, c_void_p, c_int),
     "maquette_multiply_many": (c_void_p, c_void_p, c_long, c_void_p, c_int),
-    "maquette_normalize": (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p),
+    "maquette_normalize": (c_void_p, c_void_p, c_int, c_int, c_void_p),
+    "maquette_activate": (c_int, c_void_p, c_int, c_void_p),
     "maquette_project": (c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int),
-    "maquette_attend": (*[c_void_p] * 3, *[c_int] * 6, c_float, c_void_p, c_int),
-    "maquette_attend_packed": (*[c_void_p] * 2, *[c_int] * 6, c_float, c_void_p, c_int),
+    "maquette_attend": (*[c_void_p] * 4, *[c_int] * 4, c_void_p, c_int),
+    "maquette_attend_packed": (*[c_void_p] * 3, *[c_int] * 3, c_void_p, c_int),
     "maquette_finish": (c_void_p, c_void_p, c_void_p, c_int, c_int),
     "maquette_solve_columns": (*[c_void_p] * 6, c_int, c_long, c_float, c_void_p, c_void_p, c_int),
     "maquette_second_moments": (c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_void_p, c_int),

@@ -1,4 +1,4 @@
-// Products of a few or many rows of bfloat16 activations with a weight in one of four layouts.
+// Products of a few or many rows of bfloat16 activations with a weight in one of five layouts.
 #pragma once
 #include <algorithm>
 
@@ -14,6 +14,7 @@ struct Matrix {
         INT4,       // (blocks, columns / 8, 16 rows, 2 columns) of uint16: nibble j is the code of column 2 j + parity
         INT8,       // (blocks, columns / 4, 2 pairs, 16 rows, 2 columns) of int8
         INT8_INT8,  // int8 (rows, columns); inputs are rounded to int8 too
+        TURNED,     // bf16 (columns, rows), as GPT-2 has them; for few rows of x, and alone
     };
     int32_t kind, rows, columns, group;
     const void* weight;
