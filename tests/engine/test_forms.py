@@ -46,7 +46,9 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), needs_kernels]
 # test_native.py has those of PLAIN, with all kinds of weights.
 FAMILIES = {name: each for name, each in (LEAN | CLASSIC).items() if name not in PLAIN | MIXTURES}
 WAYS = [
-    (kind, weights) for kind in KINDS for weights in (("dense", "4 bit", "8 bit") if kind == KINDS[0] else ("mixed",))
+    (kind, weights)
+    for kind in KINDS
+    for weights in (("dense", "4 bit", "8 bit", "W8A8") if kind == KINDS[0] else ("mixed",))
 ]
 
 
@@ -80,7 +82,7 @@ def test_a_native_step_of_every_family_is_the_lean_decoders(family: str, weights
         for place in range(6, 27):
             step = text[:, place : place + 1]
             ours, theirs = native.step(step), lean.step(step)
-            assert distance(ours, theirs) < 0.04
+            assert distance(ours, theirs) < (0.15 if weights == "W8A8" else 0.04)  # rounded inputs amplify
             if truth is not None:
                 right = truth.step(step)
                 assert distance(ours, right) < 2 * distance(theirs, right) + 0.005

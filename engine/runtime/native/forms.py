@@ -33,8 +33,11 @@ class Formless(Exception):
 
 @dataclass
 class Form:
-    """What the kernels read of a network: a struct for each block, the norm behind them where it is one, and cos, sin
-    (room, turns / 2) and the window of each sight. Keeps all that these point to."""
+    """What the kernels read of a network, a struct for each block; keeps what these point to beside the weights.
+
+    sights: of each the cos and sin (room, turns / 2) by which heads turn, and the window. last: the norm behind the
+    blocks, where kernels compute it.
+    """
 
     blocks: list[Block] = field(default_factory=list)
     sights: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
@@ -182,7 +185,7 @@ def matrix_of(product: object) -> Matrix:
         if bias.shape != (rows,) or bias.dtype != torch.bfloat16 or not bias.is_contiguous():
             raise Formless(f"a bias of {bias.dtype}, {tuple(bias.shape)}")
         at = bias.data_ptr()
-    kind = Matrix.TURNED if turned else Matrix.DENSE
+    kind = Matrix.TURNED if turned else Matrix.DENSE  # Falcon's rounds before it adds a bias; the kernels do not
     return Matrix(kind, rows, columns, columns, weight.data_ptr(), None, None, None, at, 0.0)
 
 
