@@ -62,6 +62,8 @@ def _fill(model: LoadedModel, recipe: Recipe, temporary: Path) -> None:
         config["quantization_config"] = model.stored_as
     if model.kv_cache is not None:  # a key of ours, which `transformers` keeps and does not read
         config[CACHE_KEY] = dataclasses.asdict(model.kv_cache)
+    if config.get("tie_word_embeddings") and not model.tied:  # the source said so, and had other weights for the head
+        config["tie_word_embeddings"] = False
     for key in OWN_KEYS:  # of the source, perhaps
         config.pop(key, None)
     if model.quantized and needs_own_format(model.network):

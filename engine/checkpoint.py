@@ -122,10 +122,13 @@ def part_of(name: str, parts: list[str]) -> str:
     return max((part for part in parts if name.startswith(f"{part}.")), key=len, default="")
 
 
+CHUNK = 1 << 24  # bytes that are compared at a time
+
+
 class Checkpoint:
     """The tensors of a folder's safetensors files, sorted by the part of a network that they belong to.
 
-    tied: names of weights that are another's and not in the files, with the other's name.
+    tied: names of weights that are another's, and not in the files or there once more, with the other's name.
     sparse: names of the modules whose weight is stored as a bitmask.
 
     Raises:
@@ -142,7 +145,7 @@ class Checkpoint:
         expected = network.state_dict()
         renamings = [rule for rule in self._mapping if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self._mapping if isinstance(rule, WeightConverter)]
-        found: set[str] = set()
+        found: dict[str, str] = {}  # of names in the network, those in the files
         for file in weight_files(folder):
             stored = read_header(file)
             for key, header in plain(stored, file).items():
@@ -151,15 +154,33 @@ class Checkpoint:
                 name, pattern = rename_source_key(key, renamings, converters, network.base_model_prefix, expected)
                 self._tensors[key] = file, header
                 self._keys[part_of(name, parts)].append(key)
-                found.add(name)
+                found[name] = key
                 if pattern is None and name in expected and expected[name].shape != header.shape:
                     raise self._bad(
                         f"{key} has the shape {header.shape}, the config says {tuple(expected[name].shape)}"
                     )
-        self.tied = {t: source for t, source in (network.all_tied_weights_keys or {}).items() if t not in found}
-        missing = sorted(set(expected) - found - set(self.tied))
+        self.tied: dict[str, str] = {}
+        for name, source in (network.all_tied_weights_keys or {}).items():
+            copy = found.get(name)
+            if copy is not None and source in found and self._alike(copy, found[source]):
+                self._keys[part_of(name, parts)].remove(copy)
+                del self._tensors[copy]
+            if copy is None or copy not in self._tensors:
+                self.tied[name] = source
+        missing = sorted(set(expected) - set(found) - set(self.tied))
         if missing and not converters:  # what a converter makes shows when it has worked
             raise self._bad(f"the weights do not fit the config (missing: {missing[0]})")
+
+    def _alike(self, *keys: str) -> bool:
+        """Whether two tensors have the same bytes, as weights that are one have where both are stored."""
+        (file, header), (other_file, other) = (self._tensors[key] for key in keys)
+        if (header.dtype, header.shape, header.length) != (other.dtype, other.shape, other.length):
+            return False
+        with file.open("rb") as first, other_file.open("rb") as second:
+            first.seek(header.start)
+            second.seek(other.start)
+            sizes = [min(CHUNK, header.length - start) for start in range(0, header.length, CHUNK)]
+            return all(first.read(size) == second.read(size) for size in sizes)
 
     def check_finite(self) -> None:
         """Read every tensor once.

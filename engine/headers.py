@@ -40,6 +40,8 @@ MEDIA = (  # of config.json: the parts of a model that reads or makes more than 
 )  # fmt: skip
 QUANTIZED = {"quantization_config", "quantization", PACKED_KEY, CACHE_KEY}  # keys of a config; MLX has one of its own
 REREADING = ("openai-gpt", "rwkv", "xlm")  # families of which transformers keeps no keys and values from token to token
+HEADS = ("lm_head.weight", "embed_out.weight")  # names of an output head that is not its embeddings
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 NEOX = ("gpt_neox", "gpt_neox_japanese")  # whose configs say that they are no decoders, which they are
 OF_EACH_BLOCK = (  # keys of config.json with an entry for each block
     "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers", "layer_rope_theta",
@@ -112,9 +114,16 @@ def inspect(place: Path | Origin) -> Shape:
         found = header_of(origin, name)
         total += sum(header.length for header in found.values())
         headers |= _plain(found, origin, name)
-    tensors = {name: header.shape for name, header in headers.items()}
+    tensors = _once(config, {name: header.shape for name, header in headers.items()})
     folder = origin.folder or Path(origin.name)
     return Shape(folder, config, tensors, total, origin.folder is not None, _packed(headers, config))
+
+
+def _once(config: Mapping[str, JsonValue], tensors: Tensors) -> Tensors:
+    """Tensors without a head that the config says is the embeddings, which many a checkpoint stores a second time."""
+    shapes = [shape for name, shape in tensors.items() if name.endswith(EMBEDDINGS)]
+    tied = bool(config.get("tie_word_embeddings"))
+    return {name: each for name, each in tensors.items() if not (tied and name.endswith(HEADS) and each in shapes)}
 
 
 def _encodes(kind: type, config: Mapping[str, JsonValue]) -> bool:

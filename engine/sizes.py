@@ -15,13 +15,11 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import JsonValue
 
-from engine.headers import Shape, integer
+from engine.headers import EMBEDDINGS, HEADS, Shape, integer
 from engine.methods import Params, Selection, StoredBits
 from engine.packing import CacheGrid
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-HEADS = ("lm_head.weight", "embed_out.weight")  # names of an output head that is not its embeddings
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # What a linear of a block is called that reads what another linear (or its gate) has made; the others of a module
 # with as many inputs read the same tensor, and share its statistics.
 OWN_INPUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "w2", "fc2", "dense_4h_to_h")

@@ -7,10 +7,10 @@ from dataclasses import replace
 from engine import headers, patterns
 from engine.errors import BadModel, BadParams, short
 from engine.experts import NAMES
-from engine.headers import Shape
+from engine.headers import HEADS, Shape
 from engine.methods import Calibrated, Method, Params, Selection, calibrates
 from engine.records import Recipe
-from engine.sizes import HEADS, counted_parameters, head_of, longest_text
+from engine.sizes import counted_parameters, head_of, longest_text
 
 LEAST_POSITIONS = 128  # a prompt, byte by byte at worst, and what is written after it
 

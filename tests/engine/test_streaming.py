@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconH1Config, PreTrainedModel
 
-from engine import artifacts, methods, models, preflight, verify
+from engine import artifacts, headers, methods, models, preflight, verify
 from engine.calibration import walk_blocks
 from engine.checkpoint import part_names
 from engine.errors import BadModel
@@ -219,6 +219,25 @@ def test_tied_weights_are_read_for_both_and_stored_once(tied: bool, tiny_folder:
     index = json.loads((tmp_path / "artifact" / "model.safetensors.index.json").read_text())
     assert ("lm_head.weight" in index["weight_map"]) is not tied
     torch.testing.assert_close(logits(models.load(tmp_path / "artifact").network), logits(model.network))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tied_weights_that_are_stored_twice_are_one_where_they_are_the_same(
+    same: bool, tiny_folder: Maker, context: Context, tmp_path: Path
+) -> None:
+    folder = tiny_folder(tie_word_embeddings=True)
+    once = headers.inspect(folder).parameters
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head if same else -head}, folder / "model.safetensors", {"format": "pt"})
+    assert headers.inspect(folder).parameters == once
+    model = models.stream(folder)
+    assert model.tied == ({"lm_head.weight"} if same else set())
+    before = logits(models.load(folder).network)
+    torch.testing.assert_close(logits(model.network), before)
+    rtn.apply(model, rtn.Params(bits=8, group_size=32, head=True, embeddings=same), context)
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    torch.testing.assert_close(logits(models.load(tmp_path / "artifact").network), before, rtol=0.1, atol=0.1)
 
 
 def test_a_walk_that_only_looks_changes_nothing(tiny_folder: Maker, context: Context) -> None:
