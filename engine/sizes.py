@@ -25,8 +25,8 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 OWN_INPUT = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "w2", "fc2", "dense_4h_to_h")
 # Families whose decoder keeps a copy of the prompt's keys and values with room for the new ones.
 DECODED_BY_US = (
-    "gemma", "gemma2", "gemma3_text", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe", "smollm3", "stablelm",
+    "bloom", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2",
+    "olmoe", "opt", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm",
 )  # fmt: skip
 
 

@@ -223,6 +223,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "训练不能在第 {step} 步之后结束：最后一批权重在第 {last} 步之后才被剪去",
         "{name} cannot be taken apart for its features. Use distill/logits.": "无法拆出 {name} 的特征。请使用 distill/logits。",
         "all {count} blocks would be removed. Keep one at least: count {most} or less.": "全部 {count} 层都会被移除。请至少保留一层：count 设为 {most} 或更小。",
+        "a model of one block can lose none.": "只有一层的模型不能移除任何层。",
+        "a rank of {multiple} makes {linear} no smaller. Use a smaller multiple, or leave it out with `ignore`.":
+            "秩为 {multiple} 不会使 {linear} 变小。请用更小的 multiple，或用 `ignore` 把它排除。",
         "a share of {share} of {count} blocks is none. Set count, or a larger share.": "{count} 层的 {share} 不足一层。请设置 count，或用更大的比例。",
         "ratio {ratio} leaves no rank that is a multiple of {multiple} for each linear.": "ratio 为 {ratio} 时，没有适合每个线性层的 {multiple} 的倍数的秩。",
         "ratio {ratio} leaves {linear} no rank that is a multiple of {multiple}. Use a ratio from {least} on, or a smaller multiple.":

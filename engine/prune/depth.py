@@ -64,6 +64,8 @@ class Params(Calibrated):
             BadParams: none, or all.
         """
         count = self.count or round(self.share * blocks)
+        if blocks == 1:
+            raise BadParams("a model of one block can lose none.")
         if count >= blocks:
             raise BadParams(f"all {blocks} blocks would be removed. Keep one at least: count {blocks - 1} or less.")
         if count == 0:

@@ -88,6 +88,11 @@ class Params(Selection, Moments):
         for group in groups:
             least = sum(_cost(self.multiple, shape) for shape in group.values())
             total = sum(outputs * inputs for outputs, inputs in group.values())
+            if least >= total:
+                raise BadParams(
+                    f"a rank of {self.multiple} makes {next(iter(group))} no smaller. Use a smaller multiple, or leave "
+                    "it out with `ignore`."
+                )
             if least > self.ratio * total:
                 raise BadParams(
                     f"ratio {self.ratio:g} leaves {next(iter(group))} no rank that is a multiple of {self.multiple}. "
