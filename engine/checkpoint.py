@@ -39,6 +39,8 @@ from engine.headers import Header, plain, read_header, weight_files
 from engine.low_rank import RANKS_KEY, factor
 from engine.wide import widen
 
+CHUNK = 1 << 24  # bytes of two tensors that are compared at a time
+
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The config of a model folder."""
@@ -120,9 +122,6 @@ def part_names(network: PreTrainedModel, prefix: str) -> list[str]:
 def part_of(name: str, parts: list[str]) -> str:
     """The part that a tensor of that name belongs to, "" where none."""
     return max((part for part in parts if name.startswith(f"{part}.")), key=len, default="")
-
-
-CHUNK = 1 << 24  # bytes that are compared at a time
 
 
 class Checkpoint:

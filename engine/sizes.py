@@ -130,10 +130,8 @@ class Holding:
 
     @property
     def parameters(self) -> int:
-        """All weights; of a new network also its blocks', which no header names: 4 h² of attention, 8 h² beside it."""
-        config = self.shape.config
-        new = 0 if self.shape.linears else 12 * hidden_size(config) ** 2 * blocks_of(config)
-        return self.shape.parameters + new
+        """All weights."""
+        return self.shape.parameters
 
     @property
     def embeddings(self) -> int:

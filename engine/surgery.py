@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     try:
         return assemble(model, config, chosen, functools.partial(_renumbered, prefix, kept))
     except RuntimeError as error:
+        if "loading state_dict" not in str(error):  # memory, for one
+            raise
         raise BadModel(
             f"The blocks of a {text.model_type} model have different parts, and its config cannot say which of them "
             "are left: none can go."
@@ -264,6 +267,57 @@ def assemble(
     return LoadedModel(
         network, model.tokenizer, Path(model.source), pruned=pruned, sparse=sparse, kv_cache=model.kv_cache
     )
+
+
+def sized(config: PretrainedConfig, hidden_size: int, num_blocks: int) -> PretrainedConfig:
+    """A config of the same family with another width and depth; heads stay as large, feed-forwards in proportion.
+
+    Raises:
+        BadParams: the hidden size cannot be split into the family's attention heads.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    old, heads = text.hidden_size, text.num_attention_heads
+    head = getattr(text, "head_dim", None) or old // heads
+    if hidden_size % head or hidden_size // head < 1:
+        raise BadParams(f"hidden_size {hidden_size} is not a multiple of the head size {head} of this model.")
+    text.hidden_size, text.num_hidden_layers = hidden_size, num_blocks
+    text.num_attention_heads = hidden_size // head
+    for shared in ("num_key_value_heads", "num_kv_heads"):  # the second is Falcon's
+        if (groups := getattr(text, shared, None)) is not None:
+            fitting = max(1, groups * text.num_attention_heads // heads)
+            while text.num_attention_heads % fitting:
+                fitting -= 1
+            setattr(text, shared, fitting)
+    neurons = NEURONS.get(text.model_type, "intermediate_size")
+    if getattr(text, neurons, None):
+        setattr(text, neurons, max(32, round(getattr(text, neurons) * hidden_size / old / 32) * 32))
+    if hasattr(text, "word_embed_proj_dim"):  # OPT's, which projects where embeddings are of another width
+        text.word_embed_proj_dim = hidden_size
+    for each_block in OF_EACH_BLOCK:
+        if isinstance(found := getattr(text, each_block, None), list):
+            setattr(text, each_block, (found * num_blocks)[:num_blocks])
+    return config
+
+
+def anew(config: Mapping[str, JsonValue], hidden_size: int, num_blocks: int) -> tuple[dict[str, JsonValue], Tensors]:
+    """The config.json and the tensors' shapes of a `sized` network of a family.
+
+    Raises:
+        BadParams: the hidden size cannot be split into the family's attention heads.
+    """
+    body, shapes = _anew(json.dumps(config), hidden_size, num_blocks)
+    return dict(body), dict(shapes)
+
+
+@functools.lru_cache(maxsize=8)
+def _anew(config: str, hidden_size: int, num_blocks: int) -> tuple[dict[str, JsonValue], Tensors]:
+    made = sized(anatomy.read(json.loads(config)), hidden_size, num_blocks)
+    with torch.device("meta"):
+        network = fresh(made, torch.bfloat16, torch.device("meta"))
+    tied = network.all_tied_weights_keys or {}
+    shapes = {name: tuple(each.shape) for name, each in network.state_dict().items() if name not in tied}
+    return made.to_dict(), shapes
 
 
 def fresh(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

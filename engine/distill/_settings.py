@@ -21,7 +21,7 @@ from engine.origin import FolderOrigin, Origin
 from engine.preflight import locate
 from engine.sizes import attention_sizes, blocks_of, hidden_size
 from engine.sources import named, split
-from engine.surgery import check_blocks
+from engine.surgery import anew, check_blocks
 from engine.tokens import check_same_files
 
 NOTHING_TO_HEAL = "No step before changes the model: the student begins as the teacher itself."
@@ -203,16 +203,14 @@ class StudentParams(BesideParams):
     def reshaped(
         self, config: dict[str, JsonValue], tensors: headers.Tensors
     ) -> tuple[dict[str, JsonValue], headers.Tensors]:
-        """Those of the student; of a new network the blocks' are not known before it is built."""
+        """Those of the student."""
         if self.student == "folder":
             found = headers.inspect(self.origin(self.folder))
             return found.config, found.tensors
         if self.student == "blocks":
             return headers.fewer_blocks(config, tensors, attention_sizes(config)[0] // self.keep_every)
         if self.student == "size":
-            _, beside = headers.fewer_blocks(config, tensors, 0)
-            named, _ = headers.fewer_blocks(config, {}, self.num_blocks)
-            return named | {"hidden_size": self.hidden_size}, beside
+            return anew(config, self.hidden_size, self.num_blocks)
         return config, tensors
 
     def notes(self, shape: headers.Shape, device: str) -> Sequence[str]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
 
-from engine.anatomy import NEURONS
 from engine.distill._settings import StudentParams
 from engine.errors import BadParams
-from engine.headers import OF_EACH_BLOCK
 from engine.methods import Context
 from engine.models import LoadedModel, Original, blocks, load
 from engine.preflight import locate
 from engine.sources import named
-from engine.surgery import fresh, keep_blocks
+from engine.surgery import fresh, keep_blocks, sized
 from engine.tokens import check_same_tokenizer
 
 
@@ -71,32 +68,11 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def of_size(model: LoadedModel, hidden_size: int, num_blocks: int, seed: int) -> LoadedModel:
-    """A new network of the same family, initialised at random; feed-forward width in proportion.
+    """A new network of the same family, initialised at random.
 
     Raises:
         BadParams: the hidden size cannot be split into the family's attention heads.
     """
-    config = copy.deepcopy(model.network.config)
-    text = config.get_text_config()
-    old, heads = text.hidden_size, text.num_attention_heads
-    head = getattr(text, "head_dim", None) or old // heads
-    if hidden_size % head or hidden_size // head < 1:
-        raise BadParams(f"hidden_size {hidden_size} is not a multiple of the head size {head} of this model.")
-    text.hidden_size, text.num_hidden_layers = hidden_size, num_blocks
-    text.num_attention_heads = hidden_size // head
-    for shared in ("num_key_value_heads", "num_kv_heads"):  # the second is Falcon's
-        if (groups := getattr(text, shared, None)) is not None:
-            fitting = max(1, groups * text.num_attention_heads // heads)
-            while text.num_attention_heads % fitting:
-                fitting -= 1
-            setattr(text, shared, fitting)
-    neurons = NEURONS.get(text.model_type, "intermediate_size")
-    if getattr(text, neurons, None):
-        setattr(text, neurons, max(32, round(getattr(text, neurons) * hidden_size / old / 32) * 32))
-    if hasattr(text, "word_embed_proj_dim"):  # OPT's, which projects where embeddings are of another width
-        text.word_embed_proj_dim = hidden_size
-    for each_block in OF_EACH_BLOCK:
-        if isinstance(found := getattr(text, each_block, None), list):
-            setattr(text, each_block, (found * num_blocks)[:num_blocks])
+    config = sized(model.network.config, hidden_size, num_blocks)
     torch.manual_seed(seed)
     return LoadedModel(fresh(config, model.network.dtype, model.device), model.tokenizer, Path(model.source))

@@ -315,8 +315,8 @@ def test_of_assistants_the_largest_is_held_and_all_take_time() -> None:
     assert chain.working - alone.working == pytest.approx(5 * 2 * 128 * more / Rates().arithmetic)
     wide = {"student": "size", "hidden_size": 64, "num_blocks": 2, "steps": 5, "assistants": 1}
     found = step(estimate(shape, {"distill/logits": wide}))  # of width 128 with 4 blocks
-    beside = shape.parameters - 8 * block
-    assert found.parts["optimizer"] == 8 * (beside + 12 * 128**2 * 4)
+    of_a_block = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 2 * 128
+    assert found.parts["optimizer"] == 8 * (2 * 1000 * 128 + 128 + 4 * of_a_block)
 
 
 def test_a_training_that_ends_early_takes_the_time_of_its_steps() -> None:

@@ -366,6 +366,17 @@ def test_a_step_is_checked_on_the_student_that_the_step_before_leaves(
         preflight.check(chain)
 
 
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [({"quantize/gptq": {"group_size": 128}}, "does not divide the 32 inputs"), ({"quantize/bitsandbytes": {}}, "64")],
+)
+def test_a_new_students_shapes_are_known_before_it_is_trained(
+    later: dict[str, object], words: str, tiny_folder: Maker
+) -> None:
+    student = {"student": "size", "hidden_size": 32, "num_blocks": 1}
+    assert words in refuse(recipe(tiny_folder(), {"distill/logits": student}, later))
+
+
 @pytest.mark.parametrize("shorter", [{"distill/logits": {"keep_every": 3}}, {"prune/depth": {"count": 2}}], ids=str)
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3", "smollm3"])
 def test_what_configs_say_of_each_block_goes_with_the_blocks(
