@@ -123,10 +123,7 @@ class Flow:
         """Let what follows the blocks (the final norm) compute, with the states in the place of what blocks give."""
         with model.lingering():
             for batch, ids in enumerate(self.ids):
-                states = self.states[batch]
-                given = (states,) if self.tuples else states
-                with standing_in(model, functools.partial(_give, given)):
-                    self.states[batch] = model.network.base_model(input_ids=ids, use_cache=False)[0]
+                self.states[batch] = behind(model, model.network.base_model, ids, self.states[batch], self.tuples)[0]
 
 
 @contextlib.contextmanager
@@ -146,8 +143,13 @@ def standing_in(model: LoadedModel, compute: Callable[[int, Args, Kwargs], objec
             modules[number] = module
 
 
-def _give(states: object, number: int, args: Args, kwargs: Kwargs) -> object:
-    return states
+def behind(model: LoadedModel, network: nn.Module, ids: Tensor, states: Tensor, tuples: bool) -> Any:
+    """What the network, or its body, makes of ids (B, T) where blocks give the states (B, T, hidden).
+
+    tuples: whether blocks return one.
+    """
+    with standing_in(model, lambda number, args, kwargs: (states,) if tuples else states):
+        return network(input_ids=ids, use_cache=False)
 
 
 class StandIn(nn.Module):

@@ -64,7 +64,7 @@ class StoredBits:
 class Survey:
     """What a step measures of a whole model before it changes anything, in floating-point operations, and its bytes.
 
-    weighing: bytes beside the model and the statistics of a block; reading: those beside the model alone, later.
+    weighing: bytes beside a block and its statistics; reading: those beside a block, or what predicts, alone, later.
     """
 
     operations: float
@@ -211,8 +211,8 @@ class Params(BaseModel):
         """
         return 0.0
 
-    def survey(self, shape: Shape) -> Survey | None:
-        """What the step measures of a whole model of that shape before it changes anything."""
+    def survey(self, shape: Shape, width: int) -> Survey | None:
+        """What the step measures of a whole model, of that shape and `width` bytes a weight, before it changes it."""
         return None
 
     def processes(self) -> int:

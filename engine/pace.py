@@ -62,7 +62,7 @@ def step_seconds(held: Holding, params: Params, rates: Rates, first: Holding | N
     work = params.work(held.shape)
     if calibrates(params):
         work += 6.0 * params.samples * params.sequence_length * parameters
-    if survey := params.survey(held.shape):
+    if survey := params.survey(held.shape, held.width):
         work += survey.operations
     if steps := integer(getattr(params, "steps", 0)):
         tokens = integer(getattr(params, "batch", 16)) * integer(getattr(params, "sequence_length", 128))

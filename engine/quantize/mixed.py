@@ -24,17 +24,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
-from torch.nn.functional import kl_div
 
-from engine import scores, sizes
-from engine.calibration import BlockLinear, mirror, token_rows, walk_blocks
+from engine import fit, perturbation, scores, sizes
+from engine.calibration import BlockLinear, mirror, stretches, token_rows, walk_blocks
 from engine.errors import BadParams
 from engine.headers import Shape
 from engine.methods import Context, StoredBits, Survey
@@ -44,7 +43,6 @@ from engine.quantize._grid import SOLVED, Beyond, Bits, GridParams, Range, round
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 WIDTHS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 Unit = Literal["bits", "mib", "memory"]
@@ -52,11 +50,13 @@ UNITS = {"bits": "bits a weight", "mib": "MiB", "memory": "MiB of memory"}
 HELD = (4, 8)  # bits of a code as kernels hold it
 PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
-PROBE_LOGITS = 1 << 26  # that are held of the original at most
 WEIGHED = 17  # bytes of a weight while an option is weighed: itself, its code, what it is off, and two products of that
-LOGIT = 10  # bytes of a logit as it is predicted: in 16 bit, in float32, and its logarithm
+LOGIT = (
+    22  # bytes of a logit as it is compared: in 16 bit, in float32, its logarithm, the original's, and the divergence
+)
+HEADER, NAMED = 600, 5  # bytes at most that headers spend on a linear and its share of other tensors; times its name
 CELLS = 4000
-VERSION = 3  # of what is kept; raise it when steps 1 or 2 change
+VERSION = 4  # of what is kept; raise it when steps 1 or 2 change
 
 
 class Params(gptq.SolverParams, Beyond, Range):
@@ -67,11 +67,19 @@ class Params(gptq.SolverParams, Beyond, Range):
         "bits", description="Of the budget: bits a quantized weight, or MiB of the whole model, on disk or in memory."
     )
 
-    def budget_bits(self, weights: int, parameters: int, width: int = 16) -> float:
-        """The budget in bits for each of `weights` to quantize among `parameters` in all, the rest of `width` bits."""
+    def budget_bits(self, weights: int, parameters: int, names: Collection[str], width: int = 16) -> float:
+        """The budget in bits for each of `weights` to quantize among `parameters` in all, the rest of `width` bits.
+
+        names: of the linears that have these weights, which the headers of files name.
+        """
         if self.unit == "bits":
             return self.budget
-        return (self.budget * 2**23 - width * (parameters - weights)) / weights
+        return (self.budget * 2**23 - self.beside(weights, parameters, names, width)) / weights
+
+    def beside(self, weights: int, parameters: int, names: Collection[str], width: int) -> float:
+        """Bits that are no codes, scales or zero points of these linears, and that a budget in MiB counts too."""
+        headers = sum(HEADER + NAMED * len(name) for name in names) if self.unit == "mib" else 0
+        return width * (parameters - weights) + 8 * headers
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
         """Refuse linears that no group size divides, and a budget below the smallest options."""
@@ -85,10 +93,10 @@ class Params(gptq.SolverParams, Beyond, Range):
                 )
             weights += outputs * inputs
             least += outputs * inputs * (self.width(WIDTHS[0]) + self.overhead(width) / max(fitting))
-        if weights and least > self.budget_bits(weights, parameters, width) * weights:
+        if weights and least > self.budget_bits(weights, parameters, linears, width) * weights:
             smallest = least / weights
             if self.unit != "bits":
-                smallest = (least + width * (parameters - weights)) / 2**23
+                smallest = (least + self.beside(weights, parameters, linears, width)) / 2**23
             raise BadParams(
                 f"a budget of {self.budget:g} {UNITS[self.unit]} is below the smallest that is possible, "
                 f"{math.ceil(smallest * 1000) / 1000:g}."
@@ -102,10 +110,9 @@ class Params(gptq.SolverParams, Beyond, Range):
         """With the bits that the budget leaves each weight of this model."""
         if self.unit == "bits":
             return self
-        weights = sum(outputs * inputs for outputs, inputs in sizes.chosen(shape, self).values())
-        bits = (
-            self.budget_bits(weights, sizes.counted_parameters(shape, self, 8 * width), 8 * width) if weights else 0.0
-        )
+        found, parameters = sizes.chosen(shape, self), sizes.counted_parameters(shape, self, 8 * width)
+        weights = sum(outputs * inputs for outputs, inputs in found.values())
+        bits = self.budget_bits(weights, parameters, found, 8 * width) if weights else 0.0
         return _Known.model_validate(self.model_dump() | {"average": min(max(bits, 0.0), self.most(8 * width))})
 
     def most(self, width: int = 16) -> float:
@@ -122,20 +129,22 @@ class Params(gptq.SolverParams, Beyond, Range):
             f"A budget from {largest:g} bits a weight on leaves nothing to choose: all get {WIDTHS[-1]} bits.",
         ]
 
-    def survey(self, shape: Shape) -> Survey:
+    def survey(self, shape: Shape, width: int) -> Survey:
         """Steps 1 and 2: calibration once more; each linear in each option; the model read with each one rounded."""
         found = sizes.chosen(shape, self)
-        vocabulary = sizes.vocabulary_size(shape)
-        length, rows = probe_rows(self.sequence_length, vocabulary)
+        length, vocabulary = min(self.sequence_length, PROBE_LENGTH), sizes.vocabulary_size(shape)
         options = sum(
             2.0 * len(WIDTHS) * sum(inputs % size == 0 for size in GROUP_SIZES) * outputs * inputs * inputs
             for outputs, inputs in found.values()
         )
         calibration = 6.0 * self.samples * self.sequence_length * shape.parameters
-        reading = 2.0 * rows * length * shape.parameters * (1 + len(found))
+        passed = (shape.parameters - vocabulary * sizes.hidden_size(shape.config)) / 2  # from its block on, on average
+        reading = 2.0 * PROBE_ROWS * length * (1 + len(found)) * (passed + vocabulary * sizes.hidden_size(shape.config))
         largest = max((outputs * inputs for outputs, inputs in found.values()), default=0)
-        logits = length * vocabulary
-        return Survey(calibration + options + reading, WEIGHED * largest, (4 * rows + LOGIT) * logits)
+        weighing = WEIGHED * min(fit.SOLVED, largest)
+        states = width * PROBE_ROWS * length * sizes.hidden_size(shape.config)
+        streams = min(fit.HELD, len(found) * states) + 3 * states
+        return Survey(calibration + options + reading, weighing, streams + LOGIT * length * vocabulary + weighing)
 
     def width(self, bits: Bits) -> int:
         """Bits of a code as the budget counts them."""
@@ -196,7 +205,6 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     Raises:
         BadParams: the budget is below the smallest assignment; the message names it.
     """
-    model.load_all()
     if params.head:
         model.untie(head(model.network)[0])  # what is measured of it is not to change the embeddings
     candidates = from_json(
@@ -206,11 +214,11 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     )
     candidates = [params.counted(candidate) for candidate in candidates]
     weights = sum(candidate.weights for candidate in candidates)
-    width, parameters = 8 * model.network.dtype.itemsize, model.network.num_parameters()
+    width, parameters = 8 * model.network.dtype.itemsize, model.parameters
     if params.embeddings:
         rows, columns = embeddings(model.network)[1].get_parameter("weight").shape
         parameters -= sizes.saved_in_embeddings(rows, columns, width)
-    budget = params.budget_bits(weights, parameters, width)
+    budget = params.budget_bits(weights, parameters, [candidate.name for candidate in candidates], width)
     chosen = choose(candidates, budget)
     context.emit("budget", curve(candidates, budget))
     for name, option in chosen.items():
@@ -251,23 +259,25 @@ def _weighed(linear: BlockLinear, params: Params) -> JsonValue:
 
 def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, int, float, float]], float]:
     """(bits, group size, stored bits, relative error) of each option of a linear, and the error of the probe."""
-    weight, dtype = linear.weight.float(), linear.weight.dtype
     moments = linear.hessian
     if moments is not None:
         mirror(moments)
-    energy = _energy(weight, moments)
-    found = []
-    for size in GROUP_SIZES:
-        for bits in WIDTHS:
-            if weight.shape[1] % size:
-                continue
-            grid = params.grid(bits, size)
-            importance = None if moments is None else moments.diagonal()
-            rounded = round_to_nearest(weight, grid, linear.name, dtype, importance, SOLVED)
-            error = _energy(rounded.dequantize().float() - weight, moments) / energy
-            found.append((bits, size, rounded.bits_per_weight() * weight.numel(), error))
-    probe = next(error for bits, _, _, error in found if bits == PROBE_BITS)
-    return found, max(probe, 1e-30)
+    importance = None if moments is None else moments.diagonal()
+    sizes_ = [size for size in GROUP_SIZES if linear.weight.shape[1] % size == 0]
+    found = {(bits, size): (0.0, 0.0) for size in sizes_ for bits in WIDTHS}  # stored bits, error
+    energy = 0.0
+    for rows in stretches(linear.weight, fit.SOLVED):
+        weight, dtype = linear.weight[rows].float(), linear.weight.dtype
+        energy += _energy(weight, moments)
+        for (bits, size), (stored, error) in found.items():
+            rounded = round_to_nearest(weight, params.grid(bits, size), linear.name, dtype, importance, SOLVED)
+            found[bits, size] = (
+                stored + rounded.bits_per_weight() * weight.numel(),
+                error + _energy(rounded.dequantize().float() - weight, moments),
+            )
+    probe = next(error for (bits, _), (_, error) in found.items() if bits == PROBE_BITS) / energy
+    options = [(bits, size, stored, error / energy) for (bits, size), (stored, error) in found.items()]
+    return options, max(probe, 1e-30)
 
 
 def _energy(weight: Tensor, moments: Tensor | None) -> float:
@@ -277,47 +287,22 @@ def _energy(weight: Tensor, moments: Tensor | None) -> float:
     return float(((weight @ moments) * weight).sum().clamp(min=1e-30))
 
 
-@torch.inference_mode()
 def probe_costs(
     model: LoadedModel, params: Params, context: Context, names: Sequence[str], kept: scores.Pieces
 ) -> dict[str, float]:  # fmt: skip
     """Step 2: the KL (nats a token) of the model's predictions when one linear alone is rounded to `PROBE_BITS`."""
-    length, count = probe_rows(params.sequence_length, model.network.config.get_text_config().vocab_size)
-    rows = token_rows(model.tokenizer, context.calibration, length, count).to(model.device)
+    length = min(params.sequence_length, PROBE_LENGTH)
+    rows = token_rows(model.tokenizer, context.calibration, length, PROBE_ROWS).to(model.device)
 
-    def predictions(row: Tensor) -> Tensor:
-        found: Tensor = model.network(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
-        return found
-
-    reference = [predictions(row) for row in rows]  # one at a time, for a large vocabulary is a large tensor
-
-    def cost(name: str) -> float:
-        linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
-        exact = linear.weight.clone()
-        size = next(size for size in GROUP_SIZES if exact.shape[1] % size == 0)
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        size = next(size for size in GROUP_SIZES if weight.shape[1] % size == 0)
         grid = params.grid(PROBE_BITS, size)
-        linear.weight.copy_(round_to_nearest(exact, grid, name, exact.dtype, least=SOLVED).dequantize())
-        try:
-            apart = [
-                float(kl_div(predictions(row), known, reduction="sum", log_target=True))
-                for row, known in zip(rows, reference, strict=True)
-            ]
-        finally:
-            linear.weight.copy_(exact)
-        return max(sum(apart) / (len(rows) * length), 1e-12)
+        return round_to_nearest(weight, grid, name, weight.dtype, least=SOLVED).dequantize()
 
-    found: dict[str, float] = {}
-    for number, name in enumerate(names):
-        context.check_cancelled()
-        found[name] = float(cast(float, kept.of(f"{name} rounded", functools.partial(cost, name))))
-        context.progress(number + 1, len(names), "linears probed")
-    return found
-
-
-def probe_rows(length: int, vocabulary: int) -> tuple[int, int]:
-    """Tokens of a row of step 2, and how many rows, for calibration sequences of that length."""
-    length = min(length, PROBE_LENGTH)
-    return length, min(PROBE_ROWS, max(1, PROBE_LOGITS // (length * max(1, vocabulary))))
+    left = [name for name in names if f"{name} rounded" not in kept]
+    for name, cost in perturbation.divergences(model, rows, left, rounded, context):
+        kept.of(f"{name} rounded", functools.partial(max, cost, 1e-12))
+    return {name: float(cast(float, kept[f"{name} rounded"])) for name in names}
 
 
 def choose(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:

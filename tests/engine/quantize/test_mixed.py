@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import itertools
 import random
+from types import ModuleType
 
 import pytest
 import torch
 
-from engine import headers, scores
+from engine import artifacts, headers, perturbation, scores
 from engine.calibration import BlockLinear
 from engine.errors import BadParams
 from engine.methods import Context, StoredBits
-from engine.models import LoadedModel
+from engine.models import LoadedModel, blocks, linears
 from engine.preflight import DEMO
 from engine.quantize import mixed
 from engine.quantize.mixed import CELLS, Candidate, Option, choose, curve
@@ -115,12 +116,16 @@ def test_the_measurement_is_kept_for_other_budgets(
     assert sum(w.bits for w in again.quantized.values()) > sum(w.bits for w in tiny.quantized.values())
 
 
-@pytest.mark.parametrize(("part", "each"), [("options_of", 1), ("kl_div", 8)])
+@pytest.mark.parametrize(
+    ("module", "part", "each", "known"), [(mixed, "options_of", 1, 4), (perturbation, "kl_div", 8, 3)]
+)
 def test_a_measuring_that_was_killed_goes_on_where_it_was(
-    part: str, each: int, context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    module: ModuleType, part: str, each: int, known: int, context: Context, recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(perturbation, "HELD", 1)  # the three linears of one block are known together
     params = mixed.Params.model_validate(SMALL | {"budget": 3.0})
-    right = getattr(mixed, part)
+    right = getattr(module, part)
     most, done = 4 * each, list[object]()
 
     def counted(*given: object, **named: object) -> object:
@@ -139,14 +144,14 @@ def test_a_measuring_that_was_killed_goes_on_where_it_was(
         )  # fmt: skip
 
     whole = measured("whole")
-    monkeypatch.setattr(mixed, part, counted)
+    monkeypatch.setattr(module, part, counted)
     with pytest.raises(KeyboardInterrupt):
         measured("cut")
     (pieces,) = (context.cache / "cut").glob("*.pieces")
     pieces.write_text(pieces.read_text() + '\n{"torn')
     most, done = 1000, []
     assert measured("cut") == whole
-    assert len(done) == each * (len(whole) - 4)
+    assert len(done) == each * (len(whole) - known)
     assert any("pieces were measured before" in line for line in recorder.logs())
     assert not list((context.cache / "cut").glob("*.pieces"))
 
@@ -182,7 +187,17 @@ def test_the_smallest_budget_is_what_the_options_store(dtype: torch.dtype, symme
 
 def test_a_budget_in_mebibytes_counts_what_is_not_quantized() -> None:
     params = mixed.Params.model_validate({"budget": 1.0, "unit": "mib"})
-    assert params.budget_bits(1_000_000, 1_100_000) == pytest.approx((2**23 - 1_600_000) / 1_000_000)
+    assert params.budget_bits(1_000_000, 1_100_000, []) == pytest.approx((2**23 - 1_600_000) / 1_000_000)
+
+
+def test_a_budget_in_mebibytes_holds_the_files_with_their_headers(tiny: LoadedModel, context: Context) -> None:
+    weights = sum(each.weight.numel() for block in blocks(tiny.network)[1] for _, each in linears(block))
+    budget = 5.5 * weights / 2**23 + (tiny.parameters - weights) * tiny.network.dtype.itemsize / 2**20
+    params = mixed.Params.model_validate(SMALL | {"targets": "", "budget": budget, "unit": "mib"})
+    mixed.apply(tiny, params, context)
+    artifacts.write_weights(tiny, context.folder)
+    size = sum(file.stat().st_size for file in context.folder.glob("model-*.safetensors")) / 2**20
+    assert 0.97 * budget < size <= budget
 
 
 def test_a_budget_of_memory_counts_codes_as_kernels_hold_them(tiny: LoadedModel, context: Context) -> None:
