@@ -105,7 +105,7 @@ class BlockLinear:
     weight: (out_features, in_features), also for GPT-2's transposed `Conv1D`; changes to it in place
         change the model.
     hessian: float32 (in, in), mean of 2 x xᵀ over the tokens, where it was asked for; what lies below its diagonal is
-        zero until `mirror` completes it.
+        to be overlooked until `mirror` completes it.
     input_norm: float32 (in,), the L2 norm of each input over the tokens, where it was asked for.
     input_max: float32 (in,), the largest magnitude of each input over the tokens, with the norm.
     sample: float32 (at most SAMPLE, in), some of the inputs.

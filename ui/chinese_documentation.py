@@ -168,25 +168,28 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "在预算之内的混合精度，按 HAWQ-V3（Yao 等，2021，arXiv 2011.10680）的方式提出问题：整个分配方案的损失取各部分损失之和，并寻找预算内总损失最"
             "小的方案。当各线性层的承受力不同时，优于同等大小的统一位数。",
         "1. For each linear l and option o (bits and group size), the change of its output by rounding, relative to "
-        "the output, from the second moments H of its inputs: e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ). 2. How much such a "
-        "change costs the model: with only l rounded to `PROBE_BITS` bits, the KL divergence k(l) of the model's "
-        "predictions from the original's. A small change of an output costs in proportion to its square, so o costs "
-        "k(l) e(l, o) / e(l, probe). 3. The assignment with the least total cost whose stored bits, scales and all, "
-        "fit the budget: a multiple-choice knapsack, solved by dynamic programming over `CELLS` cells of the budget, "
-        "and at a price for bits (Lagrange's multiplier); the better of the two is taken. The budget is never "
-        "exceeded; one above the largest option counts as that. A budget of memory counts codes as kernels hold "
-        "them, 2 to 4 bits in 4 and others in 8: a model that fits on the disk need not fit there. 4. GPTQ with the "
-        "grid that was chosen for each linear.":
+        "the output, from the second moments H of its inputs: e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ), over `EXAMINED` of its "
+        "outputs. 2. How much such a change costs the model: with only l rounded to `PROBE_BITS` bits, the KL "
+        "divergence k(l) of the model's predictions from the original's. A small change of an output costs in "
+        "proportion to its square, so o costs k(l) e(l, o) / e(l, probe). 3. The assignment with the least total cost "
+        "whose stored bits, scales and all, fit the budget: a multiple-choice knapsack, solved by dynamic programming "
+        "over `CELLS` cells of the budget, and at a price for bits (Lagrange's multiplier); the better of the two is "
+        "taken. The budget is never exceeded; one above the largest option counts as that. A budget of memory counts "
+        "codes as kernels hold them, 2 to 4 bits in 4 and others in 8: a model that fits on the disk need not fit "
+        "there. 4. GPTQ with the grid that was chosen for each linear.":
             "1. 对每个线性层 l 和每个选项 o（位数与组大小），由输入的二阶矩 H 算出舍入引起的输出相对变化：e(l, o) = "
-            "tr(D H Dᵀ) / tr(W H Wᵀ)。\n2. 这样的变化给模型带来多大代价：只把 l 舍入到 `PROBE_BITS` 位，测模型预测与"
-            "原始模型预测的 KL 散度 k(l)。输出变化较小时，代价与其平方成正比，所以 o 的代价为 k(l) e(l, o) / e(l, "
+            "tr(D H Dᵀ) / tr(W H Wᵀ)，只取其中 `EXAMINED` 个输出。"
+            "\n2. 这样的变化给模型带来多大代价：只把 l 舍入到 `PROBE_BITS` 位，测模型预测与原始模型预测的 KL 散度 k(l)。输出变化较小时，代价与其平方成正比，所以 o 的代价为 k(l) e(l, o) / e(l, "
             "`PROBE_BITS`)。\n3. 求总代价最小、且存储位数（含缩放系数等）不超预算的分配：这是一个多选背包问题，一面在"
             "预算的 `CELLS` 个格子上用动态规划求解，一面给每一位定价求解（拉格朗日乘子），取两者中较好的；绝不会超出"
             "预算；高于最大选项的预算按最大选项计。内存预算按算子实际保存编码的方式计算，2 至 4 位按 4 位，其余按 8 "
             "位：磁盘上放得下的模型，内存里未必放得下。\n4. 用为每个线性层选定的网格做 GPTQ。",
         "Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3. The head, "
-        "where it is chosen, is one more linear under the same budget; embeddings are not, they have 8 bits.":
-            "第 1、2 步与预算无关，结果会保留；换一个预算从第 3 步开始。输出头若被选中，就作为同一预算下的又一个线性层；词嵌入不在其中，固定为 8 位。",
+        "where it is chosen, is one more linear under the same budget; embeddings are not, they have 8 bits. One block "
+        "at a time is in memory: step 2 lets what each rounded linear makes of a text pass the blocks after it beside "
+        "the original's states.":
+            "第 1、2 步与预算无关，结果会保留；换一个预算从第 3 步开始。输出头若被选中，就作为同一预算下的又一个线性层；词嵌入不在其中，固定为 8 位。"
+            "内存中每次只有一层：第 2 步让每个被舍入的线性层对文本产生的结果，与原始模型的隐藏状态一起逐层通过后面的层。",
         # quantize/rtn
         "Round-to-nearest, the baseline that every other scheme must beat: no calibration, hardly longer than the "
         "model takes to read and write. Good at 8 bits, acceptable at 4 with small groups, poor below. With "

@@ -236,7 +236,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "phase.measuring perplexity": "Measuring perplexity", "phase.measuring accuracy": "Measuring accuracy",
         "phase.measuring divergence": "Measuring divergence", "phase.writing outputs": "Writing outputs",
         "phase.probing one block": "Probing one block",
-        "progress.blocks": "blocks", "progress.linears": "linears", "progress.linears probed": "linears probed",
+        "progress.blocks": "blocks", "progress.linears": "linears", "progress.blocks passed": "passes of blocks",
         "progress.steps": "steps", "progress.documents": "documents", "progress.batches": "batches",
         "progress.files of the teacher's answers": "files of the teacher's answers",
         "progress.files of sequences": "files of sequences", "progress.runs of blocks": "runs of blocks",

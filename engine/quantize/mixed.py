@@ -5,7 +5,7 @@ assignment is taken as the sum of the losses of its parts, and the cheapest sum 
 Better than equal bits of the same size where linears differ in how much they can bear.
 
 1.  For each linear l and option o (bits and group size), the change of its output by rounding, relative to the
-    output, from the second moments H of its inputs: e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ).
+    output, from the second moments H of its inputs: e(l, o) = tr(D H Dᵀ) / tr(W H Wᵀ), over `EXAMINED` of its outputs.
 2.  How much such a change costs the model: with only l rounded to `PROBE_BITS` bits, the KL divergence k(l) of the
     model's predictions from the original's. A small change of an output costs in proportion to its square, so
     o costs k(l) e(l, o) / e(l, probe).
@@ -17,12 +17,14 @@ Better than equal bits of the same size where linears differ in how much they ca
 4.  GPTQ with the grid that was chosen for each linear.
 
 Steps 1 and 2 do not depend on the budget. They are kept, and another budget starts at step 3. The head, where it is
-chosen, is one more linear under the same budget; embeddings are not, they have 8 bits.
+chosen, is one more linear under the same budget; embeddings are not, they have 8 bits. One block at a time is in
+memory: step 2 lets what each rounded linear makes of a text pass the blocks after it beside the original's states.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +35,7 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from engine import fit, perturbation, scores, sizes
-from engine.calibration import BlockLinear, mirror, stretches, token_rows, walk_blocks
+from engine.calibration import BlockLinear, stretches, token_rows, walk_blocks
 from engine.errors import BadParams
 from engine.headers import Shape
 from engine.methods import Context, StoredBits, Survey
@@ -55,6 +57,8 @@ LOGIT = (
     22  # bytes of a logit as it is compared: in 16 bit, in float32, its logarithm, the original's, and the divergence
 )
 HEADER, NAMED = 600, 5  # bytes at most that headers spend on a linear and its share of other tensors; times its name
+EXAMINED = 2048  # rows of a linear at most, evenly spaced, on which its options are weighed
+COLUMNS = 1024  # of its inputs' second moments that are multiplied at a time
 CELLS = 4000
 VERSION = 4  # of what is kept; raise it when steps 1 or 2 change
 
@@ -74,9 +78,9 @@ class Params(gptq.SolverParams, Beyond, Range):
         """
         if self.unit == "bits":
             return self.budget
-        return (self.budget * 2**23 - self.beside(weights, parameters, names, width)) / weights
+        return (self.budget * 2**23 - self.other_bits(weights, parameters, names, width)) / weights
 
-    def beside(self, weights: int, parameters: int, names: Collection[str], width: int) -> float:
+    def other_bits(self, weights: int, parameters: int, names: Collection[str], width: int) -> float:
         """Bits that are no codes, scales or zero points of these linears, and that a budget in MiB counts too."""
         headers = sum(HEADER + NAMED * len(name) for name in names) if self.unit == "mib" else 0
         return width * (parameters - weights) + 8 * headers
@@ -96,7 +100,7 @@ class Params(gptq.SolverParams, Beyond, Range):
         if weights and least > self.budget_bits(weights, parameters, linears, width) * weights:
             smallest = least / weights
             if self.unit != "bits":
-                smallest = (least + self.beside(weights, parameters, linears, width)) / 2**23
+                smallest = (least + self.other_bits(weights, parameters, linears, width)) / 2**23
             raise BadParams(
                 f"a budget of {self.budget:g} {UNITS[self.unit]} is below the smallest that is possible, "
                 f"{math.ceil(smallest * 1000) / 1000:g}."
@@ -134,7 +138,7 @@ class Params(gptq.SolverParams, Beyond, Range):
         found = sizes.chosen(shape, self)
         length, vocabulary = min(self.sequence_length, PROBE_LENGTH), sizes.vocabulary_size(shape)
         options = sum(
-            2.0 * len(WIDTHS) * sum(inputs % size == 0 for size in GROUP_SIZES) * outputs * inputs * inputs
+            len(WIDTHS) * sum(inputs % size == 0 for size in GROUP_SIZES) * min(outputs, EXAMINED) * inputs * inputs
             for outputs, inputs in found.values()
         )
         calibration = 6.0 * self.samples * self.sequence_length * shape.parameters
@@ -259,32 +263,36 @@ def _weighed(linear: BlockLinear, params: Params) -> JsonValue:
 
 def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, int, float, float]], float]:
     """(bits, group size, stored bits, relative error) of each option of a linear, and the error of the probe."""
-    moments = linear.hessian
-    if moments is not None:
-        mirror(moments)
+    moments, weight = linear.hessian, linear.weight
     importance = None if moments is None else moments.diagonal()
-    sizes_ = [size for size in GROUP_SIZES if linear.weight.shape[1] % size == 0]
-    found = {(bits, size): (0.0, 0.0) for size in sizes_ for bits in WIDTHS}  # stored bits, error
+    fitting = [size for size in GROUP_SIZES if weight.shape[1] % size == 0]
+    stored, errors = (dict.fromkeys(itertools.product(fitting, WIDTHS), 0.0) for _ in range(2))
     energy = 0.0
-    for rows in stretches(linear.weight, fit.SOLVED):
-        weight, dtype = linear.weight[rows].float(), linear.weight.dtype
-        energy += _energy(weight, moments)
-        for (bits, size), (stored, error) in found.items():
-            rounded = round_to_nearest(weight, params.grid(bits, size), linear.name, dtype, importance, SOLVED)
-            found[bits, size] = (
-                stored + rounded.bits_per_weight() * weight.numel(),
-                error + _energy(rounded.dequantize().float() - weight, moments),
-            )
-    probe = next(error for (bits, _), (_, error) in found.items() if bits == PROBE_BITS) / energy
-    options = [(bits, size, stored, error / energy) for (bits, size), (stored, error) in found.items()]
+    examined = weight[:: -(-weight.shape[0] // EXAMINED)]
+    for rows in stretches(examined, fit.SOLVED):
+        some = examined[rows].float()
+        energy += _energy(some, moments)
+        for size, bits in stored:
+            rounded = round_to_nearest(some, params.grid(bits, size), linear.name, weight.dtype, importance, SOLVED)
+            stored[size, bits] = rounded.bits_per_weight() * weight.numel()
+            errors[size, bits] += _energy(rounded.dequantize().float() - some, moments)
+    options = [(bits, size, stored[size, bits], errors[size, bits] / energy) for size, bits in stored]
+    probe = next(error for bits, _, _, error in options if bits == PROBE_BITS)
     return options, max(probe, 1e-30)
 
 
 def _energy(weight: Tensor, moments: Tensor | None) -> float:
-    """tr(W H Wᵀ), or |W|² where no token was seen."""
+    """tr(W H Wᵀ) by half of the product, for H lies from its diagonal to the right; |W|² where no token was seen."""
+    squares = weight.square().sum(0)  # (K,)
     if moments is None:
-        return float(weight.square().sum().clamp(min=1e-30))
-    return float(((weight @ moments) * weight).sum().clamp(min=1e-30))
+        return float(squares.sum().clamp(min=1e-30))
+    total = -(squares * moments.diagonal()).sum(dtype=torch.float64)
+    for start in range(0, len(moments), COLUMNS):
+        columns = slice(start, start + COLUMNS)
+        product = weight[:, columns] @ moments[columns, columns].triu()
+        product.addmm_(weight[:, :start], moments[:start, columns])
+        total += 2 * product.mul_(weight[:, columns]).sum(dtype=torch.float64)
+    return float(total.clamp(min=1e-30))
 
 
 def probe_costs(

@@ -204,7 +204,7 @@ def test_what_is_measured_first_takes_its_time_and_memory() -> None:
     head = 50_000 * 256
     # From a linear's block on, which is half of all blocks on average, and the head.
     calibration, read = 6 * 16 * 128 * shape.parameters, 2 * 8 * 128 * (shape.parameters + head) / 2
-    options = 2 * 6 * 3 * 256**3  # of a linear: the error of 6 widths with 3 group sizes
+    options = 6 * 3 * 256**3  # of a linear: the error of 6 widths with 3 group sizes, by half of a product
     assert survey.operations == calibration + 3 * read + 2 * options  # read as it is, and with each of two rounded
     again = methods.get("quantize/gptq").check({"samples": 16, "sequence_length": 128, "targets": "*.o_proj"})
     seconds = [pace.step_seconds(Holding(shape, 2), each, Rates()) for each in (params, again)]

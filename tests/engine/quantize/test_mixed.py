@@ -100,6 +100,31 @@ def test_the_curve_falls_and_holds_the_chosen_point() -> None:
     assert len(shown["uniform"]) == 4  # type: ignore[arg-type]
 
 
+def test_the_error_of_a_linear_is_taken_from_half_of_its_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(n, 96, generator=dice) for n in (40, 200))
+    moments = inputs.T @ inputs
+    whole = float((weight @ moments @ weight.T).trace())
+    half = moments.triu() + torch.randn(96, 96, generator=dice).tril(-1)  # what lies below the diagonal is overlooked
+    for columns in (32, 40, 1024):
+        monkeypatch.setattr(mixed, "COLUMNS", columns)
+        assert mixed._energy(weight, half) == pytest.approx(whole, rel=1e-5)
+    assert mixed._energy(weight, None) == pytest.approx(float(weight.square().sum()))
+
+
+def test_options_of_many_outputs_are_weighed_on_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = BlockLinear("up", torch.nn.Linear(64, 400))
+    inputs = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.2, 3, 64)
+    linear.hessian = inputs.T @ inputs
+    params = mixed.Params()
+    whole, _ = mixed.options_of(linear, params)
+    monkeypatch.setattr(mixed, "EXAMINED", 100)
+    some, _ = mixed.options_of(linear, params)
+    assert [each[:2] for each in some] == [each[:2] for each in whole]
+    assert [each[2] for each in some] == pytest.approx([each[2] for each in whole])
+    assert [each[3] for each in some] == pytest.approx([each[3] for each in whole], rel=0.15)
+
+
 def test_the_measurement_is_kept_for_other_budgets(
     tiny: LoadedModel, context: Context, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
