@@ -37,6 +37,8 @@ log = logging.getLogger("larger")
 STEPS: dict[str, dict[str, object]] = {
     "rtn": {"group_size": 128},
     "gptq": {"group_size": 128, "samples": 32, "sequence_length": 512},
+    "mixed": {"budget": 3.5, "samples": 32, "sequence_length": 512},
+    "bitsandbytes": {"scheme": "int8", "samples": 32, "sequence_length": 512},
 }
 
 

@@ -274,6 +274,11 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "the pattern {pattern} does not divide the {inputs} inputs of {linear}. Choose `unstructured`, "
         "or leave it out with the setting `ignore`.":
             "模式 {pattern} 不能整除 {linear} 的 {inputs} 个输入。请选择 `unstructured`，或用 `ignore` 设置排除它。",
+        "a sparsity of {sparsity} leaves none of {count} weights of {linear} that are ranked together. "
+        "Keep one at least: {most} or less.":
+            "稀疏度 {sparsity} 会使 {linear} 中一起排序的 {count} 个权重一个不留。请至少保留一个：不超过 {most}。",
+        "{model} teaches already: the original does, and each other teacher once.":
+            "{model} 已经在任教：原始模型本身就是教师，其他教师也各只算一次。",
         "The embeddings of this family are a {kind}; they can only stay as they are.": "该系列的词嵌入是 {kind}；只能保持不变。",
         "{scheme} needs inputs divisible by 64 and outputs by 32; {linear} has {inputs} and {outputs}. "
         "Use int8, or leave it out with ignore.":

@@ -77,10 +77,15 @@ class TeacherParams(BesideParams):
         return {**super().renamed(rename), **found}
 
     def check_models(self, origin: Origin) -> None:
-        """Refuse teachers that are no models, or speak of other tokens."""
+        """Refuse teachers that are no models, speak of other tokens, or would count twice in the mean."""
         super().check_models(origin)
+        known = [origin.folder or origin.name]
         for each in self.others():
-            _check_beside(origin, self.origin(each))
+            other = self.origin(each)
+            _check_beside(origin, other)
+            if (other.folder or other.name) in known:
+                raise BadParams(f"{short(each)} teaches already: the original does, and each other teacher once.")
+            known.append(other.folder or other.name)
 
     def beside(self) -> Sequence[headers.Shape]:
         """The other teachers."""

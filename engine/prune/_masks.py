@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from engine.errors import BadParams
 from engine.fields import With
 from engine.headers import Shape
 from engine.methods import Params, Selection
@@ -49,8 +51,20 @@ class SparsityParams(Selection):
         return [*said, "No smaller and no faster here: the zeros stay dense."]
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:
-        """Refuse a pattern that does not divide a linear's inputs."""
+        """Refuse a pattern that does not divide a linear's inputs, and zeros that would be all of it."""
         check_pattern(self.pattern, linears)
+        for name, (outputs, inputs) in linears.items() if self.pattern == "unstructured" else ():
+            ranked = self.ranked(outputs, inputs)
+            if round(self.sparsity * ranked) == ranked:
+                most = math.floor(1e4 * (1 - 1 / ranked)) / 1e4
+                raise BadParams(
+                    f"a sparsity of {self.sparsity:g} leaves none of {ranked:,} weights of {name} that are ranked "
+                    f"together. Keep one at least: {most:g} or less."
+                )
+
+    def ranked(self, outputs: int, inputs: int) -> int:
+        """How many weights of a linear (out, in) are ranked together, of which the smallest go."""
+        return outputs * inputs
 
 
 def note_pruned(model: LoadedModel, name: str, params: SparsityParams) -> None:

@@ -38,6 +38,10 @@ class Params(SparsityParams, Observed):
         "original's, which are kept for other ratios.",
     )
 
+    def ranked(self, outputs: int, inputs: int) -> int:
+        """Those of a row."""
+        return inputs
+
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Prune the linears of every block, each row to the same sparsity."""

@@ -193,6 +193,13 @@ def test_formats_of_our_own_are_none_of_a_librarys(tiny_folder: Maker, step: dic
     assert words in refuse(recipe(tiny_folder(), step, "quantize/bitsandbytes"))
 
 
+def test_a_teacher_counts_once(tiny_folder: Maker) -> None:
+    other = tiny_folder()
+    for teachers in ("demo", f"'{other}' '{other}'"):
+        step = {"distill/logits": {"teachers": teachers}}
+        assert "teaches already: the original does" in refuse(recipe("demo", step))
+
+
 def test_the_kv_cache_comes_last_once(tiny_folder: Maker) -> None:
     step, folder = {"quantize/kv_cache": {"group_size": 16}}, tiny_folder()
     preflight.check(recipe(folder, {"quantize/rtn": {"group_size": 32}}, step))

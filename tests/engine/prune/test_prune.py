@@ -1,5 +1,6 @@
 """Masks and scores: exact counts, a slow loop for Wanda, correlated inputs."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -168,3 +169,13 @@ def test_ties_at_the_threshold_go_in_order(context: Context) -> None:
     zeros = [float((model.network.get_submodule(name).weight == 0).float().mean()) for name in names]
     assert zeros[:7] == [1.0] * 7
     assert zeros[7:] == [0.0] * 7
+
+
+@pytest.mark.parametrize(("params", "ranked"), [(wanda.Params, 256), (magnitude.Params, 128 * 256)])
+def test_zeros_that_would_be_all_weights_are_refused_before_work(params: type[SparsityParams], ranked: int) -> None:
+    linears = {"up": (128, 256)}
+    with pytest.raises(BadParams, match=rf"leaves none of {ranked:,} weights of up .* Keep one at least: 0\.99\d* or"):
+        params(sparsity=0.99999).check_model(linears, 1)
+    most = math.floor(1e4 * (1 - 1 / ranked)) / 1e4
+    params(sparsity=most).check_model(linears, 1)
+    params(sparsity=0.99999, pattern="2:4").check_model(linears, 1)  # which is half
