@@ -65,11 +65,13 @@ class Survey:
     """What a step measures of a whole model before it changes anything, in floating-point operations, and its bytes.
 
     weighing: bytes beside a block and its statistics; reading: those beside a block, or what predicts, alone, later.
+    units: of progress that it reports which do not grow with blocks as walks do, how many there are of each.
     """
 
     operations: float
     weighing: int
     reading: int
+    units: Mapping[str, float]
 
 
 class Params(BaseModel):

@@ -8,6 +8,7 @@ once. As many changes are followed at a time as `HELD` bytes of states allow, th
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from engine.methods import Context
 from engine.models import LoadedModel, blocks, head
 
 Change = Callable[[str, Tensor], Tensor]  # of a linear's name and some rows (n, K) of its weight, rows to take instead
+PASSES, PREDICTIONS = "passes of blocks", "rows predicted"  # units of progress
 States = list[Tensor]  # (B, T, hidden), batch by batch
 
 
@@ -41,7 +43,18 @@ def divergences(
     own = [flow.states[batch] for batch in range(len(flow.states))]
     most = max(1, HELD // sum(states.nbytes for states in own))
     waves = _waves([len(each) for each in inside], most)
-    done, passes = 0, sum(len(modules) - wave.start for wave in waves)
+    behind_each = [len(modules) - number for number in range(len(stations))]
+    done, passes = 0, sum(map(operator.mul, behind_each, map(len, inside))) + sum(behind_each[w.start] for w in waves)
+
+    def passed(module: nn.Module, states: States, calls: Sequence[Call]) -> States:
+        nonlocal done
+        context.check_cancelled()
+        found = [run_block(module, batch, call) for batch, call in zip(states, calls, strict=True)]
+        done += 1
+        context.progress(done, passes, PASSES)
+        return found
+
+    context.progress(0, passes, PASSES)
     for wave in waves:
         entered, streams = own, dict[str, States]()
         for number, module in list(enumerate(modules))[wave.start :]:
@@ -49,17 +62,13 @@ def divergences(
             with model.opened(stations[number]):
                 model.prefetch(stations[number + 1])
                 for name, states in streams.items():
-                    context.check_cancelled()
-                    streams[name] = _through(module, states, calls)
+                    streams[name] = passed(module, states, calls)
                 for name in inside[number] if number in wave else ():
-                    context.check_cancelled()
                     with _changed(model, name, change):
-                        streams[name] = _through(module, entered, calls)
-                entered = _through(module, entered, calls)
+                        streams[name] = passed(module, entered, calls)
+                entered = passed(module, entered, calls)
             if number + 1 == wave.stop:
                 own = entered  # what enters the next wave
-            done += 1
-            context.progress(done, passes, "blocks passed")
         yield from _compared(model, flow, entered, streams, inside[-1] if len(modules) in wave else (), change, context)
 
 
@@ -72,10 +81,6 @@ def _waves(counts: Sequence[int], most: int) -> list[range]:
             start, held = number, 0
         held += count
     return [*found, range(start, len(counts))]
-
-
-def _through(module: nn.Module, states: States, calls: Sequence[Call]) -> States:
-    return [run_block(module, batch, call) for batch, call in zip(states, calls, strict=True)]
 
 
 @contextlib.contextmanager
@@ -97,6 +102,8 @@ def _compared(
 ) -> Iterator[tuple[str, float]]:  # fmt: skip
     """The divergence of each stream's predictions, and of a changed head's; of one row at a time, for the logits."""
     sums = dict.fromkeys([*streams, *heads], 0.0)
+    done, each, rows = 0, len(sums) + 1, sum(map(len, flow.ids))
+    context.progress(0, rows * each, PREDICTIONS)
     with model.lingering():
         for batch, ids in enumerate(flow.ids):
             for row in range(len(ids)):
@@ -113,5 +120,7 @@ def _compared(
                     with _changed(model, name, change) if name in heads else contextlib.nullcontext():
                         mine = predict(streams.get(name, own))
                     sums[name] += float(kl_div(mine, known, reduction="sum", log_target=True))
+                done += each
+                context.progress(done, rows * each, PREDICTIONS)
     tokens = sum(ids.numel() for ids in flow.ids)
     yield from ((name, total / tokens) for name, total in sums.items())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,18 +29,28 @@ from engine.sizes import Holding
 class Clock:
     """Stands in a run's event stream's place and adds up what walks spent in the first block: some methods take two.
 
-    What comes behind the blocks, as the head does, is no block.
+    What comes behind the blocks, as the head does, is no block. units: other units of progress that are to be timed.
     """
 
-    def __init__(self) -> None:
-        self.began, self.spent = time.monotonic(), 0.0
+    def __init__(self, units: Collection[str] = ()) -> None:
+        self.began, self.start, self.block = time.monotonic(), time.monotonic(), 0.0
+        self.units = dict.fromkeys(units, (0.0, 0))  # seconds, and how many were done
 
     def __call__(self, kind: EventKind, data: dict[str, JsonValue]) -> None:
-        if kind == "progress" and data["unit"] == "blocks":
-            now = time.monotonic()
-            if data["done"] == 1:
-                self.spent += now - self.began
-            self.began = now
+        if kind != "progress" or (unit := str(data["unit"])) not in ("blocks", *self.units):
+            return
+        now, done = time.monotonic(), headers.integer(data["done"])
+        if unit != "blocks":
+            self.units[unit] = (self.units[unit][0] + (now - self.began) * (done > 0), done)
+        elif done == 1:
+            self.block += now - self.began
+        self.began = now
+
+    def total(self, count: int, units: Mapping[str, float]) -> float:
+        """Seconds for `count` blocks and so many of each unit."""
+        once = time.monotonic() - self.start - self.block - sum(seconds for seconds, _ in self.units.values())
+        others = sum(seconds / max(done, 1) * units[unit] for unit, (seconds, done) in self.units.items())
+        return once + count * self.block + others
 
 
 def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
@@ -60,12 +70,13 @@ def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
     held = Holding(headers.inspect(source), model.network.dtype.itemsize)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for number, ((method, params), own) in enumerate(zip(steps, probed, strict=True)):
-            clock, start = Clock(), time.monotonic()
+            survey = params.survey(held.shape, held.width)
+            units = {} if survey is None else survey.units
+            clock = Clock(units)
             text = preflight.calibration_file(recipe.calibration)
             kept = Path(folder) / str(number)
             model = method.apply(model, own, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
-            once = time.monotonic() - start - clock.spent
-            took = once + count * clock.spent
+            took = clock.total(count, units)
             rates[method.name] = took / pace.step_seconds(held, params, Rates())
             held = held.after(params)
             seconds += took

@@ -57,7 +57,7 @@ LOGIT = (
     22  # bytes of a logit as it is compared: in 16 bit, in float32, its logarithm, the original's, and the divergence
 )
 HEADER, NAMED = 600, 5  # bytes at most that headers spend on a linear and its share of other tensors; times its name
-EXAMINED = 2048  # rows of a linear at most, evenly spaced, on which its options are weighed
+EXAMINED = 1024  # outputs of a linear at most, evenly spaced, on which its options are weighed
 COLUMNS = 1024  # of its inputs' second moments that are multiplied at a time
 CELLS = 4000
 VERSION = 4  # of what is kept; raise it when steps 1 or 2 change
@@ -142,13 +142,17 @@ class Params(gptq.SolverParams, Beyond, Range):
             for outputs, inputs in found.values()
         )
         calibration = 6.0 * self.samples * self.sequence_length * shape.parameters
-        passed = (shape.parameters - vocabulary * sizes.hidden_size(shape.config)) / 2  # from its block on, on average
-        reading = 2.0 * PROBE_ROWS * length * (1 + len(found)) * (passed + vocabulary * sizes.hidden_size(shape.config))
+        blocks_, head_ = sizes.blocks_of(shape.config), vocabulary * sizes.hidden_size(shape.config)
+        passes = len(found) * (blocks_ + 1) / 2 + blocks_  # of a change all blocks from its own on, half on average
+        passed = passes * (shape.parameters - head_) / blocks_ + (len(found) + 1) * head_
+        reading = 2.0 * PROBE_ROWS * length * passed
         largest = max((outputs * inputs for outputs, inputs in found.values()), default=0)
         weighing = WEIGHED * min(fit.SOLVED, largest)
         states = width * PROBE_ROWS * length * sizes.hidden_size(shape.config)
         streams = min(fit.HELD, len(found) * states) + 3 * states
-        return Survey(calibration + options + reading, weighing, streams + LOGIT * length * vocabulary + weighing)
+        beside = streams + LOGIT * length * vocabulary + weighing
+        units = {perturbation.PASSES: passes, perturbation.PREDICTIONS: PROBE_ROWS * (len(found) + 1)}
+        return Survey(calibration + options + reading, weighing, beside, units)
 
     def width(self, bits: Bits) -> int:
         """Bits of a code as the budget counts them."""

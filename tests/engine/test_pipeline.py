@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import artifacts, fit, models, pipeline, probe, verify
+from engine import artifacts, fit, headers, methods, models, pipeline, probe, verify
 from engine.errors import BadArtifact, Cancelled, InputError, RunError, TooBig
 from engine.fit import Estimate, Need
 from engine.quantize import rtn
@@ -174,6 +174,38 @@ def test_a_probe_works_on_the_first_block_alone(
     assert len(placed) == 7
     ((kind, data),) = recorder.said  # made at 0, started at 5, blocks from 10, one until 15, the end at 20
     assert (kind, data["seconds"]) == ("estimate", (15 - 5) + 3 * 5)
+
+
+def test_a_probe_counts_work_that_grows_with_the_square_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0, 0, 10, 17, 20, 22, 24, 25, 30])
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: float(next(times))))
+    clock = probe.Clock({"passes"})
+    for unit, done in (("blocks", 0), ("linears", 5), ("blocks", 1), ("passes", 0), ("passes", 1), ("passes", 2)):
+        clock("progress", {"unit": unit, "done": done, "total": 9})
+    clock("progress", {"unit": "blocks", "done": 2, "total": 9})  # the head
+    # A block took 7, a pass 2; the rest of 30 comes once.
+    assert clock.total(3, {"passes": 100}) == (30 - 7 - 4) + 3 * 7 + 100 * 2
+
+
+@pytest.mark.parametrize("name", ["quantize/mixed", "quantize/gptq"])
+def test_what_a_method_times_apart_is_what_it_reports(
+    name: str, tiny_folder: Maker, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks: list[probe.Clock] = []
+    kept = probe.Clock.total
+    monkeypatch.setattr(probe.Clock, "total", lambda clock, *rest: (clocks.append(clock), kept(clock, *rest))[1])
+    step = {name: {"samples": 4, "sequence_length": 32}}
+    folder = tiny_folder()
+    probe.probe(recipe(folder, step), folder, "cpu", recorder)
+    survey = methods.get(name).params().survey(headers.inspect(folder), 2)
+    (clock,) = clocks
+    assert clock.block > 0
+    assert clock.units.keys() == (set() if survey is None else survey.units.keys())
+    # Seven linears of a block: what each makes passes one, and the text as it is; each of eight rows is predicted.
+    assert {unit: done for unit, (_, done) in clock.units.items()} == (
+        {} if survey is None else {"passes of blocks": 8, "rows predicted": 8 * 8}
+    )
+    assert all(seconds > 0 for seconds, _ in clock.units.values())
 
 
 @pytest.mark.parametrize(
