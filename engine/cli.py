@@ -30,9 +30,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, Self
 
+import psutil
 from pydantic import JsonValue, ValidationError
 
-from engine import advising, doctor, export, fields, figures, headers, methods, preflight, rescue
+from engine import advising, attempts, doctor, export, fields, figures, headers, methods, preflight, rescue
 from engine.assumptions import Assumptions
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, UnknownName, short
 from engine.hub import Hub
@@ -233,13 +234,26 @@ def list_methods(options: argparse.Namespace, supervisor: Callable[[Path], Super
 def list_runs(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`runs`: the newest runs."""
     path = _home(options) / "maquette.db"
-    runs = Store(path, read_only=True).runs() if path.exists() else []
+    stored = Store(path, read_only=True).runs() if path.exists() else []
+    runs = [_as_it_is(path.parent, run) for run in stored]
     if options.json:
         _json({"runs": [_described(run) for run in runs]})
     else:
         day = "%Y-%m-%d %H:%M"
         _table([[r.id, r.status, time.strftime(day, time.localtime(r.created)), r.recipe.title()] for r in runs])
     return 0
+
+
+def _as_it_is(home: Path, run: Run) -> Run:
+    """A run with the status that it has: one whose processes were all killed says `running` until the next start."""
+    folder = attempts.attempt_folder(home, run.id, run.attempt)
+    pid = attempts.read_pid(folder)
+    if run.status is not Status.RUNNING or pid is None or psutil.pid_exists(pid):
+        return run
+    said = [event.data for event in attempts.EventReader(folder).read() if event.kind == "finished"]
+    noted = attempts.read_ending(folder)
+    said += [] if noted is None else [noted.data]
+    return run.model_copy(update={"status": Status(str(said[0]["status"])) if said else Status.INTERRUPTED})
 
 
 def compare(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:

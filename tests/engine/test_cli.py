@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import JsonValue
 
-from engine import cli, doctor, export, pipeline, preflight
+from engine import attempts, cli, doctor, export, pipeline, preflight
 from engine.errors import Diverged, OutOfMemory
 from engine.methods import Emit
 from engine.presets import PRESETS
@@ -253,6 +253,25 @@ def test_a_folder_that_is_in_use(call, tmp_path: Path) -> None:
     assert code == 1
     assert "--home" in err[0]
     assert json.loads(out[-1])["status"] == "failed"
+
+
+@pytest.mark.parametrize(("ended", "shown"), [("", "interrupted"), ("succeeded", "succeeded")])
+def test_a_run_whose_processes_were_all_killed_is_not_running(call, tmp_path: Path, ended: str, shown: str) -> None:
+    home = tmp_path / "home"
+    with Store(home / "maquette.db") as store, subprocess.Popen(["true"]) as process:
+        run = store.begin_attempt(store.add_run(Recipe()).id)
+        attempts.prepare(home, run.id, run.attempt, {})
+        folder = attempts.attempt_folder(home, run.id, run.attempt)
+        (folder / "lock").write_text(f"{os.getpid()}\n")
+        assert json.loads(call("runs", "--json")[1][-1])["runs"][0]["status"] == "running"
+        process.wait()
+        (folder / "lock").write_text(f"{process.pid}\n")
+        if ended:  # a worker's own word that nobody carried on
+            writer = attempts.EventWriter(folder, run.id, run.attempt)
+            writer.emit("finished", {"status": ended, "reason": ""})
+            writer.close()
+    assert json.loads(call("runs", "--json")[1][-1])["runs"][0]["status"] == shown
+    assert shown in call("runs")[1][0]
 
 
 def test_compare(call) -> None:
