@@ -16,11 +16,7 @@ namespace {
 constexpr int TILE = 8;  // rows of x at a time; loops over them are unrolled, else g++ keeps the sums in memory
 
 // One matrix and `M` rows of x: everything that a block of 16 rows of W needs.
-struct Task {
-    const Matrix* w = nullptr;
-    const bf16* x = nullptr;
-    bf16* out = nullptr;
-    long stride = 0;  // of out
+struct Task : Product {
     Inputs own;
     const Inputs* inputs = nullptr;  // its own, or another task's
     Bytes bytes;
@@ -44,7 +40,7 @@ template <int M> void run(const Task& task, long block) {
 constexpr int STRETCH = 16 * VECTORS, SIDE_BY_SIDE = 4;  // rows of a turned W at a time, and of x: sums in registers
 
 // M rows of x, as float32, times the rows of a turned W from `start` on.
-template <int M> void run_turned(const Matrix& w, long start, const float* x, bf16* out) {
+template <int M> void run_turned(const Matrix& w, long start, const float* x, bf16* out, long stride) {
     const bf16* from = (const bf16*)w.weight + start;
     Lanes masks[VECTORS];
     Floats sums[M][VECTORS];
@@ -63,12 +59,14 @@ template <int M> void run_turned(const Matrix& w, long start, const float* x, bf
         }
     }
     for (int i = 0; i < M; ++i)
-        for (int j = 0; j < VECTORS; ++j) store(out + i * long(w.rows) + start + 16 * j, sums[i][j], masks[j]);
+        for (int j = 0; j < VECTORS; ++j) store(out + i * stride + start + 16 * j, sums[i][j], masks[j]);
 }
 
 // Sums are float32; each thread goes down stretches of W's rows, from column to column.
-void multiply_turned(const Matrix& w, const bf16* x, int m, bf16* out, int most) {
-    constexpr void (*RUNS[])(const Matrix&, long, const float*, bf16*) = {
+void multiply_turned(const Product& product, int most) {
+    const auto& [matrix, x, m, out, stride] = product;
+    const Matrix& w = *matrix;
+    constexpr void (*RUNS[])(const Matrix&, long, const float*, bf16*, long) = {
         nullptr, run_turned<1>, run_turned<2>, run_turned<3>, run_turned<4>,
     };
     const long numbers = long(m) * w.columns, stretches = (w.rows + STRETCH - 1) / STRETCH;
@@ -77,48 +75,71 @@ void multiply_turned(const Matrix& w, const bf16* x, int m, bf16* out, int most)
     const int threads = int(std::min<long>(most, 1 + numbers * w.rows / ENOUGH));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long stretch = 0; stretch < stretches; ++stretch)
-        for (int i = 0; i < m; i += SIDE_BY_SIDE)
-            RUNS[std::min(SIDE_BY_SIDE, m - i)](
-                w, stretch * STRETCH, &wide[size_t(i) * w.columns], out + long(i) * w.rows
+        for (int i = 0; i < product.m; i += SIDE_BY_SIDE)
+            RUNS[std::min(SIDE_BY_SIDE, product.m - i)](
+                *product.w, stretch * STRETCH, &wide[size_t(i) * product.w->columns], product.out + i * product.stride,
+                product.stride
             );
 }
 
 using Run = void (*)(const Task&, long);
 constexpr Run RUNS[TILE + 1] = {nullptr, run<1>, run<2>, run<3>, run<4>, run<5>, run<6>, run<7>, run<8>};
 
-}  // namespace
+int tiles_of(int m) { return (m + TILE - 1) / TILE; }
 
-void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
-    if (m == 0) return;
-    if (matrices->kind == Matrix::TURNED) return multiply_turned(*matrices, x, m, out, threads);
-#ifdef __AMX_TILE__
-    if (multiply_tile(matrices, count, x, m, out, threads)) return;
-#endif
-    const int tiles = (m + TILE - 1) / TILE;
-    const auto first = [m, tiles](int tile) { return int(long(tile) * m / tiles); };  // row of x
-    const Blocks blocks(matrices, count, m, threads);
-    std::vector<Task> tasks(size_t(tiles) * count);  // (tiles of x, matrices)
-#pragma omp parallel for num_threads(std::min(blocks.threads, tiles)) schedule(static)
-    for (int tile = 0; tile < tiles; ++tile) {
-        const int start = first(tile), rows = first(tile + 1) - start;
-        Task* const here = &tasks[size_t(tile) * count];
-        for (int i = 0, at = 0; i < count; at += matrices[i++].rows) {
-            const Matrix& w = matrices[i];
-            Task& task = here[i];
-            task.w = &w, task.x = x + long(start) * w.columns;
-            task.out = out + start * blocks.stride + at, task.stride = blocks.stride;
-            if (w.kind == Matrix::INT8_INT8) task.bytes = encode(w, task.x, rows, 1);
-            for (int j = 0; j < i && !task.inputs; ++j)
-                if (same_inputs(w, matrices[j])) task.inputs = here[j].inputs;
-            if (task.inputs) continue;
-            if (w.kind != Matrix::INT8_INT8) task.own = arrange(w, task.x, rows);
-            task.inputs = &task.own;
+void multiply_rows(const Product* products, int count, int threads) {
+    const Blocks blocks(products, count, threads);
+    std::vector<int> starts{0};  // of each product's tasks
+    std::vector<int> own;        // tasks that read x themselves
+    std::vector<Task> tasks;
+    for (int i = 0; i < count; ++i) starts.push_back(starts.back() + tiles_of(products[i].m));
+    tasks.reserve(starts.back());
+    for (int i = 0; i < count; ++i) {
+        const auto [w, x, m, out, stride] = products[i];
+        const int tiles = tiles_of(m), first = like(products, i);
+        for (int tile = 0; tile < tiles; ++tile) {
+            const int start = int(long(tile) * m / tiles), end = int(long(tile + 1) * m / tiles);  // rows of x
+            if (first == i) own.push_back(int(tasks.size()));
+            Task& task = tasks.emplace_back();
+            static_cast<Product&>(task) = {w, x + long(start) * w->columns, end - start, out + start * stride, stride};
+            task.inputs = &tasks[starts[first] + tile].own;
         }
     }
-#pragma omp parallel for num_threads(blocks.threads) schedule(dynamic, blocks.turn)
-    for (long unit = 0; unit < blocks.all; ++unit) {
-        const auto [i, block, at] = blocks.find(unit);
-        for (int tile = 0; tile < tiles; ++tile)
-            RUNS[first(tile + 1) - first(tile)](tasks[size_t(tile) * count + i], block);
+#pragma omp parallel for num_threads(std::min<int>(blocks.threads, own.size())) schedule(static)
+    for (size_t i = 0; i < own.size(); ++i) {
+        Task& task = tasks[own[i]];
+        if (task.w->kind == Matrix::INT8_INT8) task.bytes = encode(*task.w, task.x, task.m, 1);
+        else task.own = arrange(*task.w, task.x, task.m);
     }
+#pragma omp parallel for num_threads(blocks.threads) schedule(dynamic, blocks.turn)
+    for (long unit = 0; unit < blocks.ends.back(); ++unit) {
+        const auto [product, block] = blocks.find(unit);
+        for (int i = starts[product]; i < starts[product + 1]; ++i) RUNS[tasks[i].m](tasks[i], block);
+    }
+}
+
+}  // namespace
+
+void multiply(const Product* products, int count, int threads) {
+    std::vector<Product> tiles, vectors;
+    for (const Product* product = products; product < products + count; ++product) {
+        if (product->m == 0) continue;
+        if (product->w->kind == Matrix::TURNED) multiply_turned(*product, threads);
+#ifdef __AMX_TILE__
+        else if (fits_tile(*product)) tiles.push_back(*product);
+#endif
+        else vectors.push_back(*product);
+    }
+#ifdef __AMX_TILE__
+    if (!tiles.empty()) multiply_tiles(tiles.data(), int(tiles.size()), threads);
+#endif
+    if (!vectors.empty()) multiply_rows(vectors.data(), int(vectors.size()), threads);
+}
+
+void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
+    std::vector<Product> products(count);
+    long stride = 0;
+    for (int i = 0; i < count; ++i) stride += matrices[i].rows;
+    for (int i = 0; i < count; out += matrices[i++].rows) products[i] = {matrices + i, x, m, out, stride};
+    multiply(products.data(), count, threads);
 }

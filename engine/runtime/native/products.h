@@ -1,6 +1,7 @@
 // Products of a few or many rows of bfloat16 activations with a weight in one of five layouts.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "vectors.h"
 
@@ -32,32 +33,52 @@ inline bool same_inputs(const Matrix& a, const Matrix& b) {
     return a.kind == b.kind && a.group == b.group && !a.zero == !b.zero;
 }
 
-// The blocks of all matrices in a row, and how threads take them: by turns, for cores are not equally fast.
+// Rows of x times one matrix.
+struct Product {
+    const Matrix* w;
+    const bf16* x;  // (m, columns)
+    int m;
+    bf16* out;      // m rows of the matrix's many
+    long stride;    // from one of these to the next
+};
+
+// The first product up to number `i` that reads the same rows in the same order. Those of INT8_INT8 read for themselves.
+inline int like(const Product* products, int i) {
+    const auto& [w, x, m, out, stride] = products[i];
+    for (int j = 0; j < i && w->kind != Matrix::INT8_INT8; ++j)
+        if (products[j].x == x && products[j].m == m && same_inputs(*products[j].w, *w)) return j;
+    return i;
+}
+
+// The blocks of all products in a row, and how threads take them: by turns, for cores are not equally fast.
 struct Blocks {
-    const Matrix* matrices;
-    long stride = 0, all = 0;  // of the output; blocks
+    std::vector<long> ends;  // how many blocks the products have up to each
     int threads;
     long turn;
 
-    Blocks(const Matrix* matrices, int count, int m, int most) : matrices(matrices) {
-        for (int i = 0; i < count; ++i) stride += matrices[i].rows, all += blocks(matrices[i]);
-        threads = int(std::min<long>(most, 1 + m * stride * matrices[0].columns / ENOUGH));
+    Blocks(const Product* products, int count, int most) : ends(count) {
+        long all = 0, work = 0;
+        for (int i = 0; i < count; ++i) {
+            const auto& [w, x, m, out, stride] = products[i];
+            ends[i] = all += blocks(*w);
+            work += long(m) * w->rows * w->columns;
+        }
+        threads = int(std::min<long>(most, 1 + work / ENOUGH));
         turn = std::max(1L, all / (threads * 16L));
     }
 
     struct Place {
-        int matrix;
-        long block, at;  // at: the matrix's first output
+        int product;
+        long block;
     };
     Place find(long unit) const {
-        Place place{0, unit, 0};
-        for (; place.block >= blocks(matrices[place.matrix]); ++place.matrix) {
-            place.block -= blocks(matrices[place.matrix]);
-            place.at += matrices[place.matrix].rows;
-        }
-        return place;
+        const long i = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
+        return {int(i), i ? unit - ends[i - 1] : unit};
     }
 };
+
+// All products, of few rows each; those of the same x read it once.
+void multiply(const Product* products, int count, int threads);
 
 // out (M, sum of rows) = x (M, columns) times all `count` matrices, which read the same x. For few rows.
 void multiply(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads);

@@ -12,13 +12,12 @@
 
 namespace {
 
-// One matrix and what its blocks read of x.
-struct Task {
-    const Matrix* w = nullptr;
-    Lines x;                  // a row of tiles; row by row or, where W is stored so, turned
+// One product and what its blocks read of x.
+struct Task : Product {
+    Lines lines;                // a row of tiles; row by row or, where W is stored so, turned
     std::vector<float> sums;  // (groups, 16), for zero points; nothing where there are none
     Bytes bytes;
-    int like = -1;  // the task that reads the same x
+    int like = 0;  // the task that reads x for it
 };
 
 bool packed(const Matrix& w) { return w.kind == Matrix::INT4 || w.kind == Matrix::INT8; }
@@ -30,14 +29,15 @@ void turn(Line* tile) {
     for (int i = 0; i < SIDE; ++i) _mm512_store_si512(tile + i, square[i]);
 }
 
-void read(Task& task, const bf16* x, int m) {
-    const Matrix& w = *task.w;
+void read(Task& task) {
+    const auto& [matrix, x, m, out, stride] = static_cast<const Product&>(task);
+    const Matrix& w = *matrix;
     const bool integers = w.kind == Matrix::INT8_INT8;
     const long bytes = long(w.columns) * (integers ? 1 : 2);
     if (integers) task.bytes = encode(w, x, m, 1);
-    task.x = tiles_of(integers ? (const void*)task.bytes.codes.data() : x, m, bytes, 1, upward(bytes, 64), 1);
+    task.lines = tiles_of(integers ? (const void*)task.bytes.codes.data() : x, m, bytes, 1, upward(bytes, 64), 1);
     if (!packed(w))
-        for (long k = 0; k < upward(bytes, 64); ++k) turn(&task.x[k * SIDE]);
+        for (long k = 0; k < upward(bytes, 64); ++k) turn(&task.lines[k * SIDE]);
     if (w.zero) {
         task.sums.resize(size_t(w.columns / w.group) * SIDE);
         for (int i = 0; i < m; ++i)
@@ -117,19 +117,20 @@ template <bool INTEGERS> void plain_block(const Matrix& w, long block, const Lin
     transpose(sums);
 }
 
-void run(const Task& task, const Task& inputs, long block, int m, bf16* out, long stride) {
-    const Matrix& w = *task.w;
+void run(const Task& task, const Task& inputs, long block) {
+    const auto& [matrix, x, m, out, stride] = static_cast<const Product&>(task);
+    const Matrix& w = *matrix;
     const __mmask16 mask = lanes(w.rows - block * ROWS);
     Floats totals[SIDE];
     alignas(64) __m512i sums[SIDE];
-    if (w.kind == Matrix::INT4) packed_block<Matrix::INT4>(w, block, inputs.x.get(), inputs.sums.data(), m, totals);
-    if (w.kind == Matrix::INT8) packed_block<Matrix::INT8>(w, block, inputs.x.get(), inputs.sums.data(), m, totals);
+    if (w.kind == Matrix::INT4) packed_block<Matrix::INT4>(w, block, inputs.lines.get(), inputs.sums.data(), m, totals);
+    if (w.kind == Matrix::INT8) packed_block<Matrix::INT8>(w, block, inputs.lines.get(), inputs.sums.data(), m, totals);
     if (w.kind == Matrix::DENSE) {
-        plain_block<false>(w, block, inputs.x.get(), sums);
+        plain_block<false>(w, block, inputs.lines.get(), sums);
         for (int i = 0; i < m; ++i) totals[i] = _mm512_castsi512_ps(sums[i]);
     }
     if (w.kind == Matrix::INT8_INT8) {
-        plain_block<true>(w, block, inputs.x.get(), sums);
+        plain_block<true>(w, block, inputs.lines.get(), sums);
         const __m512i shift = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, w.sums + block * ROWS), 7);
         const __m512 scale = load(w.scale + block * ROWS, mask);
         for (int i = 0; i < m; ++i)
@@ -141,27 +142,32 @@ void run(const Task& task, const Task& inputs, long block, int m, bf16* out, lon
 
 }  // namespace
 
-bool multiply_tile(const Matrix* matrices, int count, const bf16* x, int m, bf16* out, int threads) {
-    if (m < FEWEST || m > SIDE) return false;
+bool fits_tile(const Product& product) {
+    return product.m >= FEWEST && product.m <= SIDE && !(packed(*product.w) && product.w->group % 32);
+}
+
+void multiply_tiles(const Product* products, int count, int threads) {
+    const Blocks blocks(products, count, threads);
     std::vector<Task> tasks(count);
+    std::vector<int> own;  // tasks that read x themselves
+    int most = 0;
     for (int i = 0; i < count; ++i) {
-        const Matrix& w = matrices[i];
-        if (packed(w) && w.group % 32) return false;
-        tasks[i].w = &w;
-        for (int j = 0; j < i && tasks[i].like < 0 && w.kind != Matrix::INT8_INT8; ++j)
-            if (same_inputs(w, matrices[j])) tasks[i].like = j;
-        if (tasks[i].like < 0) read(tasks[i], x, m);
+        Task& task = tasks[i];
+        static_cast<Product&>(task) = products[i];
+        most = std::max(most, task.m);
+        task.like = like(products, i);
+        if (task.like == i) own.push_back(i);
     }
-    const Blocks blocks(matrices, count, m, threads);
+#pragma omp parallel for num_threads(std::min<int>(blocks.threads, own.size())) schedule(static)
+    for (size_t i = 0; i < own.size(); ++i) read(tasks[own[i]]);
 #pragma omp parallel num_threads(blocks.threads)
     {
-        const Tiles here(m);
+        const Tiles here(most);
 #pragma omp for schedule(dynamic, blocks.turn)
-        for (long unit = 0; unit < blocks.all; ++unit) {
-            const auto [i, block, at] = blocks.find(unit);
+        for (long unit = 0; unit < blocks.ends.back(); ++unit) {
+            const auto [i, block] = blocks.find(unit);
             const Task& task = tasks[i];
-            run(task, task.like < 0 ? task : tasks[task.like], block, m, out + at, blocks.stride);
+            run(task, tasks[task.like], block);
         }
     }
-    return true;
 }
