@@ -124,6 +124,32 @@ class PlainMlp:
         return self.down(self.activate(self.up(x)))
 
 
+ROUTERS = ("MixtralTopKRouter", "OlmoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter")
+
+
+@dataclass(frozen=True)
+class Router:
+    """What a family's router computes: for each token the likeliest of a softmax over x W^T, and how likely they are.
+
+    weight: (experts, hidden). chosen: how many a token goes to. normed: their odds are made to add up to one; rounded:
+    they are as wide as x, not float32. The softmax is float32, the product as wide as x.
+    """
+
+    weight: Tensor
+    chosen: int
+    normed: bool
+    rounded: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self | None:
+        """Of one of the families'; None where it is no such one, or something hooks in."""
+        if type(module).__name__ not in ROUTERS or module._forward_pre_hooks or module._forward_hooks:
+            return None
+        always = type(module).__name__ == "MixtralTopKRouter"
+        chosen, normed = int(vars(module)["top_k"]), always or bool(vars(module)["norm_topk_prob"])
+        return cls(module.get_parameter("weight"), chosen, normed, rounded=not always)
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The experts that the router chooses for each token, weighed; and the shared one with its gate, where one is."""

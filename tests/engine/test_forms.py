@@ -43,7 +43,7 @@ from tests.engine.test_generate import LEAN, MIXTURES, OTHERS, PLAIN, PROMPT
 from tests.engine.test_native import network
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_kernels]
-# test_native.py has those of PLAIN, with all kinds of weights.
+# test_native.py has those of PLAIN, with all kinds of weights, and test_mixtures.py mixtures.
 FAMILIES = {name: each for name, each in (LEAN | CLASSIC).items() if name not in PLAIN | MIXTURES}
 WAYS = [
     (kind, weights)
@@ -216,9 +216,9 @@ def test_a_part_that_kernels_do_not_know_leaves_all_to_torch() -> None:
         Form.of(frame("gpt2"), 32)
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, *OTHERS, *REFUSED])
+@pytest.mark.parametrize("name", [*OTHERS, *REFUSED])
 def test_what_the_lean_decoder_or_the_kernels_do_not_know_is_refused(name: str) -> None:
-    assert not NativeDecoder.supports(network((MIXTURES | OTHERS | REFUSED)[name], "dense"), 1, 40)
+    assert not NativeDecoder.supports(network((OTHERS | REFUSED)[name], "dense"), 1, 40)
 
 
 def test_linears_that_others_change_are_refused() -> None:

@@ -311,9 +311,8 @@ def test_gates_of_any_size_are_opened(size: float) -> None:
     gates = eye * torch.tensor([size, -size]).bfloat16().repeat(16)
     same, gate = (Matrix(Matrix.DENSE, 32, 32, 32, w.data_ptr(), None, None, None, None, 0.0) for w in (eye, gates))
     norm = library.Norm(library.Norm.ROUNDED, 1e-6, 0.0, ones.data_ptr(), None)
-    block = library.Block(
-        before_mlp=norm, hidden=32, inner=32, rising=2, gated=True, o=same, up=(gate, same), down=same
-    )  # fmt: skip
+    mlp = library.Mlp(inner=32, rising=2, gated=True, up=(gate, same), down=same)
+    block = library.Block(before_mlp=norm, hidden=32, o=same, mlp=mlp)
     x, attended = ones.clone(), torch.zeros(32).bfloat16()
     library.library().maquette_finish(  # type: ignore[union-attr]
         ctypes.byref(block), attended.data_ptr(), x.data_ptr(), 1, 1

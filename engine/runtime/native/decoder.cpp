@@ -1,9 +1,10 @@
 // A decoder block for one new token of each sequence, and the functions that Python calls. Families differ in what its
 // struct says: norms of four kinds wherever one may stand, an order of heads, how much of a head turns, an MLP with
-// gates or without, in turn with attention or beside it. Roundings to bfloat16 stand where `transformers` has them, so
-// that only the order of sums differs.
+// gates or without, in turn with attention or beside it, or a mixture of them. Roundings to bfloat16 stand where
+// `transformers` has them, so that only the order of sums differs.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "heads.h"
@@ -24,18 +25,37 @@ struct Norm {
     const bf16 *weight, *bias;  // null: ones, zeros
 };
 
+// Mirrored by `Mlp` in library.py.
+struct Mlp {
+    int32_t inner, rising, gated, act;  // inner: numbers of the feed-forward; rising: matrices of up
+    Matrix up[2], down;                 // up: the gate first, where there is one
+};
+
+// Mirrored by `Mixture` in library.py.
+struct Mixture {
+    int32_t count, chosen;    // experts, and how many a token goes to
+    int32_t normed, rounded;  // whether the weights of those that are chosen add up to one, and are bfloat16
+    int32_t shares;           // whether another one behind the experts computes all tokens, times its gate's sigmoid
+    Matrix router, gate;
+    const Mlp* experts;
+};
+
 // Mirrored by `Block` in library.py.
 struct Block {
     Heads heads;
     Norm before_attention, queries, keys;     // queries, keys: of each head, or with `whole` of all of them together
     Norm behind_attention, behind_sum;        // of what attention gave; of x with it
     Norm before_mlp, behind_mlp, behind_all;  // behind_all: of x with what the MLP gave
-    int32_t hidden, inner;                    // inner: of the feed-forward
-    int32_t asking, asked, rising;            // matrices of q_k_v, and heads that they give; matrices of up
-    int32_t whole, gated, act, beside;        // beside: the MLP reads x as it was before attention
+    int32_t hidden;
+    int32_t asking, asked;                    // matrices of q_k_v, and heads that they give
+    int32_t whole, beside;                    // beside: the MLP reads x as it was before attention
     const int32_t* order;                     // (heads + 2 shared) among those asked; null: they stand so
-    Matrix q_k_v[3], o, up[2], down;          // up: the gate first, where there is one
+    Matrix q_k_v[3], o;
+    Mlp mlp;
+    const Mixture* mixture;                   // in the MLP's place; null: there is none
 };
+
+constexpr long BUSY = 1 << 13;  // numbers between the products of MLPs that are worth another thread
 
 enum Act : int32_t { SILU, GELU_TANH, GELU, RELU };  // as `ACTS` in forms.py has them
 
@@ -116,15 +136,111 @@ void add(bf16* x, const bf16* y, long n) {
     }
 }
 
-// out (B, hidden) = down(act(up x)), or down(act(gate x) up x), of x (B, hidden); out may be x.
-void feed_forward(const Block& block, const bf16* x, int batch, bf16* out, int threads) {
-    const int inner = block.inner;
-    const long apart = long(inner) * (block.gated ? 2 : 1);
-    std::vector<bf16> wide(size_t(batch) * apart);
-    multiply(block.up, block.rising, x, batch, wide.data(), threads);
-    // Each row ends where it begins or before, and is read before the next one is written.
-    ACTIVATES[block.act](wide.data(), block.gated ? wide.data() + inner : nullptr, apart, batch, inner, wide.data());
-    multiply(&block.down, 1, wide.data(), batch, out, threads);
+// Some rows of x on their way through an MLP.
+struct Passage {
+    const Mlp* mlp;
+    const bf16* x;  // (rows, hidden)
+    int rows;
+    bf16* out;      // (rows, hidden); may be x where it is of this passage alone
+};
+
+// out = down(act(up x)), or down(act(gate x) up x), of all passages; and what else their x is multiplied with.
+void feed_forward(const std::vector<Passage>& passages, int hidden, int threads, const Product* beside = nullptr) {
+    const auto apart = [](const Mlp& mlp) { return long(mlp.inner) * (mlp.gated ? 2 : 1); };
+    std::vector<size_t> starts{0};  // of each one's numbers between its products
+    for (const auto& [mlp, x, rows, out] : passages) starts.push_back(starts.back() + rows * apart(*mlp));
+    std::vector<bf16> wide(starts.back());
+    std::vector<Product> up, down;
+    for (size_t i = 0; i < passages.size(); ++i) {
+        const auto& [mlp, x, rows, out] = passages[i];
+        bf16* to = &wide[starts[i]];
+        down.push_back({&mlp->down, to, rows, out, hidden});
+        for (int j = 0; j < mlp->rising; to += mlp->up[j++].rows) up.push_back({mlp->up + j, x, rows, to, apart(*mlp)});
+    }
+    if (beside) up.push_back(*beside);
+    multiply(up.data(), int(up.size()), threads);
+#pragma omp parallel for num_threads(int(std::min<long>(threads, 1 + starts.back() / BUSY))) schedule(dynamic)
+    for (size_t i = 0; i < passages.size(); ++i) {
+        const auto& [mlp, x, rows, out] = passages[i];
+        bf16* const here = &wide[starts[i]];
+        // Each row ends where it begins or before, and is read before the next one is written.
+        ACTIVATES[mlp->act](here, mlp->gated ? here + mlp->inner : nullptr, apart(*mlp), rows, mlp->inner, here);
+    }
+    multiply(down.data(), int(down.size()), threads);
+}
+
+// Which experts each token goes to, and the weight of each, (B, chosen); of equal ones those that torch's topk takes.
+std::vector<std::pair<float, int>> choose(const Mixture& mixture, const bf16* x, int batch, int threads) {
+    const int count = mixture.count, chosen = mixture.chosen;
+    std::vector<bf16> logits(size_t(batch) * count);
+    multiply(&mixture.router, 1, x, batch, logits.data(), threads);
+    std::vector<std::pair<float, int>> found, ranked(count);
+    const auto likelier = [](const auto& a, const auto& b) {
+        return (std::isnan(a.first) && !std::isnan(b.first)) || a.first > b.first;
+    };
+    for (int i = 0; i < batch; ++i) {
+        const bf16* row = &logits[size_t(i) * count];
+        float largest = -INFINITY, total = 0;
+        for (int e = 0; e < count; ++e) largest = std::max(largest, widen(row[e]));
+        for (int e = 0; e < count; ++e) total += (ranked[e] = {std::exp(widen(row[e]) - largest), e}).first;
+        for (auto& each : ranked) each.first /= total;
+        const auto end = ranked.begin() + chosen;
+        if (chosen * 64 <= count) {
+            std::partial_sort(ranked.begin(), end, ranked.end(), likelier);
+        } else {
+            std::nth_element(ranked.begin(), end - 1, ranked.end(), likelier);
+            std::sort(ranked.begin(), end - 1, likelier);
+        }
+        total = 0;
+        for (auto each = ranked.begin(); each < end; ++each) total += each->first;
+        for (auto each = ranked.begin(); each < end; ++each) {
+            if (mixture.normed) each->first /= total;
+            if (mixture.rounded) each->first = widen(narrow(each->first));
+            found.push_back(*each);
+        }
+    }
+    return found;
+}
+
+// out (B, hidden) = the weighted sum of what the experts that the router chose for each x (B, hidden) give, and what the
+// shared one does. An expert computes its tokens together; all experts are computed side by side.
+void mix(const Mixture& mixture, const bf16* x, int batch, int hidden, bf16* out, int threads) {
+    const int count = mixture.count, chosen = mixture.chosen, choices = batch * chosen;
+    const auto choice = choose(mixture, x, batch, threads);
+    std::vector<int> starts(count + 1), rows(choices);  // of each expert; of each choice, where experts stand in order
+    for (const auto& [weight, expert] : choice) ++starts[expert + 1];
+    for (int e = 0; e < count; ++e) starts[e + 1] += starts[e];
+    std::vector<int> next = starts;
+    for (int i = 0; i < choices; ++i) rows[i] = next[choice[i].second]++;
+
+    std::vector<bf16> given(size_t(choices + batch) * hidden), taken(batch > 1 ? size_t(choices) * hidden : 0), gates(batch);
+    for (int i = 0; batch > 1 && i < choices; ++i)
+        std::copy_n(x + long(i / chosen) * hidden, hidden, &taken[size_t(rows[i]) * hidden]);
+    std::vector<Passage> passages;
+    for (int e = 0; e < count; ++e) {
+        const size_t start = size_t(starts[e]) * hidden;
+        const int tokens = starts[e + 1] - starts[e];
+        if (tokens) passages.push_back({mixture.experts + e, batch > 1 ? &taken[start] : x, tokens, &given[start]});
+    }
+    bf16* const shared = &given[size_t(choices) * hidden];
+    const Product gate{&mixture.gate, x, batch, gates.data(), 1};
+    if (mixture.shares) passages.push_back({mixture.experts + count, x, batch, shared});
+    feed_forward(passages, hidden, threads, mixture.shares ? &gate : nullptr);
+
+    for (int i = 0; i < batch; ++i)
+        for (int k = 0; k < hidden; k += 16) {
+            const Lanes mask = lanes(hidden - k);
+            Floats sum = zeros();
+            for (int j = i * chosen; j < (i + 1) * chosen; ++j) {
+                const Floats one = load(&given[size_t(rows[j]) * hidden + k], mask) * all(choice[j].first);
+                sum = sum + (mixture.rounded ? rounded(one) : one);
+            }
+            if (mixture.shares) {
+                const Floats open = rounded(sigmoid(all(widen(gates[i]))));
+                sum = rounded(sum) + rounded(open * load(shared + long(i) * hidden + k, mask));
+            }
+            store(out + long(i) * hidden + k, sum, mask);
+        }
 }
 
 }  // namespace
@@ -177,7 +293,8 @@ void maquette_finish(const Block* block, const bf16* attended, bf16* x, int batc
         normalize(block->behind_sum, x, batch, hidden, x);
     }
     normalize(block->before_mlp, x, batch, hidden, y.data());
-    feed_forward(*block, y.data(), batch, y.data(), threads);
+    if (block->mixture) mix(*block->mixture, y.data(), batch, hidden, y.data(), threads);
+    else feed_forward({{&block->mlp, y.data(), batch, y.data()}}, hidden, threads);
     normalize(block->behind_mlp, y.data(), batch, hidden, y.data());
     if (block->beside) add(y.data(), found.data(), n);
     add(x, y.data(), n);

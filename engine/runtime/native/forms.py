@@ -1,12 +1,14 @@
 """A frame of the lean decoder as the kernels read it: a C struct for each block, where each of its parts has a form.
 
-So one description of the families serves both loops. A part without a form leaves the network to torch: mixtures of
-experts, linears that torch multiplies or whose inputs something rounds, numbers that are not bfloat16. Shapes are
+So one description of the families serves both loops. A part without a form leaves the network to torch: routers of
+other kinds, linears that torch multiplies or whose inputs something rounds, numbers that are not bfloat16. Shapes are
 checked here, for kernels get nothing but addresses.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.runtime import parts
+from engine import wide
+from engine.runtime import mlp, parts
 from engine.runtime.classic import NormedAfter, Ordered, SideBySide
 from engine.runtime.linear import Int8Linear
-from engine.runtime.mlp import GELU_TANH, Mlp, PlainMlp, Side
-from engine.runtime.native.library import Block, Heads, Matrix, Norm
+from engine.runtime.mlp import GELU_TANH, PlainMlp, Router, Side
+from engine.runtime.native.library import Block, Heads, Matrix, Mixture, Mlp, Norm
 from engine.runtime.native.linear import NativeLinear
 from engine.runtime.parts import AllHeads, Cap, Frame, InTurn, LayerNorm, Rounding, Sight, Then, unchanged
 from engine.wide import OneRow, WideConv1D, is_falcons, is_plain
@@ -42,7 +45,7 @@ class Form:
     blocks: list[Block] = field(default_factory=list)
     sights: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     last: Norm | None = None
-    kept: list[Tensor] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
 
     @classmethod
     def of(cls, frame: Frame, size: int) -> Form:
@@ -115,7 +118,7 @@ class Form:
         """What follows attention."""
         if not isinstance(finish, InTurn | SideBySide | NormedAfter):
             raise Formless("a block that adds up otherwise")
-        mlp, behind_mlp = _parted(finish.mlp)
+        computed, behind_mlp = _parted(finish.mlp)
         form.behind_mlp = self._norm(behind_mlp, form.hidden)
         if isinstance(finish, NormedAfter):
             form.behind_sum = self._norm(finish.after_attention, form.hidden)
@@ -123,19 +126,30 @@ class Form:
         else:
             form.before_mlp = self._norm(finish.before_mlp, form.hidden)
             form.beside = isinstance(finish, SideBySide)
-        if isinstance(mlp, Mlp) and isinstance(mlp.gate_up, Side):
-            rising = [matrix_of(each) for each in mlp.gate_up.parts]
-        elif isinstance(mlp, PlainMlp):
-            rising = [matrix_of(mlp.up)]
+        if isinstance(computed, mlp.Mixture):
+            mixture = self._mixture(computed, form.hidden)
+            self.kept.append(mixture)
+            form.mixture = ctypes.addressof(mixture)
         else:
-            raise Formless("something else than an MLP")
-        if mlp.activate not in ACTS:
-            raise Formless("another activation")
-        down = matrix_of(mlp.down)
-        form.inner, form.gated, form.act = down.columns, isinstance(mlp, Mlp), ACTS.index(mlp.activate)
-        form.rising, form.up, form.down = len(rising), (Matrix * 2)(*rising[:2]), down
-        _fit(rising, form.hidden, form.inner * (2 if form.gated else 1), most=2)
-        _fit([down], form.inner, form.hidden)
+            form.mlp = _feed_forward(computed, form.hidden)
+
+    def _mixture(self, computed: mlp.Mixture, hidden: int) -> Mixture:
+        router = Router.of(computed.router)
+        if router is None:
+            raise Formless("another router")
+        shares = computed.shared is not None and computed.shared_gate is not None
+        each = [_feed_forward(expert, hidden) for expert in (*computed.experts, computed.shared) if expert is not None]
+        count, weight = len(computed.experts), router.weight
+        if weight.shape != (count, hidden) or not 0 < router.chosen <= count:
+            raise Formless(f"{router.chosen} of {count} experts, chosen by {tuple(weight.shape)}")
+        experts = (Mlp * len(each))(*each)
+        self.kept += [experts, weight.detach()]
+        form = Mixture(count, router.chosen, router.normed, router.rounded, shares, _dense(weight))
+        form.experts = ctypes.addressof(experts)
+        if shares:
+            form.gate = matrix_of(computed.shared_gate)
+            _fit([form.gate], hidden, 1)
+        return form
 
     def _norm(self, norm: object, size: int) -> Norm:
         if norm is unchanged:
@@ -166,6 +180,8 @@ def matrix_of(product: object) -> Matrix:
         Formless: they do not know its kind, or something rounds its inputs.
     """
     linear = product.linear if isinstance(product, OneRow) else product
+    if isinstance(linear, functools.partial) and linear.func is wide.linear and not linear.args:
+        return _dense(**linear.keywords)
     if not isinstance(linear, nn.Module) or linear._forward_pre_hooks or linear._forward_hooks:
         raise Formless("a product that is none of a linear alone")
     if isinstance(linear, NativeLinear | Int8Linear):
@@ -176,17 +192,41 @@ def matrix_of(product: object) -> Matrix:
     if not is_plain(linear) and not is_falcons(linear) and type(linear) not in (Conv1D, WideConv1D):
         raise Formless(f"a linear of the kind {type(linear).__name__}")
     weight, bias = linear.get_parameter("weight"), linear.bias
+    return _dense(weight, bias if isinstance(bias, Tensor) else None, turned=isinstance(linear, Conv1D))
+
+
+def _dense(weight: Tensor, bias: Tensor | None = None, turned: bool = False) -> Matrix:
     if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
         raise Formless(f"weights of {weight.dtype}")
-    turned = isinstance(linear, Conv1D)
     rows, columns = reversed(weight.shape) if turned else weight.shape
     at = None
-    if isinstance(bias, Tensor):
+    if bias is not None:
         if bias.shape != (rows,) or bias.dtype != torch.bfloat16 or not bias.is_contiguous():
             raise Formless(f"a bias of {bias.dtype}, {tuple(bias.shape)}")
         at = bias.data_ptr()
     kind = Matrix.TURNED if turned else Matrix.DENSE  # Falcon's rounds before it adds a bias; the kernels do not
     return Matrix(kind, rows, columns, columns, weight.data_ptr(), None, None, None, at, 0.0)
+
+
+def _feed_forward(computed: object, hidden: int) -> Mlp:
+    if isinstance(computed, mlp.Mlp):
+        rising = [matrix_of(each) for each in _sides(computed.gate_up)]
+    elif isinstance(computed, PlainMlp):
+        rising = [matrix_of(computed.up)]
+    else:
+        raise Formless("something else than an MLP")
+    if computed.activate not in ACTS:
+        raise Formless("another activation")
+    down, gated = matrix_of(computed.down), isinstance(computed, mlp.Mlp)
+    _fit(rising, hidden, down.columns * (2 if gated else 1), most=2)
+    _fit([down], down.columns, hidden)
+    up = (Matrix * 2)(*rising)
+    return Mlp(down.columns, len(rising), gated, ACTS.index(computed.activate), up, down)
+
+
+def _sides(product: Callable[..., Tensor]) -> Sequence[Callable[..., Tensor]]:
+    """The linears side by side of which a product is made."""
+    return product.parts if isinstance(product, Side) else (product,)
 
 
 def _parted(function: Callable[..., Tensor]) -> tuple[object, object]:

@@ -128,15 +128,32 @@ class Norm(ctypes.Structure):
     )  # fmt: skip
 
 
+class Mlp(ctypes.Structure):
+    """`Mlp` of decoder.cpp. Whoever makes one keeps the tensors it points to."""
+
+    _fields_ = (
+        ("inner", c_int32), ("rising", c_int32), ("gated", c_int32), ("act", c_int32), ("up", Matrix * 2),
+        ("down", Matrix),
+    )  # fmt: skip
+
+
+class Mixture(ctypes.Structure):
+    """`Mixture` of decoder.cpp. Whoever makes one keeps the tensors and the MLPs it points to."""
+
+    _fields_ = (
+        ("count", c_int32), ("chosen", c_int32), ("normed", c_int32), ("rounded", c_int32), ("shares", c_int32),
+        ("router", Matrix), ("gate", Matrix), ("experts", c_void_p),
+    )  # fmt: skip
+
+
 class Block(ctypes.Structure):
     """`Block` of decoder.cpp. Whoever makes one keeps the tensors it points to."""
 
     _fields_ = (
         ("heads", Heads), ("before_attention", Norm), ("queries", Norm), ("keys", Norm), ("behind_attention", Norm),
         ("behind_sum", Norm), ("before_mlp", Norm), ("behind_mlp", Norm), ("behind_all", Norm), ("hidden", c_int32),
-        ("inner", c_int32), ("asking", c_int32), ("asked", c_int32), ("rising", c_int32), ("whole", c_int32),
-        ("gated", c_int32), ("act", c_int32), ("beside", c_int32), ("order", c_void_p), ("q_k_v", Matrix * 3),
-        ("o", Matrix), ("up", Matrix * 2), ("down", Matrix),
+        ("asking", c_int32), ("asked", c_int32), ("whole", c_int32), ("beside", c_int32), ("order", c_void_p),
+        ("q_k_v", Matrix * 3), ("o", Matrix), ("mlp", Mlp), ("mixture", c_void_p),
     )  # fmt: skip
 
 
