@@ -105,14 +105,14 @@ void multiply_rows(const Product* products, int count, int threads) {
             task.inputs = &tasks[starts[first] + tile].own;
         }
     }
-#pragma omp parallel for num_threads(std::min<int>(blocks.threads, own.size())) schedule(static)
-    for (size_t i = 0; i < own.size(); ++i) {
+    side_by_side(int(own.size()), blocks.threads, [&](int i) {
         Task& task = tasks[own[i]];
         if (task.w->kind == Matrix::INT8_INT8) task.bytes = encode(*task.w, task.x, task.m, 1);
         else task.own = arrange(*task.w, task.x, task.m);
-    }
+    });
+    const long all = blocks.ends.back();
 #pragma omp parallel for num_threads(blocks.threads) schedule(dynamic, blocks.turn)
-    for (long unit = 0; unit < blocks.ends.back(); ++unit) {
+    for (long unit = 0; unit < all; ++unit) {
         const auto [product, block] = blocks.find(unit);
         for (int i = starts[product]; i < starts[product + 1]; ++i) RUNS[tasks[i].m](tasks[i], block);
     }

@@ -72,10 +72,18 @@ struct Blocks {
         long block;
     };
     Place find(long unit) const {
+        if (unit < ends[0]) return {0, unit};
         const long i = std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin();
-        return {int(i), i ? unit - ends[i - 1] : unit};
+        return {int(i), unit - ends[i - 1]};
     }
 };
+
+// Calls f with each number below `count`; one alone needs no team of threads, which takes half a microsecond.
+template <typename F> void side_by_side(int count, int threads, F f) {
+    if (count == 1) return f(0);
+#pragma omp parallel for num_threads(std::min(threads, count)) schedule(static)
+    for (int i = 0; i < count; ++i) f(i);
+}
 
 // All products, of few rows each; those of the same x read it once.
 void multiply(const Product* products, int count, int threads);

@@ -30,7 +30,7 @@ void turn(Line* tile) {
 }
 
 void read(Task& task) {
-    const auto& [matrix, x, m, out, stride] = static_cast<const Product&>(task);
+    const auto [matrix, x, m, out, stride] = static_cast<const Product&>(task);
     const Matrix& w = *matrix;
     const bool integers = w.kind == Matrix::INT8_INT8;
     const long bytes = long(w.columns) * (integers ? 1 : 2);
@@ -118,7 +118,7 @@ template <bool INTEGERS> void plain_block(const Matrix& w, long block, const Lin
 }
 
 void run(const Task& task, const Task& inputs, long block) {
-    const auto& [matrix, x, m, out, stride] = static_cast<const Product&>(task);
+    const auto [matrix, x, m, out, stride] = static_cast<const Product&>(task);
     const Matrix& w = *matrix;
     const __mmask16 mask = lanes(w.rows - block * ROWS);
     Floats totals[SIDE];
@@ -158,13 +158,13 @@ void multiply_tiles(const Product* products, int count, int threads) {
         task.like = like(products, i);
         if (task.like == i) own.push_back(i);
     }
-#pragma omp parallel for num_threads(std::min<int>(blocks.threads, own.size())) schedule(static)
-    for (size_t i = 0; i < own.size(); ++i) read(tasks[own[i]]);
+    side_by_side(int(own.size()), blocks.threads, [&](int i) { read(tasks[own[i]]); });
+    const long all = blocks.ends.back();
 #pragma omp parallel num_threads(blocks.threads)
     {
         const Tiles here(most);
 #pragma omp for schedule(dynamic, blocks.turn)
-        for (long unit = 0; unit < blocks.ends.back(); ++unit) {
+        for (long unit = 0; unit < all; ++unit) {
             const auto [i, block] = blocks.find(unit);
             const Task& task = tasks[i];
             run(task, tasks[task.like], block);
