@@ -4,6 +4,9 @@ Twelve blocks of 768 and 32,000 tokens, as each family makes them: what differs 
 an order of heads, so that all would take about as long, did nothing but the products take time. The linears of the
 blocks have 4 bits. The same weights are decoded by torch's loop and by our kernels in turns, which shows what stands
 around the products; stock `transformers` has them in bf16.
+
+Mixtures are such that one text reads as much of its experts as the others do of their MLPs; four texts read more, for
+each goes to experts of its own.
 """
 
 from __future__ import annotations
@@ -25,11 +28,15 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
     StableLmConfig,
 )
 from transformers.pytorch_utils import Conv1D
@@ -37,6 +44,7 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.decode import GROUP, NEW, PROMPT, Way, by_maquette, by_transformers, measure, priority, quantized
 from benchmarks.sections import README, write_section
 from engine import hardware
+from engine.experts import separate
 from engine.models import linears
 from engine.runtime.linear import packed_linear
 from engine.runtime.native.decoder import NativeDecoder
@@ -48,6 +56,7 @@ from engine.wide import widen
 log = logging.getLogger("families")
 SHAPE = {"vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 GATED = SHAPE | {"intermediate_size": 2048, "pad_token_id": 0}
+MANY = GATED | {"num_key_value_heads": 12, "num_experts": 32, "num_experts_per_tok": 8}
 FAMILIES: dict[str, PretrainedConfig] = {
     "Llama": LlamaConfig(**GATED),
     "GPT-2": GPT2Config(vocab_size=32000),
@@ -59,12 +68,22 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "Phi-3": Phi3Config(**GATED),
     "OLMo 2": Olmo2Config(**GATED),
     "StableLM": StableLmConfig(**GATED, num_key_value_heads=12),
-}
+    "Mixtral, 2 of 8": MixtralConfig(
+        **(GATED | {"intermediate_size": 1024}), num_key_value_heads=12, num_local_experts=8, sliding_window=None
+    ),
+    "Qwen2-MoE, 4 of 16 and one": Qwen2MoeConfig(
+        **(MANY | {"num_experts": 16, "num_experts_per_tok": 4}), moe_intermediate_size=256,
+        shared_expert_intermediate_size=1024,
+    ),
+    "Qwen3-MoE, 8 of 32": Qwen3MoeConfig(**MANY, head_dim=64, moe_intermediate_size=256),
+    "OLMoE, 8 of 32": OlmoeConfig(**(MANY | {"intermediate_size": 256})),
+}  # fmt: skip
 
 
 def packed(stock: PreTrainedModel) -> PreTrainedModel:
     """A copy whose blocks have linears of 4 bits."""
     network = copy.deepcopy(stock)
+    separate(network)  # experts with numbers of their own, which take no other time
     widen(network)
     use_large_pages(network)
     for name, linear in list(linears(network)):
