@@ -202,8 +202,8 @@ std::vector<std::pair<float, int>> choose(const Mixture& mixture, const bf16* x,
     return found;
 }
 
-// out (B, hidden) = the weighted sum of what the experts that the router chose for each x (B, hidden) give, and what the
-// shared one does. An expert computes its tokens together; all experts are computed side by side.
+// out (B, hidden) = the weighted sum of what the experts give that the router chose for each x (B, hidden), and what
+// the shared one gives. An expert computes its tokens together; all experts are computed side by side.
 void mix(const Mixture& mixture, const bf16* x, int batch, int hidden, bf16* out, int threads) {
     const int count = mixture.count, chosen = mixture.chosen, choices = batch * chosen;
     const auto choice = choose(mixture, x, batch, threads);
@@ -213,7 +213,8 @@ void mix(const Mixture& mixture, const bf16* x, int batch, int hidden, bf16* out
     std::vector<int> next = starts;
     for (int i = 0; i < choices; ++i) rows[i] = next[choice[i].second]++;
 
-    std::vector<bf16> given(size_t(choices + batch) * hidden), taken(batch > 1 ? size_t(choices) * hidden : 0), gates(batch);
+    std::vector<bf16> given(size_t(choices + batch) * hidden), gates(batch);
+    std::vector<bf16> taken(batch > 1 ? size_t(choices) * hidden : 0);  // rows of x by experts, where x is not one row
     for (int i = 0; batch > 1 && i < choices; ++i)
         std::copy_n(x + long(i / chosen) * hidden, hidden, &taken[size_t(rows[i]) * hidden]);
     std::vector<Passage> passages;

@@ -42,7 +42,7 @@ struct Product {
     long stride;    // from one of these to the next
 };
 
-// The first product up to number `i` that reads the same rows in the same order. Those of INT8_INT8 read for themselves.
+// The first product up to number `i` that reads the same rows in the same order; those of INT8_INT8 share nothing.
 inline int like(const Product* products, int i) {
     const auto& [w, x, m, out, stride] = products[i];
     for (int j = 0; j < i && w->kind != Matrix::INT8_INT8; ++j)
@@ -78,7 +78,7 @@ struct Blocks {
     }
 };
 
-// Calls f with each number below `count`; one alone needs no team of threads, which takes half a microsecond.
+// Calls f with each number below `count`; one alone gets no team of threads, which took 1 to 3 us of a product's 40.
 template <typename F> void side_by_side(int count, int threads, F f) {
     if (count == 1) return f(0);
 #pragma omp parallel for num_threads(std::min(threads, count)) schedule(static)
