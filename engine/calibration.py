@@ -32,7 +32,7 @@ from engine.fields import RARE
 from engine.fit import STRETCH
 from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.headers import Shape
-from engine.methods import Calibrated, Context, Params, Selection
+from engine.methods import Calibrated, Context, Params, Selection, calibrates
 from engine.models import Linear, LoadedModel, blocks, embeddings, head, is_large, linears
 from engine.rows import packed_rows
 from engine.runtime.native.moments import add_second_moments
@@ -245,19 +245,20 @@ def check_ids(model: LoadedModel, rows: Tensor) -> None:
 
 def walk_blocks(
     model: LoadedModel, context: Context, params: Params, collect: Collect = "nothing", *, keep_blocks: bool = True,
-    known: Container[str] = (),
+    known: Container[str] = (), original: bool = False,
 ) -> Iterator[Block]:  # fmt: skip
-    """Yield the model's blocks in order; what the caller changes in one is kept and seen by the next.
+    """Yield the model's blocks in order; what the caller changes in one is kept, and seen by the next.
 
     A block has the linears that `params` selects. With `Calibrated` params, calibration text flows through the
     blocks and each linear comes with what `collect` asks for: `norm`, and the largest; `hessian`; or
     `directions`, a Hessian of inputs scaled to length 1. Finished blocks are stored and, in a resumed run, read back
     and not yielded again; without `keep_blocks` this walk only looks, and the caller changes nothing. Linears that are
-    `known`, by name, are left out.
+    `known`, by name, are left out. With `original` a block sees what the original's gave before it, whatever became of
+    them: calibration text has passed a block when it is yielded, without `batches`.
     """
     name, modules = blocks(model.network)
     flow: Flow | None = None
-    if isinstance(params, Calibrated):
+    if calibrates(params):
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         check_ids(model, rows)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
@@ -275,24 +276,29 @@ def walk_blocks(
         saved = context.folder / f"block-{block.number:04d}.safetensors"
         done = keep_blocks and saved.exists()
         if done:
-            model.untie(block.name)
-            shards.adopt(model, block.name, saved)
             reused += 1
             context.log(f"reused {reused} finished blocks")
+        if done and not original:
+            _adopt(model, block, saved)
         if not done or (flow is not None and following is not None):
             with model.opened(block.name):
                 if following is not None:
                     model.prefetch(following.name)
                 if not done:
                     model.untie(block.name)
-                    yield from _visit(block, params, flow, collect, known)
+                    _look(block, params, flow, collect, known)
+                if original:
+                    _pass(model, flow, block, following)
+                    block.batches = ()
+                if not done:
+                    yield block
                     if keep_blocks:
                         shards.write(model, [block.name], saved)
                         shards.place(model, block.name, saved)
-                if flow is not None and following is not None:
-                    flow.through(block.number, block.module)
-                    if isinstance(following.module, nn.Linear):
-                        flow.to_the_head(model)
+                if not original:
+                    _pass(model, flow, block, following)
+        if done and original:
+            _adopt(model, block, saved)
         # Else what one block took stands beside what the next one takes.
         hardware.give_back_memory(collect=is_large(block.module))
         context.progress(block.number + 1, len(stations), "blocks")
@@ -314,10 +320,23 @@ def _say_what_is_left(stations: Sequence[Block], params: Params, context: Contex
         context.log(f"left as they are: {', '.join(left)}")
 
 
-def _visit(
-    block: Block, params: Params, flow: Flow | None, collect: Collect, known: Container[str]
-) -> Iterator[Block]:  # fmt: skip
-    """Yield the block with what its linears' inputs were."""
+def _adopt(model: LoadedModel, block: Block, saved: Path) -> None:
+    """Take a block as it was finished."""
+    model.untie(block.name)
+    shards.adopt(model, block.name, saved)
+
+
+def _pass(model: LoadedModel, flow: Flow | None, block: Block, following: Block | None) -> None:
+    """Let what enters the block become what enters the following one."""
+    if flow is None or following is None:
+        return
+    flow.through(block.number, block.module)
+    if isinstance(following.module, nn.Linear):
+        flow.to_the_head(model)
+
+
+def _look(block: Block, params: Params, flow: Flow | None, collect: Collect, known: Container[str]) -> None:
+    """Give the block its linears, with what their inputs were."""
     if isinstance(block.module, nn.Linear):
         block.linears = [BlockLinear(block.name, block.module)]
     else:
@@ -329,7 +348,6 @@ def _visit(
         if collect != "nothing":
             observe(block, collect, params.experts if isinstance(params, Observed) else "routed")
             hardware.give_back_memory(collect=False)  # what computed makes room for what solves
-    yield block
 
 
 def observe(block: Block, collect: Collect, experts: Listeners = "routed") -> None:

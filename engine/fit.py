@@ -9,6 +9,7 @@ On a CPU all processes of a run count, as resident memory; on CUDA the GPU's mem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +30,7 @@ MiB = 1 << 20
 RUNTIME = 350 * MiB  # resident bytes of one of our processes before it holds a model: Python, torch, transformers
 COMPUTING = 25 * MiB  # more of one that computes: buffers of libraries, stacks of threads
 LEARNING = 90 * MiB  # and of one that trains
+LIBRARY = 50 * MiB  # and of one that has bitsandbytes in it
 CONTEXT = 550 * MiB  # of a GPU that a process takes before it holds anything: CUDA's context and libraries
 LATER = 60 * MiB  # that a process does not give back between two situations
 PROBED_FROM = 60.0  # seconds: what is expected to take less is not probed
@@ -58,6 +60,7 @@ MADE_OF_CODES = 40  # where it is rounded to its grid besides: in steps, within 
 LOOKED_AT = 5  # bytes of a number while a tensor is looked at for NaN: its magnitude, and three comparisons
 MOVED = 9  # and while it is moved into large pages, too
 PLACED = 4  # of a number in 16 bit: as it was read, and as it is moved
+REPACKED = 8  # of a 4-bit weight of a library's while it is repacked, or unpacked, for its first product
 UNPACKED = 20  # of a packed weight while it is ordered as kernels want it
 STATISTICS = ("hessian", "directions")
 
@@ -142,11 +145,12 @@ def estimate(
     """What a recipe with these checked steps takes for a model of this shape, of which `download` bytes come first."""
     first = Holding(shape, WIDTHS[recipe.model.dtype], grid=shape.cache_grid)
     held, needs = first, list[Need]()
-    streamed = bool(steps)
+    streamed, library = bool(steps), 0
     for method, params in steps:
         streamed = streamed and not method.whole
         needs += compressing(held, method, params, first, streamed, machine)
         held = held.after(params)
+        library = library if params.leaves_codes() else LIBRARY
     if not steps:
         needs.append(
             Need("compress", _parts(weights=first.dense, activations=LOOKED_AT * first.largest, runtime=RUNTIME))
@@ -154,8 +158,8 @@ def estimate(
     times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
     if streamed and sum(times.values()) > PROBED_FROM and sizes.blocks_of(shape.config) >= PROBED_BLOCKS:
         needs.insert(0, probing(needs))
-    needs.append(saving(held, streamed, needs[-1]))
-    needs.append(verifying(held, streamed, machine.free))
+    needs.append(saving(held, streamed, needs[-1], library))
+    needs.append(verifying(held, streamed, machine.free, library))
     if wanted := set(recipe.measure) - {"size"}:
         needs.append(measuring(held, first if steps else None, wanted))
     if machine.device == "cuda":
@@ -193,8 +197,9 @@ def compressing(
     weights, others = (held.width * size if streamed else held.dense for size in (largest, beside))
     chosen, codes, earlier = params.stored_bits(1024, 1024), 0, 0
     if chosen is not None:
-        codes = round(largest * (1 + chosen.stored / 8))  # as found, and as written
-        earlier = 0 if streamed else max(0, sum(_linear_sizes(held.shape)) - largest)  # of all blocks before
+        ours = params.leaves_codes()  # a library's are written as they are found, and take the weight's place
+        codes = round(largest * (ours + chosen.stored / 8))  # as found, and as written
+        earlier = max(0, sum(_linear_sizes(held.shape)) - largest) if ours and not streamed else 0  # of blocks before
     rounding = {
         "weights": weights, "codes": earlier + codes,
         "solver": 0 if chosen is None and not calibrates(params) else _rounding(held.shape, params),
@@ -214,7 +219,8 @@ def compressing(
     if any(params.beyond_blocks()):
         phases.append({**rounding, "weights": others})
     most = max(phases, key=lambda phase: sum(phase.values()))
-    return [Need("compress", _parts(**most, runtime=RUNTIME + COMPUTING), method.title)]
+    runtime = RUNTIME + COMPUTING + (0 if params.leaves_codes() else LIBRARY)
+    return [Need("compress", _parts(**most, runtime=runtime), method.title)]
 
 
 def _calibrating(
@@ -384,26 +390,40 @@ def probing(steps: Sequence[Need]) -> Need:
     return Need("probe", {**largest.parts, "runtime": largest.parts["runtime"] + RUNTIME})
 
 
-def saving(held: Holding, streamed: bool, last: Need) -> Need:
+def saving(held: Holding, streamed: bool, last: Need, library: int = 0) -> Need:
     """Parts beside the blocks are written together; then every part computes once more.
 
-    Of the `last` step half of what solved is still with the process.
+    Of the `last` step half of what solved is still with the process; `library`: bytes of one that computes.
     """
     _, beside = held.parts()
+    runtime = RUNTIME + LATER + library
     if not streamed:
-        return Need("save", _parts(weights=held.dense, runtime=RUNTIME + LATER))
+        return Need("save", _parts(weights=held.dense, runtime=runtime))
     small = min(held.width * held.embeddings, max(SAVED_TOGETHER, held.width * beside))
-    return Need("save", _parts(weights=small, solver=last.parts.get("solver", 0) // 2, runtime=RUNTIME + LATER))
+    parts = {"weights": small, "solver": last.parts.get("solver", 0) // 2}
+    if library and (repacked := _repacked(held)) > sum(parts.values()):
+        parts = {"activations": repacked}
+    return Need("save", _parts(**parts, runtime=runtime))
 
 
-def verifying(held: Holding, streamed: bool, free: int) -> Need:
+def _repacked(held: Holding) -> int:
+    """What the largest of a library's 4-bit linears takes beside its weight when it computes for the first time."""
+    sizes_of = {name.removesuffix(".weight"): math.prod(shape) for name, shape in held.shape.tensors.items()}
+    four = [sizes_of.get(name, 0) for name, bits in held.bits.items() if bits.code <= 4]
+    return REPACKED * max(four, default=0)
+
+
+def verifying(held: Holding, streamed: bool, free: int, library: int = 0) -> Need:
     """Stock `transformers` reads the artifact whole and unpacks it, or one part at a time where memory is short."""
     block, beside = held.parts()
     if streamed and ROOM * held.dense > free:
-        return Need("verify", _parts(weights=2 * held.width * max(block, beside), runtime=2 * RUNTIME + LATER))
+        active = _repacked(held) if library else 0
+        runtime = 2 * RUNTIME + LATER + 2 * library
+        return Need("verify", _parts(weights=2 * held.width * max(block, beside), activations=active, runtime=runtime))
     packed = held.file_bytes() if held.bits else 0
     return Need("verify", _parts(
-        weights=held.dense, activations=max(packed, LOOKED_AT * held.largest), runtime=2 * RUNTIME + LATER,
+        weights=held.dense, activations=max(packed, LOOKED_AT * held.largest),
+        runtime=2 * (RUNTIME + library) + LATER,
     ))  # fmt: skip
 
 

@@ -179,6 +179,12 @@ class LoadedModel:
         if self.parts is not None and part not in self.parts.opened:
             self.parts.where[part].prefetch(part)
 
+    def put(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of another; where that is a part, this one opens when it is reached, too."""
+        self.network.set_submodule(name, module)
+        if self.parts is not None and name in self.parts.where:
+            _open_when_reached(self, name)
+
     def load_all(self) -> None:
         """Take all weights into memory, and keep them there."""
         if self.parts is None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine import low_rank, own_packed
+from engine import library, low_rank, own_packed
 from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
 from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
@@ -39,6 +39,7 @@ GRIDS = "maquette_grids"  # the key of a shard's metadata that says how its pack
 PRUNED = "maquette_pruned"  # and the one that names the linears whose zeros must stay
 SPARSE = "maquette_sparse"  # those whose weights are to be stored as a bitmask
 RANKS = "maquette_ranks"  # those that are a product of two, with their ranks
+LIBRARY = "maquette_library"  # those that are a library's modules, and of which kind
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "input_scale")
 ROWS = 512  # that are packed or unpacked at a time: it takes a byte for every bit
 
@@ -87,6 +88,7 @@ def write(model: LoadedModel, parts: Sequence[str], path: Path) -> None:
     about |= {PRUNED: json.dumps(pruned)} if pruned else {}
     about |= {SPARSE: json.dumps(sparse)} if sparse else {}
     about |= {RANKS: json.dumps({name: products[name] for name in found})} if (found := inside(products)) else {}
+    about |= {LIBRARY: json.dumps(theirs)} if (theirs := _of_library(model, parts)) else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=about)
@@ -109,6 +111,12 @@ def _sort_metadata(path: Path) -> None:
 
 def _within(name: str, part: str) -> bool:
     return name == part or name.startswith(f"{part}.")
+
+
+def _of_library(model: LoadedModel, parts: Sequence[str]) -> dict[str, JsonValue]:
+    """Of the linears of open parts that are a library's modules, by name, of which kind they are."""
+    named = [pair for part in parts for pair in model.network.get_submodule(part).named_modules(prefix=part)]
+    return {name: asdict(library.kind_of(module)) for name, module in named if library.is_library(module)}
 
 
 def _stored(model: LoadedModel, part: str) -> dict[str, Tensor]:
@@ -141,9 +149,11 @@ class Shard:
     path: Path
 
     def fill(self, model: LoadedModel, part: str) -> None:
-        """Give the part its weights; quantized ones dense, beside their codes."""
+        """Give the part its weights; quantized ones dense, beside their codes, but for those of a library."""
         files = TensorFiles([self.path], self.path.name)
-        packed = self.schemes()
+        packed, theirs = self.schemes(), self.library()
+        for name in theirs:
+            files.fill_library(name, model.network.get_submodule(name), model.device)
         for name, scheme in packed.items():
             linear = model.network.get_submodule(name)
             weight = read_quantized(files, name, *rows_and_columns(linear), scheme).to(model.device)
@@ -151,7 +161,7 @@ class Shard:
             linear._parameters["weight"] = nn.Parameter(dense_of(linear, weight), requires_grad=False)
         for key in files.names:
             module, _, leaf = key.rpartition(".")
-            if module in packed and leaf in (*PARTS, "weight"):
+            if (module in packed and leaf in (*PARTS, "weight")) or any(_within(key, name) for name in theirs):
                 continue
             owner, tensor = model.network.get_submodule(module), files.read(key).to(model.device)
             if leaf in owner._parameters:
@@ -179,6 +189,10 @@ class Shard:
         """The linears that are a product of two."""
         return dict(json.loads(self._about().get(RANKS, "{}")))
 
+    def library(self) -> dict[str, library.Kind]:
+        """The linears that are a library's modules, and of which kind."""
+        return {name: library.Kind(**kind) for name, kind in json.loads(self._about().get(LIBRARY, "{}")).items()}
+
     def _about(self) -> dict[str, str]:
         with safe_open(self.path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -195,6 +209,10 @@ def adopt(model: LoadedModel, part: str, path: Path) -> None:
     shard = Shard(path)
     place(model, part, path)
     low_rank.factor(model.network, shard.ranks())
+    for name, kind in shard.library().items():
+        linear = model.network.get_submodule(name)
+        bias = linear._parameters.get("bias") is not None
+        model.put(name, library.hollow(*rows_and_columns(linear), kind, model.network.dtype, bias=bias))
     model.pruned = {name for name in model.pruned if not _within(name, part)} | shard.pruned()
     model.sparse = {name for name in model.sparse if not _within(name, part)} | shard.sparse()
     with contextlib.ExitStack() as stack:
@@ -276,6 +294,15 @@ class TensorFiles:
     def get(self, name: str) -> Tensor | None:
         """The tensor, or None where there is none of that name."""
         return self.read(name) if name in self._file_of else None
+
+    def fill_library(self, name: str, module: nn.Module, device: torch.device) -> None:
+        """Give a library's module its weight.
+
+        Raises:
+            BadModel: as `read`.
+        """
+        leaves = [each.removeprefix(f"{name}.") for each in self.names if each.startswith(f"{name}.")]
+        library.fill(module, {leaf: self.read(f"{name}.{leaf}") for leaf in leaves}, device)
 
     def bad(self, problem: str) -> BadModel:
         """The error that says what is wrong with this folder."""

@@ -1,7 +1,8 @@
 """Read an artifact part by part with nothing that wrote it: tensors by their names, packed ones by the library.
 
 The compressed-tensors library defines the format; what it unpacks is what the file says to others. The codes, scales
-and zero points of our own format (`engine.own_packed`) are laid out as its are, so it unpacks them, too.
+and zero points of our own format (`engine.own_packed`) are laid out as its are, so it unpacks them, too. What
+bitsandbytes wrote becomes its own modules again, those that `transformers` would make by config.json.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from pathlib import Path
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import is_match
+from pydantic import JsonValue
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from engine import models
+from engine import library, models
 from engine.checkpoint import part_of
 from engine.errors import BadArtifact
-from engine.models import LoadedModel
+from engine.library import Kind
+from engine.models import LoadedModel, linears
 from engine.own_packed import PACKED_KEY
 from engine.packing import InputGrid
-from engine.shards import TensorFiles
+from engine.shards import TensorFiles, rows_and_columns
 
 
 class Stranger:
@@ -33,6 +37,9 @@ class Stranger:
         self._files = TensorFiles.of_folder(folder)
         config = json.loads((folder / "config.json").read_text())
         body = config.get("quantization_config") or config.get(PACKED_KEY)
+        self._theirs: list[str] = []
+        if body is not None and body.get("quant_method") == "bitsandbytes":
+            self._theirs, body = _replaced(network, body), None
         self._config = None if body is None else QuantizationConfig.model_validate(body)
         self._keys: dict[str, list[str]] = {part: [] for part in parts}
         for name in self._files.names:
@@ -50,7 +57,12 @@ class Stranger:
     def fill(self, model: LoadedModel, part: str) -> None:
         """Give the part its weights."""
         modules: dict[str, dict[str, Tensor]] = {}
+        theirs = [name for name in self._theirs if name == part or name.startswith(f"{part}.")]
+        for name in theirs:
+            self._files.fill_library(name, model.network.get_submodule(name), model.device)
         for key in self._keys[part]:
+            if any(key.startswith(f"{name}.") for name in theirs):
+                continue
             path, _, leaf = key.rpartition(".")
             modules.setdefault(path, {})[leaf] = self._files.read(key).to(model.device)
         for path, tensors in modules.items():
@@ -84,3 +96,18 @@ class Stranger:
             if is_match(path, module, scheme.targets, self._config.ignore):
                 return scheme, scheme.input_activations
         raise BadArtifact(f"config.json does not say how {path} is packed.")
+
+
+def _replaced(network: PreTrainedModel, config: Mapping[str, JsonValue]) -> list[str]:
+    """Put closed modules of bitsandbytes where a `quantization_config` has them; their names."""
+    skipped = config["llm_int8_skip_modules"]
+    assert isinstance(skipped, list)
+    scheme = str(config["bnb_4bit_quant_type"]) if config["load_in_4bit"] else "int8"
+    kind = Kind(scheme, float(str(config["llm_int8_threshold"])))
+    names = [name for name, _ in linears(network) if should_convert_module(name, [str(each) for each in skipped])]
+    for name in names:
+        linear = network.get_submodule(name)
+        bias = linear._parameters.get("bias") is not None
+        made = library.hollow(*rows_and_columns(linear), kind, network.dtype, bias=bias)
+        network.set_submodule(name, made)
+    return names

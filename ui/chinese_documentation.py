@@ -44,11 +44,11 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "缩放系数也量化：每权重 4.13 位，而不是 4.5 位。\n- `int8`（Dettmers 等，2022，“LLM.int8(): 8-bit Matrix "
             "Multiplication for Transformers at Scale”，arXiv 2208.07339）：权重和输入均为 8 位，但幅值超过 "
             "`threshold` 的输入通道以 16 位计算。这样的通道有多少，会在校准文本上测出，并按线性层列出。",
-        "Needs no calibration otherwise and takes seconds. Weights become the library's own modules, and are written "
-        "before they compute for the first time: on some processors the first product repacks 4-bit weights, and "
-        "files written afterwards are wrong. 4 bits are refused where a linear's inputs are not a multiple of 64 or "
+        "Needs no calibration otherwise, takes seconds, and holds one block at a time. Weights become the library's own "
+        "modules, and are written before they compute for the first time: on some processors the first product repacks "
+        "4-bit weights, and files written afterwards are wrong. 4 bits are refused where a linear's inputs are not a multiple of 64 or "
         "its outputs of 32: there the library computes something else on a CPU without saying so.":
-            "除此之外无需校准，几秒即可完成。权重变成该库自己的模块，并在首次计算之前写入文件：在某些处理器上，第一次乘法会重新排列 4 位权重，之后写出的文件就是错的。若线性层的输入"
+            "除此之外无需校准，几秒即可完成，内存中一次只有一个块。权重变成该库自己的模块，并在首次计算之前写入文件：在某些处理器上，第一次乘法会重新排列 4 位权重，之后写出的文件就是错的。若线性层的输入"
             "数不是 64 的倍数，或输出数不是 32 的倍数，则拒绝 4 位：此时该库在 CPU 上会计算出别的结果，而且不作提示。",
         # quantize/fp8
         "FP8 (Micikevicius et al., 2022, \"FP8 Formats for Deep Learning\", arXiv 2209.05433): a sign, 4 bits of "

@@ -7,10 +7,10 @@
   2208.07339): 8-bit weights and inputs, but input channels with a magnitude above `threshold` are computed in 16 bits.
   How many channels that is, is measured on calibration text and shown for each linear.
 
-Needs no calibration otherwise and takes seconds. Weights become the library's own modules, and are written before they
-compute for the first time: on some processors the first product repacks 4-bit weights, and files written afterwards are
-wrong. 4 bits are refused where a linear's inputs are not a multiple of 64 or its outputs of 32: there the library
-computes something else on a CPU without saying so.
+Needs no calibration otherwise, takes seconds, and holds one block at a time. Weights become the library's own modules,
+and are written before they compute for the first time: on some processors the first product repacks 4-bit weights, and
+files written afterwards are wrong. 4 bits are refused where a linear's inputs are not a multiple of 64 or its outputs
+of 32: there the library computes something else on a CPU without saying so.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
-from engine.calibration import BlockLinear, walk_blocks
+from engine.calibration import BlockLinear, stretches, walk_blocks
 from engine.errors import BadParams
 from engine.fields import With
+from engine.library import Kind, hollow
 from engine.methods import Calibrated, Context, Selection, StoredBits
 from engine.models import LoadedModel, blocks, head, linears
 from engine.quantize._place import describe
 
 TITLE = "bitsandbytes"
 CHANGES = ("disk", "memory")
-WHOLE = True
+BLOCK = 64  # weights that share a scale, of 4 bits
 
 
 class Params(Selection, Calibrated):
@@ -86,23 +87,23 @@ class Params(Selection, Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Replace the selected linears of the blocks, and the head where it is chosen, by the library's modules."""
-    model.load_all()
-    shares = outliers(model, params, context) if params.scheme == "int8" else {}
+    shares: list[float | None] = []
+    for block in walk_blocks(model, context, params, "norm", original=True):
+        while block.linears:  # each is let go when it is done
+            context.check_cancelled()
+            linear = block.linears.pop(0)
+            shares.append(outliers(linear, params.threshold))
+            made = make(linear.weight, linear.module._parameters.get("bias"), params)
+            context.emit("linear", audit(BlockLinear(linear.name, linear.module), made, params, shares[-1]))
+            model.put(linear.name, made)
     prefix, modules = blocks(model.network)
     chosen = [f"{prefix}.{number}.{path}" for number, block in enumerate(modules) for path, _ in linears(block)]
     chosen = [name for name in chosen if params.selects(name)] + [head(model.network)[0]] * params.head
-    for number, name in enumerate(chosen):
-        context.check_cancelled()
-        linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
-        bias = linear.module._parameters.get("bias")
-        made = make(linear.weight, bias, params)
-        context.emit("linear", audit(linear, made, params, shares.get(name)))
-        model.network.set_submodule(name, made)
-        model.kernels[name] = f"bitsandbytes {params.scheme}"
-        context.progress(number + 1, len(chosen), "linears")
-    if shares:
-        mean = sum(shares.values()) / len(shares)
+    found = [share for share in shares if share is not None]
+    if found and len(shares) == len(chosen):  # else an attempt before this one has seen the others
+        mean = sum(found) / len(found)
         context.log(f"{mean:.2%} of the input channels have outliers above {params.threshold:g} and stay 16 bit")
+    model.kernels |= dict.fromkeys(chosen, f"bitsandbytes {params.scheme}")
     kept = [name for name, _ in linears(model.network) if name not in chosen]
     model.stored_as = config(params, kept, str(model.network.dtype).removeprefix("torch."))
     return model
@@ -110,31 +111,43 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
 @torch.no_grad()
 def make(weight: Tensor, bias: Tensor | None, params: Params) -> nn.Module:
-    """The library's module for a weight (N, K), quantized."""
-    library: Any = importlib.import_module("bitsandbytes.nn")  # here, for it is slow to import
+    """The library's module for a weight (N, K), quantized by the library as it does when a module goes to a device.
+
+    Some rows, or blocks of 64, at a time: on a CPU the library takes 11 to 20 bytes for each weight of a call. Scales
+    that are quantized again are so together, for they share their mean.
+    """
+    modules: Any = importlib.import_module("bitsandbytes.nn")  # here, for they are slow to import
+    library: Any = importlib.import_module("bitsandbytes.functional")
+    threshold = params.threshold if params.scheme == "int8" else 0.0
     rows, columns = weight.shape
-    made: nn.Module
+    made: Any = hollow(rows, columns, Kind(params.scheme, threshold), weight.dtype, bias=bias is not None)
     if params.scheme == "int8":
-        made = library.Linear8bitLt(
-            columns, rows, bias is not None, has_fp16_weights=False, threshold=params.threshold
-        )  # fmt: skip
-        # From main memory: the library quantizes on the way from there to a GPU.
-        halves = weight.half().cpu().contiguous()
-        made.weight = library.Int8Params(halves, requires_grad=False, has_fp16_weights=False)
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(rows, dtype=torch.float32, device=weight.device)
+        for some in stretches(weight):
+            codes[some], scales[some], _ = library.int8_vectorwise_quant(weight[some].half().contiguous())
+        made.weight = modules.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     else:
-        made = library.Linear4bit(
-            columns, rows, bias is not None, compute_dtype=weight.dtype, compress_statistics=params.double_quant,
-            quant_type=params.scheme,
-        )  # fmt: skip
-        made.weight = library.Params4bit(
-            weight.clone().contiguous(), requires_grad=False, quant_type=params.scheme,
-            compress_statistics=params.double_quant, module=made,
+        parts = weight.reshape(-1, BLOCK)  # (N * K / 64, 64)
+        codes = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(len(parts), dtype=torch.float32, device=weight.device)
+        for some in stretches(parts):
+            packed, state = library.quantize_4bit(parts[some].contiguous(), blocksize=BLOCK, quant_type=params.scheme)
+            codes.view(len(parts), -1)[some], scales[some] = packed.view(-1, BLOCK // 2), state.absmax
+        state.shape, state.absmax = weight.shape, scales
+        if params.double_quant:
+            state.offset = scales.mean()
+            state.absmax, state.state2 = library.quantize_blockwise(scales - state.offset, blocksize=256)
+            state.nested = True
+        made.quant_state = state
+        made.weight = modules.Params4bit(
+            codes, requires_grad=False, quant_state=state, blocksize=BLOCK, compress_statistics=params.double_quant,
+            quant_type=params.scheme, bnb_quantized=True, module=made,
         )  # fmt: skip
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    made.to(weight.device)  # which is when the library quantizes
-    made.requires_grad_(False)
-    return made.eval()
+    module: nn.Module = made
+    return module
 
 
 @torch.no_grad()
@@ -142,31 +155,38 @@ def audit(linear: BlockLinear, made: nn.Module, params: Params, outliers: float 
     """What became of a linear: the error of its weight, every stored byte, its levels, its share of outliers."""
     library: Any = importlib.import_module("bitsandbytes.functional")
     weight: Any = made.weight
+    columns = linear.weight.shape[1]
     grid: list[float] = []
     if params.scheme == "int8":
-        after = library.int8_vectorwise_dequant(weight.data, weight.SCB)
-        size = linear.weight.shape[1]
+        bits, size = 8, columns
+
+        def after(rows: slice) -> Tensor:
+            found: Tensor = library.int8_vectorwise_dequant(weight.data[rows], weight.SCB[rows])
+            return found
     else:
         state = weight.quant_state
-        after, size = library.dequantize_4bit(weight.data, state), state.blocksize
-        scales = state.absmax
+        bits, size, scales = 4, state.blocksize, state.absmax
         if state.nested:
             scales = library.dequantize_blockwise(scales, state.state2) + state.offset
         grid = sorted((state.code * scales.median()).tolist())
+
+        def after(rows: slice) -> Tensor:
+            start, stop, _ = rows.indices(len(linear.weight))
+            own = scales[start * columns // size : stop * columns // size]
+            some = library.QuantState(
+                own, torch.Size((stop - start, columns)), blocksize=size, quant_type=params.scheme, dtype=state.dtype
+            )  # fmt: skip
+            found: Tensor = library.dequantize_4bit(weight.data[start * columns // 2 : stop * columns // 2], some)
+            return found
+
     stored = sum(t.numel() * t.element_size() for key, t in made.state_dict().items() if key != "bias")
-    bits = 8 if params.scheme == "int8" else 4
-    said = describe(linear, lambda rows: after[rows], bits, size, 8 * stored / linear.weight.numel(), grid)
+    said = describe(linear, after, bits, size, 8 * stored / linear.weight.numel(), grid)
     return said if outliers is None else said | {"outliers": outliers}
 
 
-def outliers(model: LoadedModel, params: Params, context: Context) -> dict[str, float]:
-    """The share of each linear's input channels that exceed the threshold somewhere in the calibration text."""
-    found = {}
-    for block in walk_blocks(model, context, params, "norm", keep_blocks=False):
-        for linear in block.linears:
-            if linear.input_max is not None:
-                found[linear.name] = float((linear.input_max > params.threshold).float().mean())
-    return found
+def outliers(linear: BlockLinear, threshold: float) -> float | None:
+    """The share of a linear's input channels that exceed the threshold somewhere; None where no text was read."""
+    return None if linear.input_max is None else float((linear.input_max > threshold).float().mean())
 
 
 def config(params: Params, kept: list[str], dtype: str) -> dict[str, JsonValue]:

@@ -232,6 +232,22 @@ def test_four_bits_of_bitsandbytes_read_no_text_and_neither_time_nor_memory_says
     assert seen("int8", 4096)[2]
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_bitsandbytes_holds_a_block_and_its_library(scheme: str) -> None:
+    few, many = (step(estimate(llama(count), {"quantize/bitsandbytes": {"scheme": scheme}})) for count in (2, 9))
+    assert few.total == many.total
+    rounded = step(estimate(llama(9), {"quantize/rtn": {"group_size": 128}}))
+    assert many.parts["weights"] == rounded.parts["weights"]
+    assert many.parts["runtime"] - rounded.parts["runtime"] == fit.LIBRARY
+    assert many.parts["codes"] < rounded.parts["codes"]  # found as they are written, once
+
+
+@pytest.mark.parametrize(("scheme", "bytes_"), [("nf4", fit.REPACKED), ("int8", 0)])
+def test_a_head_in_4_bits_is_repacked_when_it_computes(scheme: str, bytes_: int) -> None:
+    found = estimate(LARGE, {"quantize/bitsandbytes": {"scheme": scheme, "head": True}})
+    assert situation(found, "save").parts.get("activations", 0) == bytes_ * 128256 * 4096
+
+
 def working(name: str, **params: JsonValue) -> float:
     """Operations that the time of a method's steps counts beside all others'."""
     return estimate(LARGE, {name: params}).working * Rates().arithmetic
