@@ -420,8 +420,14 @@ def check(recipe: Recipe) -> list[tuple[Method, Params]]:
         if settings.cache_grid() is not None:
             raise BadRecipe(f"{later.name} cannot follow {earlier.name}. Put {earlier.name} last, once.")
         quantized = quantized or earlier.family == "quantize"
-        if quantized and next_settings.keeps_grids() and not settings.leaves_codes():
-            raise BadRecipe(f"{later.name} cannot follow {earlier.name}, whose weights are a library's. Leave one out.")
+        if quantized and next_settings.cache_grid() is None and not settings.leaves_codes():
+            if later.family == "quantize":
+                raise BadRecipe(
+                    f"{later.name} cannot follow {earlier.name}, whose weights are a library's. Leave one out."
+                )
+            raise BadRecipe(
+                f"{later.name} cannot follow {earlier.name}, whose weights are a library's. Put {earlier.name} last."
+            )
         if quantized and next_settings.cache_grid() is None and not next_settings.keeps_grids():
             raise BadRecipe(
                 f"{later.name} cannot follow {earlier.name}: it would change weights whose integer codes are "

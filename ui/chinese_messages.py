@@ -43,6 +43,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{method} cannot follow {earlier}. Put {last} last, once.": "{method} 不能排在 {earlier} 之后。请把 {last} 放在最后，且只用一次。",
         "{method} cannot follow {earlier}, whose weights are a library's. Leave one out.":
             "{method} 不能排在 {earlier} 之后：后者的权重属于第三方库的格式。请去掉其中一个。",
+        "{method} cannot follow {earlier}, whose weights are a library's. Put {last} last.":
+            "{method} 不能排在 {earlier} 之后：后者的权重属于第三方库的格式。请把 {last} 放在最后。",
         "{method} cannot follow {earlier}: it would change weights whose integer codes are already fixed. "
         "Put quantization last; distill/repair may follow it.":
             "{method} 不能排在 {earlier} 之后：它会改变整数码已经确定的权重。"

@@ -202,3 +202,17 @@ def test_repair_may_follow_quantization_and_nothing_else_may() -> None:
     ):
         with pytest.raises(BadRecipe):
             methods.check(recipe(*steps))
+
+
+@pytest.mark.parametrize("later", ["prune/magnitude", "distill/logits", "distill/repair", "quantize/rtn"])
+def test_behind_a_librarys_weights_nothing_is_advised_that_is_refused(later: str) -> None:
+    def recipe(*names: str) -> Recipe:
+        return Recipe.model_validate({"steps": [{name: {}} for name in names]})
+
+    with pytest.raises(BadRecipe, match="whose weights are a library's") as refused:
+        methods.check(recipe("quantize/bitsandbytes", later))
+    assert "may follow" not in str(refused.value)
+    if "Put quantize/bitsandbytes last" in str(refused.value):
+        methods.check(recipe(later, "quantize/bitsandbytes"))
+    else:
+        assert later == "quantize/rtn"
