@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from engine import library
+from engine import bnb
 from engine.bitmask import MASK, SHAPE, VALUES, unpack_bitmask
 from engine.errors import BadModel, short
 from engine.experts import separate
@@ -265,8 +265,8 @@ def empty(network: PreTrainedModel, part: str, parts: list[str]) -> None:
     for path, owner in network.get_submodule(part).named_modules(prefix=part):
         if part_of(f"{path}.", parts) != part:
             continue
-        if library.is_library(owner):
-            library.close(owner, network.dtype)
+        if bnb.is_library(owner):
+            bnb.close(owner, network.dtype)
             continue
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:

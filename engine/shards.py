@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine import library, low_rank, own_packed
+from engine import bnb, low_rank, own_packed
 from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
 from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
@@ -116,7 +116,7 @@ def _within(name: str, part: str) -> bool:
 def _of_library(model: LoadedModel, parts: Sequence[str]) -> dict[str, JsonValue]:
     """Of the linears of open parts that are a library's modules, by name, of which kind they are."""
     named = [pair for part in parts for pair in model.network.get_submodule(part).named_modules(prefix=part)]
-    return {name: asdict(library.kind_of(module)) for name, module in named if library.is_library(module)}
+    return {name: asdict(bnb.kind_of(module)) for name, module in named if bnb.is_library(module)}
 
 
 def _stored(model: LoadedModel, part: str) -> dict[str, Tensor]:
@@ -189,9 +189,9 @@ class Shard:
         """The linears that are a product of two."""
         return dict(json.loads(self._about().get(RANKS, "{}")))
 
-    def library(self) -> dict[str, library.Kind]:
+    def library(self) -> dict[str, bnb.Kind]:
         """The linears that are a library's modules, and of which kind."""
-        return {name: library.Kind(**kind) for name, kind in json.loads(self._about().get(LIBRARY, "{}")).items()}
+        return {name: bnb.Kind(**kind) for name, kind in json.loads(self._about().get(LIBRARY, "{}")).items()}
 
     def _about(self) -> dict[str, str]:
         with safe_open(self.path, framework="pt") as file:
@@ -212,7 +212,7 @@ def adopt(model: LoadedModel, part: str, path: Path) -> None:
     for name, kind in shard.library().items():
         linear = model.network.get_submodule(name)
         bias = linear._parameters.get("bias") is not None
-        model.put(name, library.hollow(*rows_and_columns(linear), kind, model.network.dtype, bias=bias))
+        model.put(name, bnb.hollow(*rows_and_columns(linear), kind, model.network.dtype, bias=bias))
     model.pruned = {name for name in model.pruned if not _within(name, part)} | shard.pruned()
     model.sparse = {name for name in model.sparse if not _within(name, part)} | shard.sparse()
     with contextlib.ExitStack() as stack:
@@ -302,7 +302,7 @@ class TensorFiles:
             BadModel: as `read`.
         """
         leaves = [each.removeprefix(f"{name}.") for each in self.names if each.startswith(f"{name}.")]
-        library.fill(module, {leaf: self.read(f"{name}.{leaf}") for leaf in leaves}, device)
+        bnb.fill(module, {leaf: self.read(f"{name}.{leaf}") for leaf in leaves}, device)
 
     def bad(self, problem: str) -> BadModel:
         """The error that says what is wrong with this folder."""

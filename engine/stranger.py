@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from engine import library, models
+from engine import bnb, models
+from engine.bnb import Kind
 from engine.checkpoint import part_of
 from engine.errors import BadArtifact
-from engine.library import Kind
 from engine.models import LoadedModel, linears
 from engine.own_packed import PACKED_KEY
 from engine.packing import InputGrid
@@ -108,6 +108,6 @@ def _replaced(network: PreTrainedModel, config: Mapping[str, JsonValue]) -> list
     for name in names:
         linear = network.get_submodule(name)
         bias = linear._parameters.get("bias") is not None
-        made = library.hollow(*rows_and_columns(linear), kind, network.dtype, bias=bias)
+        made = bnb.hollow(*rows_and_columns(linear), kind, network.dtype, bias=bias)
         network.set_submodule(name, made)
     return names

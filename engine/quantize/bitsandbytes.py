@@ -23,10 +23,10 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
+from engine.bnb import Kind, hollow
 from engine.calibration import BlockLinear, stretches, walk_blocks
 from engine.errors import BadParams
 from engine.fields import With
-from engine.library import Kind, hollow
 from engine.methods import Calibrated, Context, Selection, StoredBits
 from engine.models import LoadedModel, blocks, head, linears
 from engine.quantize._place import describe
