@@ -211,8 +211,7 @@ def compressing(
         if survey := params.survey(held.shape, held.width):
             gathered = phases[0]["calibration"]
             phases.append({"weights": weights, "calibration": gathered, "solver": survey.weighing})
-            predicting = others if held.tied or not streamed else 2 * others  # the embeddings, and the head
-            phases.append({"weights": max(weights, predicting), "activations": survey.reading})
+            phases.append({"weights": max(weights, others), "activations": survey.reading})
         phases.append({"weights": others, "calibration": _states(held, params)})
         if integer(getattr(params, "distill_steps", 0)):
             phases.append(_distilling(held, params, observing))

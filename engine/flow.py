@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.fit import FLOW_ROWS, FLOW_TOKENS, HELD
-from engine.models import LoadedModel, blocks
+from engine.models import LoadedModel, blocks, embeddings
 
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
@@ -146,14 +146,35 @@ def standing_in(model: LoadedModel, compute: Callable[[int, Args, Kwargs], objec
 def behind(model: LoadedModel, network: nn.Module, ids: Tensor, states: Tensor, tuples: bool) -> Any:
     """What the network, or its body, makes of ids (B, T) where blocks give the states (B, T, hidden).
 
-    tuples: whether blocks return one.
+    tuples: whether blocks return one. Embeddings that are nobody else's are not read.
     """
-    with standing_in(model, lambda number, args, kwargs: (states,) if tuples else states):
+    with _without_embeddings(model), standing_in(model, lambda number, args, kwargs: (states,) if tuples else states):
         return network(input_ids=ids, use_cache=False)
 
 
+@contextlib.contextmanager
+def _without_embeddings(model: LoadedModel) -> Iterator[None]:
+    """Of a streamed model, zeros stand for embeddings meanwhile, unless the head is these."""
+    if model.parts is None or model.tied:
+        yield
+        return
+    name, module = embeddings(model.network)
+    like = module.get_parameter("weight")
+
+    def compute(args: Args, kwargs: Kwargs) -> Tensor:
+        (ids,) = (*args, *kwargs.values())
+        assert isinstance(ids, Tensor)
+        return torch.zeros(*ids.shape, like.shape[1], dtype=like.dtype, device=ids.device)
+
+    model.network.set_submodule(name, StandIn(module, compute))
+    try:
+        yield
+    finally:
+        model.network.set_submodule(name, module)
+
+
 class StandIn(nn.Module):
-    """Takes a block's place while the model's body runs; has the block's attributes."""
+    """Takes the place of a block, or of embeddings, while the model's body runs; has the attributes of that."""
 
     def __init__(self, block: nn.Module, compute: Callable[[Args, Kwargs], object]) -> None:
         super().__init__()

@@ -8,12 +8,14 @@ once. As many changes are followed at a time as `HELD` bytes of states allow, th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+from transformers.pytorch_utils import Conv1D
 
 from engine.calibration import BlockLinear, stretches
 from engine.fit import HELD, SOLVED
@@ -22,11 +24,12 @@ from engine.methods import Context
 from engine.models import LoadedModel, blocks, head
 
 Change = Callable[[str, Tensor], Tensor]  # of a linear's name and some rows (n, K) of its weight, rows to take instead
-PASSES, PREDICTIONS = "passes of blocks", "rows predicted"  # units of progress
+PASSES, PREDICTIONS = "passes of blocks", "tokens predicted"  # units of progress
+LOGITS = 1 << 24  # that are compared at a time
 States = list[Tensor]  # (B, T, hidden), batch by batch
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def divergences(
     model: LoadedModel, rows: Tensor, names: Sequence[str], change: Change, context: Context
 ) -> Iterator[tuple[str, float]]:
@@ -64,7 +67,7 @@ def divergences(
                 for name, states in streams.items():
                     streams[name] = passed(module, states, calls)
                 for name in inside[number] if number in wave else ():
-                    with _changed(model, name, change):
+                    with _having(model, name, _changed(model, name, change)):
                         streams[name] = passed(module, entered, calls)
                 entered = passed(module, entered, calls)
             if number + 1 == wave.stop:
@@ -83,44 +86,59 @@ def _waves(counts: Sequence[int], most: int) -> list[range]:
     return [*found, range(start, len(counts))]
 
 
+def _changed(model: LoadedModel, name: str, change: Change) -> Tensor:
+    """The weight to put in the place of an open linear's, the way round in which the module holds it."""
+    linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
+    made = torch.empty_like(linear.module.weight)
+    rows = made.t() if isinstance(linear.module, Conv1D) else made
+    for some in stretches(linear.weight, SOLVED):
+        rows[some] = change(name, linear.weight[some])
+    return made
+
+
 @contextlib.contextmanager
-def _changed(model: LoadedModel, name: str, change: Change) -> Iterator[None]:
-    """The linear has other weights meanwhile."""
-    weight = BlockLinear(name, model.network.get_submodule(name)).weight  # type: ignore[arg-type]
-    exact = weight.clone()
-    for some in stretches(weight, SOLVED):
-        weight[some] = change(name, exact[some])
+def _having(model: LoadedModel, name: str, weight: Tensor) -> Iterator[None]:
+    """The module has another weight meanwhile."""
+    parameter = model.network.get_submodule(name).get_parameter("weight")
+    exact = parameter.data
+    parameter.data = weight
     try:
         yield
     finally:
-        weight.copy_(exact)
+        parameter.data = exact
 
 
 def _compared(
     model: LoadedModel, flow: Flow, own: States, streams: dict[str, States], heads: Sequence[str], change: Change,
     context: Context,
 ) -> Iterator[tuple[str, float]]:  # fmt: skip
-    """The divergence of each stream's predictions, and of a changed head's; of one row at a time, for the logits."""
-    sums = dict.fromkeys([*streams, *heads], 0.0)
-    done, each, rows = 0, len(sums) + 1, sum(map(len, flow.ids))
-    context.progress(0, rows * each, PREDICTIONS)
+    """The divergence of each stream's predictions, and of a changed head's; some tokens at a time, for the logits."""
+    sums, others = dict.fromkeys([*streams, *heads], 0.0), dict[str, Tensor]()
+    done, each, tokens = 0, len(sums) + 1, sum(ids.numel() for ids in flow.ids)
+    context.progress(0, tokens * each, PREDICTIONS)
     with model.lingering():
         for batch, ids in enumerate(flow.ids):
-            for row in range(len(ids)):
+            for row, some in itertools.product(range(len(ids)), _spans(ids.shape[1], model)):
 
-                def predict(states: States, batch: int = batch, row: int = row) -> Tensor:
-                    some = slice(row, row + 1)
-                    output = behind(model, model.network, flow.ids[batch][some], states[batch][some], flow.tuples)
+                def predict(states: States, here: tuple[slice, slice], batch: int = batch) -> Tensor:
+                    output = behind(model, model.network, flow.ids[batch][here], states[batch][here], flow.tuples)
                     found: Tensor = output.logits[0].float().log_softmax(-1)
                     return found
 
-                known = predict(own)
+                here = (slice(row, row + 1), some)
+                known = predict(own, here)  # which opens the head
+                others = others or {name: _changed(model, name, change) for name in heads}
                 for name in sums:
                     context.check_cancelled()
-                    with _changed(model, name, change) if name in heads else contextlib.nullcontext():
-                        mine = predict(streams.get(name, own))
+                    with _having(model, name, others[name]) if name in others else contextlib.nullcontext():
+                        mine = predict(streams.get(name, own), here)
                     sums[name] += float(kl_div(mine, known, reduction="sum", log_target=True))
-                done += each
-                context.progress(done, rows * each, PREDICTIONS)
-    tokens = sum(ids.numel() for ids in flow.ids)
+                done += len(known) * each
+                context.progress(done, tokens * each, PREDICTIONS)
     yield from ((name, total / tokens) for name, total in sums.items())
+
+
+def _spans(length: int, model: LoadedModel) -> Iterator[slice]:
+    """A row's tokens in spans of as many logits as are compared at a time: what follows blocks heeds no other token."""
+    step = max(1, LOGITS // model.network.config.get_text_config().vocab_size)
+    return (slice(start, start + step) for start in range(0, length, step))

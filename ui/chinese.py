@@ -237,7 +237,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "phase.measuring perplexity": "测量困惑度", "phase.measuring accuracy": "测量准确率",
         "phase.measuring divergence": "测量 KL 散度", "phase.writing outputs": "生成文本",
         "phase.probing one block": "试测一层",
-        "progress.blocks": "层", "progress.linears": "个线性层", "progress.passes of blocks": "次逐层计算", "progress.rows predicted": "行已预测",
+        "progress.blocks": "层", "progress.linears": "个线性层", "progress.passes of blocks": "次逐层计算", "progress.tokens predicted": "个词元已预测",
         "progress.steps": "步", "progress.documents": "篇文档", "progress.batches": "批",
         "progress.files of the teacher's answers": "个教师答案文件",
         "progress.files of sequences": "个序列文件", "progress.runs of blocks": "段连续层",

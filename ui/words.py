@@ -237,7 +237,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "phase.measuring divergence": "Measuring divergence", "phase.writing outputs": "Writing outputs",
         "phase.probing one block": "Probing one block",
         "progress.blocks": "blocks", "progress.linears": "linears",
-        "progress.passes of blocks": "passes of blocks", "progress.rows predicted": "rows predicted",
+        "progress.passes of blocks": "passes of blocks", "progress.tokens predicted": "tokens predicted",
         "progress.steps": "steps", "progress.documents": "documents", "progress.batches": "batches",
         "progress.files of the teacher's answers": "files of the teacher's answers",
         "progress.files of sequences": "files of sequences", "progress.runs of blocks": "runs of blocks",

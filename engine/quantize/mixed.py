@@ -150,8 +150,8 @@ class Params(gptq.SolverParams, Beyond, Range):
         weighing = WEIGHED * min(fit.SOLVED, largest)
         states = width * PROBE_ROWS * length * sizes.hidden_size(shape.config)
         streams = min(fit.HELD, len(found) * states) + 3 * states
-        beside = streams + LOGIT * length * vocabulary + weighing
-        units = {perturbation.PASSES: passes, perturbation.PREDICTIONS: PROBE_ROWS * (len(found) + 1)}
+        beside = streams + LOGIT * min(length * vocabulary, max(perturbation.LOGITS, vocabulary)) + weighing
+        units = {perturbation.PASSES: passes, perturbation.PREDICTIONS: PROBE_ROWS * length * (len(found) + 1)}
         return Survey(calibration + options + reading, weighing, beside, units)
 
     def width(self, bits: Bits) -> int:

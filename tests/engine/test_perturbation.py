@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 from engine import models, perturbation
 from engine.calibration import BlockLinear
 from engine.methods import Context
-from engine.models import LoadedModel, blocks, head, linears
+from engine.models import LoadedModel, blocks, embeddings, head, linears
 from engine.perturbation import divergences
 from tests.conftest import in_memory, tiny_config
 from tests.engine.test_streaming import Maker, in_use, saved
@@ -67,6 +67,8 @@ def test_waves_of_any_size_find_the_same(most: int, context: Context, monkeypatc
     together = dict(divergences(model, ROWS, wanted, coarser, context))
     monkeypatch.setattr(perturbation, "HELD", most)
     assert dict(divergences(model, ROWS, wanted, coarser, context)) == together
+    monkeypatch.setattr(perturbation, "LOGITS", 7 * 1280)  # seven tokens at a time
+    assert dict(divergences(model, ROWS, wanted, coarser, context)) == pytest.approx(together, rel=1e-4)
     assert together[wanted[-1]] == pytest.approx(slowly(model, wanted[-1]), rel=1e-4)
     assert all(torch.equal(each, before[name]) for name, each in model.network.state_dict().items())
 
@@ -94,6 +96,22 @@ def test_one_block_at_a_time_is_in_memory(
     assert len(dict(divergences(model, ROWS, names(model), coarser, context))) == len(names(model))
     assert max(held) == 1
     assert in_use(model) == set()
+
+
+@pytest.mark.parametrize(("family", "reads"), [("mistral", 1), ("gpt2", 4)])
+def test_embeddings_are_read_for_predictions_only_where_the_head_is_these(
+    family: str, reads: int, tmp_path: Path, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.stream(saved(family, tmp_path / "model"))
+    assert bool(model.tied) == (reads > 1)
+    read: list[str] = []
+    fill = models.Original.fill
+    monkeypatch.setattr(
+        models.Original, "fill", lambda self, model, part: (read.append(part), fill(self, model, part))[1]
+    )
+    monkeypatch.setattr(perturbation, "HELD", 1)
+    assert len(dict(divergences(model, ROWS, names(model), coarser, context))) == len(names(model))
+    assert read.count(embeddings(model.network)[0]) == reads  # with the text, and for each of three waves
 
 
 def test_a_linear_without_a_change_costs_nothing(context: Context) -> None:

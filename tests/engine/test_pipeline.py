@@ -201,9 +201,9 @@ def test_what_a_method_times_apart_is_what_it_reports(
     (clock,) = clocks
     assert clock.block > 0
     assert clock.units.keys() == (set() if survey is None else survey.units.keys())
-    # Seven linears of a block: what each makes passes one, and the text as it is; each of eight rows is predicted.
+    # What each of seven linears makes passes one block, and the text as it is; each token of eight rows is predicted.
     assert {unit: done for unit, (_, done) in clock.units.items()} == (
-        {} if survey is None else {"passes of blocks": 8, "rows predicted": 8 * 8}
+        {} if survey is None else {"passes of blocks": 8, "tokens predicted": 8 * 8 * 32}
     )
     assert all(seconds > 0 for seconds, _ in clock.units.values())
 
