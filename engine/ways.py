@@ -21,6 +21,7 @@ PHRASES = {
     "fewer_samples": "32 shorter calibration sequences need",
     "smaller_batch": "a batch of 2 needs",
     "lora": "training additions of low rank needs",
+    "every_second": "a student of every second block needs",
     "cached": "asking the teacher once, before, needs",
     "streamed": "GPTQ block by block needs",
 }  # fmt: skip
@@ -90,6 +91,16 @@ def _in_steps(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         changed = recipe.model_copy(update={"steps": tuple(_with(step, wanted) for step in recipe.steps)})
         if changed != recipe:
             yield name, changed
+    if any(step.params.get("student") == "size" for step in recipe.steps):
+        yield "every_second", recipe.model_copy(update={"steps": tuple(map(_of_every_second, recipe.steps))})
+
+
+def _of_every_second(step: Step) -> Step:
+    """The step with every second block for a student, where it has one of a given size."""
+    if step.params.get("student") != "size":
+        return step
+    kept = {name: value for name, value in step.params.items() if name not in ("hidden_size", "num_blocks")}
+    return step.model_copy(update={"params": {**kept, "student": "blocks", "keep_every": 2}})
 
 
 def _with(step: Step, wanted: dict[str, JsonValue]) -> Step:

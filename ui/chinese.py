@@ -385,6 +385,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "way.smaller_batch": "批大小改为 2 需要 {size}", "way.lora": "改为训练低秩增量需要 {size}",
         "way.cached": "预先只问教师一次需要 {size}",
         "way.streamed": "逐层执行 GPTQ 需要 {size}",
+        "way.every_second": "学生改为每隔一层取一层需要 {size}",
         # advice: goals, assumptions, measures
         "advice.title": "建议：先做什么",
         "advice.about": "说出您的目标；各项措施按实践中的顺序列出，最温和的在前。内存和速度由字节数推算，价格由假设推算。± 为 95% 置信区间。",

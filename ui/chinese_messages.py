@@ -740,6 +740,7 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "32 shorter calibration sequences need {size}": "改用 32 条较短的校准序列需要 {size} GiB",
         "a batch of 2 needs {size}": "批大小改为 2 需要 {size} GiB",
         "training additions of low rank needs {size}": "改为训练低秩增量需要 {size} GiB",
+        "a student of every second block needs {size}": "学生改为每隔一层取一层需要 {size} GiB",
         "asking the teacher once, before, needs {size}": "预先只问教师一次需要 {size} GiB",
         "GPTQ block by block needs {size}": "逐层执行 GPTQ 需要 {size} GiB",
         # notes of methods

@@ -398,6 +398,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "way.smaller_batch": "A batch of 2 needs {size}", "way.lora": "Training additions of low rank needs {size}",
         "way.cached": "Asking the teacher once, before, needs {size}",
         "way.streamed": "GPTQ block by block needs {size}",
+        "way.every_second": "A student of every second block needs {size}",
         # advice: goals, assumptions, measures
         "advice.title": "Advice: what to do first",
         "advice.about": "Say what you want; the measures come in the order of practice, the mildest first. Memory and "

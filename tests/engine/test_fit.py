@@ -458,6 +458,13 @@ def test_seconds_are_a_sum_too_and_heed_what_a_probe_has_found() -> None:
         ([{"quantize/rtn": {"group_size": 128}}], ["perplexity"], 4, "size_alone", True),
         ([{"distill/logits": {"student": "current", "batch": 64}}], ["size"], 20, "streamed", True),
         ([{"quantize/rtn": {"group_size": 128}}], ["perplexity"], 1, "size_alone", False),
+        (
+            [{"distill/logits": {"student": "size", "hidden_size": 8192, "num_blocks": 64}}],
+            ["size"],
+            200,
+            "every_second",
+            True,
+        ),
     ],
 )
 def test_a_way_out_is_named_with_what_it_needs(
