@@ -745,6 +745,8 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "GPTQ block by block needs {size}": "逐层执行 GPTQ 需要 {size} GiB",
         # notes of methods
         "The zeros take as many bits as other weights; the file is no smaller for them.": "零与其他权重占用同样的位数；文件不会因此变小。",
+        "The model reads {count} tokens at most and all of them stay exact: the cache is no smaller.":
+            "该模型最多读取 {count} 个词元，而它们全部保持精确：缓存不会变小。",
         "The model has no experts: whose tokens calibrate them changes nothing.":
             "该模型没有专家：用哪些词元校准专家不起作用。",
         "Each expert calibrates on {times} times the tokens that it gets on average.":

@@ -26,7 +26,7 @@ The files keep the settings in config.json, where other programs ignore them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -34,12 +34,13 @@ from pydantic import Field, JsonValue
 
 from engine import methods
 from engine.errors import BadModel, BadParams
+from engine.headers import Shape
 from engine.kv_cache import PackedCache, read_on
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
 from engine.quantize._grid import fitting_sizes
-from engine.sizes import attention_sizes
+from engine.sizes import attention_sizes, longest_text
 
 TITLE = "KV cache"
 CHANGES = ("memory",)
@@ -71,6 +72,15 @@ class Params(methods.Params):
             what = f"layers of {other[0]}" if other else "a cache of its own"
             raise BadModel(f"{kind} has {what}: its keys and values cannot be quantized. Leave quantize/kv_cache out.")
         check_head(attention_sizes(config)[2], self.group_size)
+
+    def notes(self, shape: Shape, device: str) -> Sequence[str]:
+        """That a window as long as any text leaves nothing to round."""
+        said, longest = super().notes(shape, device), longest_text(shape.config)
+        if not 0 < longest <= self.window:
+            return said
+        return [
+            *said, f"The model reads {longest:,} tokens at most and all of them stay exact: the cache is no smaller."
+        ]  # fmt: skip
 
 
 def check_head(size: int, group_size: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from engine import artifacts, methods, models, runtime
+from engine import artifacts, headers, methods, models, runtime
 from engine.errors import BadModel, BadParams
 from engine.generate import generate
 from engine.kv_cache import ARGUMENT, PackedCache
@@ -18,6 +18,7 @@ from engine.measure import latency, suite
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import CACHE_KEY, CacheGrid
+from engine.preflight import DEMO
 from engine.quantize import kv_cache
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
@@ -115,3 +116,10 @@ def test_a_cache_that_is_not_used_is_noticed(context: Context, monkeypatch: pyte
 def test_groups_that_do_not_divide_a_head_are_refused_also_when_loaded(context: Context) -> None:
     with pytest.raises(BadParams, match=r"group_size 32 does not divide the 16 channels of a head\. .* do: 8, 16"):
         kv_cache.apply(in_memory(tiny_config()), kv_cache.Params(), context)
+
+
+def test_a_window_as_long_as_any_text_is_said_to_bring_nothing() -> None:
+    shape = headers.inspect(DEMO / "model")
+    longest = shape.config["max_position_embeddings"]
+    notes = [kv_cache.Params(window=window).notes(shape, "cpu") for window in (0, longest - 1, longest)]
+    assert [any("the cache is no smaller" in note for note in each) for each in notes] == [False, False, True]
