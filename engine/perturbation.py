@@ -46,8 +46,8 @@ def divergences(
     own = [flow.states[batch] for batch in range(len(flow.states))]
     most = max(1, HELD // sum(states.nbytes for states in own))
     waves = _waves([len(each) for each in inside], most)
-    behind_each = [len(modules) - number for number in range(len(stations))]
-    done, passes = 0, sum(map(operator.mul, behind_each, map(len, inside))) + sum(behind_each[w.start] for w in waves)
+    left = [len(modules) - number for number in range(len(stations))]  # blocks from each station on
+    done, passes = 0, sum(map(operator.mul, left, map(len, inside))) + sum(left[wave.start] for wave in waves)
 
     def passed(module: nn.Module, states: States, calls: Sequence[Call]) -> States:
         nonlocal done
@@ -116,22 +116,22 @@ def _compared(
     sums, others = dict.fromkeys([*streams, *heads], 0.0), dict[str, Tensor]()
     done, each, tokens = 0, len(sums) + 1, sum(ids.numel() for ids in flow.ids)
     context.progress(0, tokens * each, PREDICTIONS)
+
+    def predict(states: States, batch: int, here: tuple[slice, slice]) -> Tensor:
+        output = behind(model, model.network, flow.ids[batch][here], states[batch][here], flow.tuples)
+        found: Tensor = output.logits[0].float().log_softmax(-1)
+        return found
+
     with model.lingering():
         for batch, ids in enumerate(flow.ids):
             for row, some in itertools.product(range(len(ids)), _spans(ids.shape[1], model)):
-
-                def predict(states: States, here: tuple[slice, slice], batch: int = batch) -> Tensor:
-                    output = behind(model, model.network, flow.ids[batch][here], states[batch][here], flow.tuples)
-                    found: Tensor = output.logits[0].float().log_softmax(-1)
-                    return found
-
                 here = (slice(row, row + 1), some)
-                known = predict(own, here)  # which opens the head
+                known = predict(own, batch, here)  # which opens the head
                 others = others or {name: _changed(model, name, change) for name in heads}
                 for name in sums:
                     context.check_cancelled()
                     with _having(model, name, others[name]) if name in others else contextlib.nullcontext():
-                        mine = predict(streams.get(name, own), here)
+                        mine = predict(streams.get(name, own), batch, here)
                     sums[name] += float(kl_div(mine, known, reduction="sum", log_target=True))
                 done += len(known) * each
                 context.progress(done, tokens * each, PREDICTIONS)
