@@ -285,7 +285,8 @@ def walk_blocks(
                 if following is not None:
                     model.prefetch(following.name)
                 if not done:
-                    model.untie(block.name)
+                    if keep_blocks:
+                        model.untie(block.name)
                     _look(block, params, flow, collect, known)
                 if original:
                     _pass(model, flow, block, following)

@@ -214,8 +214,6 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     Raises:
         BadParams: the budget is below the smallest assignment; the message names it.
     """
-    if params.head:
-        model.untie(head(model.network)[0])  # what is measured of it is not to change the embeddings
     candidates = from_json(
         scores.measured(
             model, context, "mixed", about(params), lambda kept: as_json(measure(model, params, context, kept))
@@ -224,8 +222,10 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     candidates = [params.counted(candidate) for candidate in candidates]
     weights = sum(candidate.weights for candidate in candidates)
     width, parameters = 8 * model.network.dtype.itemsize, model.parameters
+    rows, columns = embeddings(model.network)[1].get_parameter("weight").shape
+    if params.head and f"{head(model.network)[0]}.weight" in model.tied:
+        parameters += rows * columns  # the two will part
     if params.embeddings:
-        rows, columns = embeddings(model.network)[1].get_parameter("weight").shape
         parameters -= sizes.saved_in_embeddings(rows, columns, width)
     budget = params.budget_bits(weights, parameters, [candidate.name for candidate in candidates], width)
     chosen = choose(candidates, budget)

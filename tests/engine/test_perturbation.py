@@ -73,6 +73,17 @@ def test_waves_of_any_size_find_the_same(most: int, context: Context, monkeypatc
     assert all(torch.equal(each, before[name]) for name, each in model.network.state_dict().items())
 
 
+def test_a_head_that_is_the_embeddings_changes_alone(tmp_path: Path, context: Context) -> None:
+    folder = saved("llama", tmp_path / "model", dtype=torch.float32)
+    model, whole = models.stream(folder, "float32"), models.load(folder, "float32")
+    assert model.tied
+    name = head(whole.network)[0]
+    whole.untie(name)
+    found = dict(divergences(model, ROWS, [name], coarser, context))
+    assert found == pytest.approx({name: slowly(whole, name)}, rel=1e-3)
+    assert model.tied
+
+
 @pytest.mark.parametrize(("counts", "waves"), [
     ([7, 7, 7, 1], [(0, 2), (2, 4)]), ([0, 0, 20, 0], [(0, 4)]), ([20, 20], [(0, 1), (1, 2)]), ([0, 0, 0, 1], [(0, 4)]),
 ])  # fmt: skip
