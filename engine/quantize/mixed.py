@@ -53,6 +53,7 @@ UNITS = {"bits": "bits a weight", "mib": "MiB", "memory": "MiB of memory"}
 HELD = (4, 8)  # bits of a code as kernels hold it
 PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
+LARGE, FEWER = 1_000_000_000, 2  # of models with more parameters so many sequences: each linear is as much work
 WEIGHED = 17  # bytes of a weight while an option is weighed: itself, its code, what it is off, and two products of that
 LOGIT = (
     22  # bytes of a logit as it is compared: in 16 bit, in float32, its logarithm, the original's, and the divergence
@@ -138,6 +139,7 @@ class Params(gptq.SolverParams, Beyond, Range):
         """Steps 1 and 2: calibration once more; each linear in each option; the model read with each one rounded."""
         found = sizes.chosen(shape, self)
         length, vocabulary = min(self.sequence_length, PROBE_LENGTH), sizes.vocabulary_size(shape)
+        rows = probe_rows(shape.parameters)
         options = sum(
             len(WIDTHS) * sum(inputs % size == 0 for size in GROUP_SIZES) * min(outputs, EXAMINED) * inputs * inputs
             for outputs, inputs in found.values()
@@ -146,13 +148,13 @@ class Params(gptq.SolverParams, Beyond, Range):
         blocks_, head_ = sizes.blocks_of(shape.config), vocabulary * sizes.hidden_size(shape.config)
         passes = len(found) * (blocks_ + 1) / 2 + blocks_  # of a change all blocks from its own on, half on average
         passed = passes * (shape.parameters - head_) / blocks_ + (len(found) + 1) * head_
-        reading = 2.0 * PROBE_ROWS * length * passed
+        reading = 2.0 * rows * length * passed
         largest = max((outputs * inputs for outputs, inputs in found.values()), default=0)
         weighing = WEIGHED * min(fit.SOLVED, largest)
-        states = width * PROBE_ROWS * length * sizes.hidden_size(shape.config)
+        states = width * rows * length * sizes.hidden_size(shape.config)
         streams = min(fit.HELD, len(found) * states) + 3 * states
         beside = streams + LOGIT * min(length * vocabulary, max(perturbation.LOGITS, vocabulary)) + weighing
-        units = {perturbation.PASSES: passes, perturbation.PREDICTIONS: PROBE_ROWS * length * (len(found) + 1)}
+        units = {perturbation.PASSES: passes, perturbation.PREDICTIONS: rows * length * (len(found) + 1)}
         return Survey(calibration + options + reading, weighing, beside, units)
 
     def width(self, bits: Bits) -> int:
@@ -307,7 +309,7 @@ def probe_costs(
 ) -> dict[str, float]:  # fmt: skip
     """Step 2: the KL (nats a token) of the model's predictions when one linear alone is rounded to `PROBE_BITS`."""
     length = min(params.sequence_length, PROBE_LENGTH)
-    rows = token_rows(model.tokenizer, context.calibration, length, PROBE_ROWS).to(model.device)
+    rows = token_rows(model.tokenizer, context.calibration, length, probe_rows(model.parameters)).to(model.device)
 
     def rounded(name: str, weight: Tensor) -> Tensor:
         size = next(size for size in GROUP_SIZES if weight.shape[1] % size == 0)
@@ -318,6 +320,11 @@ def probe_costs(
     for name, cost in perturbation.divergences(model, rows, left, rounded, context):
         kept.of(f"{name} rounded", functools.partial(max, cost, 1e-12))
     return {name: float(cast(float, kept[f"{name} rounded"])) for name in names}
+
+
+def probe_rows(parameters: int) -> int:
+    """Calibration sequences on which the KL of step 2 is taken, for a model of so many parameters."""
+    return PROBE_ROWS if parameters <= LARGE else FEWER
 
 
 def choose(candidates: Sequence[Candidate], budget: float) -> dict[str, Option]:
