@@ -67,16 +67,18 @@ def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
         )
     linears = [name for name in shape.linears if ".experts." in name]
     for method, params in steps:
-        chosen = sum(params.selects(name) for name in linears) if isinstance(params, Selection) else len(linears)
-        if method.family != "quantize" or not chosen:
+        if method.family != "quantize" or params.cache_grid() is not None:
             continue
-        if chosen < len(linears):
+        chosen = sum(params.selects(name) for name in linears) if isinstance(params, Selection) else len(linears)
+        ours = params.leaves_codes()
+        if ours and chosen < len(linears):
             raise BadParams(
-                f"{method.name}: {chosen} of {len(linears)} linears of experts are selected; files can hold all of "
-                "them quantized or none. Ignore `*.experts.*`, or none of them."
+                f"{method.name}: {chosen} of {len(linears)} linears of experts are selected; `transformers` reads a "
+                "mixture's packed linears only where all of these are packed, too. Select them all."
             )
-        if reason := params.unfit_for_experts():
-            raise BadParams(f"{method.name}: {reason} Choose other settings, or ignore `*.experts.*`.")
+        if chosen and (reason := params.unfit_for_experts()):
+            instead = "use another method" if ours else "ignore `*.experts.*`"
+            raise BadParams(f"{method.name}: {reason} Choose other settings, or {instead}.")
 
 
 def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> None:

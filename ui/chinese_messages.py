@@ -169,10 +169,11 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "{variable} is {asked}, and torch sees {gpus} GPU. Use {most} or less.": "{variable} 为 {asked}，而 torch 只看到 {gpus} 个 GPU。请用 {most} 或更少。",
         "{variable} is {asked}, and torch sees {gpus} GPUs. Use {most} or less.": "{variable} 为 {asked}，而 torch 只看到 {gpus} 个 GPU。请用 {most} 或更少。",
         # which linears
-        "{method}: {chosen} of {all} linears of experts are selected; files can hold all of them quantized or none. "
-        "Ignore `*.experts.*`, or none of them.":
-            "{method}：{all} 个专家线性层中选中了 {chosen} 个；文件只能全部量化或全不量化。请忽略 `*.experts.*`，或一个也不忽略。",
+        "{method}: {chosen} of {all} linears of experts are selected; `transformers` reads a mixture's packed linears "
+        "only where all of these are packed, too. Select them all.":
+            "{method}：{all} 个专家线性层中选中了 {chosen} 个；只有全部专家也都打包时，`transformers` 才能读取混合专家模型的打包线性层。请全部选中。",
         "{method}: {said} Choose other settings, or ignore `*.experts.*`.": "{method}：{said}请选择其他设置，或忽略 `*.experts.*`。",
+        "{method}: {said} Choose other settings, or use another method.": "{method}：{said}请选择其他设置，或改用其他方法。",
         "{method}: no linear is left by targets {targets} and ignore {ignore}. Names are as in {linear}.":
             "{method}：目标 {targets} 和忽略 {ignore} 之后没有剩下线性层。名称形如 {linear}。",
         "{method}: {pattern} of {setting} fits no linear that is chosen. Names are as in {linear}.":
