@@ -77,8 +77,9 @@ def _check_experts(steps: list[tuple[Method, Params]], shape: Shape) -> None:
                 "mixture's packed linears only where all of these are packed, too. Select them all."
             )
         if chosen and (reason := params.unfit_for_experts()):
-            instead = "use another method" if ours else "ignore `*.experts.*`"
-            raise BadParams(f"{method.name}: {reason} Choose other settings, or {instead}.")
+            if ours:
+                raise BadParams(f"{method.name}: {reason} Choose other settings, or use another method.")
+            raise BadParams(f"{method.name}: {reason} Choose other settings, or ignore `*.experts.*`.")
 
 
 def _check_shapes(method: Method, params: Params, shape: Shape, width: int) -> None:
