@@ -6,15 +6,18 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Where it is set every process compiles all of our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
+# Seconds of the clock, also for the makes and the tests that this one starts.
+export MAQUETTE_TESTS_BEGAN := $(or $(MAQUETTE_TESTS_BEGAN),$(shell date +%s))
 
 .PHONY: run test tests everything ready chromium check format killloop clean
 
 run: .venv/requirements
 	HOST=$(HOST) PORT=$(PORT) $(BIN)/python app.py
 
-# What takes long comes last, and begins only within the first minutes: all stays within a quarter of an hour.
+# What takes long comes last, and begins only within the first minutes, those of installing counted: all stays within
+# a quarter of an hour.
 test: ready
-	$(MAKE) --jobs 2 check tests OPTIONS="--minutes 7 --durations 40"
+	$(MAKE) --jobs 2 check tests OPTIONS="--minutes 9 --durations 40"
 
 # All of it, on every family of models.
 everything: ready

@@ -100,7 +100,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Note when the tests began, once for all processes."""
+    """Note when the tests began, once for all processes, unless `make` noted when it began."""
     os.environ.setdefault(BEGAN, str(time.time()))
 
 
