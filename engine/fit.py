@@ -36,6 +36,8 @@ LATER = 60 * MiB  # that a process does not give back between two situations
 PROBED_FROM = 60.0  # seconds: what is expected to take less is not probed
 PROBED_BLOCKS = 8  # and so many blocks: one of few takes much of the time that it tells
 HELD = 1 << 30  # bytes of hidden states that calibration keeps in memory; more go to a file
+PREDICTED = 1 << 24  # logits of branches of hidden states (`engine.branches`) that are looked at at a time
+BRANCHED = 22  # bytes of one: in 16 bit, in float32, its logarithm, the original's, and the divergence
 SAVED_TOGETHER = 1 << 28  # bytes of small parts that are written together
 ROOM = 4  # times the dense weights' bytes must be free before an artifact is read back whole
 STRETCH = 1 << 20  # weights that are rounded and looked at at a time: copies of them stay in the cache
@@ -147,8 +149,8 @@ def estimate(
     held, needs = first, list[Need]()
     streamed, library = bool(steps), 0
     for method, params in steps:
-        streamed = streamed and not method.whole
-        needs += compressing(held, method, params, first, streamed, machine)
+        loaded, streamed = not streamed, streamed and not params.whole()
+        needs += compressing(held, method, params, first, streamed, machine, loaded=loaded)
         held = held.after(params)
         library = library if params.leaves_codes() else LIBRARY
     if not steps:
@@ -156,7 +158,9 @@ def estimate(
             Need("compress", _parts(weights=first.dense, activations=LOOKED_AT * first.largest, runtime=RUNTIME))
         )
     times = pace.seconds(first, held, steps, recipe.measure, machine.rates, download)
-    if streamed and sum(times.values()) > PROBED_FROM and sizes.blocks_of(shape.config) >= PROBED_BLOCKS:
+    telling = any(params.told_by_a_block() for _, params in steps)
+    long = sum(times.values()) > PROBED_FROM and sizes.blocks_of(shape.config) >= PROBED_BLOCKS
+    if streamed and telling and long:
         needs.insert(0, probing(needs))
     needs.append(saving(held, streamed, needs[-1], library))
     needs.append(verifying(held, streamed, machine.free, library))
@@ -186,11 +190,15 @@ def estimate(
 
 
 def compressing(
-    held: Holding, method: Method, params: Params, first: Holding, streamed: bool, machine: Machine
-) -> list[Need]:
-    """What a step needs on a model, of which one part at a time is in memory where it is `streamed`."""
+    held: Holding, method: Method, params: Params, first: Holding, streamed: bool, machine: Machine, *,
+    loaded: bool = False,
+) -> list[Need]:  # fmt: skip
+    """What a step needs on a model, of which one part at a time is in memory where it is `streamed`.
+
+    loaded: whether an earlier step has taken it into memory.
+    """
     if integer(getattr(params, "steps", 0)):
-        return _training(held, method, params, first, machine)
+        return _training(held, method, params, first, machine, loaded)
     if calibrates(params) and getattr(params, "by", "") == "taylor":
         return [Need("compress", _differentiating(held, params), method.title)]
     params, (largest, beside) = params.on(held.shape, held.width), held.parts()
@@ -244,6 +252,13 @@ def _calibrating(
         last["weights"] -= held.width * (held.parts()[0] - largest)  # the block's others are put aside by then
     gathered = states + 4 * sum(size * size for size in inputs)
     return [{**observing, "calibration": gathered, "activations": active}, last]
+
+
+def branching(shape: Shape, width: int, rows: int, length: int, count: int) -> int:
+    """Bytes of so many branches of the states of rows of text (`engine.branches`), and of what they predict."""
+    states = width * rows * length * sizes.hidden_size(shape.config)
+    vocabulary = sizes.vocabulary_size(shape)
+    return min(HELD, count * states) + 3 * states + BRANCHED * min(length * vocabulary, max(PREDICTED, vocabulary))
 
 
 def _distilling(held: Holding, params: Calibrated, observing: dict[str, int]) -> dict[str, int]:
@@ -305,15 +320,17 @@ def _widest(shape: Shape) -> int:
     return max((inputs for _, inputs in sizes.first_block(shape)), default=4 * sizes.hidden_size(shape.config))
 
 
-def _training(held: Holding, method: Method, params: Params, first: Holding, machine: Machine) -> list[Need]:
+def _training(
+    held: Holding, method: Method, params: Params, first: Holding, machine: Machine, loaded: bool
+) -> list[Need]:
     """A student in float32 with its gradients and two moments; before, where it is asked once, its teacher.
 
-    Of assistants and student, which are trained one after the other, the largest counts. While assistants are cut from
-    the original and trained, what earlier steps made of it waits in memory.
+    Of assistants and student, which are trained one after the other, the largest counts. While assistants are trained,
+    what earlier steps have taken into memory waits there.
     """
     chain = held.trained(params, first.shape)
     student = max(chain, key=lambda each: each.parameters)
-    waiting = held.dense if len(chain) > 1 and held is not first else 0
+    waiting = held.dense if len(chain) > 1 and loaded else 0
     vocabulary, parameters = sizes.vocabulary_size(student.shape), student.parameters
     scope = str(getattr(params, "scope", "all"))
     trained = parameters if scope == "all" else _adapters(student.shape, integer(getattr(params, "rank", 8)), scope)
@@ -325,9 +342,6 @@ def _training(held: Holding, method: Method, params: Params, first: Holding, mac
     teaches = hasattr(params, "teachers")
     live = teaches and getattr(params, "teacher_logits", "live") == "live" and method.name != "distill/sequence"
     found = []
-    if len(chain) > 1 and getattr(params, "student", "") in ("current", "folder"):
-        cutting = {"weights": waiting + student.width * parameters, "original": first.dense}
-        found.append(Need("compress", _parts(**cutting, runtime=RUNTIME + COMPUTING), method.title))
     if teaches and not live:
         asked = _logits(min(2048, batch * length), vocabulary, machine)
         found.append(

@@ -1,8 +1,9 @@
 """Calibration text on its way through a model's blocks, one block in memory at a time.
 
-`capture` lets the model's body run over each batch with stand-ins for the blocks, which note the arguments that every
-block receives (masks, rotary embeddings, ...): these differ between families and, in some, between the blocks of one
-model, but do not depend on what blocks compute. Then `Flow.through` lets one block after another compute.
+`capture` lets the model's body run over each batch, up to the last block, with stand-ins for the blocks, which note the
+arguments that every block receives (masks, rotary embeddings, ...): these differ between families and, in some, between
+the blocks of one model, but do not depend on what blocks compute. Then `Flow.through` lets one block after another
+compute.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class States:
     They are written as they come, so that what goes to files never stands in memory together.
     """
 
-    def __init__(self, ids: Sequence[Tensor], folder: Path) -> None:
-        self._ids, self._folder = ids, folder
+    def __init__(self, ids: Sequence[Tensor], folder: Path, most: int = HELD) -> None:
+        self._ids, self._folder, self._most = ids, folder, most
         self._tokens = sum(batch.numel() for batch in ids)
         self._held: list[Tensor | torch.device] = [batch.device for batch in ids]  # those in files: where they belong
 
@@ -55,16 +56,16 @@ class States:
         return load_file(self._file(number), str(held), backend="pread")["states"]
 
     def __setitem__(self, number: int, states: Tensor) -> None:
-        if self._tokens * states.shape[-1] * states.element_size() <= HELD:
+        if self._tokens * states.shape[-1] * states.element_size() <= self._most:
             self._held[number] = states
             return
         self._held[number] = states.device
         self._folder.mkdir(parents=True, exist_ok=True)
         save_file({"states": states.contiguous()}, self._file(number))
 
-    def like(self, name: str) -> States:
-        """Room for states of the same batches under another name."""
-        return States(self._ids, self._folder.with_name(name))
+    def like(self, name: str, share: int = 1) -> States:
+        """Room for states of the same batches under another name, one of so many that share what may be in memory."""
+        return States(self._ids, self._folder.with_name(name), self._most // share)
 
     def close(self) -> None:
         """Delete the files."""
@@ -195,7 +196,8 @@ class StandIn(nn.Module):
 def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Flow:
     """What enters the first block for each batch (B, T) of token ids, and every block's other arguments.
 
-    Arguments that are equal from batch to batch, or from block to block, are kept once. The head gets none.
+    Arguments that are equal from batch to batch, or from block to block, are kept once. The head gets none. What
+    follows the blocks does not compute.
     """
     _, modules = blocks(model.network)
     hidden = States(batches, folder / "states")
@@ -213,15 +215,25 @@ def capture(model: LoadedModel, batches: tuple[Tensor, ...], folder: Path) -> Fl
             modules[0], stand_in = originals[0], modules[0]  # in its place, where its weights will be looked for
             tuples.append(isinstance(modules[0](states, *rest, **others), tuple))
             modules[0] = stand_in
+        if number == len(modules) - 1:
+            raise _LastReached
         return (states,) if tuples[0] else states
 
+    def run(batch: Tensor) -> None:
+        with contextlib.suppress(_LastReached):
+            model.network.base_model(input_ids=batch, use_cache=False)
+
     with standing_in(model, note) as originals:
-        model.network.base_model(input_ids=batches[0], use_cache=False)  # a block computes here, alone in memory
+        run(batches[0])  # a block computes here, alone in memory
         with model.lingering():
             for batch in batches[1:]:
-                model.network.base_model(input_ids=batch, use_cache=False)
+                run(batch)
     of_head = [Call((), {})] * len(batches)
     return Flow(hidden, [*calls, of_head], batches, tuples[0])
+
+
+class _LastReached(Exception):
+    """The last block was reached."""
 
 
 def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, tuple[object, ...], dict[str, object]]:

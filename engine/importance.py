@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ from torch.nn import functional
 from engine import anatomy, influence, scores, training
 from engine.anatomy import Anatomy, Axis
 from engine.calibration import token_rows
+from engine.flow import capture
 from engine.methods import Context
 from engine.models import LoadedModel, blocks
 
@@ -39,7 +40,7 @@ class Sums:
     """Sums by unit, in float64: one row for each block, one for the model along channels."""
 
     def __init__(self, body: Anatomy, device: torch.device) -> None:
-        self._body = body
+        self.body = body
         self._of = {
             axis: torch.zeros(
                 1 if axis == "channels" else body.blocks, body.size(axis), dtype=torch.float64, device=device
@@ -74,43 +75,61 @@ def by_activation(model: LoadedModel, rows: Tensor, context: Context) -> Importa
     Neurons and heads at the inputs of the linear that leads back to the channels, a unit's heads together; channels at
     the outputs of all norms (Muralidharan et al., 2024).
     """
-    body = anatomy.of(model.network.config)
-    sums = Sums(body, model.device)
-    prefix, _ = blocks(model.network)
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for name, module in model.network.named_modules():
-            if (hook := _watch(body, sums, name, prefix, module)) is not None:
-                stack.callback(hook.remove)
-        parts = influence.batches(rows)
-        for number, ids in enumerate(parts):
-            context.check_cancelled()
-            model.network.base_model(input_ids=ids, use_cache=False)
-            context.progress(number + 1, len(parts), "batches")
+    sums = Sums(anatomy.of(model.network.config), model.device)
+    prefix, modules = blocks(model.network)
+    beside = [name for name, _ in model.network.named_modules() if block_of(name, prefix) is None]
+    with _watching(model, sums, beside) as before:
+        flow = capture(model, influence.batches(rows), context.folder)
+    for number, module in enumerate(modules):
+        context.check_cancelled()
+        block = f"{prefix}.{number}"
+        with model.opened(block), _watching(model, sums, [name for name, _ in module.named_modules(prefix=block)]):
+            if number + 1 < len(modules):
+                model.prefetch(f"{prefix}.{number + 1}")
+            flow.through(number, module)
+        context.progress(number + 1, len(modules), "blocks")
+    with _watching(model, sums, [name for name in beside if name not in before]):
+        flow.to_the_head(model)
+    flow.states.close()
     return sums.roots()
 
 
+@contextlib.contextmanager
+def _watching(model: LoadedModel, sums: Sums, names: Sequence[str]) -> Iterator[set[str]]:
+    """Of these modules, linears that lead back to the channels and norms over them add what they see to the sums.
+
+    Yields the names of those that have computed.
+    """
+    seen: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if (hook := _watch(model, sums, name, seen)) is not None:
+                stack.callback(hook.remove)
+        yield seen
+
+
 def _watch(
-    body: Anatomy, sums: Sums, name: str, prefix: str, module: nn.Module
-) -> torch.utils.hooks.RemovableHandle | None:
-    """Let a linear that leads back to the channels, or a norm over them, add what it sees to the sums."""
-    block = block_of(name, prefix)
-    weight = module._parameters.get("weight")
+    model: LoadedModel, sums: Sums, name: str, seen: set[str]
+) -> torch.utils.hooks.RemovableHandle | None:  # fmt: skip
+    module, body = model.network.get_submodule(name), sums.body
+    weight, block = module._parameters.get("weight"), block_of(name, blocks(model.network)[0])
     if weight is None:
         return None
     entries = anatomy.units(body, f"{name}.weight", tuple(weight.shape))
 
-    def squares(values: Tensor) -> Tensor:
-        return values.flatten(0, -2).float().square().sum(0)  # (width,)
+    def see(axis: Axis, units: Tensor, values: Tensor) -> None:
+        seen.add(name)
+        sums.add(axis, block, units, values.flatten(0, -2).float().square().sum(0))
 
     if anatomy.ends(name, anatomy.ATTENTION_OUT + anatomy.NARROWING):
         entry = next((entry for entry in entries if entry is not None and entry[0] != "channels"), None)
         if entry is None:  # an expert's, which stays as it is
             return None
         axis, units = entry
-        return module.register_forward_pre_hook(lambda _, args: sums.add(axis, block, units, squares(args[0])))
+        return module.register_forward_pre_hook(lambda _, args: see(axis, units, args[0]))
     if anatomy.is_norm(f"{name}.weight", tuple(weight.shape)) and entries[0] is not None:
-        units = entries[0][1]
-        return module.register_forward_hook(lambda _, args, out: sums.add("channels", None, units, squares(out)))
+        of_norm = entries[0][1]
+        return module.register_forward_hook(lambda _, args, out: see("channels", of_norm, out))
     return None
 
 

@@ -92,6 +92,9 @@ class TrainingParams(TextParams):
                 raise ValueError(f"no step comes after step {after}: steps is {self.steps}")
         return self
 
+    def whole(self) -> bool:
+        return True
+
     def schedule(self, parameters: int) -> Schedule:
         """As the training loop wants it, for a model of so many parameters."""
         rate = self.learning_rate or self.usual_rate(parameters)

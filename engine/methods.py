@@ -217,6 +217,14 @@ class Params(BaseModel):
         """What the step measures of a whole model, of that shape and `width` bytes a weight, before it changes it."""
         return None
 
+    def whole(self) -> bool:
+        """Whether all weights must be in memory at once, not only those of one block."""
+        return False
+
+    def told_by_a_block(self) -> bool:
+        """Whether what the work takes on a model of one block tells what it takes on all."""
+        return True
+
     def processes(self) -> int:
         """In how many processes, a GPU each, the step can train at most, the network in shards; 1: it cannot so."""
         return 1
@@ -305,10 +313,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Method:
-    """One compression method, as its file describes it. `name` is `family/file`.
-
-    whole: it needs all weights in memory at once, not only those of one block (`WHOLE = True` in the file).
-    """
+    """One compression method, as its file describes it. `name` is `family/file`."""
 
     name: str
     title: str
@@ -317,7 +322,6 @@ class Method:
     changes: tuple[Change, ...]
     params: type[Params]
     apply: Callable[[LoadedModel, Params, Context], LoadedModel]
-    whole: bool = False
 
     @property
     def family(self) -> str:
@@ -387,7 +391,7 @@ def read(module: types.ModuleType, name: str) -> Method:
             raise TypeError(f"{name}: {key} counts with {needed.setting}, which is no setting")
     return Method(
         name, module.TITLE, documentation.splitlines()[0], documentation, tuple(module.CHANGES), module.Params,
-        module.apply, bool(getattr(module, "WHOLE", False)),
+        module.apply,
     )  # fmt: skip
 
 

@@ -231,9 +231,7 @@ def stream(
         BadModel: weights are missing, misshapen or not finite.
     """
     model = _closed(folder, dtype, device, source_of)
-    assert model.parts is not None
-    for name in model.parts.where:
-        _open_when_reached(model, name)
+    open_when_reached(model)
     return model
 
 
@@ -253,8 +251,14 @@ def _closed(
     return model
 
 
+def open_when_reached(model: LoadedModel) -> None:
+    """Let each part of a model whose parts are closed be open for as long as its module computes."""
+    assert model.parts is not None
+    for part in model.parts.where:
+        _open_when_reached(model, part)
+
+
 def _open_when_reached(model: LoadedModel, part: str) -> None:
-    """Open a part for as long as its module computes."""
     module = model.network.get_submodule(part)
     stack = contextlib.ExitStack()
 
@@ -350,6 +354,16 @@ def quantize_inputs(linear: nn.Module, grid: InputGrid) -> None:
         return (grid.fake(x), *args[1:])
 
     linear.register_forward_pre_hook(round_)
+
+
+def put_tensor(network: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    """Let the parameter or buffer of that name be this tensor."""
+    path, _, leaf = name.rpartition(".")
+    owner = network.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
 
 
 def is_large(module: nn.Module) -> bool:

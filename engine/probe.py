@@ -3,7 +3,8 @@
 Blocks are alike: what a step takes on the first, times their number, is what it will take, after what it does once
 (reading the text, the embeddings). Memory does not add up: one block is in memory at a time. So minutes of measuring
 replace a guess about hours; `engine.fit` says which runs are long enough, with so many blocks that one is little of the
-work. It is thrown away, in a process of its own, which also frees its memory.
+work. It is thrown away, in a process of its own, which also frees its memory. A step that takes whole blocks away has
+nothing to do on one: its time stays a guess.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from pydantic import JsonValue
 
-from engine import hardware, headers, methods, models, pace, preflight
+from engine import hardware, headers, methods, models, pace, preflight, sizes
 from engine.methods import Context, Emit, Params, Selection
 from engine.models import LoadedModel, blocks, linears
 from engine.pace import Rates
@@ -60,7 +61,7 @@ def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
     the steps have no block in common.
     """
     model = models.stream(source, recipe.model.dtype, device)
-    count, steps = len(blocks(model.network)[1]), methods.check(recipe)
+    steps = methods.check(recipe)
     probed = on_first_block(model, [params for _, params in steps])
     if probed is None:
         return
@@ -70,13 +71,17 @@ def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
     held = Holding(headers.inspect(source), model.network.dtype.itemsize)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for number, ((method, params), own) in enumerate(zip(steps, probed, strict=True)):
+            if not params.told_by_a_block():
+                seconds += pace.step_seconds(held, params, Rates())
+                held = held.after(params)
+                continue
             survey = params.survey(held.shape, held.width)
             units = {} if survey is None else survey.units
             clock = Clock(units)
             text = preflight.calibration_file(recipe.calibration)
             kept = Path(folder) / str(number)
             model = method.apply(model, own, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
-            took = clock.total(count, units)
+            took = clock.total(sizes.blocks_of(held.shape.config), units)
             rates[method.name] = took / pace.step_seconds(held, params, Rates())
             held = held.after(params)
             seconds += took

@@ -31,7 +31,7 @@ from engine.checkpoint import finite, part_names, part_of
 from engine.errors import BadModel, short
 from engine.files import as_usual, publish, read_ahead
 from engine.headers import is_placeholder, weight_files
-from engine.models import LoadedModel, blocks, linears, quantize_inputs
+from engine.models import LoadedModel, blocks, linears, put_tensor, quantize_inputs
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
 from engine.wide import is_plain
 
@@ -163,11 +163,7 @@ class Shard:
             module, _, leaf = key.rpartition(".")
             if (module in packed and leaf in (*PARTS, "weight")) or any(_within(key, name) for name in theirs):
                 continue
-            owner, tensor = model.network.get_submodule(module), files.read(key).to(model.device)
-            if leaf in owner._parameters:
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                owner._buffers[leaf] = tensor
+            put_tensor(model.network, key, files.read(key).to(model.device))
 
     def prefetch(self, part: str) -> None:
         """Ask the system to read it ahead: of a model larger than memory the next step reads it again."""

@@ -1,6 +1,7 @@
 """A network of another shape, made from the weights of a model: what structured pruning and students are built with.
 
-The result is a plain model of its architecture: its config says its shape, any `transformers` user can load it.
+The result is a plain model of its architecture: its config says its shape, any `transformers` user can load it. Of a
+streamed model it is a streamed one: a part is cut from the model's own each time that it is opened.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from engine.checkpoint import attention, part_names, part_of, shell
 from engine.errors import BadModel, BadParams
 from engine.experts import separate
 from engine.headers import OF_EACH_BLOCK, Tensors
-from engine.models import LoadedModel, blocks, embeddings
+from engine.models import LoadedModel, Parts, blocks, embeddings, head, open_when_reached, put_tensor
 from engine.wide import widen
 
 Renamed = Callable[[Mapping[str, int]], Mapping[str, int]]
+Change = Callable[[str, Tensor], Tensor]  # of a model's tensor, by its name: the one to take, on meta where that is
 BY_NUMBER = {  # what blocks compute depends on their number, by these keys of a config, unless they have the value
     "scale_attn_by_inverse_layer_idx": False, "attention_types": None, "num_kv_shared_layers": 0,
     "first_k_dense_replace": 0, "decoder_sparse_step": 1, "attn_layer_period": 1, "expert_layer_period": 1,
@@ -55,6 +57,43 @@ class Kept:
         return None if kept is None or block is None else kept[block]
 
 
+def _same(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part that is made of one of another model."""
+
+    model: LoadedModel
+    part: str
+    change: Change
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of the new part, which has that name; on the meta device where the model's part is closed."""
+        network, own = self.model.network, f"{self.part}."
+        parts = part_names(network, blocks(network)[0])
+        weights = network.get_submodule(self.part).state_dict(prefix=own)
+        return {
+            f"{part}.{key.removeprefix(own)}": self.change(key, weight)
+            for key, weight in weights.items()
+            if part_of(key, parts) == self.part
+        }
+
+    def fill(self, model: LoadedModel, part: str) -> None:
+        """Give the part its weights, but for those that are another part's."""
+        if all(name in model.tied for name in self.tensors(part)):
+            return
+        with self.model.opened(self.part):
+            for name, tensor in self.tensors(part).items():
+                if name not in model.tied:
+                    put_tensor(model.network, name, tensor)
+
+    def prefetch(self, part: str) -> None:
+        """Begin to read the model's part."""
+        self.model.prefetch(self.part)
+
+
 def check_blocks(config: Mapping[str, JsonValue]) -> None:
     """Refuse to take blocks from a model with this config.json that would compute otherwise in another place.
 
@@ -69,7 +108,7 @@ def check_blocks(config: Mapping[str, JsonValue]) -> None:
 def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     """A model that has the blocks with these numbers alone, in this order; all else is the model's.
 
-    What is in memory is shared with the model, not copied; of a streamed one, what stays is read.
+    What is in memory is shared with the model, not copied.
 
     Raises:
         BadModel: a block has other parts than the one in whose place it would come.
@@ -86,21 +125,15 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     if getattr(text, "mlp_only_layers", None):  # of mixtures: numbers of blocks
         text.mlp_only_layers = [new for new, number in enumerate(kept) if number in text.mlp_only_layers]
     text.num_hidden_layers = len(kept)
-    parts = part_names(model.network, prefix)
-    chosen: dict[str, Tensor] = {}
-    for part in parts:
-        new = part
-        if part.startswith(f"{prefix}."):
-            number = int(part.removeprefix(f"{prefix}."))
-            if number not in kept:
-                continue
-            new = f"{prefix}.{list(kept).index(number)}"
-        with model.opened(part):
-            weights = model.network.get_submodule(part).state_dict(prefix=f"{part}.")
-            mine = {key: weight for key, weight in weights.items() if part_of(key, parts) == part}
-        chosen |= {f"{new}.{key.removeprefix(f'{part}.')}": weight for key, weight in mine.items()}
+    numbered = {f"{prefix}.{number}": f"{prefix}.{new}" for new, number in enumerate(kept)}
+    others = [part for part in part_names(model.network, prefix) if not part.startswith(f"{prefix}.")]
     try:
-        return assemble(model, config, chosen, functools.partial(_renumbered, prefix, kept))
+        return assemble(
+            model,
+            config,
+            parts={part: part for part in others} | numbered,
+            renamed=functools.partial(_renumbered, prefix, kept),
+        )
     except RuntimeError as error:
         if "loading state_dict" not in str(error):  # memory, for one
             raise
@@ -111,7 +144,7 @@ def keep_blocks(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
 
 
 def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
-    """A model with these neurons, heads and channels alone; all its weights must be in memory.
+    """A model with these neurons, heads and channels alone.
 
     Without neurons or heads it computes what the model does with their outputs at zero. A norm over fewer channels
     divides by their mean, not by that of all: its weight makes up for it, so that an RMS norm computes what it did with
@@ -127,17 +160,18 @@ def narrow(model: LoadedModel, kept: Kept) -> LoadedModel:
     body = anatomy.of(config)
     check(body, kept)
     prefix, _ = blocks(model.network)
-    narrower: dict[str, Tensor] = {}
-    for key, weight in model.network.state_dict().items():
+
+    def change(key: str, weight: Tensor) -> Tensor:
         number = int(key.removeprefix(f"{prefix}.").split(".")[0]) if key.startswith(f"{prefix}.") else None
         for dim, entry in enumerate(anatomy.units(body, key, tuple(weight.shape))):
             if entry is not None and (staying := kept.of(entry[0], number)) is not None:
                 weight = weight.index_select(dim, places(entry[1], staying).to(weight.device))
-        narrower[key] = weight
-    if kept.channels is not None:
-        _correct(model.network, body, narrower, math.sqrt(body.channels / len(kept.channels)))
+        if kept.channels is None:
+            return weight
+        return _corrected(model.network, body, key, weight, math.sqrt(body.channels / len(kept.channels)))
+
     _say(config.get_text_config(), body, kept)
-    return assemble(model, config, narrower)
+    return assemble(model, config, change)
 
 
 def widths(config: Mapping[str, JsonValue]) -> Anatomy:
@@ -211,25 +245,21 @@ def check(body: Anatomy, kept: Kept) -> None:
         )
 
 
-def _correct(network: PreTrainedModel, body: Anatomy, weights: dict[str, Tensor], factor: float) -> None:
-    """Let norms over fewer channels give what they gave over all, and Gemma's embeddings keep their size.
+def _corrected(network: PreTrainedModel, body: Anatomy, key: str, weight: Tensor, factor: float) -> Tensor:
+    """The weight with which norms over fewer channels give what they gave, and Gemma's embeddings keep their size.
 
     Gemma multiplies embeddings by the root of the hidden size; where they are the head, too, the final norm makes up
     for what they get here.
     """
     offset = 1.0 if body.family in OFFSET_NORMS else 0.0
-    prefix, _ = blocks(network)
     tied = network.config.get_text_config().tie_word_embeddings
-    for key, weight in weights.items():
-        final = not key.startswith(f"{prefix}.")
-        if anatomy.is_norm(key, tuple(weight.shape)) and not (final and offset and tied):
-            weights[key] = ((weight.float() + offset) * factor - offset).to(weight.dtype)
-    if offset:
-        name = f"{embeddings(network)[0]}.weight"
-        head = "lm_head.weight"
-        weights[name] = (weights[name].float() * factor).to(weights[name].dtype)
-        if tied and head in weights:
-            weights[head] = weights[name]
+    final = not key.startswith(f"{blocks(network)[0]}.")
+    if anatomy.is_norm(key, tuple(weight.shape)) and not (final and offset and tied):
+        return ((weight.float() + offset) * factor - offset).to(weight.dtype)
+    embedded = f"{embeddings(network)[0]}.weight"
+    if offset and (key == embedded or (tied and key == f"{head(network)[0]}.weight")):
+        return (weight.float() * factor).to(weight.dtype)
+    return weight
 
 
 def _say(config: PretrainedConfig, body: Anatomy, kept: Kept) -> None:
@@ -253,20 +283,35 @@ def _say(config: PretrainedConfig, body: Anatomy, kept: Kept) -> None:
 
 
 def assemble(
-    model: LoadedModel, config: PretrainedConfig, weights: Mapping[str, Tensor], renamed: Renamed = dict
-) -> LoadedModel:
-    """A model of that config with these weights, and all else of `model`, by the names that modules have now."""
+    model: LoadedModel, config: PretrainedConfig, change: Change = _same, *, parts: Mapping[str, str] | None = None,
+    renamed: Renamed = dict,
+) -> LoadedModel:  # fmt: skip
+    """A model of that config made of the parts of `model`, each tensor as `change` makes it, and all else of `model`.
+
+    parts: the names that the parts which stay have then, by those that they have; None: all stay as they are.
+    renamed: the same for what is known of modules.
+    """
+    parts = parts or {part: part for part in part_names(model.network, blocks(model.network)[0])}
     vars(config).pop(low_rank.RANKS_KEY, None)  # as the source's file has it, by the names of before
     network = shell(config, model.network.dtype, model.device)
     low_rank.factor(network, renamed(low_rank.ranks(model.network)))
-    network.load_state_dict(dict(weights), assign=True)
+    where = {new: Cut(model, part, change) for part, new in parts.items()}
+    weights: dict[str, Tensor] = {}
+    for part, cut in where.items():
+        weights |= cut.tensors(part)
+    network.load_state_dict(weights, assign=True)
     network.requires_grad_(False)
-    network.tie_weights()
     network.generation_config = copy.deepcopy(model.network.generation_config)
     pruned, sparse = (set(renamed(dict.fromkeys(names, 0))) for names in (model.pruned, model.sparse))
-    return LoadedModel(
+    made = LoadedModel(
         network, model.tokenizer, Path(model.source), pruned=pruned, sparse=sparse, kv_cache=model.kv_cache
     )
+    if model.parts is None:
+        network.tie_weights()
+    else:
+        made.parts = Parts(model.parts.device, dict(where), dict(model.parts.tied))
+        open_when_reached(made)
+    return made
 
 
 def sized(config: PretrainedConfig, hidden_size: int, num_blocks: int) -> PretrainedConfig:

@@ -196,7 +196,7 @@ def _each_id(config: object, change: Callable[[object], object]) -> None:
 
 
 def keep_tokens(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
-    """A model that has the tokens with these ids alone, in ascending order; all its weights must be in memory.
+    """A model that has the tokens with these ids alone, in ascending order.
 
     Raises:
         BadModel: its tokenizer cannot lose tokens, or other tensors of it belong to tokens.
@@ -206,15 +206,15 @@ def keep_tokens(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     tokenizer = shrink(model.tokenizer, new_ids)
     of_tokens = {f"{name}.weight" for name in (embeddings(model.network)[0], head(model.network)[0])}
     of_tokens.add(f"{head(model.network)[0]}.bias")
-    rows = torch.tensor(kept, device=model.device)
-    weights: dict[str, Tensor] = {}
-    for key, weight in model.network.state_dict().items():
+    rows = torch.tensor(kept)
+
+    def fewer(key: str, weight: Tensor) -> Tensor:
         if key in of_tokens:
-            weights[key] = weight.index_select(0, rows)
-        elif text.vocab_size in weight.shape and "embed" in key:
+            return weight.index_select(0, rows.to(weight.device))
+        if text.vocab_size in weight.shape and "embed" in key:
             raise BadModel(f"{key} belongs to tokens, too; tokens cannot be dropped from a {text.model_type} model.")
-        else:
-            weights[key] = weight
+        return weight
+
     config = copy.deepcopy(model.network.config)
     config.get_text_config().vocab_size = config.vocab_size = len(kept)
 
@@ -227,7 +227,7 @@ def keep_tokens(model: LoadedModel, kept: Sequence[int]) -> LoadedModel:
     generation = copy.deepcopy(model.network.generation_config)
     for each in {id(c): c for c in (config, config.get_text_config(), generation)}.values():
         _each_id(each, change)
-    smaller = assemble(model, config, weights)
+    smaller = assemble(model, config, fewer)
     smaller.tokenizer = tokenizer
     smaller.network.generation_config = generation
     return smaller

@@ -76,7 +76,7 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "four_bits", recipe.model_copy(update={"steps": steps, "measure": fewer or ("size",)})
     if set(recipe.measure) - {"size"}:
         yield "size_alone", recipe.model_copy(update={"measure": ("size",)})
-    if recipe.steps and any(method.whole for method, _ in methods.check(recipe)):
+    if recipe.steps and any(params.whole() for _, params in methods.check(recipe)):
         yield "streamed", recipe.model_copy(update={"steps": (FOUR_BITS,), "measure": ("size",)})
 
 

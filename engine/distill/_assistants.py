@@ -137,7 +137,16 @@ def shaped(
 
 
 def make(model: LoadedModel, size: Size, params: StudentParams, length: int, context: Context) -> LoadedModel:
-    """An assistant that nobody has taught yet; `length`: tokens of the calibration sequences that say what matters."""
+    """An assistant that nobody has taught yet, with all weights in memory.
+
+    length: tokens of the calibration sequences that say what matters.
+    """
+    made = _made(model, size, params, length, context)
+    made.load_all()
+    return made
+
+
+def _made(model: LoadedModel, size: Size, params: StudentParams, length: int, context: Context) -> LoadedModel:
     if params.student == "size":
         return of_size(model, size.width, size.blocks, context.seed)
     if params.student == "blocks":
@@ -146,7 +155,6 @@ def make(model: LoadedModel, size: Size, params: StudentParams, length: int, con
     staying = spread(len(blocks(original.network)[1]), size.blocks)
     if not size.units:
         return keep_blocks(original, staying)
-    original.load_all()
     with distributed.first_alone():
         matters = importance.measure(original, "activation", SAMPLES, length, context)
     kept = {axis: [largest(row, count) for row in matters.of(axis)] for axis, count in size.units.items()}

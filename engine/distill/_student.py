@@ -34,9 +34,8 @@ def choose(model: LoadedModel, params: StudentParams, context: Context) -> Loade
     elif params.student == "size":
         student, untouched = of_size(model, params.hidden_size, params.num_blocks, context.seed), False
     else:
-        if params.student == "current":
-            model.load_all()
         student = model if params.student == "current" else every_kth(model, params.keep_every)
+        student.load_all()
         untouched = untouched and (params.student == "current" or params.keep_every == 1)
     count = student.parameters
     context.log(f"{count:,} of {before:,} parameters")

@@ -41,7 +41,6 @@ from engine.wide import mixed_precision
 
 TITLE = "Feature distillation"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 
 
 class Params(TrainingParams, ObjectiveParams, StudentParams):

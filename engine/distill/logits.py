@@ -47,7 +47,6 @@ from engine.teachers import shared_vocabulary
 
 TITLE = "Logit distillation"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 
 
 class Params(TrainingParams, CacheParams, StudentParams):

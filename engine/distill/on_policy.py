@@ -38,7 +38,6 @@ from engine.wide import mixed_precision
 
 TITLE = "On-policy distillation"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 
 
 class Params(TrainingParams, WritingParams, ObjectiveParams, StudentParams):

@@ -40,7 +40,6 @@ from engine.teachers import shared_vocabulary
 
 TITLE = "Self-repair"
 CHANGES = ()
-WHOLE = True
 Scope = Literal["all", "lora", "norms and scales"]
 
 

@@ -43,7 +43,6 @@ from engine.wide import mixed_precision
 
 TITLE = "Sequence distillation"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 TOGETHER = 32  # sequences that are written at a time, and in one file
 SHARE = 0.1  # of the free disk that sequences may take
 LABELS = Objective(label_weight=1.0)

@@ -23,17 +23,16 @@ from typing import Literal, cast
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
 
-from engine import headers, influence, scores
+from engine import fit, headers, influence, scores
 from engine.calibration import token_rows
 from engine.errors import BadParams
-from engine.methods import Calibrated, Context
+from engine.methods import Calibrated, Context, Survey
 from engine.models import LoadedModel, blocks
 from engine.sizes import attention_sizes, blocks_of, hidden_size, vocabulary_size
 from engine.surgery import check_blocks, keep_blocks
 
 TITLE = "Depth pruning"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 UNITS = {
     "influence": "influence", "angle": "angle over pi", "perplexity": "loss in nats without it",
     "greedy": "loss in nats without it",
@@ -77,10 +76,23 @@ class Params(Calibrated):
         self.removed(attention_sizes(config)[0])
         check_blocks(config)
 
-    def work(self, shape: headers.Shape) -> float:
-        """Where losses judge: for each run of blocks the text through those behind it, and the head."""
+    def told_by_a_block(self) -> bool:
+        """A model of one block can lose none."""
+        return False
+
+    def survey(self, shape: headers.Shape, width: int) -> Survey:
+        """What enters each block and leaves the last; or, where losses judge, the text past each run of blocks."""
+        total, hidden = blocks_of(shape.config), hidden_size(shape.config)
         if self.by not in ("perplexity", "greedy"):
-            return super().work(shape)
+            states = width * self.samples * self.sequence_length * hidden
+            batch = (total + 1) * fit.FLOW_TOKENS * hidden * width
+            return Survey(0.0, 0, 2 * min(fit.HELD, total * states) + batch + 12 * influence.COMPARED, {})
+        runs = total if self.by == "greedy" else total - self.removed(total) + 1
+        reading = fit.branching(shape, width, self.samples, self.sequence_length, runs)
+        return Survey(self._losses(shape), 0, reading, {})
+
+    def _losses(self, shape: headers.Shape) -> float:
+        """Operations for the losses: for each run of blocks the text through those behind it, and the head."""
         total = blocks_of(shape.config)
         count = self.removed(total)
         block = sum(outputs * inputs for outputs, inputs in shape.linears.values()) / total
@@ -89,7 +101,7 @@ class Params(Calibrated):
         span = count if self.contiguous else 1
         behind = [blocks - start - span for blocks in left for start in range(blocks - span + 1)]
         tokens = self.samples * self.sequence_length
-        return super().work(shape) + 2.0 * tokens * sum(number * block + head for number in behind)
+        return 2.0 * tokens * sum(number * block + head for number in behind)
 
     def reshaped(
         self, config: dict[str, JsonValue], tensors: headers.Tensors
@@ -101,7 +113,6 @@ class Params(Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Judge the blocks, or read what was judged before, and keep the others."""
-    model.load_all()
     total = len(blocks(model.network)[1])
     count = params.removed(total)
     rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples).to(model.device)

@@ -26,7 +26,6 @@ from engine.prune._retrain import RetrainParams, retrain, selected, zero_smalles
 
 TITLE = "L1 training and pruning"
 CHANGES = ()
-WHOLE = True
 
 
 class Params(RetrainParams):

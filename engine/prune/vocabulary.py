@@ -32,7 +32,6 @@ from engine.vocabulary import closure, keep_tokens
 
 TITLE = "Vocabulary pruning"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 TOGETHER = 1000  # documents that are split into tokens at a time
 
 
@@ -78,7 +77,6 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     Raises:
         BadModel: the tokenizer splits the text otherwise afterwards.
     """
-    model.load_all()
     documents = read_documents(params.file())
     rows = split(model, documents, context)
     kept = kept_ids(model, {number for row in rows for number in row})

@@ -28,7 +28,6 @@ from engine.surgery import Kept, narrow
 
 TITLE = "Width pruning"
 CHANGES = ("disk", "memory", "latency")
-WHOLE = True
 LABELS: dict[Axis, str] = {"neurons": "feed-forward neurons", "heads": "attention units", "channels": "channels"}
 
 
@@ -86,6 +85,10 @@ class Params(Calibrated):
             )
         return kept
 
+    def whole(self) -> bool:
+        """For gradients."""
+        return self.by == "taylor"
+
     def check_config(self, config: Mapping[str, JsonValue]) -> None:
         """Refuse families whose widths are tied, and shares that leave nothing or no multiple."""
         self.sizes(surgery.widths(config))
@@ -99,7 +102,8 @@ class Params(Calibrated):
 
 def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
     """Measure importance, or read what was measured before, and keep the most important of each block."""
-    model.load_all()
+    if params.whole():
+        model.load_all()
     body = anatomy.of(model.network.config)
     sizes = params.sizes(body)
     matters = importance.measure(model, params.by, params.samples, params.sequence_length, context)

@@ -34,7 +34,7 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from engine import fit, perturbation, scores, sizes
+from engine import branches, fit, perturbation, scores, sizes
 from engine.calibration import BlockLinear, stretches, token_rows, walk_blocks
 from engine.errors import BadParams
 from engine.headers import Shape
@@ -55,9 +55,6 @@ PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
 LARGE, FEWER = 1_000_000_000, 2  # of models with more parameters so many sequences: each linear is as much work
 WEIGHED = 17  # bytes of a weight while an option is weighed: itself, its code, what it is off, and two products of that
-LOGIT = (
-    22  # bytes of a logit as it is compared: in 16 bit, in float32, its logarithm, the original's, and the divergence
-)
 HEADER, NAMED = 600, 5  # bytes at most that headers spend on a linear and its share of other tensors; times its name
 EXAMINED = 1024  # outputs of a linear at most, evenly spaced, on which its options are weighed
 COLUMNS = 1024  # of its inputs' second moments that are multiplied at a time
@@ -151,10 +148,8 @@ class Params(gptq.SolverParams, Beyond, Range):
         reading = 2.0 * rows * length * passed
         largest = max((outputs * inputs for outputs, inputs in found.values()), default=0)
         weighing = WEIGHED * min(fit.SOLVED, largest)
-        states = width * rows * length * sizes.hidden_size(shape.config)
-        streams = min(fit.HELD, len(found) * states) + 3 * states
-        beside = streams + LOGIT * min(length * vocabulary, max(perturbation.LOGITS, vocabulary)) + weighing
-        units = {perturbation.PASSES: passes, perturbation.PREDICTIONS: rows * length * (len(found) + 1)}
+        beside = fit.branching(shape, width, rows, length, len(found)) + weighing
+        units = {branches.PASSES: passes, perturbation.PREDICTIONS: rows * length * (len(found) + 1)}
         return Survey(calibration + options + reading, weighing, beside, units)
 
     def width(self, bits: Bits) -> int:

@@ -144,7 +144,9 @@ def test_one_block_at_a_time_and_the_whole() -> None:
     block = max(size for name, size in LARGE.parts.items() if name.endswith(".0"))
     found = step(estimate(LARGE, rtn, measure=["size"]))
     assert found.parts["weights"] == 2 * block
-    assert step(estimate(LARGE, {"prune/depth": {}}, measure=["size"])).parts["weights"] == 2 * LARGE.parameters
+    beside = 2 * max(size for name, size in LARGE.parts.items() if not name.endswith(".0"))
+    assert step(estimate(LARGE, {"prune/depth": {}}, measure=["size"])).parts["weights"] == max(2 * block, beside)
+    assert step(estimate(LARGE, {"prune/l1": {}}, measure=["size"])).parts["weights"] == 4 * LARGE.parameters
     tight = estimate(LARGE, rtn, measure=["size"], machine=Machine(4 * GiB))
     assert situation(tight, "verify").total < 4 * GiB  # read back part by part
     assert "Larger than memory: one block at a time." in tight.notes
@@ -356,8 +358,9 @@ def test_a_training_that_ends_early_takes_the_time_of_its_steps() -> None:
     assert times[1] < times[2] < times[0]
 
 
-def test_assistants_of_a_pruned_student_are_cut_from_the_original_and_it_waits() -> None:
-    shape, prune = llama(8, 256, 512), [{"prune/depth": {"share": 0.75}}, {"prune/width": {"neurons": 0.75}}]
+@pytest.mark.parametrize("by", ["activation", "taylor"])
+def test_a_pruned_student_waits_for_its_assistants_where_it_was_taken_into_memory(by: str) -> None:
+    shape, prune = llama(8, 256, 512), [{"prune/depth": {"share": 0.75}}, {"prune/width": {"neurons": 0.75, "by": by}}]
     body = {"student": "current", "steps": 5, "batch": 2}
     alone, helped = (estimate(shape, *prune, {"distill/logits": {**body, "assistants": n}}) for n in (0, 1))
     # Between 8 blocks of 512 neurons and 2 of 128: 4 of 256.
@@ -368,10 +371,8 @@ def test_assistants_of_a_pruned_student_are_cut_from_the_original_and_it_waits()
 
     learning = [max(found.needs, key=lambda need: need.parts.get("optimizer", 0)) for found in (alone, helped)]
     assert [need.parts["optimizer"] for need in learning] == [8 * size(2, 128), 8 * size(4, 256)]
-    assert learning[1].parts["weights"] == 4 * size(4, 256) + 2 * size(2, 128)
+    assert learning[1].parts["weights"] == 4 * size(4, 256) + (2 * size(2, 128) if by == "taylor" else 0)
     assert learning[0].parts["weights"] == 4 * size(2, 128)
-    cutting = [need.parts for need in helped.needs if "original" in need.parts and need.situation == "compress"]
-    assert [parts["original"] for parts in cutting] == [2 * shape.parameters]
     more = 6 * size(4, 256) + 2 * size(4, 256)  # trained by the original, as the student is alone; asked by the student
     assert helped.working - alone.working == pytest.approx(5 * 2 * 128 * more / Rates().arithmetic)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from engine import models, perturbation
+from engine import branches, models
 from engine.calibration import BlockLinear
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, embeddings, head, linears
@@ -65,9 +65,9 @@ def test_waves_of_any_size_find_the_same(most: int, context: Context, monkeypatc
     wanted = [*names(model), head(model.network)[0]]
     before = {name: each.clone() for name, each in model.network.state_dict().items()}
     together = dict(divergences(model, ROWS, wanted, coarser, context))
-    monkeypatch.setattr(perturbation, "HELD", most)
+    monkeypatch.setattr(branches, "HELD", most)
     assert dict(divergences(model, ROWS, wanted, coarser, context)) == together
-    monkeypatch.setattr(perturbation, "LOGITS", 7 * 1280)  # seven tokens at a time
+    monkeypatch.setattr(branches, "PREDICTED", 7 * 1280)  # seven tokens at a time
     assert dict(divergences(model, ROWS, wanted, coarser, context)) == pytest.approx(together, rel=1e-4)
     assert together[wanted[-1]] == pytest.approx(slowly(model, wanted[-1]), rel=1e-4)
     assert all(torch.equal(each, before[name]) for name, each in model.network.state_dict().items())
@@ -88,7 +88,7 @@ def test_a_head_that_is_the_embeddings_changes_alone(tmp_path: Path, context: Co
     ([7, 7, 7, 1], [(0, 2), (2, 4)]), ([0, 0, 20, 0], [(0, 4)]), ([20, 20], [(0, 1), (1, 2)]), ([0, 0, 0, 1], [(0, 4)]),
 ])  # fmt: skip
 def test_a_wave_has_as_many_blocks_as_fit(counts: list[int], waves: list[tuple[int, int]]) -> None:
-    assert [(wave.start, wave.stop) for wave in perturbation._waves(counts, 15)] == waves
+    assert [(wave.start, wave.stop) for wave in branches._waves(counts, 15)] == waves
 
 
 def test_one_block_at_a_time_is_in_memory(
@@ -103,7 +103,7 @@ def test_one_block_at_a_time_is_in_memory(
         held.append(sum(".layers." in open_ for open_ in {*parts.opened, part}))
 
     monkeypatch.setattr(models.Parts, "fill", counting)
-    monkeypatch.setattr(perturbation, "HELD", 1)
+    monkeypatch.setattr(branches, "HELD", 1)
     assert len(dict(divergences(model, ROWS, names(model), coarser, context))) == len(names(model))
     assert max(held) == 1
     assert in_use(model) == set()
@@ -120,7 +120,7 @@ def test_embeddings_are_read_for_predictions_only_where_the_head_is_these(
     monkeypatch.setattr(
         models.Original, "fill", lambda self, model, part: (read.append(part), fill(self, model, part))[1]
     )
-    monkeypatch.setattr(perturbation, "HELD", 1)
+    monkeypatch.setattr(branches, "HELD", 1)
     assert len(dict(divergences(model, ROWS, names(model), coarser, context))) == len(names(model))
     assert read.count(embeddings(model.network)[0]) == reads  # with the text, and for each of three waves
 

@@ -145,7 +145,7 @@ def test_another_share_needs_no_new_calibration(
 ) -> None:
     first = depth.apply(lively(), params(count=1), context)
     assert not any("measured before" in line for line in recorder.logs())
-    monkeypatch.setattr(influence, "states_between", None)  # a second measurement would be a call of None
+    monkeypatch.setattr(influence, "capture", None)  # a second measurement would be a call of None
     second = depth.apply(lively(), params(count=3, by="angle", contiguous=True), context)
     assert any("measured before, now reused" in line for line in recorder.logs())
     assert [len(blocks(m.network)[1]) for m in (first, second)] == [4, 2]

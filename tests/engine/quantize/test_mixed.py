@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from engine import artifacts, headers, perturbation, scores
+from engine import artifacts, branches, headers, perturbation, scores
 from engine.calibration import BlockLinear
 from engine.errors import BadParams
 from engine.methods import Context, StoredBits
@@ -152,7 +152,7 @@ def test_a_measuring_that_was_killed_goes_on_where_it_was(
     module: ModuleType, part: str, each: int, known: int, context: Context, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(perturbation, "HELD", 1)  # the three linears of one block are known together
+    monkeypatch.setattr(branches, "HELD", 1)  # the three linears of one block are known together
     params = mixed.Params.model_validate(SMALL | {"budget": 3.0})
     right = getattr(module, part)
     most, done = 4 * each, list[object]()
