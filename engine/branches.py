@@ -24,7 +24,7 @@ from engine.models import LoadedModel, blocks, head
 PASSES = "passes of blocks"  # unit of progress
 Branch = TypeVar("Branch", bound=Hashable)
 States = list[Tensor]  # (B, T, hidden), batch by batch
-Place = tuple[int, slice, slice]  # a batch, one of its rows, some tokens
+Place = tuple[int, slice, slice]  # a batch, some of its rows, some tokens
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,20 @@ class Ends(Generic[Branch]):
     branches: dict[Branch, States]
 
     def places(self) -> Iterator[Place]:
-        """All tokens, a row at a time, in spans of `PREDICTED` logits: what follows blocks heeds no other token."""
-        step = max(1, PREDICTED // self.model.network.config.get_text_config().vocab_size)
+        """All tokens in pieces of `PREDICTED` logits, rows or parts of one: behind the blocks no token heeds another."""
+        most = max(1, PREDICTED // self.model.network.config.get_text_config().vocab_size)
         for batch, ids in enumerate(self.flow.ids):
-            for row, start in itertools.product(range(len(ids)), range(0, ids.shape[1], step)):
-                yield batch, slice(row, row + 1), slice(start, min(start + step, ids.shape[1]))
+            count, length = ids.shape
+            rows, tokens = max(1, most // length), min(most, length)
+            for row, start in itertools.product(range(0, count, rows), range(0, length, tokens)):
+                yield batch, slice(row, row + rows), slice(start, start + tokens)
 
     def predict(self, states: States, place: Place) -> Tensor:
-        """The log-probabilities (tokens, vocabulary) that the model makes of such states at a place, in float32."""
+        """The log-probabilities (rows, tokens, vocabulary) that the model makes of states at a place, in float32."""
         batch, *here = place
         ids, found = self.flow.ids[batch][*here], states[batch][*here]
         logits: Tensor = behind(self.model, self.model.network, ids, found, self.flow.tuples).logits
-        return logits[0].float().log_softmax(-1)
+        return logits.float().log_softmax(-1)
 
 
 @torch.no_grad()

@@ -258,7 +258,9 @@ def branching(shape: Shape, width: int, rows: int, length: int, count: int) -> i
     """Bytes of so many branches of the states of rows of text (`engine.branches`), and of what they predict."""
     states = width * rows * length * sizes.hidden_size(shape.config)
     vocabulary = sizes.vocabulary_size(shape)
-    return min(HELD, count * states) + 3 * states + BRANCHED * min(length * vocabulary, max(PREDICTED, vocabulary))
+    return (
+        min(HELD, count * states) + 3 * states + BRANCHED * min(rows * length * vocabulary, max(PREDICTED, vocabulary))
+    )
 
 
 def _distilling(held: Holding, params: Calibrated, observing: dict[str, int]) -> dict[str, int]:

@@ -88,11 +88,11 @@ def losses_without(model: LoadedModel, rows: Tensor, runs: Sequence[range], cont
     for ends in follow(model, rows, leaving, way, context):
         places = list(ends.places())
         with model.lingering():
-            for number, (batch, row, some) in enumerate(places):
-                labels = ends.flow.ids[batch][row, 1:][0, some]
+            for number, (batch, some, tokens) in enumerate(places):
+                labels = ends.flow.ids[batch][some, 1:][:, tokens]
                 for place, states in ends.branches.items():
                     context.check_cancelled()
-                    found = ends.predict(states, (batch, row, some))[: len(labels)]
-                    sums[place] += float(functional.nll_loss(found, labels, reduction="sum"))
+                    found = ends.predict(states, (batch, some, tokens))[:, : labels.shape[1]].flatten(0, 1)
+                    sums[place] += float(functional.nll_loss(found, labels.flatten(), reduction="sum"))
                 context.progress(number + 1, len(places), LOSSES)
     return [total / (rows.shape[0] * (rows.shape[1] - 1)) for total in sums]

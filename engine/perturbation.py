@@ -80,6 +80,6 @@ def _compared(ends: Ends[str], heads: Sequence[str], change: Change, context: Co
                 with _having(model, name, others[name]) if name in others else contextlib.nullcontext():
                     mine = ends.predict(states, place)
                 sums[name] += float(kl_div(mine, known, reduction="sum", log_target=True))
-            done += len(known) * each
+            done += known.shape[:2].numel() * each
             context.progress(done, tokens * each, PREDICTIONS)
     yield from ((name, total / tokens) for name, total in sums.items())
