@@ -37,7 +37,7 @@ class Ends(Generic[Branch]):
     branches: dict[Branch, States]
 
     def places(self) -> Iterator[Place]:
-        """All tokens in pieces of `PREDICTED` logits, rows or parts of one: behind the blocks no token heeds another."""
+        """All tokens in pieces of `PREDICTED` logits, rows or parts of one: behind blocks no token heeds another."""
         most = max(1, PREDICTED // self.model.network.config.get_text_config().vocab_size)
         for batch, ids in enumerate(self.flow.ids):
             count, length = ids.shape
