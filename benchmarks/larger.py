@@ -1,4 +1,4 @@
-"""Models larger than memory: `python -m benchmarks.larger [--write] [--blocks N] [--methods rtn,gptq]`.
+"""Models larger than memory: `python -m benchmarks.larger [--write] [--blocks N] [--recipes rtn,gptq]`.
 
 Makes a checkpoint with the shape of an 8 B Llama at random (32 blocks, 4096 / 14336, 16 GB), quantizes it through the
 command line and samples the resident memory of all processes of the run from outside. A run is killed with SIGKILL in
@@ -34,11 +34,16 @@ from engine.models import blocks
 from engine.preflight import DEMO
 
 log = logging.getLogger("larger")
-STEPS: dict[str, dict[str, object]] = {
-    "rtn": {"group_size": 128},
-    "gptq": {"group_size": 128, "samples": 32, "sequence_length": 512},
-    "mixed": {"budget": 3.5, "samples": 32, "sequence_length": 512},
-    "bitsandbytes": {"scheme": "int8", "samples": 32, "sequence_length": 512},
+STEPS: dict[str, dict[str, dict[str, object]]] = {  # of each row of the table
+    "rtn": {"quantize/rtn": {"group_size": 128}},
+    "gptq": {"quantize/gptq": {"group_size": 128, "samples": 32, "sequence_length": 512}},
+    "mixed": {"quantize/mixed": {"budget": 3.5, "samples": 32, "sequence_length": 512}},
+    "bitsandbytes": {"quantize/bitsandbytes": {"scheme": "int8", "samples": 32, "sequence_length": 512}},
+    "pruned": {
+        "prune/depth": {"share": 0.25, "samples": 32, "sequence_length": 512},
+        "prune/width": {"neurons": 0.25, "samples": 32, "sequence_length": 512},
+        "quantize/rtn": {"group_size": 128},
+    },
 }
 
 
@@ -124,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "maquette-larger")
     parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--methods", default="rtn,gptq")
+    parser.add_argument("--recipes", default="rtn,gptq")
     parser.add_argument("--no-kill", action="store_true", help="leave out the run that is killed and resumed")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     arguments = parser.parse_args()
@@ -136,12 +141,12 @@ def main() -> None:
         f"{size(model) / 1e9:.1f} GB. {hardware.machine()}. Peak: resident memory of all processes of the run "
         "together, reading the artifact back included.",
         "",
-        "| method | minutes | peak, GiB | artifact, GB | after `kill -9` |",
+        "| recipe | minutes | peak, GiB | artifact, GB | after `kill -9` |",
         "|---|---:|---:|---:|---|",
     ]
-    for name in arguments.methods.split(","):
+    for name in arguments.recipes.split(","):
         recipe = arguments.folder / f"{name}.yaml"
-        steps = [{f"quantize/{name}": STEPS[name]}]
+        steps = [{method: settings} for method, settings in STEPS[name].items()]
         recipe.write_text(json.dumps({"model": str(model), "measure": ["size"], "steps": steps}))
         home = arguments.folder / f"home-{name}"
         shutil.rmtree(home, ignore_errors=True)
