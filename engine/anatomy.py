@@ -149,13 +149,15 @@ def _fixed(family: str, config: PretrainedConfig) -> dict[Axis, str]:
 def units(anatomy: Anatomy, name: str, shape: tuple[int, ...]) -> list[tuple[Axis, Tensor] | None]:
     """For each dimension of the tensor of that name: the axis, and the unit at each place; -1 where all units share it.
 
-    None where a dimension is along no axis (tokens, positions, the numbers of one head).
+    None where a dimension is along no axis (tokens, positions, the numbers of one head), or channels are fixed.
     """
     module = name.rpartition(".")[0]
     if any(part in HEAD_NORMS for part in module.split(".")) or ".experts." in name or "shared_expert" in name:
         return [None] * len(shape)
     inside = _inside(anatomy, module)
-    outside: tuple[Axis, Tensor] = ("channels", torch.arange(anatomy.channels))
+    outside: tuple[Axis, Tensor] | None = ("channels", torch.arange(anatomy.channels))
+    if "channels" in anatomy.fixed:  # and may not be all of one size
+        outside = None
     if inside is None or not ends(module, ATTENTION_OUT + NARROWING):
         rows, columns = inside or outside, outside
     else:

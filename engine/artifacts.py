@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from engine.bitmask import MASK, SPARSE_KEY
 from engine.checkpoint import part_names
 from engine.errors import BadArtifact
 from engine.files import MANIFEST as MANIFEST
-from engine.files import digest, publish, sync
+from engine.files import digest, link_or_copy, publish, sync
 from engine.fit import SAVED_TOGETHER
 from engine.headers import OWN_KEYS, read_header
 from engine.low_rank import RANKS_KEY
@@ -94,7 +93,7 @@ def write_weights(model: LoadedModel, folder: Path) -> list[str]:
     for number, group in enumerate(groups, 1):
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         if finished := _shard(model, group[0]):
-            os.link(finished.path, file)
+            link_or_copy(finished.path, file)
         else:
             shards.write(model, group, file)
         stored = read_header(file)

@@ -150,9 +150,10 @@ class EventWriter:
     def __init__(self, folder: Path, run: str, attempt: int) -> None:
         self._run, self._attempt = run, attempt
         path = folder / "events.jsonl"
-        self._number = path.read_bytes().count(b"\n") if path.exists() else 0
+        written = path.read_bytes() if path.exists() else b""
+        self._number = written.count(b"\n")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._torn = False
+        self._torn = bool(written) and not written.endswith(b"\n")
         self._room = folder / "room"  # for the last word on a full disk
         self._room.write_bytes(bytes(ROOM))
         sync(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from pydantic import JsonValue
 
-from engine import rescue
+from engine import methods, rescue
 from engine.headers import is_own
 from engine.own_packed import rounds_inputs
 from engine.recipes import dump_recipe
@@ -137,12 +137,17 @@ def limits(recipe: Recipe, kind: str) -> str:
         said.append("- Stock `transformers` unpacks the weights to 16 bit: small on disk, not in memory. A packed "
                     "runtime (Maquette, vLLM) keeps them small.")  # fmt: skip
     said += [f"- {line}" for line in rescue.effects(recipe)]
-    if any(step.method.startswith("prune/") for step in recipe.steps):
+    if any("sparsity" in step.params or _is_sparse(step.method) for step in recipe.steps):
         said.append("- Zeros among the weights make nothing faster without a kernel that skips them.")
     said.append(
         "- What it can do was measured on short texts of one domain; measure it on yours before you rely on it."
     )
     return "\n".join(said)
+
+
+def _is_sparse(method: str) -> bool:
+    """Whether a method prunes single weights, which leaves zeros: not whole blocks, neurons or tokens."""
+    return method.startswith("prune/") and "sparsity" in methods.get(method).params.model_fields
 
 
 def write(folder: Path, recipe: Recipe) -> None:

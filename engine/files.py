@@ -67,6 +67,20 @@ def publish(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for a file; on a disk without hard links a copy.
+
+    Raises:
+        OSError: neither can be made.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def fetch(own: Path, shared: Path) -> bool:
     """Whether a shared file could be linked to a run's `own` place."""
     own.parent.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,8 @@ class States:
     They are written as they come, so that what goes to files never stands in memory together.
     """
 
-    def __init__(self, ids: Sequence[Tensor], folder: Path, most: int = HELD) -> None:
-        self._ids, self._folder, self._most = ids, folder, most
+    def __init__(self, ids: Sequence[Tensor], folder: Path, most: int | None = None) -> None:
+        self._ids, self._folder, self._most = ids, folder, HELD if most is None else most
         self._tokens = sum(batch.numel() for batch in ids)
         self._held: list[Tensor | torch.device] = [batch.device for batch in ids]  # those in files: where they belong
 

@@ -45,14 +45,15 @@ def worker_threads() -> int:
 def memory() -> tuple[int, int]:
     """(used, total) bytes of main memory, within the control group's limit where there is one.
 
-    Cached files count as free in both: the kernel gives them up before it refuses memory.
+    Cached files count as free in both: the kernel gives them up before it refuses memory. What the machine itself does
+    not have counts as used: others may stand in it.
     """
     machine = psutil.virtual_memory()
     used, total = machine.total - machine.available, machine.total
     limit = _cgroup_number("memory.max")
     current = _cgroup_number("memory.current")
     if limit is not None and current is not None and limit < total:
-        return min(max(0, current - _cached()), limit), limit
+        return min(max(current - _cached(), limit - machine.available, 0), limit), limit
     return used, total
 
 

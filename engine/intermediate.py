@@ -24,7 +24,7 @@ from pathlib import Path
 
 from engine import artifacts, headers, methods, models, preflight
 from engine.errors import BadArtifact, MaquetteError
-from engine.files import Unused, digest, make_room
+from engine.files import Unused, digest, link_or_copy, make_room
 from engine.hub import Hub
 from engine.methods import Method, Params
 from engine.models import LoadedModel
@@ -61,7 +61,7 @@ def find(
         try:
             artifacts.verify(kept)
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(kept, folder, copy_function=os.link)
+            shutil.copytree(kept, folder, copy_function=link_or_copy)
         except (BadArtifact, OSError) as error:
             log.warning("a kept model cannot be used and is made again: %s", error)
             shutil.rmtree(kept, ignore_errors=True)

@@ -241,9 +241,8 @@ def _closed(
     network = shell(read_config(folder), getattr(torch, dtype), device)
     names = part_names(network, blocks(network)[0])
     source = source_of(folder, network, names)
-    if (folder / "generation_config.json").exists():
-        with contextlib.suppress(OSError):  # damaged: the family's own settings, as transformers does
-            network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if (generation := read_generation_config(folder)) is not None:
+        network.generation_config = generation
     model = LoadedModel(network, load_tokenizer(folder), folder)
     model.parts = Parts(torch.device(device), dict.fromkeys(names, source), source.tied)
     if isinstance(source, Original):
@@ -256,6 +255,15 @@ def open_when_reached(model: LoadedModel) -> None:
     assert model.parts is not None
     for part in model.parts.where:
         _open_when_reached(model, part)
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The settings of generation in `folder`; None, for the family's own, where there are none or they are damaged."""
+    if (folder / "generation_config.json").exists():
+        with contextlib.suppress(OSError):  # as transformers does
+            found: GenerationConfig = GenerationConfig.from_pretrained(folder, local_files_only=True)
+            return found
+    return None
 
 
 def _open_when_reached(model: LoadedModel, part: str) -> None:
@@ -356,10 +364,10 @@ def quantize_inputs(linear: nn.Module, grid: InputGrid) -> None:
     linear.register_forward_pre_hook(round_)
 
 
-def put_tensor(network: PreTrainedModel, name: str, tensor: Tensor) -> None:
-    """Let the parameter or buffer of that name be this tensor."""
+def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let the parameter or buffer of that name, in a module or below it, be this tensor."""
     path, _, leaf = name.rpartition(".")
-    owner = network.get_submodule(path)
+    owner = module.get_submodule(path)
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:

@@ -7,11 +7,12 @@ that its memory is that of the compressed model and of nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -80,9 +81,10 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     check_cancelled()
     emit("phase", {"name": "saving"})
     artifact = folder / "artifact"
-    artifacts.write(model, recipe, artifact)
     expected = folder / "expected.safetensors"
-    save_file(verify.probe(model), expected)
+    with under_way() if recipe.steps else contextlib.nullcontext():
+        artifacts.write(model, recipe, artifact)
+        save_file(verify.probe(model), expected)
     streamed, size = model.parts is not None, model.network.num_parameters() * model.network.dtype.itemsize
     emit("phase", {"name": "verifying"})
     del model
@@ -127,7 +129,7 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
         context = Context(device, recipe.seed, blocks, cache, text, _numbered(emit, number), check_cancelled)
         torch.manual_seed(recipe.seed + number)  # of this step alone: the ones before may have been reused
         whole, began = not blocks.exists(), time.monotonic()
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if number == done and whole else under_way():
             if (processes := ranks.wanted(params, model, context)) > 1:
                 model = ranks.apply(method, params, model, context, processes, original=number == 0)
             else:
@@ -144,6 +146,19 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
     if any(method.family == "quantize" and params.cache_grid() is None for method, params in steps):
         emit("kept", untouched.kept(model))
     return model
+
+
+@contextlib.contextmanager
+def under_way() -> Iterator[None]:
+    """What refuses a run now comes after some of its work: the run has failed, and can go on from what it has done.
+
+    Raises:
+        RunError: in the place of an InputError, which says that nothing was done.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise RunError(str(error)) from error
 
 
 def _numbered(emit: Emit, number: int) -> Emit:

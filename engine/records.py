@@ -243,9 +243,9 @@ def _step_title(step: Step) -> str:
         shown.append(str(pattern))
     elif isinstance(sparsity := params.get("sparsity"), int | float):
         shown.append(f"{sparsity:.0%}")
-    if isinstance(count := params.get("count"), int) and count:
+    if name == "depth" and isinstance(count := params.get("count"), int) and count:
         shown.append(f"{count} blocks")
-    elif isinstance(part := params.get("share"), int | float):
+    elif name == "depth" and isinstance(part := params.get("share"), int | float):
         shown.append(f"{part:.0%} of blocks")
     if name == "width":
         shares = {axis: params.get(axis) for axis in ("neurons", "heads", "channels")}

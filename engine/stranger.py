@@ -24,7 +24,7 @@ from engine import bnb, models
 from engine.bnb import Kind
 from engine.checkpoint import part_of
 from engine.errors import BadArtifact
-from engine.models import LoadedModel, linears
+from engine.models import LoadedModel, linears, put_tensor
 from engine.own_packed import PACKED_KEY
 from engine.packing import InputGrid
 from engine.shards import TensorFiles, rows_and_columns
@@ -70,10 +70,7 @@ class Stranger:
             if "weight_scale" in tensors:
                 tensors = self._unpacked(path, module, tensors)
             for leaf, tensor in tensors.items():
-                if leaf in module._parameters:
-                    module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-                else:
-                    module._buffers[leaf] = tensor
+                put_tensor(module, leaf, tensor)
 
     def prefetch(self, part: str) -> None:
         """Nothing: the files were written a moment ago."""

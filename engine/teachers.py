@@ -22,10 +22,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -153,10 +154,10 @@ def cached(
 ) -> Cached:
     """The teachers' answers to all rows, from disk where they are; where some are missing, `load`s them.
 
-    Of several processes each asks for some of the files. What is damaged of the run's own files is asked for again.
+    Of several processes each asks for some of the files. Those that are damaged are asked for again.
 
     Raises:
-        BadModel: a file of the cache is another teacher's, or damaged.
+        BadModel: a file of the cache is another teacher's.
         TooBig: the cache does not fit on the disk.
     """
     whose = fingerprint(folders, question)
@@ -169,7 +170,7 @@ def cached(
     missing = [
         place
         for place, (file, kept) in enumerate(zip(files, shared, strict=True))
-        if not (_is_of(file, whose) if file.exists() else _shared(kept, whose) and fetch(file, kept))
+        if not _is_of(file, whose) and not (_shared(kept, whose) and _replaced(file, kept))
     ]
     if missing:
         tokens = sum(spans[place][1] - spans[place][0] for place in missing) * (width - 1)
@@ -220,30 +221,40 @@ def write_answers(
     publish(temporary, path)
 
 
-def _is_of(file: Path, whose: str) -> bool:
-    """Whether a file is finished, whole, and of these teachers."""
+def _about(file: Path) -> JsonValue:
+    """What a file of answers says that it is; None where none is there, or it is not whole."""
     try:
         with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get(KEY, "{}"))
+            return cast(JsonValue, json.loads((opened.metadata() or {}).get(KEY, "{}")))
     except (OSError, SafetensorError, ValueError):
-        return False
-    return bool(about == {"teacher": whose, "rows": file.stem})
+        return None
+
+
+def _is_of(file: Path, whose: str) -> bool:
+    """Whether a file is finished, whole, and of these teachers."""
+    return _about(file) == {"teacher": whose, "rows": file.stem}
 
 
 def _shared(file: Path, whose: str) -> bool:
-    """Whether a finished file is there that runs share.
+    """Whether a finished file is there that runs share; one that is damaged is as if it were not.
 
     Raises:
-        BadModel: it is there, and another teacher's or damaged.
+        BadModel: it is another teacher's.
     """
-    if not file.exists():
+    if _about(file) is None:
         return False
     if not _is_of(file, whose):
         raise BadModel(
-            f"The cache {short(file.name, 12)} was made by another teacher or tokenizer, or is damaged. "
+            f"The cache {short(file.name, 12)} was made by another teacher or tokenizer. "
             f"Delete the folder {file.parent.name} below cache/teachers."
         )
     return True
+
+
+def _replaced(own: Path, shared: Path) -> bool:
+    """Whether a shared file could be linked to a run's own place, where none is, or a damaged one."""
+    own.unlink(missing_ok=True)
+    return fetch(own, shared)
 
 
 def _check_room(folder: Path, needed: int) -> None:

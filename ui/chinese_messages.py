@@ -344,8 +344,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "{method}：第 {step} 步之后，学习率为计划值的 {factor} 倍。",
         "{method}: the training ends after step {step}, with the weights of that step.":
             "{method}：训练在第 {step} 步之后结束，权重为该步的权重。",
-        "The cache {name} was made by another teacher or tokenizer, or is damaged. Delete the folder {folder} below cache/teachers.":
-            "缓存 {name} 由其他教师或分词器生成，或已损坏。请删除 cache/teachers 下的文件夹 {folder}。",
+        "The cache {name} was made by another teacher or tokenizer. Delete the folder {folder} below cache/teachers.":
+            "缓存 {name} 由其他教师或分词器生成。请删除 cache/teachers 下的文件夹 {folder}。",
         "Number {number} of the {name} in the saved model computes something else than the one in memory: "
         "{distance} apart, {tolerance} is allowed.":
             "保存的模型中 {name} 的第 {number} 个与内存中的结果不同：相差 {distance}，允许 {tolerance}。",

@@ -3,7 +3,8 @@
 What is stored as a bitmask (`engine.bitmask`) is written with its zeros, a product of two linears (`engine.low_rank`)
 is multiplied out in float32, and what is packed in our own format (`engine.own_packed`) is unpacked; so the folder is
 larger, and any `transformers` user can load it. Weights that compressed-tensors packs stay packed as they are, but for
-those of products.
+those of products; and of mixtures, where an expert is a product: `transformers` fuses experts that are packed all, or
+none of the model's linears.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from engine import artifacts, headers
 from engine.errors import BadModel, short
 from engine.export._folder import block_of, publish_folder
-from engine.export._offer import CODES, DENSE
+from engine.export._offer import DENSE
 from engine.headers import OWN_KEYS
 from engine.low_rank import RANKS_KEY
 from engine.own_packed import CONV1D, PACKED_KEY, rounds_inputs
@@ -55,6 +56,9 @@ def export(artifact: Path, folder: Path) -> None:
     publish_folder(artifact, folder, {"config.json": plain}, source.names, source.tensors, recipe, DENSE)
 
 
+SCALE = ".weight_scale"
+
+
 class _Source:
     """The tensors of an artifact, its products and what only we unpack as the weights that they stand for.
 
@@ -71,13 +75,15 @@ class _Source:
         self._schemes = Schemes(known, folder) if isinstance(known, dict) else None
         self._transposed = config.get("model_type") in CONV1D
         self.config = dict(config)
-        if isinstance(stored, dict) and self._products:
-            self._forget_products(stored)
         factors = {name for name in self._files.names if self._product_of(name)}
         others = set(self._files.names) - factors
-        own = PACKED_KEY in config
-        self._packed = {name.removesuffix(CODES) for name in others if own and name.endswith(CODES)}
-        others -= {f"{name}.{part}" for name in self._packed for part in PARTS}
+        self._packed: set[str] = set()
+        if PACKED_KEY in config or any(".experts." in name for name in self._products):
+            self._packed = {name.removesuffix(SCALE) for name in others if name.endswith(SCALE)}
+            self.config.pop("quantization_config", None)
+        elif isinstance(stored, dict) and self._products:
+            self._forget_products(stored)
+        others -= {f"{name}.{part}" for name in self._packed for part in (*PARTS, "weight")}
         self.names = sorted([*others, *self._packed, *self._products], key=lambda n: (block_of(n), n))
 
     def _product_of(self, name: str) -> str:

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from safetensors import safe_open
 
 from engine.bitmask import MASK, SHAPE, VALUES
+from engine.headers import weight_files
 from engine.records import Measurement
 
 BITSANDBYTES = (".weight.absmax", ".weight.quant_", ".weight.nested_", ".SCB", ".weight_format")
@@ -27,7 +28,7 @@ STORED = (
 
 def measure(folder: Path) -> list[Measurement]:
     """Size of the model in `folder`, read from its files one tensor at a time."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(weight_files(folder))
     size = sum(file.stat().st_size for file in files)
     parameters = stored = zeros = weights = 0
     for file in files:

@@ -85,8 +85,9 @@ class Params(Calibrated):
         total, hidden = blocks_of(shape.config), hidden_size(shape.config)
         if self.by not in ("perplexity", "greedy"):
             states = width * self.samples * self.sequence_length * hidden
+            held = min(states, fit.HELD) + (total * states if states <= fit.HELD // total else 0)  # the others in files
             batch = (total + 1) * fit.FLOW_TOKENS * hidden * width
-            return Survey(0.0, 0, 2 * min(fit.HELD, total * states) + batch + 12 * influence.COMPARED, {})
+            return Survey(0.0, 0, held + batch + 12 * influence.COMPARED, {})
         runs = total if self.by == "greedy" else total - self.removed(total) + 1
         reading = fit.branching(shape, width, self.samples, self.sequence_length, runs)
         return Survey(self._losses(shape), 0, reading, {})

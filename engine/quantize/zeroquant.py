@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from engine import sizes
 from engine.calibration import Block
@@ -128,8 +129,7 @@ class _Student:
             nearest = round_to_nearest(weight.detach(), self._params, linear.name, linear.weight.dtype).dequantize()
             straight = weight + (nearest.float() - weight).detach()
             path = linear.name.removeprefix(f"{self._block.name}.")
-            # GPT-2's Conv1D holds the transpose.
-            stored = straight if linear.module.weight.shape == straight.shape else straight.t()
+            stored = straight.t() if isinstance(linear.module, Conv1D) else straight
             rounded[f"{path}.weight"] = stored.to(linear.weight.dtype)
         handles = [linear.module.register_forward_pre_hook(_round_straight) for linear in self._block.linears]
         try:

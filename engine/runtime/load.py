@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from engine import models, patterns
 from engine.checkpoint import read_config, shell
 from engine.errors import BadModel, BadParams, short
-from engine.models import LoadedModel
+from engine.models import LoadedModel, put_tensor, read_generation_config
 from engine.own_packed import PACKED_KEY
 from engine.packing import Kind
 from engine.runtime.embedding import KERNEL, Int8Embedding
@@ -229,11 +229,7 @@ def _fill_dense(network: PreTrainedModel, name: str, files: TensorFiles, device:
     expected: Tensor | None = owner._parameters.get(leaf, owner._buffers.get(leaf))
     if expected is None or expected.shape != tensor.shape:
         raise files.bad(f"{name} of shape {tuple(tensor.shape)} does not fit the config")
-    tensor = tensor.to(device, expected.dtype)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
+    put_tensor(owner, leaf, tensor.to(device, expected.dtype))
 
 
 def _submodule(network: PreTrainedModel, name: str, files: TensorFiles) -> nn.Module:
@@ -253,5 +249,5 @@ def _finish(network: PreTrainedModel, folder: Path) -> None:
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if tensor.is_meta:
             raise BadModel(f"{short(folder.name)}: {name} is missing; save or download the model again.")
-    if (folder / "generation_config.json").exists():
-        network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if (generation := read_generation_config(folder)) is not None:
+        network.generation_config = generation

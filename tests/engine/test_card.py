@@ -78,3 +78,15 @@ def test_what_stock_transformers_cannot_load_is_said() -> None:
     assert "which also says that inputs are rounded" in made("demo", GPTQ, rounded).text
     assert made("demo", [{"prune/wanda": {}}]).data.to_dict().get("base_model_relation") is None
     assert "a `b`" not in made("demo", GPTQ).text
+
+
+@pytest.mark.parametrize(
+    ("step", "zeros"),
+    [
+        ({"prune/magnitude": {"sparsity": 0.5}}, True), ({"prune/wanda": {}}, True), ({"prune/l1": {}}, True),
+        ({"quantize/gptq": {"sparsity": 0.5}}, True), ({"quantize/gptq": {}}, False), ({"prune/depth": {}}, False),
+        ({"prune/width": {}}, False), ({"prune/vocabulary": {}}, False), ({"prune/low_rank": {}}, False),
+    ],
+)  # fmt: skip
+def test_zeros_are_spoken_of_where_there_are_some(step: object, zeros: bool) -> None:
+    assert ("Zeros among the weights make nothing faster" in made("demo", [step]).text) is zeros

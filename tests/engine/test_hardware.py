@@ -52,6 +52,19 @@ def test_the_gpu_is_the_first_that_cuda_shows(
         assert hardware.free_on("cuda") == 3
 
 
+def test_what_others_took_of_a_machine_is_not_free_within_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may take 24 GiB, and of the host's 64 GiB only 3 are left."""
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    busy = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=64 * GIB, available=3 * GIB))
+    monkeypatch.setattr(hardware, "psutil", busy)
+    (tmp_path / "memory.max").write_text(f"{24 * GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{GIB}\n")
+    assert hardware.memory() == (21 * GIB, 24 * GIB)
+    assert hardware.free_memory() == 3 * GIB
+
+
 def test_a_control_group_without_a_limit_or_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     machine = hardware.memory()[1]

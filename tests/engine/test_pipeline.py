@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import artifacts, fit, headers, methods, models, pipeline, probe, verify
-from engine.errors import BadArtifact, Cancelled, InputError, RunError, TooBig
+from engine.errors import BadArtifact, BadParams, Cancelled, InputError, RunError, TooBig
 from engine.fit import Estimate, Need
 from engine.quantize import rtn
 from engine.records import USUAL_MEASURES, Recipe
@@ -116,6 +116,24 @@ def test_a_model_is_handed_out_once_it_is_verified(
         pipeline.run(recipe(tiny_folder()), tmp_path, recorder, lambda: None)
     assert (tmp_path / "artifact").is_dir()
     assert not [data for kind, data in recorder.said if kind == "artifact"]
+
+
+@pytest.mark.parametrize(("first", "error"), [(True, BadParams), (False, RunError)])
+def test_what_is_refused_after_some_work_fails_and_can_go_on(
+    first: bool, error: type[Exception], tiny_folder: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may find out late that it cannot: only what nothing was done for is refused for good."""
+
+    def refuse(*args: object) -> None:
+        raise BadParams("not like this.")
+
+    monkeypatch.setattr(rtn, "place", refuse)
+    earlier = [] if first else [{"prune/depth": {"count": 1, "samples": 4, "sequence_length": 32}}]
+    with pytest.raises(error, match="not like this") as found:
+        pipeline.run(
+            recipe(tiny_folder(), *earlier, {"quantize/rtn": {"group_size": 32}}), tmp_path, Recorder(), lambda: None
+        )
+    assert type(found.value) is error
 
 
 def test_a_failing_child_fails_the_run_with_its_reason(tiny_folder: Maker, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -179,7 +180,7 @@ def test_a_chain_of_a_stream_writes_the_bytes_of_one_in_memory(
             assert (model.parts is not None) == (way == "streamed")
             assert way == "whole" or in_use(model) == set()
             if not name.startswith("quantize"):
-                assert not (place / "blocks").exists() or not any((place / "blocks").iterdir())
+                assert not any(path.is_file() for path in (place / "blocks").rglob("*"))
         artifacts.write(model, Recipe(), tmp_path / way / "artifact")
     streamed, whole = ((tmp_path / way / "artifact" / artifacts.MANIFEST).read_bytes() for way in ("streamed", "whole"))
     assert streamed == whole
@@ -205,6 +206,22 @@ def test_a_finished_block_is_the_artifacts_file(tiny_folder: Maker, context: Con
     linked = {file.stat().st_ino for file in (tmp_path / "artifact").glob("*.safetensors")}
     assert {file.stat().st_ino for file in context.folder.glob("block-*")} < linked
     assert all(weight.codes.is_meta for weight in model.quantized.values())
+
+
+def test_a_disk_without_hard_links_gets_a_copy(
+    tiny_folder: Maker, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rtn.apply(models.stream(tiny_folder()), rtn.Params(bits=3, group_size=32), context)
+
+    def link(source: object, target: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    artifacts.write(model, Recipe(), tmp_path / "linked")
+    monkeypatch.setattr(os, "link", link)
+    artifacts.write(model, Recipe(), tmp_path / "copied")
+    linked, copied = (tmp_path / name / artifacts.MANIFEST for name in ("linked", "copied"))
+    assert copied.read_bytes() == linked.read_bytes()
+    artifacts.verify(tmp_path / "copied")
 
 
 @pytest.mark.parametrize("settings", [{}, {"bits": 3}, {"symmetric": False}, {"granularity": "tensor"}, {"bits": 8}])

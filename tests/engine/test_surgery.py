@@ -14,6 +14,7 @@ from transformers import (
     FalconH1Config,
     GPT2Config,
     ModernBertDecoderConfig,
+    OPTConfig,
     PretrainedConfig,
     StableLmConfig,
 )
@@ -152,6 +153,12 @@ def test_without_neurons_and_heads_a_model_computes_as_with_them_at_zero(family:
     if kept.heads is not None:
         assert (found.heads, found.head_size) == (len(kept.heads[0]) * body.heads_of_unit, body.head_size)
         assert found.groups == (len(kept.heads[0]) if body.groups > 1 else 1)
+
+
+def test_neurons_go_where_channels_are_of_two_sizes() -> None:
+    sizes = SMALL | {"ffn_dim": 128, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+    config = OPTConfig(**sizes, do_layer_norm_before=False)
+    prove(lively(config), choose(config, "neurons"), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("family", KNOWN)

@@ -40,6 +40,17 @@ def run(folder: Path, work: Callable[[Emit, Callable[[], None]], object], stop: 
     return EventReader(folder).read()
 
 
+def test_a_second_writer_goes_on_behind_a_line_that_a_full_disk_cut_off(tmp_path: Path, writer: EventWriter) -> None:
+    writer.emit("log", {"text": "whole"})
+    writer.close()
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"run":"abcd","attempt":1,"num')
+    second = EventWriter(tmp_path, "abcd", 1)
+    second.emit("finished", {"status": "failed", "reason": "The disk is full."})
+    second.close()
+    assert [event.kind for event in EventReader(tmp_path).read()] == ["log", "finished"]
+
+
 class OutOfMemoryError(RuntimeError):
     """Named as torch's."""
 

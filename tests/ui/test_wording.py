@@ -167,3 +167,5 @@ def test_a_chain_with_a_name_goes_by_it_and_no_other_does() -> None:
     assert wording.title(tenth) == "Tenth: pruned, distilled, 3 bit"
     assert wording.title(tenth.model_copy(update={"steps": tenth.steps[:-1]})).startswith("Depth 30% of blocks →")
     assert wording.title(Recipe(steps=PRESETS["gptq4"])) == "GPTQ 4 bit"
+    before_the_cut = {"steps": [{"prune/l1": {"share": 0.3, "sparsity": 0.5}}]}  # a share of steps, of no blocks
+    assert wording.title(Recipe.model_validate(before_the_cut)) == "L1 50%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,10 @@ from engine import artifacts, export, headers, models, preflight, runtime, verif
 from engine.errors import BadModel, BadParams
 from engine.low_rank import ranks
 from engine.methods import Context
-from engine.models import LoadedModel, blocks
+from engine.models import LoadedModel, blocks, load_tokenizer
 from engine.prune import low_rank, magnitude
 from engine.prune.low_rank import Params, factors, fill, root_of, uniform
-from engine.quantize import gptq
+from engine.quantize import gptq, rtn
 from engine.records import Recipe
 from engine.surgery import keep_blocks
 from tests.conftest import Recorder, in_memory
@@ -135,6 +136,26 @@ def test_the_factors_are_quantized_afterwards_verified_and_exported(
     with torch.no_grad():
         found = stock(ids).logits[0].float()
     assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_a_mixture_with_experts_that_are_products_is_exported_without_any_packed_linear(
+    context: Context, tmp_path: Path
+) -> None:
+    """Of experts of which some were left as they are, the others packed: stock `transformers` reads all or none."""
+    stock = AutoModelForCausalLM.from_config(copy.deepcopy(MIXTURES["mixtral"]), dtype=torch.bfloat16)
+    stock.save_pretrained(tmp_path / "model")
+    load_tokenizer(preflight.DEMO / "model").save_pretrained(tmp_path / "model")
+    params = SMALL.model_copy(update={"targets": "*.experts.*", "multiple": 16, "allocation": "uniform"})
+    model = low_rank.apply(models.stream(tmp_path / "model"), params, context)
+    assert any(".experts." in name for name in ranks(model.network))
+    rounding = rtn.Params(group_size=16, head=True, embeddings=True)
+    rtn.apply(model, rounding, dataclasses.replace(context, folder=tmp_path / "rtn"))
+    folder, expected = saved(model, tmp_path / "artifact"), verify.probe(model)
+    export.exporter("dense")(folder, tmp_path / "dense")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = read(expected["ids"]).logits[0].float()
+    assert float((found - expected["logits"]).norm() / expected["logits"].norm()) < 0.02
 
 
 def test_blocks_of_products_are_kept_by_their_new_names(tiny: LoadedModel, context: Context) -> None:

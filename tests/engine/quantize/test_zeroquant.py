@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from engine import artifacts, flow, runtime
 from engine.calibration import walk_blocks
+from engine.flow import run_block
 from engine.methods import Context
-from engine.models import LoadedModel
+from engine.models import LoadedModel, quantize_inputs
 from engine.quantize import zeroquant
+from engine.quantize._grid import round_to_nearest
 from engine.quantize.zeroquant import Params
 from engine.records import Recipe
 from engine.runtime.native.library import available
@@ -44,6 +46,28 @@ def test_distillation_brings_a_block_nearer_to_its_original(family: str, context
     model = in_memory(FAMILIES[family])
     before, after = zeroquant.distill(next(walk_blocks(model, context, params, "norm")), params, context)
     assert 0 < after < 0.9 * before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_distances_are_those_of_the_rounded_block(family: str, context: Context) -> None:
+    """Of GPT-2, too, whose square matrices look the same either way round."""
+    params = Params.model_validate(SMALL | {"bits": 2, "distill_steps": 30, "learning_rate": 1e-3})
+    block = next(walk_blocks(in_memory(FAMILIES[family]), context, params, "norm"))
+    exact = [linear.weight.clone() for linear in block.linears]
+    targets = [run_block(block.module, *batch).float() for batch in block.batches]
+    found = zeroquant.distill(block, params, context)
+    learned = [linear.weight.clone() for linear in block.linears]
+    assert any(not torch.equal(old, new) for old, new in zip(exact, learned, strict=True))
+    for linear in block.linears:
+        quantize_inputs(linear.module, zeroquant.INPUTS)
+    for weights, distance in zip((exact, learned), found, strict=True):
+        for linear, weight in zip(block.linears, weights, strict=True):
+            linear.weight.copy_(round_to_nearest(weight, params, linear.name, weight.dtype).dequantize())
+        losses = []
+        for (states, call), target in zip(block.batches, targets, strict=True):
+            missed = (run_block(block.module, states, call).float() - target).square().mean()
+            losses.append(float(missed / (target - states.float()).square().mean()))
+        assert sum(losses) / len(losses) == pytest.approx(distance, rel=0.05)  # what was learned is stored in 16 bit
 
 
 def test_weights_stay_where_training_does_not_help(tiny: LoadedModel, context: Context) -> None:
