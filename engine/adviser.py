@@ -23,7 +23,7 @@ from engine.headers import QUANTIZED, Shape
 from engine.methods import Method, Params
 from engine.presets import preset
 from engine.records import Measurement, Model, Recipe, Run, Status, Step
-from engine.sizes import WIDTHS, Holding
+from engine.sizes import Holding
 
 Kind = Literal["memory", "latency", "cost"]
 Stage = Literal["optimise", "quantize", "train"]
@@ -134,7 +134,7 @@ def advise(
     goal: Goal, model: Model, shape: Shape, assumptions: Assumptions, measured: Measured = lambda recipe: {}
 ) -> Advised:
     """What to do, the mildest first. `measured` tells what runs of a recipe's steps on its model have measured."""
-    base = Holding(shape, WIDTHS[model.dtype], grid=shape.cache_grid)
+    base = Holding.of(shape, model.dtype)
     now = _figures(base, assumptions.batch, assumptions.context, assumptions)
     met = _reached(goal, now.of(goal), now)
     found: list[Advice] = []

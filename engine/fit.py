@@ -19,7 +19,7 @@ from engine.headers import Shape, experts, integer
 from engine.methods import Calibrated, Method, Params, calibrates
 from engine.pace import Rates
 from engine.records import Recipe
-from engine.sizes import WIDTHS, Holding
+from engine.sizes import Holding
 
 Situation = Literal["probe", "compress", "save", "verify", "measure", "serve"]
 PARTS = (
@@ -54,6 +54,7 @@ LOGITS_CPU, LOGITS_CUDA, FEWEST = 1 << 20, 1 << 27, 128  # that exist at once in
 WRITTEN = 64  # tokens of each of sixteen sequences, prompt included, when latency is measured
 BATCHES, LENGTHS = (1, 4, 16, 64), (1024, 4096, 16_384, 65_536)  # for which serving is estimated
 LARGE = "Larger than memory: one block at a time."
+IN_BFLOAT16 = "Kernels compute on packed weights in bfloat16: in another dtype they are small in files, not in memory."
 ROUNDED = 40  # bytes of a weight while it is rounded and its error told: the float, the code, the level, the histogram
 ROUNDED_STRAIGHT = 13  # and while a block learns: the code, the level, what it is off, and the weight that learns
 TOGETHER = 13  # where the whole matrix has one scale
@@ -145,7 +146,7 @@ def estimate(
     recipe: Recipe, shape: Shape, steps: Sequence[tuple[Method, Params]], machine: Machine, *, download: int = 0
 ) -> Estimate:
     """What a recipe with these checked steps takes for a model of this shape, of which `download` bytes come first."""
-    first = Holding(shape, WIDTHS[recipe.model.dtype], grid=shape.cache_grid)
+    first = Holding.of(shape, recipe.model.dtype)
     held, needs = first, list[Need]()
     streamed, library = bool(steps), 0
     for method, params in steps:
@@ -169,6 +170,7 @@ def estimate(
     if machine.device == "cuda":
         needs = [_on_gpu(need) for need in needs]
     large = streamed and not wanted and first.dense > machine.free
+    unpacked = not held.packs and any(bits.dense is None for bits in held.bits.values())
     longest = sizes.context_length(held.shape.config)
 
     def serve(batch: int, tokens: int) -> Need:
@@ -182,7 +184,7 @@ def estimate(
         serve(1, min(4096, longest)),
         machine.free,
         times,
-        (LARGE,) * large,
+        (LARGE,) * large + (IN_BFLOAT16,) * unpacked,
         machine.device,
         download,
         loads,

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 Body = dict[str, JsonValue]
 TENSOR = "logprobs"
+KEPT = 1 << 28  # bytes of log-probabilities that are kept of a text
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,19 @@ def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterat
     room = _context(model) - len(prompt)
     if room < 1:
         raise BadText(f"The prompt has {len(prompt)} tokens; this model reads {_context(model) - 1}. Shorten it.")
+    length, size = min(int(str(body["max_tokens"])), room), model.network.config.get_text_config().vocab_size
+    if body.get("write") and 4 * size * length > KEPT:
+        raise InputError(
+            f"The same text is compared over all {size:,} tokens that could come next, which is too much for a text of "
+            f"{length:,}. Ask for {KEPT // (4 * size):,} at most."
+        )
     ids: list[int] = []
     logprobs: list[torch.Tensor] = []
     began = time.perf_counter()
     first = last = began
     stops, ended = [str(each) for each in _list(body.get("stop_strings") or [])], None
     steps = generate(
-        model, prompt, max_new_tokens=min(int(str(body["max_tokens"])), room),
+        model, prompt, max_new_tokens=length,
         temperature=float(str(body["temperature"])), seed=int(str(body["seed"])),
         top_p=float(str(body.get("top_p", 1.0))), top_k=int(str(body.get("top_k", 0))),
     )  # fmt: skip
@@ -146,7 +153,6 @@ def _generate(model: LoadedModel, prompt: list[int], command: Command) -> Iterat
         if ended is not None or command.stop.is_set():
             break
     if body.get("write") and not command.stop.is_set():
-        size = model.network.config.get_text_config().vocab_size
         with suppress(SafetensorError):  # the reader has gone, and its folder with it: nobody will ask for these
             save_file({TENSOR: torch.stack(logprobs) if ids else torch.empty(0, size)}, str(body["write"]))
     tpot = (last - first) / (len(ids) - 1) if len(ids) > 1 else None

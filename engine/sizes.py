@@ -10,13 +10,17 @@ Plain arithmetic, so that anybody can check it by hand:
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from pydantic import JsonValue
 
-from engine.headers import EMBEDDINGS, HEADS, Shape, integer
+from engine.configs import read_object
+from engine.headers import EMBEDDINGS, HEADS, Header, Shape, integer, plain, read_header, weight_files
 from engine.methods import Params, Selection, StoredBits
+from engine.origin import FolderOrigin
 from engine.packing import CacheGrid
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -116,12 +120,19 @@ class Holding:
     """A model between two steps: its shape, and how the modules that no longer are dense are stored.
 
     width: bytes of a dense weight. bits: by module name. grid: of the KV cache.
+    packs: whether kernels compute on codes, as they do in bfloat16 alone.
     """
 
     shape: Shape
     width: int
     bits: Mapping[str, StoredBits] = field(default_factory=dict)
     grid: CacheGrid | None = None
+    packs: bool = True
+
+    @classmethod
+    def of(cls, shape: Shape, dtype: str) -> Holding:
+        """A model as it is, in one of the dtypes of `WIDTHS`."""
+        return cls(shape, WIDTHS[dtype], grid=shape.cache_grid, packs=dtype == "bfloat16")
 
     @property
     def dense(self) -> int:
@@ -149,11 +160,17 @@ class Holding:
 
     def packed(self) -> int:
         """Bytes of the weights in the memory of a process that computes on packed ones."""
-        return self._bytes({name: bits.held for name, bits in self.bits.items()})
+        return self._bytes(self._held())
 
     def packed_embeddings(self) -> int:
         """The embeddings' part of `packed`."""
-        return self._bytes({name: bits.held for name, bits in self.bits.items()}, only=EMBEDDINGS + HEADS)
+        return self._bytes(self._held(), only=EMBEDDINGS + HEADS)
+
+    def _held(self) -> dict[str, float]:
+        """Bits of each weight in memory, of the modules that are not dense in files."""
+        return {
+            n: bits.held if self.packs or bits.dense is not None else 8 * self.width for n, bits in self.bits.items()
+        }
 
     @property
     def largest(self) -> int:
@@ -268,6 +285,41 @@ def first_block(shape: Shape) -> Iterable[tuple[str, int]]:
         numbers = [word for word in name.split(".") if word.isdigit()]
         if numbers[:1] == ["0"]:
             yield name, inputs
+
+
+def loaded_bytes(folder: Path) -> int:
+    """Bytes that the weights of a model folder take in the memory of a CPU process that computes with them.
+
+    By the headers alone: codes of 2 to 4 bits in 4, others in 8, where kernels compute on them; 8-bit floats, what is
+    stored as a bitmask, and codes in other dtypes than bfloat16 are numbers of the model's dtype.
+
+    Raises:
+        BadModel: it is no model folder, or damaged.
+    """
+    config = read_object(FolderOrigin(folder), "config.json")
+    dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    width, packs, total = WIDTHS.get(dtype, 2), dtype == "bfloat16", 0
+    for file in weight_files(folder):
+        stored = plain(read_header(file), file)
+        for name, header in stored.items():
+            count, shape = math.prod(header.shape), stored.get(f"{name.rpartition('.')[0]}.weight_shape")
+            if header.dtype == "I32" and name.endswith(".weight_packed") and shape is not None:
+                rows, columns = _numbers(file, shape)
+                bits = 32 * header.shape[1] // max(1, columns)
+                total += rows * columns * (8 * width if not packs else 4 if bits <= 4 else 8) // 8
+            elif header.dtype.startswith(("F", "BF")) or (header.dtype == "I8" and not packs):
+                total += count * width
+            else:
+                total += header.length
+    return total
+
+
+def _numbers(file: Path, header: Header) -> tuple[int, int]:
+    """The two int64 of a tensor."""
+    with file.open("rb") as stream:
+        stream.seek(header.start)
+        first, second = struct.unpack("<2q", stream.read(16))
+    return first, second
 
 
 def _first(config: Mapping[str, JsonValue], *keys: str) -> int:

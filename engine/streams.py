@@ -17,13 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import JsonValue
 
-from engine import hardware
+from engine import fit, hardware, headers, sizes
 from engine.errors import BadText, InputError, Interrupted, MaquetteError, RunError, TooBig
 from engine.runners.local import COMMAND, environment, signal_group
+from engine.sizes import Holding
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ MOST = 4  # warm workers, and panes
 IDLE = 600.0  # seconds after which an unused worker ends
 POLL = 0.05  # seconds between looks at whether the reader has gone
 PATIENCE = 5.0  # seconds that a worker has to heed a stop
-RUNTIME = 350 << 20  # bytes that a warm worker takes beside its weights
+RUNTIME = fit.RUNTIME  # bytes that a warm worker takes beside its model
 LONGEST_PROMPT = 20_000  # characters
 LONGEST_TEXT = 2048  # tokens
 MOST_LIKELY = 1000  # the largest top-k
@@ -46,7 +48,8 @@ class Warm:
 
     def __init__(self, model: Path, folder: Path) -> None:
         self.busy, self.used, self.ready, self.loaded = False, time.monotonic(), False, False
-        self.needed = memory_of(model)
+        self._reason = ""  # why it could not be loaded
+        self.model, self.needed = model, memory_of(model)
         self.device = device = device_of_workers()
         request = folder / "request.json"
         folder.mkdir(parents=True)
@@ -74,7 +77,7 @@ class Warm:
         """Bytes of its device's memory that its end gives back."""
         if not self.loaded:
             return 0
-        return self.needed - RUNTIME if self.device == "cuda" else hardware.own_memory(self.pid)
+        return _parts_of(self.model)[0] if self.device == "cuda" else hardware.own_memory(self.pid)
 
     def close(self) -> None:
         """End the process and its children, at once."""
@@ -93,11 +96,13 @@ class Warm:
             Interrupted: the reader has gone.
         """
         while not self.ready:
+            if self._reason:
+                raise RunError(self._reason)
             reply = self._next()
             if reply is not None:
                 self.ready = reply["event"] == "ready"
                 if not self.ready:
-                    raise RunError(str(reply.get("text", "The model could not be loaded.")))
+                    self._reason = str(reply.get("text", "The model could not be loaded."))
             elif gone.is_set():
                 raise Interrupted("Stopped.")
 
@@ -157,8 +162,19 @@ def device_of_workers() -> str:
 
 
 def memory_of(model: Path) -> int:
-    """Bytes that a worker with this model takes."""
-    return RUNTIME + sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    """Bytes that a worker with this model takes once it is loaded, and writes its longest text."""
+    return RUNTIME + sum(_parts_of(model))
+
+
+@lru_cache(maxsize=64)
+def _parts_of(model: Path) -> tuple[int, int]:
+    """Bytes of a model's weights in memory, and of what it takes while it writes."""
+    try:
+        shape = headers.inspect(model)
+        writing = fit.serving(Holding(shape, 2, grid=shape.cache_grid), 1, LONGEST_TEXT).parts
+        return sizes.loaded_bytes(model), writing.get("kv_cache", 0) + writing.get("activations", 0)
+    except (MaquetteError, OSError):  # its worker will say so
+        return 0, 0
 
 
 class Streams:

@@ -361,6 +361,9 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "The models have {theirs} and {ours} tokens: their predictions cannot be compared.": "两个模型的词表分别有 {theirs} 和 {ours} 个词元：预测无法比较。",
         "The model has {ours} tokens, the baseline {theirs}: their predictions cannot be compared.":
             "该模型有 {ours} 个词元，基线有 {theirs} 个：预测无法比较。",
+        "The same text is compared over all {size} tokens that could come next, which is too much for a text of {length}. "
+        "Ask for {most} at most.":
+            "同一文本按全部 {size} 个可能的下一词元比较，{length} 个词元的文本过长。请最多要求 {most} 个。",
         "The first model's predictions are gone. Try again.": "第一个模型的预测已不在。请重试。",
         "The first model wrote no text that could be compared.": "第一个模型没有写出可以比较的文本。",
         "The process that held the model has ended; it may have run out of memory. Try again.": "载有模型的进程已结束；可能是内存不足。请重试。",
@@ -650,6 +653,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
         "Use fewer calibration samples or a smaller model, or close other programs.":
             "请减少校准样本或换用较小的模型，或关闭其他程序。",
         "Larger than memory: one block at a time.": "大于内存：逐层处理。",
+        "Kernels compute on packed weights in bfloat16: in another dtype they are small in files, not in memory.":
+            "内核仅在 bfloat16 下直接对打包权重计算；采用其他数据类型时，文件变小而内存不变。",
         # the log and the audit
         "warning: the text is short, it has {count} of the {asked} sequences asked for":
             "警告：文本太短，只有所要求的 {asked} 条序列中的 {count} 条",

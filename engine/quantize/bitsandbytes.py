@@ -74,8 +74,9 @@ class Params(Selection, Calibrated):
     def stored_bits(self, outputs: int, inputs: int) -> StoredBits:
         """A byte and a scale a row, or 4 bits and a scale for each block of 64, in 8 bit where quantized again."""
         if self.scheme == "int8":
-            return StoredBits(8, 32 / inputs)
-        return StoredBits(4, (8 if self.double_quant else 32) / 64)
+            return StoredBits(8, 32 / inputs, dense=8 + 32 / inputs)  # the library computes on them in any dtype
+        share = (8 if self.double_quant else 32) / 64
+        return StoredBits(4, share, dense=4 + share)
 
     def unfit_for_experts(self) -> str:
         return "the library knows linears only, and fused experts are none."

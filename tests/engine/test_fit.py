@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,7 @@ def test_what_is_measured_first_takes_its_time_and_memory() -> None:
     need = step(estimate(shape, {"quantize/mixed": {"samples": 1, "sequence_length": 128}}))
     states, linears = 2 * 8 * 128 * 256, len(shape.linears)  # what enters the blocks, and what each change makes of it
     rounding = mixed.WEIGHED * 512 * 256
-    assert need.parts["activations"] == 22 * 128 * 50_000 + (linears + 3) * states + rounding  # with one row's logits
+    assert need.parts["activations"] == 22 * (1 << 24) + (linears + 3) * states + rounding  # with some rows' logits
 
 
 def test_four_bits_of_bitsandbytes_read_no_text_and_neither_time_nor_memory_says_so() -> None:
@@ -497,3 +498,17 @@ def test_serving_grows_by_the_cache_of_each_sequence() -> None:
     cache = sizes.cache_bytes(LARGE.config, None, 2, 1, 1024)
     assert found.loads[64, 2048] - found.loads[64, 1024] == 64 * cache * sizes.cache_copies(LARGE.config, None)
     assert found.loads[1, 2048] == found.serving.total
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_packed_weights_are_held_packed_in_bfloat16_alone(dtype: str) -> None:
+    shape = llama(2, 256, 512)
+    model = {"source": "x", "dtype": dtype}
+    body = {"model": model, "steps": [{"quantize/rtn": {"group_size": 32}}], "measure": ["memory"]}
+    recipe = Recipe.model_validate(body)
+    found = fit.estimate(recipe, shape, methods.check(recipe), Machine(64 * GiB))
+    bits = sum(math.prod(s) for n, s in shape.tensors.items() if n.removesuffix(".weight") in shape.linears)
+    width = {"bfloat16": 2, "float16": 2, "float32": 4}[dtype]
+    packed = width * (shape.parameters - bits) + bits * (4 + 8 * width / 32) / 8
+    assert found.serving.parts["weights"] == (round(packed) if dtype == "bfloat16" else width * shape.parameters)
+    assert (fit.IN_BFLOAT16 in found.notes) is (dtype != "bfloat16")

@@ -129,6 +129,19 @@ def test_text_is_cut_at_the_context(model: str) -> None:
     assert 0 < done["tokens"] < 256
 
 
+def test_more_probabilities_than_are_kept_are_not_asked_for(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.serve.KEPT", 4 * 320 * 5)
+    file = str(tmp_path / "logprobs.safetensors")
+    long, short = (answers(model, generate(write=file, max_tokens=tokens))[-1] for tokens in (6, 5))
+    assert long["event"] == "error"
+    assert "all 320 tokens" in str(long["text"])
+    assert "Ask for 5 at most." in str(long["text"])
+    assert short["tokens"] == 5
+    assert answers(model, generate(max_tokens=6))[-1]["tokens"] == 6  # nothing is kept
+
+
 def test_another_vocabulary_is_refused(model: str, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_file({"logprobs": torch.zeros(2, 77)}, str(file))

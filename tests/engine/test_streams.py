@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from engine import hardware, streams
+from engine import artifacts, hardware, methods, models, runtime, streams
 from engine.errors import InputError, RunError
+from engine.methods import Context
+from engine.records import Recipe
+from engine.sizes import loaded_bytes
 from engine.streams import Reply, Streams
 
 A, B = Path("/models/a"), Path("/models/b")
@@ -251,3 +254,25 @@ def test_a_model_that_does_not_fit_is_one_line_and_makes_those_go_that_nobody_us
     assert [event for _, event, _ in replies][-1] == "error"
     assert "GiB are free" in str(replies[-1][2]["text"])
     assert warm.pids() == []
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype"),
+    [
+        ({"quantize/rtn": {"bits": 2, "group_size": 32}}, "bfloat16"), ({"quantize/fp8": {}}, "bfloat16"),
+        ({"quantize/rtn": {"bits": 4, "group_size": 32}}, "float32"), ({"quantize/smoothquant": {}}, "bfloat16"),
+        ({"prune/magnitude": {"sparsity": 0.9, "storage": "bitmask"}}, "bfloat16"), ({}, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_model_is_counted_as_it_will_stand_in_memory(
+    step: dict[str, object], dtype: str, tiny_folder: Callable[..., Path], context: Context, tmp_path: Path
+) -> None:
+    model = models.stream(tiny_folder(), dtype)
+    for name, settings in step.items():
+        method = methods.get(name)
+        model = method.apply(model, method.check(settings), context)
+    artifacts.write(model, Recipe(), tmp_path / "artifact")
+    loaded = runtime.load(tmp_path / "artifact").network
+    held = {id(t): t.nbytes for t in (*loaded.parameters(), *loaded.buffers())}
+    assert loaded_bytes(tmp_path / "artifact") == pytest.approx(sum(held.values()), rel=0.05)
+    assert streams.memory_of(tmp_path / "artifact") > streams.RUNTIME + loaded_bytes(tmp_path / "artifact")
