@@ -257,23 +257,23 @@ def walk_blocks(
     them: calibration text has passed a block when it is yielded, without `batches`.
     """
     name, modules = blocks(model.network)
+    stations = [Block(number, f"{name}.{number}", module, []) for number, module in enumerate(modules)]
+    if params.beyond_blocks()[0]:
+        stations.append(Block(len(modules), *head(model.network), []))
+    files = [context.folder / f"block-{station.number:04d}.safetensors" for station in stations]
     flow: Flow | None = None
-    if calibrates(params):
+    if calibrates(params) and not (keep_blocks and all(file.exists() for file in files)):  # else text tells nobody
         rows = token_rows(model.tokenizer, context.calibration, params.sequence_length, params.samples)
         check_ids(model, rows)
         context.log(f"calibrating on {rows.shape[0]} sequences of {rows.shape[1]} tokens")
         if len(rows) < params.samples:
             context.log(f"warning: the text is short, it has {len(rows)} of the {params.samples} sequences asked for")
         flow = capture(model, torch.split(rows.to(model.device), batch_size(rows.shape[1])), context.folder)
-    stations = [Block(number, f"{name}.{number}", module, []) for number, module in enumerate(modules)]
-    if params.beyond_blocks()[0]:
-        stations.append(Block(len(modules), *head(model.network), []))
     _say_what_is_left(stations, params, context)
     reused = 0
     context.progress(0, len(stations), "blocks")
-    for block, following in itertools.zip_longest(stations, stations[1:]):
+    for block, following, saved in itertools.zip_longest(stations, stations[1:], files):
         context.check_cancelled()
-        saved = context.folder / f"block-{block.number:04d}.safetensors"
         done = keep_blocks and saved.exists()
         if done:
             reused += 1

@@ -32,7 +32,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from engine.calibration import STRIP, Block, BlockLinear, mirror, stretches
 from engine.fit import SOLVED, SPAN
 from engine.runtime.native.columns import solve_columns
-from engine.sparsity import Pattern, drop, span_of
+from engine.sparsity import Pattern, by_magnitude, drop, span_of
 
 SLICE = 128  # columns that are solved one by one, and from which zeros are chosen
 PANEL = 512  # columns of a Hessian that are factorized at a time
@@ -123,10 +123,7 @@ class Zeros:
 
     def by_magnitude(self, weight: Tensor) -> Tensor:
         """False for the smallest weights (N, K): as many of the matrix, or N in each M inputs."""
-        size = weight.float().abs()
-        if self.span is not None:
-            return drop(size.reshape(-1, self.span[1]), self.span[0]).view(weight.shape)
-        return drop(size.reshape(1, -1), round(self.sparsity * size.numel())).view(weight.shape)
+        return by_magnitude(weight, self.sparsity, self.pattern)
 
 
 class Solver:

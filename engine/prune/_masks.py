@@ -74,11 +74,11 @@ def note_pruned(model: LoadedModel, name: str, params: SparsityParams) -> None:
         model.sparse.add(name)
 
 
-def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bool) -> Tensor:
-    """A mask (N, K), True for the weights to keep: those with the largest score in their row, or in the matrix.
+def keep_largest(score: Tensor, params: SparsityParams, name: str) -> Tensor:
+    """A mask (N, K), True for the weights to keep: those with the largest score in their row.
 
-    Exactly round(sparsity * size) weights of each row (or of the matrix) are False; with a pattern N:M
-    exactly N in each M consecutive inputs. Ties are cut in the order of the inputs.
+    Exactly round(sparsity * K) of each row are False; with a pattern N:M exactly N in each M consecutive inputs.
+    Ties are cut in the order of the inputs.
 
     Raises:
         BadParams: a pattern N:M on rows that M does not divide.
@@ -88,6 +88,4 @@ def keep_largest(score: Tensor, params: SparsityParams, name: str, *, by_row: bo
     if (parts := span_of(params.pattern)) is not None:
         zeros, span = parts
         return drop(score.reshape(-1, span), zeros).view(rows, columns)
-    if by_row:
-        return drop(score, round(params.sparsity * columns))
-    return drop(score.reshape(1, -1), round(params.sparsity * score.numel())).view(rows, columns)
+    return drop(score, round(params.sparsity * columns))

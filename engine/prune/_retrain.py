@@ -13,7 +13,8 @@ from engine.lesson import Lesson, TrainingParams, judge_of, read
 from engine.losses import Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
-from engine.prune._masks import SparsityParams, keep_largest, note_pruned
+from engine.prune._masks import SparsityParams, note_pruned
+from engine.sparsity import by_magnitude
 from engine.training import Prune
 
 LABELS = Objective(label_weight=1.0)  # no teacher
@@ -80,5 +81,5 @@ def selected(model: LoadedModel, params: RetrainParams) -> list[BlockLinear]:
 def zero_smallest_(chosen: list[BlockLinear], params: SparsityParams) -> None:
     """Set the weights of smallest magnitude of each linear to zero."""
     for linear in chosen:
-        keep = keep_largest(linear.weight.abs(), params, linear.name, by_row=False)
+        keep = by_magnitude(linear.weight, params.sparsity, params.pattern)
         linear.weight.masked_fill_(~keep, 0)

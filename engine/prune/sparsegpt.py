@@ -30,7 +30,7 @@ from engine.calibration import Block, Moments, walk_blocks
 from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.prune._masks import SparsityParams, keep_largest, note_pruned
+from engine.prune._masks import SparsityParams, note_pruned
 from engine.solver import Anything, Solver, Zeros, new_solver
 
 TITLE = "SparseGPT"
@@ -78,7 +78,7 @@ def _prune_block(model: LoadedModel, block: Block, params: Params, context: Cont
             linear.weight.copy_(prune(solver, linear.weight, params.zeros, keep))
         except LinAlgError as error:
             context.log(f"{linear.name}: pruned by magnitude instead, {error}")
-            linear.weight.mul_(keep_largest(linear.weight.float().abs(), params, linear.name, by_row=False))
+            linear.weight.mul_(params.zeros.by_magnitude(linear.weight))
         note_pruned(model, linear.name, params)
 
 

@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from engine import scores
-from engine.calibration import BlockLinear, Observed, walk_blocks
+from engine.calibration import BlockLinear, Observed, stretches, walk_blocks
 from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
@@ -64,8 +64,9 @@ def prune_(model: LoadedModel, linear: BlockLinear, params: Params, context: Con
     """Set what scores lowest in each row of a linear to zero."""
     if linear.input_norm is None:
         context.log(f"{linear.name}: no token reached it, scored by magnitude alone")
-    found = score(linear.weight, linear.input_norm)
-    linear.weight.mul_(keep_largest(found, params, linear.name, by_row=True))
+    for rows in stretches(linear.weight):
+        found = score(linear.weight[rows], linear.input_norm)
+        linear.weight[rows] *= keep_largest(found, params, linear.name)
     note_pruned(model, linear.name, params)
 
 

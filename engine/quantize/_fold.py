@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.calibration import Block, BlockLinear
+from engine.calibration import Block, BlockLinear, stretches
 from engine.experts import Experts
 from engine.flow import Call, run_block
 from engine.models import Linear
@@ -86,7 +86,9 @@ class Fold:
             part = bias.data if self.rows is None else bias.data[self.rows]
             part.copy_(part.float() / scale)
         for reader in self.readers:
-            reader.weight.copy_(reader.weight.float() * self.spread(scale))
+            spread = self.spread(scale)
+            for some in stretches(reader.weight):
+                reader.weight[some] = (reader.weight[some].float() * spread).to(reader.weight.dtype)
         return scale
 
 

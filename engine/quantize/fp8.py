@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from engine.calibration import stretches
 from engine.methods import Context, StoredBits
 from engine.models import LoadedModel
 from engine.packing import LARGEST_FLOAT8, InputGrid, QuantizedWeight
@@ -58,9 +59,12 @@ def apply(model: LoadedModel, params: Params, context: Context) -> LoadedModel:
 
 def quantize_weight(weight: Tensor, inputs: InputGrid | None = None) -> QuantizedWeight:
     """A weight (N, K) as 8-bit floats with one scale a row, stored in its dtype."""
-    scale = (weight.float().abs().amax(1, keepdim=True) / LARGEST_FLOAT8).to(weight.dtype)
+    largest = torch.cat([weight[rows].abs().amax(1, keepdim=True) for rows in stretches(weight)])
+    scale = (largest.float() / LARGEST_FLOAT8).to(weight.dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = (weight.float() / scale.float()).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8)
-    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).contiguous()
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in stretches(weight):
+        scaled = (weight[rows].float() / scale[rows].float()).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+        codes[rows] = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
     zero = torch.full_like(scale, 128, dtype=torch.uint8)
     return QuantizedWeight(codes, scale.contiguous(), zero, 8, True, inputs, "float")

@@ -95,7 +95,8 @@ def smooth(block: Block, strength: float) -> dict[str, Tensor]:
 def scale_for(fold: Fold, strength: float) -> Tensor:
     """s (size,) of a fold, from the largest inputs and the largest weights of each channel."""
     inputs = next(reader.input_max for reader in fold.readers if reader.input_max is not None)
-    weights = torch.stack([reader.weight.float().abs().amax(0) for reader in fold.readers]).amax(0)
+    ends = [end(reader.weight, 0).float().abs() for reader in fold.readers for end in (torch.amax, torch.amin)]
+    weights = torch.stack(ends).amax(0)
     return smoothing(fold.gather(inputs), fold.gather(weights), strength)
 
 

@@ -35,7 +35,7 @@ def test_the_damage_is_that_of_wanda_and_of_rounding() -> None:
     inputs = torch.randn(50, 96, generator=dice) @ torch.randn(96, 96, generator=dice)
     linear = BlockLinear("w", torch.nn.Linear(96, 5, bias=False))
     linear.input_norm = inputs.norm(dim=0)
-    mask = keep_largest(wanda.score(linear.weight, linear.input_norm), SparsityParams(sparsity=0.5), "w", by_row=True)
+    mask = keep_largest(wanda.score(linear.weight, linear.input_norm), SparsityParams(sparsity=0.5), "w")
     torch.testing.assert_close(sensitivity.half_by_wanda(linear), linear.weight * mask, rtol=0, atol=0)
     found = sensitivity.to_few_bits(linear)
     scale = linear.weight.reshape(5, 3, 32).abs().amax(-1) / 3.5
@@ -69,7 +69,7 @@ def test_the_table_equals_slow_ways_and_nothing_changes(context: Context) -> Non
                 for linear in block.linears:
                     module = other.get_submodule(linear.name.removeprefix("model.layers.1."))
                     score = wanda.score(linear.weight, linear.input_norm)
-                    module.weight.mul_(keep_largest(score, SparsityParams(sparsity=0.5), linear.name, by_row=True))
+                    module.weight.mul_(keep_largest(score, SparsityParams(sparsity=0.5), linear.name))
                 moved = added = 0.0
                 for states, call in block.batches:
                     after = run_block(block.module, states, call)

@@ -14,6 +14,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.prune import magnitude, wanda
 from engine.prune._masks import SparsityParams, keep_largest
+from engine.sparsity import by_magnitude
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import MIXTURES
 
@@ -24,35 +25,49 @@ def scores(rows: int = 6, columns: int = 40) -> Tensor:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.33, 0.5, 0.97])
 def test_rows_lose_exactly_their_share(sparsity: float) -> None:
-    mask = keep_largest(scores(), SparsityParams(sparsity=sparsity), "w", by_row=True)
+    mask = keep_largest(scores(), SparsityParams(sparsity=sparsity), "w")
     assert (~mask).sum(1).tolist() == [round(sparsity * 40)] * 6
 
 
 def test_a_matrix_loses_exactly_its_share_and_only_the_smallest() -> None:
     values = scores()
-    mask = keep_largest(values, SparsityParams(sparsity=0.3), "w", by_row=False)
+    mask = by_magnitude(values, 0.3)
     assert int((~mask).sum()) == 72
     assert values[~mask].max() < values[mask].min()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_by_magnitude_is_a_sort_of_all_with_the_first_of_equal_ones_gone(
+    sparsity: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows at a time; coarse numbers, so that many are equal, zeros among them."""
+    monkeypatch.setattr("engine.sparsity.COUNTED", 100)
+    values = (torch.randn(50, 40, generator=torch.Generator().manual_seed(2)) * 3).round().div(3).to(dtype)
+    order = values.float().abs().flatten().argsort(stable=True)
+    wanted = torch.ones(2000, dtype=torch.bool).index_fill_(0, order[: round(sparsity * 2000)], False)
+    assert torch.equal(by_magnitude(values, sparsity), wanted.view(50, 40))
 
 
 @pytest.mark.parametrize(("pattern", "zeros", "span"), [("2:4", 2, 4), ("4:8", 4, 8)])
 def test_patterns_zero_exactly_n_of_m(pattern: str, zeros: int, span: int) -> None:
     values = scores()
     params = SparsityParams.model_validate({"pattern": pattern})
-    mask = keep_largest(values, params, "w", by_row=True)
+    mask = keep_largest(values, params, "w")
     assert bool(((~mask).view(-1, span).sum(1) == zeros).all())
+    assert torch.equal(by_magnitude(-values, 0.5, params.pattern), mask)
     for kept, score in zip(mask.view(-1, span), values.view(-1, span), strict=True):
         assert score[~kept].max() < score[kept].min()
 
 
 def test_ties_still_give_exact_counts() -> None:
-    mask = keep_largest(torch.ones(3, 8), SparsityParams(pattern="2:4"), "w", by_row=True)
+    mask = keep_largest(torch.ones(3, 8), SparsityParams(pattern="2:4"), "w")
     assert bool(((~mask).view(-1, 4).sum(1) == 2).all())
 
 
 def test_a_pattern_that_does_not_divide_is_refused() -> None:
     with pytest.raises(BadParams, match="the 10 inputs of up_proj"):
-        keep_largest(scores(4, 10), SparsityParams(pattern="2:4"), "up_proj", by_row=True)
+        keep_largest(scores(4, 10), SparsityParams(pattern="2:4"), "up_proj")
 
 
 def test_wanda_equals_a_loop_over_single_weights() -> None:
@@ -64,14 +79,14 @@ def test_wanda_equals_a_loop_over_single_weights() -> None:
         importance = [abs(float(weight[n, k])) * sum(float(x) ** 2 for x in inputs[:, k]) ** 0.5 for k in range(12)]
         for k in sorted(range(12), key=importance.__getitem__)[:6]:
             expected[n, k] = False
-    found = keep_largest(wanda.score(weight, inputs.norm(dim=0)), SparsityParams(), "w", by_row=True)
+    found = keep_largest(wanda.score(weight, inputs.norm(dim=0)), SparsityParams(), "w")
     torch.testing.assert_close(found, expected)
 
 
 def test_wanda_differs_from_magnitude_where_inputs_differ() -> None:
     weight, norm = torch.tensor([[1.0, 0.9]]), torch.tensor([0.1, 1.0])
-    assert keep_largest(wanda.score(weight, norm), SparsityParams(), "w", by_row=True).tolist() == [[False, True]]
-    assert keep_largest(weight.abs(), SparsityParams(), "w", by_row=True).tolist() == [[True, False]]
+    assert keep_largest(wanda.score(weight, norm), SparsityParams(), "w").tolist() == [[False, True]]
+    assert keep_largest(weight.abs(), SparsityParams(), "w").tolist() == [[True, False]]
 
 
 def test_methods_prune_every_linear_of_the_model(tiny: LoadedModel, context: Context) -> None:
@@ -108,7 +123,7 @@ def test_norms_of_the_original_are_those_of_a_plain_forward_pass_and_another_rat
         assert bool(seen) is (number == 0), given
         for name in model.pruned:
             old = plain.network.get_submodule(name).weight
-            wanted = keep_largest(wanda.score(old, inputs[name].norm(dim=0)), params, name, by_row=True)
+            wanted = keep_largest(wanda.score(old, inputs[name].norm(dim=0)), params, name)
             assert float(((model.network.get_submodule(name).weight != 0) == wanted).float().mean()) > 0.999, name
     assert recorder.logs().count("norms of inputs: measured before, now reused") == 2
     other = in_memory(tiny_config(num_hidden_layers=2), torch.float32, seed=1)

@@ -15,6 +15,7 @@ from engine.prune.sparsegpt import Params, prune
 from engine.quantize import gptq
 from engine.quantize._grid import Grid, make_grid
 from engine.solver import Solver, Zeros
+from engine.sparsity import by_magnitude
 from tests.conftest import Recorder, in_memory
 from tests.engine.quantize.test_gptq import correlated, hessian_of
 from tests.families import FAMILIES, MIXTURES
@@ -104,7 +105,7 @@ def test_the_identity_prunes_the_smallest_of_each_slice() -> None:
     weight = torch.randn(10, 256, generator=torch.Generator().manual_seed(0))
     found = prune(Solver(torch.eye(256), 0.01, sort=False), weight, Zeros(0.4))
     for part in (slice(0, 128), slice(128, 256)):
-        keep = keep_largest(weight[:, part].abs(), SparsityParams(sparsity=0.4), "w", by_row=False)
+        keep = by_magnitude(weight[:, part], 0.4)
         torch.testing.assert_close(found[:, part], weight[:, part] * keep)
 
 
@@ -139,7 +140,7 @@ def test_patterns_have_exactly_n_zeros_of_m_also_in_activation_order(pattern: st
 def test_the_output_error_is_below_wandas(zeros: Zeros) -> None:
     weight, inputs, hessian = setting(128, rows=32)
     params = SparsityParams(sparsity=zeros.sparsity, pattern=zeros.pattern)
-    masked = weight * keep_largest(wanda.score(weight, inputs.norm(dim=0)), params, "w", by_row=True)
+    masked = weight * keep_largest(wanda.score(weight, inputs.norm(dim=0)), params, "w")
     found = prune(Solver(hessian.clone(), 0.01, sort=False), weight, zeros)
     error, theirs = ((inputs @ (each - weight).t()).square().sum() for each in (found, masked))
     assert error < 0.95 * theirs
@@ -150,7 +151,7 @@ def test_zeros_in_the_pass_are_better_than_zeros_before_rounding() -> None:
     params = gptq.Params(bits=4, group_size=32, activation_order=False)
     solver = Solver(hessian.clone(), 0.01, sort=False)
     together = gptq.quantize(solver, weight, params, "w", torch.float32, zeros=Zeros(0.5)).dequantize()
-    keep = keep_largest(weight.abs(), SparsityParams(), "w", by_row=False)
+    keep = by_magnitude(weight, 0.5)
     apart = gptq.quantize(solver, weight, params, "w", torch.float32, keep).dequantize()
     error, other = ((inputs @ (each - weight).t()).square().sum() for each in (together, apart))
     assert error < other
@@ -180,7 +181,7 @@ def test_what_cannot_be_solved_is_pruned_by_magnitude_and_said(
     sparsegpt.apply(tiny, Params(samples=4, sequence_length=16), context)
     assert sum("pruned by magnitude instead, not positive definite" in line for line in recorder.logs()) == 3 * 7
     found = tiny.network.get_submodule("model.layers.0.mlp.up_proj").weight
-    keep = keep_largest(before.float().abs(), SparsityParams(), "w", by_row=False)
+    keep = by_magnitude(before, 0.5)
     torch.testing.assert_close(found, before * keep, rtol=0, atol=0)
 
 
