@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import mmap
 import weakref
 from collections.abc import Container, Iterator, Sequence
@@ -37,8 +36,6 @@ from engine.models import Linear, LoadedModel, blocks, embeddings, head, is_larg
 from engine.rows import packed_rows
 from engine.runtime.native.moments import add_second_moments
 from engine.wide import is_plain
-
-log = logging.getLogger(__name__)
 
 Collect = Literal["nothing", "norm", "hessian", "directions"]
 Listeners = Literal["routed", "all"]  # to which tokens an expert listens

@@ -24,7 +24,7 @@ from engine.records import Recipe
 from engine.sources import split
 
 CARD = "README.md"
-REPO = re.compile(r"(?:hub:|hf:)?([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@[\w./-]{1,100})?")
+REPO = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@[\w./-]{1,100})?")
 SEVERAL = "teachers"  # the setting that names several models
 
 

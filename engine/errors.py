@@ -15,7 +15,6 @@ MaquetteError
 │   ├── Interrupted       the process was stopped from outside; can be resumed
 │   ├── Diverged          training went to NaN or above its limit
 │   ├── BadArtifact       the saved model is not the model that was in memory
-│   ├── OutOfMemory       the device or the memory budget was exhausted
 │   └── HubError          the hub cannot be reached, is busy, or sends nothing; can be tried again
 └── StoreError            the run store cannot be opened or used
     ├── StoreBusy         another server uses this folder
@@ -95,10 +94,6 @@ class Diverged(RunError):
 
 class BadArtifact(RunError):
     """The saved model does not compute what the model in memory computed."""
-
-
-class OutOfMemory(RunError):
-    """Memory ran out."""
 
 
 class HubError(RunError):

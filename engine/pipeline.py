@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +43,6 @@ from engine.pace import Rates
 from engine.records import EventKind, Recipe
 from engine.runtime import load_dense
 from engine.sizes import Holding
-
-log = logging.getLogger(__name__)
 
 Check = Callable[[], None]
 Request = dict[str, JsonValue]

@@ -210,14 +210,6 @@ class Output(Record):
     forced: tuple[Token, ...] = ()
 
 
-class Comparison(Record):
-    """A baseline, runs beside it, and the prompts on which they are compared."""
-
-    baseline: str
-    runs: tuple[str, ...]
-    prompts: tuple[str, ...] = ()
-
-
 RUN_ID = re.compile(r"[0-9a-z]{4,32}(?:-[0-9a-z]{1,32})*")
 
 

@@ -137,16 +137,18 @@ class Scheduler:
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
-        with self._guard:
-            for watch in self._watches.values():
-                watch.interrupt()
-            while self._watches:
-                self._look_after()
-                time.sleep(TICK / 2)
-        if self._standby is not None:
-            self._standby.close()
-        self._empty_trash()
-        self.store.close()
+        try:
+            with self._guard:
+                for watch in self._watches.values():
+                    watch.interrupt()
+                while self._watches:
+                    self._look_after()
+                    time.sleep(TICK / 2)
+        finally:
+            if self._standby is not None:
+                self._standby.close()
+            self._empty_trash()
+            self.store.close()
 
     # What the page and the command line call
 
@@ -313,7 +315,7 @@ class Scheduler:
                 self._telemetry.sample([*self._watches.values()], self._streams.pids())
                 self._streams.end_idle()
                 self._empty_trash()
-            except TROUBLES:  # the next tick tries again
+            except Exception:  # the scheduler's edge: runs go on, and the next tick tries again
                 log.exception("the scheduler's tick failed")
                 self._hold_out()
             self._wake.wait(TICK)

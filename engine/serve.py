@@ -19,7 +19,6 @@ The first two may hold "chat": true and "system": then the prompt is what a user
 from __future__ import annotations
 
 import json
-import logging
 import queue
 import threading
 import time
@@ -40,8 +39,6 @@ from engine.measure._text import encode
 from engine.measure.outputs import describe, force
 from engine.models import LoadedModel
 from engine.records import Token
-
-log = logging.getLogger(__name__)
 
 Body = dict[str, JsonValue]
 TENSOR = "logprobs"

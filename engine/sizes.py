@@ -34,11 +34,6 @@ DECODED_BY_US = (
 )  # fmt: skip
 
 
-def weight_bytes(parameters: int, bits: float) -> int:
-    """Bytes of so many weights of so many bits."""
-    return math.ceil(parameters * bits / 8)
-
-
 def kv_bytes(blocks: int, heads: int, size: int, batch: int, tokens: int, width: float = 2) -> int:
     """Bytes of the keys and values of `batch` sequences of `tokens` tokens; `heads` are those of keys and values."""
     return math.ceil(2 * blocks * heads * size * batch * tokens * width)

@@ -7,7 +7,6 @@ block one another for good.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import queue
 import shutil
@@ -26,8 +25,6 @@ from engine import fit, hardware, headers, sizes
 from engine.errors import BadText, InputError, Interrupted, MaquetteError, RunError, TooBig
 from engine.runners.local import COMMAND, environment, signal_group
 from engine.sizes import Holding
-
-log = logging.getLogger(__name__)
 
 Body = dict[str, JsonValue]
 Reply = tuple[int, str, Body]

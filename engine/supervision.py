@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from engine.attempts import EventReader, is_cancelled, mark_cancelled, note_endi
 from engine.records import Event, Run, Status
 from engine.runners import Worker
 from engine.store import Store
-
-log = logging.getLogger(__name__)
 
 GRACE = 3.0  # seconds from asking a worker to stop to killing it; also what it has left after it has finished
 SAMPLE_EVERY = 0.5  # seconds

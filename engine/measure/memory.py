@@ -8,8 +8,6 @@ tokenizer, thread stacks), so the model is loaded once and dropped before the lo
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import psutil
 import torch
 from pydantic import JsonValue
 
+from engine import hardware
 from engine.generate import cache_bytes, cache_label
 from engine.models import LoadedModel
 from engine.records import Measurement
@@ -42,17 +41,17 @@ def loading(load: Callable[[], T], device: str, warm: Callable[[T], object] | No
     if warm is not None:
         warm(first)
     del first
-    _settle()
+    hardware.give_back_memory()  # so that it does not count
     before = _taken(cuda)
     loaded = load()
-    _settle()
+    hardware.give_back_memory()  # so that it does not count
     return loaded, _measurement("memory.loaded", max(0, _taken(cuda) - before), cuda, "growth by loading")
 
 
 def generating(work: Callable[[], T], loaded: Measurement) -> tuple[T, Measurement]:
     """What `work` gives, and `memory.peak`: `loaded` and the most bytes taken beyond it meanwhile."""
     cuda = loaded.details["kind"] == CUDA
-    _settle()
+    hardware.give_back_memory()  # so that it does not count
     before = _taken(cuda)
     watch = _watch_allocator if cuda else _watch_high_water if _kernel_keeps_peak() else _watch_by_looking
     with watch() as highest:
@@ -90,15 +89,6 @@ def resident() -> int:
 
 def _taken(cuda: bool) -> int:
     return torch.cuda.memory_allocated() if cuda else resident()
-
-
-def _settle() -> None:
-    """Give freed memory back to the system, so that it does not count."""
-    gc.collect()
-    # glibc keeps freed blocks for later; other C libraries have no such call.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 @dataclass

@@ -35,7 +35,7 @@ def test_the_hub_reads_the_front_matter() -> None:
     ("source", "base"),
     [
         ("demo", None), ("/models/llama", None), ("~/x/y", None), ("./a/b", None), ("a/b/c", None), ("", None),
-        ("org/name", "org/name"), ("org/name@0123abcd", "org/name"), ("hub:org/na.me-1", "org/na.me-1"),
+        ("org/name", "org/name"), ("org/name@0123abcd", "org/name"), ("org/na.me-1", "org/na.me-1"),
     ],
 )  # fmt: skip
 def test_only_a_name_of_the_hub_is_a_base_model(source: str, base: str | None) -> None:

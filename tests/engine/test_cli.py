@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 
 from engine import attempts, cli, doctor, export, pipeline, preflight
-from engine.errors import Diverged, OutOfMemory
+from engine.errors import Diverged, RunError
 from engine.methods import Emit
 from engine.presets import PRESETS
 from engine.recipes import load_recipe
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 def fake_pipeline(recipe: Recipe, folder: Path, emit: Emit, check: Callable[[], None]) -> None:
     emit("log", {"text": folder.name})
     if recipe.seed == 13:
-        raise OutOfMemory("It did not fit.")
+        raise RunError("It did not fit.")
     if recipe.seed in (14, 15) and "learning_rate_factors" not in recipe.steps[0].params:
         emit("diverged", {"number": 0, "step": 121, "kept": 100 if recipe.seed == 14 else 0, "why": "the loss is nan"})
         raise Diverged("Training diverged at step 121.")

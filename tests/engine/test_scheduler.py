@@ -157,6 +157,24 @@ def test_memory_is_watched_as_often_while_another_program_holds_the_store(
     assert "Out of memory" in ended(scheduler, run).reason
 
 
+def test_a_tick_that_fails_on_what_nobody_foresaw_is_not_the_last(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = make()
+    failed: list[bool] = []
+    start_next = scheduler._start_next
+
+    def fail_once() -> None:
+        if not failed:
+            failed.append(True)
+            raise ZeroDivisionError
+        start_next()
+
+    monkeypatch.setattr(scheduler, "_start_next", fail_once)
+    until(lambda: failed)
+    assert ended(scheduler, scheduler.submit(does("quick"))).status is Status.SUCCEEDED
+
+
 def test_a_bad_recipe_is_refused_before_it_is_a_run(
     make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
