@@ -22,7 +22,6 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from engine import hardware, headers, shards, sizes
 from engine.errors import BadModel, BadParams, short
@@ -33,6 +32,7 @@ from engine.flow import Batches, Call, Flow, batch_size, capture, run_block
 from engine.headers import Shape
 from engine.methods import Calibrated, Context, Params, Selection, calibrates
 from engine.models import Linear, LoadedModel, blocks, embeddings, head, is_large, linears
+from engine.orientation import rows_and_columns, turned
 from engine.rows import packed_rows
 from engine.runtime.native.moments import add_second_moments
 from engine.wide import is_plain
@@ -119,7 +119,7 @@ class BlockLinear:
     @property
     def weight(self) -> Tensor:
         weight = self.module.weight.data
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+        return turned(self.module, weight)
 
     def put_aside(self) -> bool:
         """Free the weight's memory, until `bring_back`, where it is a linear's own; says whether it was."""
@@ -385,8 +385,7 @@ def _unheard(block: Block, last: nn.Module) -> list[nn.Module]:
 @contextlib.contextmanager
 def _giving_zeros(linear: nn.Module) -> Iterator[None]:
     """Meanwhile the linear's output is zero, and costs nothing; its hooks are called as ever."""
-    weight = linear.get_parameter("weight")
-    outputs = weight.shape[1 if isinstance(linear, Conv1D) else 0]
+    outputs, _ = rows_and_columns(linear)
     linear.forward = lambda inputs: inputs.new_zeros(*inputs.shape[:-1], outputs)
     try:
         yield

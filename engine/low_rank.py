@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.errors import BadModel, short
+from engine.orientation import rows_and_columns
 
 RANKS_KEY = "maquette_low_rank"  # of config.json
 
@@ -58,7 +59,11 @@ def factor(network: nn.Module, wanted: object) -> None:
         linear = network.get_submodule(name) if _has(network, name) else None
         if isinstance(linear, Factored) and linear.rank == rank:
             continue
-        if not isinstance(linear, nn.Linear | Conv1D) or type(rank) is not int or not 0 < rank <= min(shape_of(linear)):
+        if (
+            not isinstance(linear, nn.Linear | Conv1D)
+            or type(rank) is not int
+            or not 0 < rank <= min(rows_and_columns(linear))
+        ):
             raise BadModel(f"config.json says {RANKS_KEY} = {short(rank)} for {short(name)}, which cannot be.")
         network.set_submodule(name, empty_factors(linear, rank))
 
@@ -71,15 +76,9 @@ def _has(network: nn.Module, name: object) -> bool:
     return True
 
 
-def shape_of(linear: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(out, in)."""
-    first, second = linear.weight.shape
-    return (second, first) if isinstance(linear, Conv1D) else (first, second)
-
-
 def empty_factors(linear: nn.Linear | Conv1D, rank: int) -> Factored:
     """A product of the linear's shape and dtype, where it is, without weights; its bias is the linear's."""
-    outputs, inputs = shape_of(linear)
+    outputs, inputs = rows_and_columns(linear)
     device, dtype = linear.weight.device, linear.weight.dtype
     with torch.device("meta"):
         down = nn.Linear(inputs, rank, bias=False, dtype=dtype)

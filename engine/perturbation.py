@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
-from transformers.pytorch_utils import Conv1D
 
 from engine.branches import Ends, States, follow
 from engine.calibration import BlockLinear, stretches
 from engine.fit import SOLVED
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, head
+from engine.orientation import turned
 
 Change = Callable[[str, Tensor], Tensor]  # of a linear's name and some rows (n, K) of its weight, rows to take instead
 PREDICTIONS = "tokens predicted"  # unit of progress
@@ -48,7 +48,7 @@ def _changed(model: LoadedModel, name: str, change: Change) -> Tensor:
     """The weight to put in the place of an open linear's, the way round in which the module holds it."""
     linear = BlockLinear(name, model.network.get_submodule(name))  # type: ignore[arg-type]
     made = torch.empty_like(linear.module.weight)
-    rows = made.t() if isinstance(linear.module, Conv1D) else made
+    rows = turned(linear.module, made)
     for some in stretches(linear.weight, SOLVED):
         rows[some] = change(name, linear.weight[some])
     return made

@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from engine import bnb, low_rank, own_packed
 from engine.bitmask import MASK, SHAPE, VALUES, pack_bitmask, packed_bytes, unpack_bitmask
@@ -32,6 +31,7 @@ from engine.errors import BadModel, short
 from engine.files import as_usual, publish, read_ahead
 from engine.headers import is_placeholder, weight_files
 from engine.models import LoadedModel, blocks, linears, put_tensor, quantize_inputs
+from engine.orientation import rows_and_columns, turned
 from engine.packing import InputGrid, Kind, QuantizedWeight, pack, unpack
 from engine.wide import is_plain
 
@@ -229,13 +229,7 @@ def dense(weight: QuantizedWeight) -> Tensor:
 
 def dense_of(module: nn.Module, weight: QuantizedWeight) -> Tensor:
     """As `dense`, the way round in which the module holds its weight: GPT-2's `Conv1D` as (K, N)."""
-    return dense(weight).t().contiguous() if isinstance(module, Conv1D) else dense(weight)
-
-
-def rows_and_columns(module: nn.Module) -> tuple[int, int]:
-    """N and K, outputs and inputs, of a linear; of embeddings tokens and numbers."""
-    first, second = module.get_parameter("weight").shape
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
+    return turned(module, dense(weight)).contiguous()
 
 
 class TensorFiles:

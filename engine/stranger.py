@@ -17,7 +17,6 @@ from compressed_tensors.utils.match import is_match
 from pydantic import JsonValue
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from engine import bnb, models
@@ -25,9 +24,10 @@ from engine.bnb import Kind
 from engine.checkpoint import part_of
 from engine.errors import BadArtifact
 from engine.models import LoadedModel, linears, put_tensor
+from engine.orientation import rows_and_columns, turned
 from engine.own_packed import PACKED_KEY
 from engine.packing import InputGrid
-from engine.shards import TensorFiles, rows_and_columns
+from engine.shards import TensorFiles
 
 
 class Stranger:
@@ -83,7 +83,7 @@ class Stranger:
         if scheme.format == "float-quantized" and "weight_packed" in packed:  # our own name for what it calls so
             packed["weight"] = packed.pop("weight_packed")
         weight = library.decompress(packed, scheme)["weight"]
-        found = {"weight": weight.t().contiguous() if isinstance(module, Conv1D) else weight}
+        found = {"weight": turned(module, weight).contiguous()}
         return found | ({"bias": tensors["bias"]} if "bias" in tensors else {})
 
     def _scheme(self, path: str, module: nn.Module) -> tuple[QuantizationScheme, QuantizationArgs | None]:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine import wide
 from engine.models import Linear, LoadedModel, blocks, linears
+from engine.orientation import turned
 from engine.packing import LARGEST_FLOAT8, QuantizedWeight
 
 # Of the grid that a number of B moves weights by. On the demo model in 3 bits by RTN, 100 steps of healing lead from KL
@@ -266,7 +267,7 @@ class Shift(Added):
 
 def matrix(linear: Linear) -> Tensor:
     """The weight (out, in), also of GPT-2's transposed `Conv1D`."""
-    return linear.weight.data.t() if isinstance(linear, Conv1D) else linear.weight.data
+    return turned(linear, linear.weight.data)
 
 
 def thin(linear: Linear, rank: int, size: float = 0.0) -> tuple[nn.Parameter, nn.Parameter]:

@@ -25,6 +25,7 @@ from engine.calibration import Block, BlockLinear, stretches
 from engine.experts import Experts
 from engine.flow import Call, run_block
 from engine.models import Linear
+from engine.orientation import turned
 
 # The linear before, of how many equal parts of its rows the last is read, and the linear that reads it.
 LINEAR_PAIRS = (
@@ -80,7 +81,7 @@ class Fold:
             weight.copy_(torch.where(gone, before - self.offset, weight.float()))
             scale = torch.where(after == 0, torch.where(gone, 1.0, scale), before / after)
         else:
-            rows = weight.t()[self.rows] if isinstance(self.source, Conv1D) else weight[self.rows]
+            rows = turned(self.source, weight)[self.rows]
             rows.copy_(rows.float() / scale[:, None])
         if bias is not None:
             part = bias.data if self.rows is None else bias.data[self.rows]

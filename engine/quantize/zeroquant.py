@@ -26,7 +26,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from engine import sizes
 from engine.calibration import Block
@@ -34,6 +33,7 @@ from engine.flow import Batches, States, batch_size
 from engine.headers import Shape
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
+from engine.orientation import turned
 from engine.packing import InputGrid
 from engine.quantize._grid import Bits, GridParams, round_to_nearest
 from engine.quantize._place import place, walk
@@ -129,8 +129,7 @@ class _Student:
             nearest = round_to_nearest(weight.detach(), self._params, linear.name, linear.weight.dtype).dequantize()
             straight = weight + (nearest.float() - weight).detach()
             path = linear.name.removeprefix(f"{self._block.name}.")
-            stored = straight.t() if isinstance(linear.module, Conv1D) else straight
-            rounded[f"{path}.weight"] = stored.to(linear.weight.dtype)
+            rounded[f"{path}.weight"] = turned(linear.module, straight).to(linear.weight.dtype)
         handles = [linear.module.register_forward_pre_hook(_round_straight) for linear in self._block.linears]
         try:
             output = self._run(number, rounded).float()

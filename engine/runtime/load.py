@@ -21,6 +21,7 @@ from engine import models, patterns
 from engine.checkpoint import read_config, shell
 from engine.errors import BadModel, BadParams, short
 from engine.models import LoadedModel, put_tensor, read_generation_config
+from engine.orientation import rows_and_columns
 from engine.own_packed import PACKED_KEY
 from engine.packing import Kind
 from engine.runtime.embedding import KERNEL, Int8Embedding
@@ -29,7 +30,7 @@ from engine.runtime.linear import SIMULATED, Int8Linear, packed_linear
 from engine.runtime.norms_and_gates import take_over
 from engine.runtime.pages import use_large_pages
 from engine.runtime.semi_structured import use_semi_structured
-from engine.shards import PARTS, Scheme, TensorFiles, dense_of, read_quantized, rows_and_columns
+from engine.shards import PARTS, Scheme, TensorFiles, dense_of, read_quantized
 from engine.wide import WideLinear
 
 ROUNDED = "inputs rounded to 8 bits"
