@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from engine.branches import Ends, States, follow
-from engine.calibration import BlockLinear, stretches
 from engine.fit import SOLVED
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, head
+from engine.observing import BlockLinear, stretches
 from engine.orientation import turned
 
 Change = Callable[[str, Tensor], Tensor]  # of a linear's name and some rows (n, K) of its weight, rows to take instead

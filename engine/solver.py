@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine.calibration import STRIP, Block, BlockLinear, mirror, stretches
 from engine.fit import SOLVED, SPAN
+from engine.observing import STRIP, Block, BlockLinear, mirror, stretches
 from engine.runtime.native.columns import solve_columns
 from engine.sparsity import Pattern, by_magnitude, drop, span_of
 

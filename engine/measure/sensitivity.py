@@ -28,10 +28,11 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from engine import influence
-from engine.calibration import Block, BlockLinear, token_rows, walk_blocks
+from engine.calibration import token_rows, walk_blocks
 from engine.flow import run_block
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel, blocks
+from engine.observing import Block, BlockLinear
 from engine.preflight import SENSED
 from engine.records import Measurement
 

@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from engine import rescue
-from engine.calibration import BlockLinear
 from engine.lesson import Lesson, TrainingParams, judge_of, read
 from engine.losses import Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears
+from engine.observing import BlockLinear
 from engine.prune._masks import SparsityParams, note_pruned
 from engine.sparsity import by_magnitude
 from engine.training import Prune

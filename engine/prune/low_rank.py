@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine import methods, scores
-from engine.calibration import Block, BlockLinear, Moments, walk_blocks
+from engine.calibration import Moments, walk_blocks
 from engine.errors import BadParams
 from engine.fields import RARE
 from engine.low_rank import RANKS_KEY, empty_factors, pays
 from engine.methods import Context, Selection
 from engine.models import LoadedModel
+from engine.observing import Block, BlockLinear
 from engine.solver import turned_factor
 from engine.sparsity import span_of
 

@@ -26,10 +26,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from engine.calibration import Block, Moments, walk_blocks
+from engine.calibration import Moments, walk_blocks
 from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.observing import Block
 from engine.prune._masks import SparsityParams, note_pruned
 from engine.solver import Anything, Solver, Zeros, new_solver
 

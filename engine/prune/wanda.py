@@ -18,10 +18,11 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from engine import scores
-from engine.calibration import BlockLinear, Observed, stretches, walk_blocks
+from engine.calibration import Observed, walk_blocks
 from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.observing import BlockLinear, stretches
 from engine.prune._masks import SparsityParams, keep_largest, note_pruned
 
 TITLE = "Wanda"

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.calibration import Block, BlockLinear, stretches
 from engine.experts import Experts
 from engine.flow import Call, run_block
 from engine.models import Linear
+from engine.observing import Block, BlockLinear, stretches
 from engine.orientation import turned
 
 # The linear before, of how many equal parts of its rows the last is read, and the linear that reads it.

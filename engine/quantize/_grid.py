@@ -22,10 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import stretches
 from engine.errors import BadParams
 from engine.fields import RARE, With
 from engine.methods import Selection, StoredBits
+from engine.observing import stretches
 from engine.packing import QuantizedWeight
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]

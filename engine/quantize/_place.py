@@ -9,10 +9,11 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from engine import shards
-from engine.calibration import Block, BlockLinear, Collect, stretches, walk_blocks
+from engine.calibration import walk_blocks
 from engine.errors import BadModel
 from engine.methods import Context, Params
 from engine.models import LoadedModel, embeddings, quantize_inputs
+from engine.observing import Block, BlockLinear, Collect, stretches
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import GridParams, round_to_nearest
 

@@ -25,10 +25,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Block, BlockLinear, Moments, mirror
+from engine.calibration import Moments
 from engine.fields import RARE
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.observing import Block, BlockLinear, mirror
 from engine.quantize._fold import Fold, folds
 from engine.quantize._grid import Clipping, GridParams, round_to_nearest
 from engine.quantize._place import place, walk

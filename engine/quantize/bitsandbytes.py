@@ -24,11 +24,12 @@ from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from engine.bnb import Kind, hollow
-from engine.calibration import BlockLinear, stretches, walk_blocks
+from engine.calibration import walk_blocks
 from engine.errors import BadParams
 from engine.fields import With
 from engine.methods import Calibrated, Context, Selection, StoredBits
 from engine.models import LoadedModel, blocks, head, linears
+from engine.observing import BlockLinear, stretches
 from engine.quantize._place import describe
 
 TITLE = "bitsandbytes"

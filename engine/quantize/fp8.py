@@ -18,9 +18,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import stretches
 from engine.methods import Context, StoredBits
 from engine.models import LoadedModel
+from engine.observing import stretches
 from engine.packing import LARGEST_FLOAT8, InputGrid, QuantizedWeight
 from engine.quantize._grid import Beyond
 from engine.quantize._place import place, walk

@@ -36,12 +36,13 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from engine import hardware, patterns, shards, solver
-from engine.calibration import Block, BlockLinear, Moments
+from engine.calibration import Moments
 from engine.errors import short
 from engine.fields import RARE, With
 from engine.headers import Shape
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.observing import Block, BlockLinear
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import SOLVED, Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
 from engine.quantize._place import place, walk

@@ -30,11 +30,11 @@ from pydantic import Field
 from torch import Tensor
 
 from engine import sizes
-from engine.calibration import stretches
 from engine.fields import RARE
 from engine.headers import Shape
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.observing import stretches
 from engine.packing import QuantizedWeight
 from engine.quantize._grid import Grid, GridParams, make_grid
 from engine.quantize._place import place, walk

@@ -35,11 +35,12 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from engine import branches, fit, perturbation, scores, sizes
-from engine.calibration import BlockLinear, stretches, token_rows, walk_blocks
+from engine.calibration import token_rows, walk_blocks
 from engine.errors import BadParams
 from engine.headers import Shape
 from engine.methods import Context, StoredBits, Survey
 from engine.models import LoadedModel, blocks, embeddings, head, linears
+from engine.observing import BlockLinear, stretches
 from engine.processor import multiplies_bfloat16
 from engine.quantize import gptq
 from engine.quantize._grid import SOLVED, Beyond, Bits, GridParams, Range, round_to_nearest

@@ -24,9 +24,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from engine.calibration import Block
 from engine.methods import Calibrated, Context, StoredBits
 from engine.models import LoadedModel
+from engine.observing import Block
 from engine.packing import InputGrid, QuantizedWeight
 from engine.quantize._fold import Fold, folds
 from engine.quantize._grid import Beyond, round_to_nearest

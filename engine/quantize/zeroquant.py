@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from engine import sizes
-from engine.calibration import Block
 from engine.flow import Batches, States, batch_size
 from engine.headers import Shape
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
+from engine.observing import Block
 from engine.orientation import turned
 from engine.packing import InputGrid
 from engine.quantize._grid import Bits, GridParams, round_to_nearest

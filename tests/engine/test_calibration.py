@@ -7,21 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from engine import calibration, text
 from engine import flow as flow_module
-from engine.calibration import (
-    BlockLinear,
-    Moments,
-    accumulate_hessian,
-    make_empty_hessian,
-    mirror,
-    token_rows,
-    walk_blocks,
-)
+from engine import observing, text
+from engine.calibration import Moments, token_rows, walk_blocks
 from engine.errors import BadText
 from engine.flow import capture, run_block
 from engine.methods import Calibrated, Context, Params, Selection
 from engine.models import LoadedModel, blocks
+from engine.observing import BlockLinear, accumulate_hessian, make_empty_hessian, mirror
 from engine.text import read_documents
 from tests.conftest import Recorder, in_memory, tiny_config
 from tests.families import FAMILIES, MIXTURES
@@ -106,8 +99,8 @@ def test_later_blocks_see_what_was_done_to_earlier_ones(family: str, context: Co
 def test_hessian_is_the_mean_over_all_tokens(
     strip: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(calibration, "STRIP", strip)
-    monkeypatch.setattr(calibration, "add_second_moments", lambda *_, **__: False)
+    monkeypatch.setattr(observing, "STRIP", strip)
+    monkeypatch.setattr(observing, "add_second_moments", lambda *_, **__: False)
     inputs = torch.randn(70, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     hessian, seen = make_empty_hessian(6, torch.device("cpu")), 0
     for part in inputs.split([10, 40, 20]):

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from engine import branches, models
-from engine.calibration import BlockLinear
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, embeddings, head, linears
+from engine.observing import BlockLinear
 from engine.perturbation import divergences
 from tests.conftest import in_memory, tiny_config
 from tests.engine.test_streaming import Maker, in_use, saved

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from engine.calibration import BlockLinear, token_rows, walk_blocks
+from engine.calibration import token_rows, walk_blocks
 from engine.errors import BadText
 from engine.flow import run_block
 from engine.measure import sensitivity, suite
 from engine.methods import Calibrated, Context
 from engine.models import blocks
+from engine.observing import BlockLinear
 from engine.prune import wanda
 from engine.prune._masks import SparsityParams, keep_largest
 from engine.quantize import rtn

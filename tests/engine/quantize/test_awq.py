@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from engine.calibration import Block, BlockLinear, walk_blocks
+from engine.calibration import walk_blocks
 from engine.experts import NAMES
 from engine.methods import Calibrated, Context
 from engine.models import LoadedModel
+from engine.observing import Block, BlockLinear
 from engine.prune import low_rank
 from engine.quantize import awq
 from engine.quantize._fold import Fold, folds

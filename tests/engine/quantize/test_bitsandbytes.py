@@ -17,11 +17,12 @@ from torch.nn import Linear
 from transformers import AutoModelForCausalLM
 
 from engine import artifacts, headers, models, preflight, runtime, verify
-from engine.calibration import stretches, walk_blocks
+from engine.calibration import walk_blocks
 from engine.errors import BadParams
 from engine.measure import size
 from engine.methods import Context
 from engine.models import LoadedModel, blocks
+from engine.observing import stretches
 from engine.quantize import bitsandbytes
 from engine.quantize.bitsandbytes import Params
 from engine.records import EventKind, Recipe

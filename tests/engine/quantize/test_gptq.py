@@ -5,10 +5,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine import calibration, solver
-from engine.calibration import accumulate_hessian, make_empty_hessian, mirror
+from engine import observing, solver
 from engine.methods import Context
 from engine.models import LoadedModel
+from engine.observing import accumulate_hessian, make_empty_hessian, mirror
 from engine.quantize import gptq, rtn
 from engine.quantize._grid import SOLVED, make_grid, round_to_nearest
 from engine.quantize.gptq import Params, quantize
@@ -124,7 +124,7 @@ def test_a_hessian_that_cannot_be_factorized_is_as_it_was(
     monkeypatch: pytest.MonkeyPatch, panel: int, strip: int
 ) -> None:
     monkeypatch.setattr(solver, "PANEL", panel)
-    for module in (solver, calibration):
+    for module in (solver, observing):
         monkeypatch.setattr(module, "STRIP", strip)
     hessian = hessian_of(correlated(512, 24))
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))

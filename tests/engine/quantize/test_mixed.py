@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from engine import artifacts, branches, headers, perturbation, scores
-from engine.calibration import BlockLinear
 from engine.errors import BadParams
 from engine.methods import Context, StoredBits
 from engine.models import LoadedModel, blocks, linears
+from engine.observing import BlockLinear
 from engine.preflight import DEMO
 from engine.quantize import mixed
 from engine.quantize.mixed import CELLS, Candidate, Option, choose, curve
