@@ -30,7 +30,7 @@ from engine import hardware
 from engine.calibration import token_rows
 from engine.distill._student import every_kth
 from engine.models import load
-from engine.preflight import DEMO
+from engine.places import DEMO
 
 CACHE = environments.CACHE.parent / "distill"
 WAYS = {

@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 from benchmarks import larger
 from benchmarks.sections import README, ROOT, write_section
-from engine import hardware, headers, preflight
+from engine import hardware, headers, places, preflight
 from engine.attempts import EventReader, prepare
 from engine.fit import Estimate, serving
 from engine.methods import check
@@ -231,7 +231,7 @@ def lines(name: str, found: dict[str, Peaks]) -> Iterator[tuple[str, str, int, i
     for key in ("original", "rtn"):
         if f"serve {key}" not in found:
             continue
-        shape = headers.inspect(preflight.resolve(model(name)))
+        shape = headers.inspect(places.resolve(model(name)))
         held = Holding(shape, 2)
         for _, params in check(recipes(name)[key]):
             held = held.after(params)

@@ -31,7 +31,7 @@ from benchmarks.sections import README, write_section
 from engine import cradle, hardware
 from engine.checkpoint import part_names, shell
 from engine.models import blocks
-from engine.preflight import DEMO
+from engine.places import DEMO
 
 log = logging.getLogger("larger")
 STEPS: dict[str, dict[str, dict[str, object]]] = {  # of each row of the table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
 
-from engine import adviser, headers, preflight
+from engine import adviser, headers, places
 from engine.adviser import Advice, Advised, Goal
 from engine.assumptions import Assumptions
 from engine.errors import BadParams, UnknownName, short
@@ -48,7 +48,7 @@ def answer(model: Model, goal: str, settings: Sequence[str], database: Path, hub
     """
     wanted = Goal.parse(goal)
     assumptions = assume(settings)
-    shape = headers.inspect(preflight.open_model(model, hub))
+    shape = headers.inspect(places.open_model(model, hub))
     if not database.exists():
         return adviser.advise(wanted, model, shape, assumptions)
     store = Store(database, read_only=True)

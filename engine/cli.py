@@ -33,7 +33,7 @@ from typing import NoReturn, Protocol, Self
 import psutil
 from pydantic import JsonValue, ValidationError
 
-from engine import advising, attempts, doctor, export, fields, figures, headers, methods, preflight, rescue
+from engine import advising, attempts, doctor, export, fields, figures, headers, methods, places, rescue
 from engine.assumptions import Assumptions
 from engine.errors import BadModel, BadRecipe, InputError, MaquetteError, UnknownName, short
 from engine.hub import Hub
@@ -140,8 +140,8 @@ def run(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -
 def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`measure`: measure any model that is on this machine, in this process."""
     hub = Hub(_home(options) / "cache" / "hub", offline=True)
-    folder = preflight.locate(_model(options, options.folder), hub)
-    baseline = None if options.baseline is None else preflight.locate(_model(options, options.baseline), hub)
+    folder = places.locate(_model(options, options.folder), hub)
+    baseline = None if options.baseline is None else places.locate(_model(options, options.baseline), hub)
     asked = _measures(options.measure) or ()
     measures = asked or USUAL_MEASURES
     if "divergence" in asked and baseline is None:
@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor
 
 def export_artifact(options: argparse.Namespace, supervisor: Callable[[Path], Supervisor]) -> int:
     """`export`: write an artifact in a format that other programs read."""
-    source = preflight.resolve(_made(options, options.artifact))
+    source = places.resolve(_made(options, options.artifact))
     target = Path(options.to).expanduser().absolute()
     export.exporter(options.format)(source, target)
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -22,7 +22,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from engine import artifacts, headers, methods, models, preflight
+from engine import artifacts, headers, methods, models, places
 from engine.errors import BadArtifact, MaquetteError
 from engine.files import Unused, digest, link_or_copy, make_room
 from engine.hub import Hub
@@ -96,7 +96,7 @@ def unused(cache: Path) -> list[Unused]:
 def keys(recipe: Recipe, hub: Hub) -> set[str]:
     """The keys of all models that a run of the recipe may keep or begin with, on whichever device."""
     try:
-        steps, source = methods.check(preflight.located(recipe, hub)), preflight.locate(recipe.model, hub)
+        steps, source = methods.check(places.located(recipe, hub)), places.locate(recipe.model, hub)
         return {
             key(recipe, source, steps[:count], device)
             for count in range(1, len(steps) + 1)
@@ -113,7 +113,7 @@ def key(recipe: Recipe, source: Path, steps: Steps, device: str) -> str:
         "dtype": recipe.model.dtype,
         "device": device,
         "seed": recipe.seed,
-        "calibration": digest(preflight.calibration_file(recipe.calibration)),
+        "calibration": digest(places.calibration_file(recipe.calibration)),
         "steps": [[method.name, params.model_dump(mode="json"), _read_by(params)] for method, params in steps],
         "versions": [version("torch"), version("transformers"), _code()],
     }

@@ -24,7 +24,8 @@ from engine.fields import RARE
 from engine.losses import Objective, chunk_size, chunked, pieces
 from engine.methods import Context, Params
 from engine.models import LoadedModel
-from engine.preflight import check_text, text_file, whole
+from engine.places import text_file, whole
+from engine.preflight import check_text
 from engine.rows import MOST_HELD, Rows, packed_rows
 from engine.teachers import Answers, Question, Teacher, cached, dtype_of, load_live, shared_vocabulary
 from engine.tokens import check_same_tokenizer

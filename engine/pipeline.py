@@ -27,6 +27,7 @@ from engine import (
     methods,
     models,
     pace,
+    places,
     preflight,
     ranks,
     untouched,
@@ -64,12 +65,12 @@ def run(recipe: Recipe, folder: Path, emit: Emit, check_cancelled: Check, *, alo
     for note in estimate.notes:
         emit("log", {"text": note})
     device = choose_device(recipe.device)
-    source = preflight.locate(recipe.model, hub)
+    source = places.locate(recipe.model, hub)
     check_cancelled()
     if not alone and estimate.probed and not (folder / "blocks").exists():
         emit("phase", {"name": "probing one block"})
         asked: Request = {
-            "recipe": preflight.located(recipe, hub).model_dump(mode="json"), "source": str(source), "device": device,
+            "recipe": places.located(recipe, hub).model_dump(mode="json"), "source": str(source), "device": device,
             "kind": "probe",
         }  # fmt: skip
         do(asked, folder, _refined(estimate, emit), check_cancelled)
@@ -107,7 +108,7 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
     """The model after all steps; those that a recipe that begins alike has done are not done again."""
     hardware.keep_memory()
     hub, cache = downloaded(folder), cache_folder(folder)
-    steps, source = methods.check(preflight.located(recipe, hub)), preflight.locate(recipe.model, hub)
+    steps, source = methods.check(places.located(recipe, hub)), places.locate(recipe.model, hub)
     model, done = intermediate.find(recipe, source, steps, cache, folder / "blocks" / "kept", device)
     if model is None:
         model = (models.stream if steps else load_dense)(source, recipe.model.dtype, device)
@@ -122,7 +123,7 @@ def apply_steps(recipe: Recipe, folder: Path, device: str, emit: Emit, check_can
         check_cancelled()
         emit("phase", {"name": method.title})
         blocks = folder / "blocks" / f"step-{number}"
-        text = preflight.calibration_file(recipe.calibration)
+        text = places.calibration_file(recipe.calibration)
         context = Context(device, recipe.seed, blocks, cache, text, _numbered(emit, number), check_cancelled)
         torch.manual_seed(recipe.seed + number)  # of this step alone: the ones before may have been reused
         whole, began = not blocks.exists(), time.monotonic()

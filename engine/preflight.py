@@ -6,181 +6,25 @@ Knows a model by its config and headers alone (`engine.headers`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from engine import fit, hardware, headers, methods, own_packed, patterns, processor, suitability, ways
+from engine import fit, hardware, headers, methods, own_packed, patterns, places, processor, suitability, ways
 from engine.configs import check_tokenizer, read_object
-from engine.errors import BadModel, BadText, InputError, TooBig, short
+from engine.errors import BadModel, TooBig, short
 from engine.fit import Estimate, Machine
 from engine.headers import Shape
 from engine.hub import Hub
 from engine.methods import Method, Params, Selection
-from engine.origin import FolderOrigin, Origin
+from engine.origin import FolderOrigin
 from engine.pace import Rates
 from engine.records import Model, Recipe
 from engine.sizes import WIDTHS
-from engine.sources import BUNDLED, WAYS, Folder, Repo, classify, named, place, written
+from engine.sources import BUNDLED
 from engine.text import documents, is_long, too_short
 from engine.ways import Way
 
-DEMO = Path(__file__).parent.parent / "assets" / "demo"
 SENSED = 128  # tokens of each sequence of the calibration text on which sensitivity is measured
-
-
-def resolve(source: str) -> Path:
-    """The folder of a model that is on this machine: `demo`, or a path to a folder.
-
-    Raises:
-        BadModel: there is no such folder.
-    """
-    if source == "demo":
-        return DEMO / "model"
-    if "\0" in source or not source.strip():
-        raise BadModel("The model is empty or holds a NUL character. Give `demo` or the path of a folder.")
-    try:
-        path = place(source)
-        if path.is_dir():
-            return path.resolve()
-    except (OSError, RuntimeError):  # a name that is too long; a home of nobody
-        pass
-    raise BadModel(f"There is no model folder {short(source)!r}. {WAYS}")
-
-
-def locate(model: Model, hub: Hub | None = None) -> Path:
-    """The folder from which a model is loaded: the bundled one, a folder, or the downloaded snapshot of a repo.
-
-    Raises:
-        BadModel: it is not on this machine.
-    """
-    found = classify(model)
-    if isinstance(found, Repo):
-        if hub is None:
-            raise BadModel(f"There is no model folder {short(model.source)!r}, and no hub is at hand. {WAYS}")
-        return hub.folder_of(model)
-    return resolve(model.source)
-
-
-def pin(model: Model, hub: Hub | None = None, token: str = "") -> Model:
-    """The model as it is stored with a run: a repo at a commit, a folder by its whole path.
-
-    Raises:
-        MaquetteError: it cannot be found.
-    """
-    found = classify(model)
-    if isinstance(found, Repo) and hub is not None:
-        return hub.pin(model, token)
-    if isinstance(found, Folder) and not Path(model.source).is_absolute():
-        return model.model_copy(update={"source": str(resolve(model.source))})
-    return model
-
-
-def settle(recipe: Recipe, hub: Hub | None = None, token: str = "") -> Recipe:
-    """The recipe as it is stored with a run: its models pinned, other files and folders by their whole paths.
-
-    Raises:
-        MaquetteError: a step cannot be read, or a model not be found.
-    """
-    steps = []
-    for step, (_, params) in zip(recipe.steps, methods.check(recipe), strict=True):
-        rooted = {key: value for key, value in params.rooted().items() if key in step.params}
-        pinned = params.renamed(lambda text: written(pin(named(text), hub, token)))
-        steps.append(step.model_copy(update={"params": {**step.params, **rooted, **pinned}}))
-    changed = {"model": pin(recipe.model, hub, token), "calibration": whole(recipe.calibration), "steps": tuple(steps)}
-    return recipe.model_copy(update=changed)
-
-
-def models(recipe: Recipe) -> list[Model]:
-    """All models that a run of the recipe reads: its own, then those that its steps name.
-
-    Raises:
-        InputError: a step cannot be read, or names no model.
-    """
-    return [recipe.model, *(named(text) for _, params in methods.check(recipe) for text in params.models())]
-
-
-def repos(recipe: Recipe) -> list[Repo]:
-    """Those of its models that are of the hub; of a recipe that cannot be read any more, its own alone."""
-    try:
-        wanted = models(recipe)
-    except InputError:
-        wanted = [recipe.model]
-    found = []
-    for model in wanted:
-        with suppress(BadModel):
-            if isinstance(repo := classify(model, folders=False), Repo):
-                found.append(repo)
-    return list(dict.fromkeys(found))
-
-
-def located(recipe: Recipe, hub: Hub) -> Recipe:
-    """The recipe whose steps name the folders in which their models are on this machine.
-
-    Raises:
-        BadModel: one is not here.
-    """
-    steps = []
-    for step, (_, params) in zip(recipe.steps, methods.check(recipe), strict=True):
-        here = params.renamed(lambda text: str(locate(named(text), hub)))
-        steps.append(step.model_copy(update={"params": {**step.params, **here}}))
-    return recipe.model_copy(update={"steps": tuple(steps)})
-
-
-def checked(recipe: Recipe, hub: Hub | None = None, token: str = "") -> list[tuple[Method, Params]]:
-    """The recipe's methods with settings that know where the models they name can be read.
-
-    Raises:
-        MaquetteError: a step cannot be read, or a model not be found.
-    """
-    return [
-        (method, params.knowing({text: open_model(named(text), hub, token) for text in params.models()}))
-        for method, params in methods.check(recipe)
-    ]
-
-
-def whole(source: str) -> str:
-    """The whole path of a file or folder that a recipe names; `demo`, and what is not there, stay as they are."""
-    try:
-        path = place(source)
-        return str(path) if source not in ("", BUNDLED) and path.exists() else source
-    except (OSError, RuntimeError, ValueError):  # a name that is too long or holds a NUL; a home of nobody
-        return source
-
-
-def open_model(model: Model, hub: Hub | None = None, token: str = "") -> Origin:
-    """Where what is asked of a model can be read, before anything is downloaded.
-
-    Raises:
-        MaquetteError: it cannot be found, or the hub does not answer.
-    """
-    if hub is not None and isinstance(classify(model), Repo):
-        return hub.origin(model, token)
-    return FolderOrigin(locate(model, hub))
-
-
-def calibration_file(source: str) -> Path:
-    """The file of a recipe's calibration text: `demo`, or a path.
-
-    Raises:
-        BadText: there is no such file.
-    """
-    return text_file(source, "calibration file")
-
-
-def text_file(source: str, called: str) -> Path:
-    """The file of a text: `demo`, or a path. `called`: what an error says that it is.
-
-    Raises:
-        BadText: there is no such file.
-    """
-    try:
-        path = DEMO / "text.txt" if source == "demo" else place(source)
-        if "\0" not in source and path.is_file():
-            return path.resolve()
-    except (OSError, RuntimeError):  # a name that is too long; a home of nobody
-        pass
-    raise BadText(f"There is no {called} {short(source)!r}. Give `demo` or a text or JSONL file.")
 
 
 def check(
@@ -196,8 +40,8 @@ def check(
         HubError: the hub does not answer.
     """
     methods.check(recipe)  # what needs no hub comes first
-    origin = open_model(recipe.model, hub, token)
-    shape, steps = headers.inspect(origin), checked(recipe, hub, token)
+    origin = places.open_model(recipe.model, hub, token)
+    shape, steps = headers.inspect(origin), places.checked(recipe, hub, token)
     check_tokenizer(origin)
     if steps and not headers.QUANTIZED.isdisjoint(shape.config):
         raise BadModel(f"{short(recipe.model.source)} is already quantized. Start from the original model.")
@@ -207,11 +51,11 @@ def check(
     for _, params in steps:
         params.check_models(origin)
         params.check_sources(folder)
-    text = calibration_file(recipe.calibration)
+    text = places.calibration_file(recipe.calibration)
     for length in _lengths(recipe, steps, shape):
         check_text(text, folder, length)
     where = machine(recipe, spare)
-    found = _estimate(recipe, shape, steps, where, _to_download(models(recipe), hub, token, room))
+    found = _estimate(recipe, shape, steps, where, _to_download(places.models(recipe), hub, token, room))
     if not found.fits:
         raise TooBig(_too_big(found, way_out(recipe, found, hub, token, spare)))
     return found
@@ -229,11 +73,11 @@ def estimate(
         InputError: the recipe or its model cannot be read.
         HubError: the hub does not answer.
     """
-    shape = headers.inspect(open_model(recipe.model, hub, token))
-    download = _to_download(models(recipe), hub, token, room)
+    shape = headers.inspect(places.open_model(recipe.model, hub, token))
+    download = _to_download(places.models(recipe), hub, token, room)
     where = machine(recipe, spare)
     where = where if rates is None else replace(where, rates=rates)
-    return _estimate(recipe, shape, checked(recipe, hub, token), where, download)
+    return _estimate(recipe, shape, places.checked(recipe, hub, token), where, download)
 
 
 def _estimate(
@@ -304,8 +148,8 @@ def way_out(
     Raises:
         MaquetteError: the recipe or its model cannot be read.
     """
-    shape, where = headers.inspect(open_model(recipe.model, hub, token)), machine(recipe, spare)
-    return ways.out(recipe, shape, where, found, lambda changed: checked(changed, hub, token))
+    shape, where = headers.inspect(places.open_model(recipe.model, hub, token)), machine(recipe, spare)
+    return ways.out(recipe, shape, where, found, lambda changed: places.checked(changed, hub, token))
 
 
 def machine(recipe: Recipe, spare: int = 0) -> Machine:
@@ -332,7 +176,7 @@ def _to_download(wanted: Iterable[Model], hub: Hub | None, token: str, room: Cal
     """
     needed, names = 0, list[str]()
     for model in dict.fromkeys(wanted):
-        origin = open_model(model, hub, token)
+        origin = places.open_model(model, hub, token)
         if hub is not None and (missing := hub.missing(model, origin)):
             needed, names = needed + missing, [*names, short(origin.name)]
     if hub is not None and needed and needed > (free := hub.here.free()):

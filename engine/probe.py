@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from pydantic import JsonValue
 
-from engine import hardware, headers, methods, models, pace, preflight, sizes
+from engine import hardware, headers, methods, models, pace, places, sizes
 from engine.methods import Context, Emit, Params, Selection
 from engine.models import LoadedModel, blocks, linears
 from engine.pace import Rates
@@ -78,7 +78,7 @@ def probe(recipe: Recipe, source: Path, device: str, emit: Emit) -> None:
             survey = params.survey(held.shape, held.width)
             units = {} if survey is None else survey.units
             clock = Clock(units)
-            text = preflight.calibration_file(recipe.calibration)
+            text = places.calibration_file(recipe.calibration)
             kept = Path(folder) / str(number)
             model = method.apply(model, own, Context(device, recipe.seed, kept, kept, text, clock, _go_on))
             took = clock.total(sizes.blocks_of(held.shape.config), units)

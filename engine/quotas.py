@@ -18,7 +18,7 @@ from functools import partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
 
-from engine import headers, intermediate, preflight
+from engine import headers, intermediate, places
 from engine.errors import BadModel, TooBig, short
 from engine.fields import field_kind
 from engine.files import Unused
@@ -81,7 +81,7 @@ class Quotas:
         if not self._bounded:
             return 0
         name, parameters, size = max(
-            ((_name(model), *model_size(recipe, model, self._hub, token)) for model in preflight.models(recipe)),
+            ((_name(model), *model_size(recipe, model, self._hub, token)) for model in places.models(recipe)),
             key=itemgetter(2),
         )
         if limits.parameters is not None and parameters > limits.parameters:
@@ -102,8 +102,8 @@ class Quotas:
             )
         download = 0
         if self._hub is not None:
-            for model in preflight.models(recipe):
-                origin = preflight.open_model(model, self._hub, token)
+            for model in places.models(recipe):
+                origin = places.open_model(model, self._hub, token)
                 download += self._hub.missing(model, origin)
                 if origin.folder is not None:
                     self._hub.here.use(origin.folder)
@@ -212,7 +212,7 @@ class Quotas:
     def _repos_in_use(self, hub: Hub, *recipes: Recipe) -> set[str]:
         """The repos that runs or these recipes wait for or work on, and whose models are held for writing."""
         names = {*map(hub.here.name_of, self._warm())}
-        return names | {repo.name for recipe in self._wanted(*recipes) for repo in preflight.repos(recipe)}
+        return names | {repo.name for recipe in self._wanted(*recipes) for repo in places.repos(recipe)}
 
     def _wanted(self, *recipes: Recipe) -> list[Recipe]:
         """These, and those of all runs that wait or work."""
@@ -312,7 +312,7 @@ def model_size(
     Raises:
         MaquetteError: it cannot be read.
     """
-    shape = headers.inspect(preflight.open_model(model or recipe.model, hub, token))
+    shape = headers.inspect(places.open_model(model or recipe.model, hub, token))
     return shape.parameters, shape.parameters * WIDTHS[recipe.model.dtype]
 
 

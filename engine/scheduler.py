@@ -26,7 +26,7 @@ from typing import Self
 
 from pydantic import JsonValue
 
-from engine import hardware, preflight, rescue
+from engine import hardware, places, preflight, rescue
 from engine.attempts import ASIDE, attempt_folder, is_cancelled, prepare
 from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName, os_reason
 from engine.exporting import Exports
@@ -162,7 +162,7 @@ class Scheduler:
             HubError: the hub does not answer.
         """
         check_sources(recipe, self.limits)
-        pinned = preflight.settle(recipe, self.hub, token)
+        pinned = places.settle(recipe, self.hub, token)
         estimate = self._check(pinned, token)
         if self._refuses is not None:
             self._refuses(pinned, estimate)
@@ -170,7 +170,7 @@ class Scheduler:
         with self._guard:
             self._check_queue(owner)
             self._rates.require("start", owner, self.limits.starts)
-            for asked, found in zip(preflight.models(recipe), preflight.models(pinned), strict=True):
+            for asked, found in zip(places.models(recipe), places.models(pinned), strict=True):
                 if isinstance(classify(found), Repo):
                     self.hub.remember(asked, found)
             run = self.store.add_run(pinned, owner)
@@ -208,8 +208,8 @@ class Scheduler:
         """
         run = self._own(run_id, owner)
         if run.status in (Status.INTERRUPTED, Status.FAILED):
-            for model in preflight.models(run.recipe):  # before the guard: the hub may be asked
-                preflight.open_model(model, self.hub, token)
+            for model in places.models(run.recipe):  # before the guard: the hub may be asked
+                places.open_model(model, self.hub, token)
         with self._guard:
             run = self._own(run_id, owner)
             if run.status not in (Status.INTERRUPTED, Status.FAILED) or self._watch_of(run_id) is not None:
@@ -378,7 +378,7 @@ class Scheduler:
             return
         waits = self._waits(run.recipe)
         self._streams.end_unused(lambda: preflight.machine(run.recipe).free + waits >= estimate.total)
-        here = all(self.hub.here.find(repo) for repo in preflight.repos(run.recipe))
+        here = all(self.hub.here.find(repo) for repo in places.repos(run.recipe))
         self._quotas.make_room(run.recipe, waiting.left + (0 if here else estimate.download))
 
     def _start_run(self, run: Run, device: str, waiting: Waiting) -> None:
@@ -390,7 +390,7 @@ class Scheduler:
                     "kind": "run", "run": run.id, "attempt": run.attempt, "recipe": run.recipe.model_dump(mode="json"),
                     "hub": {
                         "endpoint": self.hub.endpoint, "offline": self.hub.offline,
-                        "models": [f"{repo.name}@{repo.revision}" for repo in preflight.repos(run.recipe)],
+                        "models": [f"{repo.name}@{repo.revision}" for repo in places.repos(run.recipe)],
                     },
                     "secret": bool(waiting.token),
                     "said": [rescue.told(each) for each in self.store.divergences(run.id)],
@@ -455,14 +455,14 @@ class Scheduler:
 
     def _discard_download(self, run: Run) -> None:
         """Give back what a cancelled run had begun to download, unless another run wants it."""
-        others = {repo.name for each in self.store.unfinished() for repo in preflight.repos(each.recipe)}
-        for repo in preflight.repos(run.recipe):
+        others = {repo.name for each in self.store.unfinished() for repo in places.repos(each.recipe)}
+        for repo in places.repos(run.recipe):
             if repo.name not in others:
                 self.hub.here.discard(repo)
 
     def _needed(self, token: str, run: Run) -> str:
         """The token where a model of the run has to be downloaded with it; else none is kept."""
-        missing = any(self.hub.here.find(repo) is None for repo in preflight.repos(run.recipe))
+        missing = any(self.hub.here.find(repo) is None for repo in places.repos(run.recipe))
         return check_token(token) if token and missing else ""
 
     def _empty_trash(self) -> None:
@@ -506,7 +506,7 @@ class Scheduler:
                 if artifact is None:
                     raise BadModel(f"Run {source} has no model yet.")
                 return Path(artifact)
-        return preflight.locate(Model.model_validate(source), self.hub)
+        return places.locate(Model.model_validate(source), self.hub)
 
 
 def _device(recipe: Recipe) -> str:

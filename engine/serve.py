@@ -32,7 +32,7 @@ from pydantic import JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine import chat, preflight, runtime
+from engine import chat, places, runtime
 from engine.errors import BadText, InputError, MaquetteError, RunError
 from engine.generate import cache_label, generate, stop_string
 from engine.measure._text import encode
@@ -61,7 +61,7 @@ def serve(source: str, device: str, commands: TextIO, replies: TextIO) -> None:
     """
     inbox: queue.Queue[Command | None] = queue.Queue()
     threading.Thread(target=_listen, args=(commands, inbox), daemon=True).start()
-    model = runtime.load(preflight.resolve(source), device)
+    model = runtime.load(places.resolve(source), device)
     cache = cache_label(model, 1)
     _reply(replies, "ready", {"kernels": [*sorted(set(model.kernels.values())), *([cache] if cache else [])]})
     while (command := inbox.get()) is not None:

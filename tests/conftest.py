@@ -26,7 +26,7 @@ from engine.checkpoint import attention
 from engine.experts import separate
 from engine.methods import Context
 from engine.models import LoadedModel, load_tokenizer
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.records import EventKind
 from engine.runtime.native import library
 from engine.wide import Everywhere, multiplies_bfloat16, widen

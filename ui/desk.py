@@ -22,7 +22,7 @@ from pydantic import JsonValue, ValidationError
 from engine.errors import BadModel, BadParams, InputError, TooMany, UnknownName
 from engine.hub import Hub
 from engine.modes import Limits, Mode
-from engine.preflight import models, open_model
+from engine.places import models, open_model
 from engine.quotas import check_sources
 from engine.rates import Rates
 from engine.records import RUN_ID, USUAL_MEASURES, Divergence, Measurement, Output, Recipe, Record, Run, Status

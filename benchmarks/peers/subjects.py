@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.peers.environments import CACHE
 from engine.calibration import token_rows
 from engine.models import load_tokenizer
-from engine.preflight import DEMO
+from engine.places import DEMO
 
 SAMPLES, LENGTH = 128, 128
 SHAPE = LlamaConfig(

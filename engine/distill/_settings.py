@@ -18,7 +18,7 @@ from engine.lesson import TextParams
 from engine.losses import Divergence, Objective
 from engine.methods import Params
 from engine.origin import FolderOrigin, Origin
-from engine.preflight import locate
+from engine.places import locate
 from engine.sizes import attention_sizes, blocks_of, hidden_size
 from engine.sources import named, split
 from engine.surgery import anew, check_blocks

@@ -10,7 +10,7 @@ from engine.distill._settings import StudentParams
 from engine.errors import BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, Original, blocks, load
-from engine.preflight import locate
+from engine.places import locate
 from engine.sources import named
 from engine.surgery import fresh, keep_blocks, sized
 from engine.tokens import check_same_tokenizer

@@ -16,7 +16,7 @@ from engine.fit import LOGIT_TOKENS, share
 from engine.kv_cache import PackedCache, RoundedLayer, read_on
 from engine.models import LoadedModel
 from engine.packing import CacheGrid
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.sizes import context_length
 
 LONGEST = 512  # tokens of a document that are read

@@ -14,7 +14,7 @@ from engine import headers
 from engine.measure import _text, accuracy, divergence, latency, memory, outputs, perplexity, sensitivity, size
 from engine.methods import Context, Emit
 from engine.models import LoadedModel, load_tokenizer
-from engine.preflight import calibration_file
+from engine.places import calibration_file
 from engine.records import Measurement
 from engine.runtime import load
 

@@ -26,7 +26,7 @@ from engine.errors import BadModel
 from engine.methods import Context
 from engine.methods import Params as Base
 from engine.models import LoadedModel
-from engine.preflight import text_file, whole
+from engine.places import text_file, whole
 from engine.text import is_long, read_documents
 from engine.vocabulary import closure, keep_tokens
 

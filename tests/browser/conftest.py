@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.preflight import DEMO
+from engine.places import DEMO
 from tests.hub import Hub
 
 playwright = pytest.importorskip("playwright.sync_api")

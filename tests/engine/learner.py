@@ -15,7 +15,7 @@ import torch
 from engine import distributed, methods, training, wide
 from engine.methods import Context
 from engine.models import load
-from engine.preflight import DEMO
+from engine.places import DEMO
 from tests.conftest import Recorder
 
 Losses = dict[str, dict[str, list[float]]]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import JsonValue
 
-from engine import attempts, cli, doctor, export, pipeline, preflight
+from engine import attempts, cli, doctor, export, pipeline, places, preflight
 from engine.errors import Diverged, RunError
 from engine.methods import Emit
 from engine.presets import PRESETS
@@ -94,7 +94,7 @@ def test_export(call, tmp_path: Path) -> None:
     from engine.models import LoadedModel, load
     from engine.packing import QuantizedWeight
 
-    model: LoadedModel = load(preflight.DEMO / "model")
+    model: LoadedModel = load(places.DEMO / "model")
     name = "model.layers.0.mlp.up_proj"
     weight = model.network.get_submodule(name).weight.data
     codes = torch.full(weight.shape, 5, dtype=torch.uint8)

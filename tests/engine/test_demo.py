@@ -11,7 +11,7 @@ from engine.calibration import token_rows
 from engine.measure import _text, accuracy, divergence, perplexity
 from engine.methods import Context
 from engine.models import LoadedModel, load
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.prune import magnitude, sparsegpt, wanda
 from engine.quantize import awq, gptq, hqq, mixed, rtn
 

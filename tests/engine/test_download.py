@@ -16,7 +16,7 @@ from engine.download import Patience
 from engine.errors import BadModel, Cancelled, HubError, MaquetteError, NeedsToken, TooBig
 from engine.fetch import fetch
 from engine.hub import Hub
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.records import Model, Recipe, Run, Status
 from engine.runners.inline import InlineRunner
 from engine.scheduler import Scheduler

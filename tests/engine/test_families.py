@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import artifacts, export, headers, models, preflight, runtime, sizes, verify
+from engine import artifacts, export, headers, models, places, preflight, runtime, sizes, verify
 from engine.errors import BadArtifact, BadModel, BadParams
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears, load_tokenizer
@@ -79,7 +79,7 @@ def mixture(tmp_path: Path, family: str = "mixtral", **changes: object) -> Path:
     config.update(changes)
     stock = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     stock.save_pretrained(tmp_path / "model")
-    load_tokenizer(preflight.DEMO / "model").save_pretrained(tmp_path / "model")
+    load_tokenizer(places.DEMO / "model").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -14,7 +14,7 @@ from engine import headers, intermediate, preflight
 from engine.errors import BadModel, HubError, MaquetteError, NeedsToken, TooBig
 from engine.hub import KEPT, Hub
 from engine.modes import Limits
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.quotas import Quotas
 from engine.records import Model, Recipe, Status
 from engine.scheduler import Scheduler

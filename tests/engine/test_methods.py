@@ -14,7 +14,7 @@ from engine.errors import BadParams, InputError, UnknownName
 from engine.fields import With, bounds, field_kind
 from engine.methods import Context, Params
 from engine.models import LoadedModel
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.records import Recipe
 from tests.conftest import in_memory, tiny_config
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import hardware, methods, models, preflight, sizes, sources
+from engine import hardware, methods, models, places, preflight, sizes, sources
 from engine.errors import BadModel, BadParams, InputError, TooBig
 from engine.kv_cache import read_on
 from engine.records import Recipe
@@ -311,16 +311,16 @@ def test_a_run_keeps_whole_paths_however_its_files_were_named(
     monkeypatch.chdir(tmp_path)
     named = f"./{folder.relative_to(tmp_path)}"
     asked = recipe(named, {"distill/logits": {"text": "text.txt"}}, {"quantize/gptq": {}}, calibration="text.txt")
-    told = preflight.settle(asked)
+    told = places.settle(asked)
     assert (told.model.source, told.calibration) == (str(folder), str(text))
     assert told.steps[0].params == {"text": str(text)}
     assert told.steps[1].params == {}
     monkeypatch.setattr(sources, "_base", [])
     sources.stay_in(tmp_path)  # as the page's server, which goes elsewhere itself
     monkeypatch.chdir(elsewhere)
-    assert preflight.settle(asked) == told
+    assert places.settle(asked) == told
     for absent in ("~nobody-has-this-name/x", "not there.txt", "a" * 300):
-        assert preflight.settle(recipe("demo", calibration=absent)).calibration == absent
+        assert places.settle(recipe("demo", calibration=absent)).calibration == absent
 
 
 def test_a_short_text_is_enough_for_short_sequences(tiny_folder: Maker, tmp_path: Path) -> None:

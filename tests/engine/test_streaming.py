@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconH1Config, PreTrainedModel
 
-from engine import artifacts, flow, headers, methods, models, preflight, verify
+from engine import artifacts, flow, headers, methods, models, places, verify
 from engine.calibration import walk_blocks
 from engine.checkpoint import part_names
 from engine.errors import BadModel
@@ -74,7 +74,7 @@ def test_what_a_body_computes_for_its_blocks_is_computed(tmp_path: Path) -> None
     config = FalconH1Config(vocab_size=1280, num_key_value_heads=2, ssm_multipliers=[2.0, 3.0, 4.0, 5.0, 6.0], **sizes)
     whole = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     whole.save_pretrained(tmp_path)
-    load_tokenizer(preflight.DEMO / "model").save_pretrained(tmp_path)
+    load_tokenizer(places.DEMO / "model").save_pretrained(tmp_path)
     assert torch.equal(logits(models.stream(tmp_path).network), logits(whole))
 
 

@@ -17,7 +17,7 @@ from engine.losses import Full, Objective, TopK
 from engine.methods import Context
 from engine.models import load_tokenizer
 from engine.origin import FolderOrigin
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.rows import Rows, packed_rows
 from engine.teachers import Cached, Live, Question, cached, fingerprint, load_live
 from engine.tokens import check_same_files, check_same_tokenizer

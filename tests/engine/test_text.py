@@ -11,7 +11,7 @@ import pytest
 
 from engine import methods, preflight, text
 from engine.errors import BadText
-from engine.preflight import DEMO
+from engine.places import DEMO
 
 LINES = 8000
 GOOD = b"The lamp is in the barn.\n" * LINES  # more than what was once looked at, 128 KiB

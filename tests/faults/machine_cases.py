@@ -21,7 +21,7 @@ from engine.attempts import EventWriter
 from engine.errors import MaquetteError
 from engine.fetch import fetch
 from engine.hub import Hub
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.recipes import parse_recipe
 from engine.records import Model, Run, Status
 from engine.runners.inline import InlineRunner

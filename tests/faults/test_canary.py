@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.records import Run
 from engine.store import Store
 from tests import hub as loopback

@@ -9,7 +9,7 @@ import pytest
 from engine.errors import BadModel, InputError
 from engine.hub import Hub
 from engine.modes import Limits, Mode
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.records import Model, Recipe
 from engine.repos import Found
 from engine.scheduler import Scheduler

@@ -8,7 +8,7 @@ import gradio as gr
 from markupsafe import Markup
 from pydantic import JsonValue
 
-from engine import adviser, headers, preflight
+from engine import adviser, headers, places
 from engine.adviser import KINDS, Advice, Advised, Figures, Goal
 from engine.assumptions import Assumptions
 from engine.errors import BadParams
@@ -81,7 +81,7 @@ def advise(
     desk.check_sources(recipe)
     wanted = Goal.of(goal, _number(number) * FACTORS[goal] if goal in FACTORS and number is not None else None)
     body = dict(zip(Assumptions.model_fields, values, strict=True))
-    shape = headers.inspect(preflight.open_model(recipe.model, hub or desk.scheduler.hub, token))
+    shape = headers.inspect(places.open_model(recipe.model, hub or desk.scheduler.hub, token))
     runs = [(entry.run, _look(entry.measured)) for entry in desk.entries(owner) if not entry.stored]
     return adviser.advise(wanted, recipe.model, shape, Assumptions.model_validate(body), adviser.of_runs(runs))
 

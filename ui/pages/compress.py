@@ -16,7 +16,7 @@ import gradio as gr
 from markupsafe import Markup
 from pydantic import JsonValue, ValidationError
 
-from engine import preflight
+from engine import places
 from engine.errors import BadParams, BadRecipe, MaquetteError
 from engine.fields import counts
 from engine.hub import Hub
@@ -246,7 +246,7 @@ def as_recipe(draft: Draft) -> Recipe:
 def asks_hub(desk: Desk, draft: Draft) -> bool:
     """Whether the hub has to be asked about a draft's models."""
     try:
-        return any(models.is_remote(desk, model) for model in preflight.models(as_recipe(draft)))
+        return any(models.is_remote(desk, model) for model in places.models(as_recipe(draft)))
     except (MaquetteError, ValidationError):  # `judge` says what is wrong with it
         return False
 
@@ -299,7 +299,7 @@ def submit(desk: Desk, draft: Draft, original: bool, request: gr.Request, token:
     check(recipe)  # before its original is queued
     desk.check_sources(recipe)
     token = models.clean(token)
-    pinned = recipe.model_copy(update={"model": preflight.pin(recipe.model, desk.scheduler.hub, token)})
+    pinned = recipe.model_copy(update={"model": places.pin(recipe.model, desk.scheduler.hub, token)})
     if original and recipe.steps and not _has_original(desk, pinned, owner):
         bare = recipe.model_copy(update={"steps": ()})
         desk.scheduler.submit(bare, owner, token)

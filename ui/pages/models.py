@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import gradio as gr
 from markupsafe import Markup
 
-from engine import headers, preflight
+from engine import headers, places
 from engine.errors import BadModel, MaquetteError
 from engine.hub import Hub, RepoOrigin
 from engine.records import Model
@@ -153,7 +153,7 @@ def facts(desk: Desk, model: Model, token: str, hub: Hub) -> Markup:
     Raises:
         MaquetteError: it cannot be used, or the hub does not answer.
     """
-    origin = preflight.open_model(model, hub, token)
+    origin = places.open_model(model, hub, token)
     shape = headers.inspect(origin)
     pairs: dict[str, str] = {}
     named = classify(model, folders=desk.local)

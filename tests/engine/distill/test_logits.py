@@ -19,7 +19,7 @@ from engine.errors import BadModel, BadParams, Cancelled, Diverged
 from engine.losses import Full, Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, linears, load
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.records import Recipe
 from engine.training import Extras, Schedule, draw, recompute, train
 from tests.conftest import Recorder, in_memory, tiny_config

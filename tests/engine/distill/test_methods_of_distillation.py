@@ -16,7 +16,8 @@ from engine.errors import InputError
 from engine.losses import Objective
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, load
-from engine.preflight import DEMO, check
+from engine.places import DEMO
+from engine.preflight import check
 from engine.records import Recipe
 from engine.surgery import Kept, keep_blocks, narrow
 from tests.conftest import Recorder, in_memory, tiny_config

@@ -12,7 +12,7 @@ from engine.errors import BadRecipe
 from engine.methods import Context
 from engine.models import blocks, linears, load
 from engine.packing import LARGEST_FLOAT8, QuantizedWeight
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.quantize._grid import Grid, GridParams, round_to_nearest
 from engine.records import Recipe
 from tests.conftest import in_memory

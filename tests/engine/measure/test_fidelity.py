@@ -15,7 +15,7 @@ from engine.measure import _text, accuracy, divergence, outputs, perplexity, sui
 from engine.measure._text import Document, Item
 from engine.methods import Context
 from engine.models import LoadedModel, load
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
 

@@ -12,7 +12,7 @@ from engine import artifacts
 from engine.measure import size
 from engine.methods import Context
 from engine.models import load
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.quantize import gptq
 from engine.records import Recipe
 

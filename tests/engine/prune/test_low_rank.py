@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from engine import artifacts, export, headers, models, preflight, runtime, verify
+from engine import artifacts, export, headers, models, places, preflight, runtime, verify
 from engine.errors import BadModel, BadParams
 from engine.low_rank import ranks
 from engine.methods import Context
@@ -144,7 +144,7 @@ def test_a_mixture_with_experts_that_are_products_is_exported_without_any_packed
     """Of experts of which some were left as they are, the others packed: stock `transformers` reads all or none."""
     stock = AutoModelForCausalLM.from_config(copy.deepcopy(MIXTURES["mixtral"]), dtype=torch.bfloat16)
     stock.save_pretrained(tmp_path / "model")
-    load_tokenizer(preflight.DEMO / "model").save_pretrained(tmp_path / "model")
+    load_tokenizer(places.DEMO / "model").save_pretrained(tmp_path / "model")
     params = SMALL.model_copy(update={"targets": "*.experts.*", "multiple": 16, "allocation": "uniform"})
     model = low_rank.apply(models.stream(tmp_path / "model"), params, context)
     assert any(".experts." in name for name in ranks(model.network))

@@ -13,7 +13,7 @@ from engine.calibration import token_rows
 from engine.errors import BadText, Cancelled
 from engine.methods import Context, get
 from engine.models import LoadedModel, load
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.prune import gradual
 from engine.training import Schedule
 from tests.conftest import Recorder, in_memory, tiny_config

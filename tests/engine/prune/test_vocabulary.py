@@ -25,7 +25,7 @@ from engine.measure import divergence, outputs
 from engine.measure._text import Document, encode, log_probabilities
 from engine.methods import Context
 from engine.models import LoadedModel
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.prune import vocabulary as method
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config

@@ -18,7 +18,7 @@ from engine.measure import latency, suite
 from engine.methods import Context
 from engine.models import LoadedModel
 from engine.packing import CACHE_KEY, CacheGrid
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.quantize import kv_cache
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config

@@ -14,7 +14,7 @@ from engine.errors import BadParams
 from engine.methods import Context, StoredBits
 from engine.models import LoadedModel, blocks, linears
 from engine.observing import BlockLinear
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.quantize import mixed
 from engine.quantize.mixed import CELLS, Candidate, Option, choose, curve
 from tests.conftest import Recorder, in_memory, tiny_config
