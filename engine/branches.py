@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -23,7 +24,9 @@ from engine.models import LoadedModel, blocks, head
 
 PASSES = "passes of blocks"  # unit of progress
 Branch = TypeVar("Branch", bound=Hashable)
-States = list[Tensor]  # (B, T, hidden), batch by batch
+Stream = list[Tensor]  # hidden states (B, T, hidden), batch by batch
+Go = Callable[[Stream], Stream]  # a block
+Way = Callable[[Branch, int, Stream, Go], Stream]
 Place = tuple[int, slice, slice]  # a batch, some of its rows, some tokens
 
 
@@ -33,8 +36,8 @@ class Ends(Generic[Branch]):
 
     model: LoadedModel
     flow: Flow
-    own: States
-    branches: dict[Branch, States]
+    own: Stream
+    branches: dict[Branch, Stream]
 
     def places(self) -> Iterator[Place]:
         """All tokens in pieces of `PREDICTED` logits, rows or parts of one: behind blocks no token heeds another."""
@@ -45,7 +48,7 @@ class Ends(Generic[Branch]):
             for row, start in itertools.product(range(0, count, rows), range(0, length, tokens)):
                 yield batch, slice(row, row + rows), slice(start, start + tokens)
 
-    def predict(self, states: States, place: Place) -> Tensor:
+    def predict(self, states: Stream, place: Place) -> Tensor:
         """The log-probabilities (rows, tokens, vocabulary) that the model makes of states at a place, in float32."""
         batch, *here = place
         ids, found = self.flow.ids[batch][*here], states[batch][*here]
@@ -55,50 +58,44 @@ class Ends(Generic[Branch]):
 
 @torch.no_grad()
 def follow(
-    model: LoadedModel, rows: Tensor, leaving: Sequence[Sequence[Branch]],
-    way: Callable[[Branch, int, States, Callable[[States], States]], States], context: Context,
+    model: LoadedModel, rows: Tensor, leaving: Sequence[Sequence[Branch]], way: Way[Branch], context: Context
 ) -> Iterator[Ends[Branch]]:  # fmt: skip
     """Let a text and its branches pass all blocks; what reaches the end, wave by wave.
 
     rows: token ids (count, T). leaving: the branches that leave at each block, and behind the last. way: what becomes
-    of a branch's states, as they enter the block of that number, by this function of what the block makes of states.
+    of a branch's states, as they enter the block of that number, by what the block makes of states.
     """
     prefix, modules = blocks(model.network)
     stations = [*(f"{prefix}.{number}" for number in range(len(modules))), head(model.network)[0]]
     flow = capture(model, torch.split(rows, batch_size(rows.shape[1])), context.folder / "branches")
     own = [flow.states[batch] for batch in range(len(flow.states))]
     flow.states.close()
-    waves = _waves(list(map(len, leaving)), max(1, HELD // sum(states.nbytes for states in own)))
-    done, passes = 0, passes_of(list(map(len, leaving))) + sum(len(modules) - wave.start for wave in waves)
-
-    def passed(compute: Callable[[], States]) -> States:
-        nonlocal done
-        context.check_cancelled()
-        found = compute()
-        done += 1
-        context.progress(done, passes, PASSES)
-        return found
-
+    counts = list(map(len, leaving))
+    waves = _waves(counts, max(1, HELD // sum(states.nbytes for states in own)))
+    done, passes = 0, passes_of(counts) + sum(len(modules) - wave.start for wave in waves)
     context.progress(0, passes, PASSES)
     for wave in waves:
-        entered, branches = own, dict[Branch, States]()
+        entered, branches = own, dict[Branch, Stream]()
         for number, module in list(enumerate(modules))[wave.start :]:
+            go = partial(_passed, module, flow.calls[number])
             with model.opened(stations[number]):
                 model.prefetch(stations[number + 1])
-
-                def go(
-                    states: States, module: nn.Module = module, calls: Sequence[Call] = flow.calls[number]
-                ) -> States:
-                    return [run_block(module, batch, call) for batch, call in zip(states, calls, strict=True)]
-
-                for branch in [*branches, *(leaving[number] if number in wave else ())]:
-                    before = branches.get(branch, entered)
-                    branches[branch] = passed(lambda: way(branch, number, before, go))  # noqa: B023 - called at once
-                entered = passed(lambda: go(entered))  # noqa: B023 - called at once
+                branches |= dict.fromkeys(leaving[number] if number in wave else (), entered)
+                for branch, states in branches.items():
+                    context.check_cancelled()
+                    branches[branch] = way(branch, number, states, go)
+                entered = go(entered)
+            done += len(branches) + 1
+            context.progress(done, passes, PASSES)
             if number + 1 == wave.stop:
                 own = entered  # what enters the next wave
         behind_all = leaving[-1] if len(modules) in wave else ()
         yield Ends(model, flow, entered, branches | dict.fromkeys(behind_all, entered))
+
+
+def _passed(module: nn.Module, calls: Sequence[Call], states: Stream) -> Stream:
+    """What a block makes of states."""
+    return [run_block(module, batch, call) for batch, call in zip(states, calls, strict=True)]
 
 
 def passes_of(leaving: Sequence[int]) -> int:

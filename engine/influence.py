@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.branches import States, follow
+from engine.branches import Go, Stream, follow
 from engine.flow import batch_size, capture, run_block
 from engine.methods import Context
 from engine.models import LoadedModel, blocks
@@ -82,7 +82,7 @@ def losses_without(model: LoadedModel, rows: Tensor, runs: Sequence[range], cont
     numbers = range(len(blocks(model.network)[1]) + 1)
     leaving = [[place for place, run in enumerate(runs) if run.start == number] for number in numbers]
 
-    def way(place: int, number: int, states: States, go: Callable[[States], States]) -> States:
+    def way(place: int, number: int, states: Stream, go: Go) -> Stream:
         return states if number in runs[place] else go(states)
 
     for ends in follow(model, rows, leaving, way, context):

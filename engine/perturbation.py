@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from engine.branches import Ends, States, follow
+from engine.branches import Ends, Go, Stream, follow
 from engine.fit import SOLVED
 from engine.methods import Context
 from engine.models import LoadedModel, blocks, head
@@ -34,7 +34,7 @@ def divergences(
     stations = [*(f"{prefix}.{number}" for number in range(len(modules))), head(model.network)[0]]
     inside = [[name for name in names if f"{name}.".startswith(f"{station}.")] for station in stations]
 
-    def way(name: str, number: int, states: States, go: Callable[[States], States]) -> States:
+    def way(name: str, number: int, states: Stream, go: Go) -> Stream:
         if name not in inside[number]:
             return go(states)
         with _having(model, name, _changed(model, name, change)):

@@ -19,7 +19,7 @@ MINUTE = 60.0
 MOST = 20_000  # names that are remembered; who was not seen for longest is forgotten, with a full bucket
 
 
-class Rates:
+class RateLimits:
     """Buckets by (what, who). The first come at once, `per_minute` or `at_once`, then one every 60 / per_minute s."""
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ from engine.fit import Estimate
 from engine.hub import Hub
 from engine.modes import Limits
 from engine.quotas import Quotas, check_sources
-from engine.rates import Rates
+from engine.rates import RateLimits
 from engine.records import Model, Recipe, Run, Status
 from engine.repos import check_token
 from engine.runners import Runner, Worker, zero
@@ -103,7 +103,7 @@ class Scheduler:
         self._streams = Streams(scratch / "streams")
         self._exports = Exports(scratch / "exports", self.limits.seconds)
         self._quotas = Quotas(self.home, self.store, self.limits, hub=self.hub, warm=self._streams.models)
-        self._rates = Rates()
+        self._rates = RateLimits()
         self._memory_budget = memory_budget
         self._watches: dict[str, Watch] = {}  # by device
         self._overdrawn: set[str] = set()  # running runs whose files go with them

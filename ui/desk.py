@@ -24,7 +24,7 @@ from engine.hub import Hub
 from engine.modes import Limits, Mode
 from engine.places import models, open_model
 from engine.quotas import check_sources
-from engine.rates import Rates
+from engine.rates import RateLimits
 from engine.records import RUN_ID, USUAL_MEASURES, Divergence, Measurement, Output, Recipe, Record, Run, Status
 from engine.scheduler import Scheduler
 from engine.store import Store
@@ -113,7 +113,7 @@ class Desk:
     opened: Opened = field(default_factory=Opened)
     _finished: dict[tuple[str, int, bool, bool, str], Entry] = field(default_factory=dict)
     _pulse: Pulse = field(default_factory=Pulse)
-    _rates: Rates = field(default_factory=Rates)
+    _rates: RateLimits = field(default_factory=RateLimits)
 
     @property
     def local(self) -> bool:

@@ -24,7 +24,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.modes import Limits, Mode, is_loopback
-from engine.rates import Rates
+from engine.rates import RateLimits
 from ui import language
 from ui.visitors import COOKIE, SESSION, Pages, Visitors
 from ui.wording import say
@@ -75,7 +75,7 @@ class House:
     mode: Mode
     limits: Limits
     visitors: Visitors
-    rates: Rates
+    rates: RateLimits
     proxies: int = 0
     hosts: frozenset[str] = frozenset()
     uploads: bool = False
@@ -92,7 +92,7 @@ def house(
     """As the environment describes it; a Space stands behind one proxy and has a name of its own."""
     count = environment.get("MAQUETTE_PROXIES", "1" if environment.get("SPACE_ID") else "0")
     hosts = frozenset(filter(None, [environment.get("SPACE_HOST", "").lower()]))
-    return House(mode, limits, visitors, Rates(), int(count) if count.isdigit() else 0, hosts, uploads)
+    return House(mode, limits, visitors, RateLimits(), int(count) if count.isdigit() else 0, hosts, uploads)
 
 
 class Guard:

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from engine.errors import StoreError
-from engine.rates import Rates
+from engine.rates import RateLimits
 from ui import markup
 from ui.guard import ADDRESS, set_cookie
 from ui.markup import tag
@@ -30,7 +30,7 @@ class Door:
     """The routes /login and /logout."""
 
     def __init__(self, members: Members) -> None:
-        self._members, self._rates = members, Rates()
+        self._members, self._rates = members, RateLimits()
         self._checking = asyncio.Semaphore(AT_ONCE)
 
     def routes(self) -> list[Route]:

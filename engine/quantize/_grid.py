@@ -33,10 +33,10 @@ Granularity = Literal["group", "channel", "tensor"]
 Clipping = Literal["none", "mse"]
 USUAL_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 RATIOS = tuple(1 - 0.03 * step for step in range(21))  # of the full range: 1 down to 0.4
-SOLVED = 0.82  # of the full range at least, where a solver moves the weights
+LEAST_RANGE = 0.82  # of the full range at least, where a solver moves the weights
 
 
-class Levels(Selection):
+class Resolution(Selection):
     """How many levels a grid has, and what shares a scale."""
 
     bits: Bits = Field(4, description="Bits of each integer code.")
@@ -65,7 +65,7 @@ class Beyond(Selection):
         return self.head, self.embeddings
 
 
-class GridParams(Beyond, Range, Levels):
+class GridParams(Beyond, Range, Resolution):
     """Settings that every integer weight grid has."""
 
     def check_model(self, linears: Mapping[str, tuple[int, int]], parameters: int, width: int = 16) -> None:

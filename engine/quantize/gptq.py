@@ -44,7 +44,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.observing import Block, BlockLinear
 from engine.packing import QuantizedWeight
-from engine.quantize._grid import SOLVED, Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
+from engine.quantize._grid import LEAST_RANGE, Bits, Clipping, Grid, GridParams, make_grid, round_to_nearest
 from engine.quantize._place import place, walk
 from engine.solver import Levels, Solver, Zeros
 from engine.sparsity import Pattern, check_pattern
@@ -186,7 +186,7 @@ def quantize(
 
     Where `keep` (N, K) is False, the weight becomes zero; these count among the `zeros`.
     """
-    grid = make_grid(weight, params, name, dtype, solver.importance, SOLVED)
+    grid = make_grid(weight, params, name, dtype, solver.importance, LEAST_RANGE)
     return grid.quantized(solver.solve(weight, OnGrid(grid, weight.shape[1]), keep, zeros))
 
 

@@ -43,7 +43,7 @@ from engine.models import LoadedModel, blocks, embeddings, head, linears
 from engine.observing import BlockLinear, stretches
 from engine.processor import multiplies_bfloat16
 from engine.quantize import gptq
-from engine.quantize._grid import SOLVED, Beyond, Bits, GridParams, Range, round_to_nearest
+from engine.quantize._grid import LEAST_RANGE, Beyond, Bits, GridParams, Range, round_to_nearest
 
 TITLE = "Mixed precision"
 CHANGES = ("disk", "memory", "latency")
@@ -51,7 +51,7 @@ WIDTHS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 Unit = Literal["bits", "mib", "memory"]
 UNITS = {"bits": "bits a weight", "mib": "MiB", "memory": "MiB of memory"}
-HELD = (4, 8)  # bits of a code as kernels hold it
+HELD_BITS = (4, 8)  # bits of a code as kernels hold it
 PROBE_BITS: Bits = 3
 PROBE_ROWS, PROBE_LENGTH = 8, 256  # calibration sequences on which the KL of step 2 is taken, and their tokens
 LARGE, FEWER = 1_000_000_000, 2  # of models with more parameters so many sequences: each linear is as much work
@@ -155,7 +155,7 @@ class Params(gptq.SolverParams, Beyond, Range):
 
     def width(self, bits: Bits) -> int:
         """Bits of a code as the budget counts them."""
-        return next(held for held in HELD if bits <= held) if self.unit == "memory" else bits
+        return next(held for held in HELD_BITS if bits <= held) if self.unit == "memory" else bits
 
     def counted(self, candidate: Candidate) -> Candidate:
         """The options with the bits that the budget counts."""
@@ -276,7 +276,9 @@ def options_of(linear: BlockLinear, params: Params) -> tuple[list[tuple[Bits, in
         some = examined[rows].float()
         energy += _energy(some, moments)
         for size, bits in stored:
-            rounded = round_to_nearest(some, params.grid(bits, size), linear.name, weight.dtype, importance, SOLVED)
+            rounded = round_to_nearest(
+                some, params.grid(bits, size), linear.name, weight.dtype, importance, LEAST_RANGE
+            )
             stored[size, bits] = rounded.bits_per_weight() * weight.numel()
             errors[size, bits] += _energy(rounded.dequantize().float() - some, moments)
     options = [(bits, size, stored[size, bits], errors[size, bits] / energy) for size, bits in stored]
@@ -310,7 +312,7 @@ def probe_costs(
     def rounded(name: str, weight: Tensor) -> Tensor:
         size = next(size for size in GROUP_SIZES if weight.shape[1] % size == 0)
         grid = params.grid(PROBE_BITS, size)
-        return round_to_nearest(weight, grid, name, weight.dtype, least=SOLVED).dequantize()
+        return round_to_nearest(weight, grid, name, weight.dtype, least=LEAST_RANGE).dequantize()
 
     left = [name for name in names if f"{name} rounded" not in kept]
     for name, cost in perturbation.divergences(model, rows, left, rounded, context):

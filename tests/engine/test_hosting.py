@@ -18,7 +18,7 @@ from engine import cli, hardware, quotas
 from engine.errors import BadModel, InputError, StoreError, TooBig, TooMany, UnknownName
 from engine.modes import GIB, LIMITS, Limits, Mode, check_address, is_loopback, limits_of, mode_of
 from engine.quotas import Quotas, folder_size
-from engine.rates import Rates
+from engine.rates import RateLimits
 from engine.records import Recipe, Run, Status
 from engine.runners.local import LocalRunner
 from engine.scheduler import Scheduler
@@ -123,7 +123,7 @@ def test_users_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_buckets_fill_again() -> None:
-    rates = Rates()
+    rates = RateLimits()
     assert [rates.take("start", "a", 2, now=0) > 0 for _ in range(3)] == [False, False, True]
     assert rates.take("start", "b", 2, now=0) == 0
     assert rates.take("stream", "a", 2, now=0) == 0

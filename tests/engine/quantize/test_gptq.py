@@ -10,7 +10,7 @@ from engine.methods import Context
 from engine.models import LoadedModel
 from engine.observing import accumulate_hessian, make_empty_hessian, mirror
 from engine.quantize import gptq, rtn
-from engine.quantize._grid import SOLVED, make_grid, round_to_nearest
+from engine.quantize._grid import LEAST_RANGE, make_grid, round_to_nearest
 from engine.quantize.gptq import Params, quantize
 from engine.solver import Solver, turned_factor
 from tests.conftest import Recorder
@@ -37,7 +37,7 @@ def of(hessian: Tensor, params: Params, span: int = 1) -> Solver:
 
 def slow_obq(weight: Tensor, hessian: Tensor, params: Params, dtype: torch.dtype) -> Tensor:
     """Optimal brain quantization in the order that GPTQ uses; H⁻¹ of what is left is computed anew each time."""
-    grid = make_grid(weight, params, "w", dtype, hessian.diagonal(), SOLVED)
+    grid = make_grid(weight, params, "w", dtype, hessian.diagonal(), LEAST_RANGE)
     columns = weight.shape[1]
     hessian = hessian.double().clone()
     hessian.diagonal().add_(params.damping * hessian.diagonal().mean())
