@@ -24,7 +24,6 @@ ENV VIRTUAL_ENV=/home/maquette/venv \
     XDG_CACHE_HOME=/home/maquette/data/cache \
     HF_HOME=/home/maquette/data/huggingface \
     GRADIO_TEMP_DIR=/tmp/gradio \
-    GRADIO_SERVER_NAME=0.0.0.0 \
     GRADIO_ANALYTICS_ENABLED=False \
     HOST=0.0.0.0 \
     MAQUETTE_MODE=public \
@@ -43,6 +42,6 @@ VOLUME /home/maquette/data
 
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/healthz', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as web; web.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/healthz', timeout=4)"]
 
 CMD ["python", "app.py"]

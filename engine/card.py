@@ -135,7 +135,7 @@ def limits(recipe: Recipe, kind: str) -> str:
     said = ["- It inherits what its base model can and cannot do, and its licence."]
     if kind == "compressed-tensors":
         said.append("- Stock `transformers` unpacks the weights to 16 bit: small on disk, not in memory. A packed "
-                    "runtime (Maquette, vLLM) keeps them small.")  # fmt: skip
+                    "runtime such as Maquette keeps them small.")  # fmt: skip
     said += [f"- {line}" for line in rescue.effects(recipe)]
     if any("sparsity" in step.params or _is_sparse(step.method) for step in recipe.steps):
         said.append("- Zeros among the weights make nothing faster without a kernel that skips them.")

@@ -154,7 +154,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         # the k-bit scaling picture
         "scaling.title": "同样的位数能换来什么",
         "scaling.about": "每条线是一种方法和位宽，每个点是一个模型。"
-        "两线上下相叠时，上面的一条在同样的存储位数下效果更好。误差线和 ± 均为 95% 置信区间。",
+        "在相同的存储位数处，较好的一条线用得更值。误差线和 ± 均为 95% 置信区间。",
         "scaling.family": "模型系列",
         "scaling.instead": "该系列没有运行测量过{wanted}：改为显示{shown}。",
         "scaling.caption": "总存储位数与{quality}，同系列的全部运行",

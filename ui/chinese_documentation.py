@@ -328,12 +328,10 @@ DOCUMENTATION: Mapping[str, str] = MappingProxyType(
             "算子）才能降低内存和延迟。",
         "With the scope `global` one threshold holds for all selected linears (Blalock et al., 2020, \"What is the "
         "State of Neural Network Pruning?\", arXiv 2003.03033): linears of large weights lose less. It is exact and "
-        "holds one block in memory: float32 magnitudes are ordered as their bits are, so the threshold's upper 16 "
-        "bits come from one count over all weights, the lower from another. Of the weights that equal it, the first "
-        "ones go.":
+        "holds one block in memory: weights are counted by their bits. Of the weights that equal it, the first ones go.":
             "范围为 `global` 时，所有选中的线性层共用一个阈值（Blalock 等，2020，“What is the State of Neural Network "
-            "Pruning?”，arXiv 2003.03033）：权重大的线性层损失较少。它是精确的，且内存中只有一层：float32 的幅值与其二进制位的顺序一致，所以阈值的高 "
-            "16 位由对全部权重的一次计数得出，低 16 位由另一次得出。与阈值相等的权重中，排在前面的先剪。",
+            "Pruning?”，arXiv 2003.03033）：权重大的线性层损失较少。它是精确的，且内存中只有一层：权重按其二进制位计数。"
+            "与阈值相等的权重中，排在前面的先剪。",
         # prune/sparsegpt
         "SparseGPT (Frantar & Alistarh, 2023, arXiv 2301.00774): minimises |XW - XQ|² for each linear, with the "
         "Hessian H = 2 X Xᵀ of calibration inputs, as GPTQ does, with zeros in the place of rounding. Zeros are "

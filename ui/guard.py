@@ -91,7 +91,8 @@ def house(
 ) -> House:
     """As the environment describes it; a Space stands behind one proxy and has a name of its own."""
     count = environment.get("MAQUETTE_PROXIES", "1" if environment.get("SPACE_ID") else "0")
-    hosts = frozenset(filter(None, [environment.get("SPACE_HOST", "").lower()]))
+    named = [environment.get("SPACE_HOST", ""), *environment.get("MAQUETTE_HOSTS", "").split(",")]
+    hosts = frozenset(filter(None, (each.strip().lower() for each in named)))
     return House(mode, limits, visitors, RateLimits(), int(count) if count.isdigit() else 0, hosts, uploads)
 
 

@@ -79,12 +79,14 @@ def markdown(entry: Entry, baseline: Entry | None = None) -> str:
     lines = [f"# {_plain(wording.title(run.recipe))}", ""]
     if baseline is not None and baseline.key != entry.key:
         lines += [wording.verdict(baseline.measured, entry.measured), ""]
-    lines += [f"{say('model')}: `{_plain(run.recipe.model.source)}` · {say('run')}: `{run.id}`", ""]
+    recipe = model_card.shareable(run.recipe)  # the file goes to others
+    source = recipe.model.source.replace("`", "'")
+    lines += [f"{say('model')}: `{source}` · {say('run')}: `{run.id}`", ""]
     if said := cards.story(entry):
         lines += [f"**{_plain(' '.join(map(translate, said)))}**", ""]
     known = baseline.measured if baseline is not None and baseline.key != entry.key else {}
     lines += [*numbers(entry, known), "", say("noise.about")]
-    lines += ["", "```yaml", dump_recipe(run.recipe).rstrip().replace("```", "'''"), "```", ""]
+    lines += ["", "```yaml", dump_recipe(recipe).rstrip().replace("```", "'''"), "```", ""]
     return "\n".join(lines)
 
 

@@ -39,10 +39,15 @@ document.addEventListener("click", (event) => {
   if (event.target.closest("#mq-start, #mq-look, #mq-sure")) addressSays("run", "");  // another run is shown
   const copy = event.target.closest("[data-copy]");
   if (copy) {
-    navigator.clipboard?.writeText(copy.dataset.copy);
     const before = copy.textContent;
-    copy.textContent = "✓";
-    setTimeout(() => { copy.textContent = before; }, 1200);
+    const done = (sign) => { copy.textContent = sign; setTimeout(() => { copy.textContent = before; }, 1200); };
+    const selected = () => {  // without HTTPS there is no clipboard: what is selected can be copied by hand
+      const text = copy.closest(".mq-copy, .mq-code, div")?.querySelector("pre, code") ?? copy.parentElement;
+      getSelection().selectAllChildren(text);
+      done(document.execCommand("copy") ? "✓" : "⌘/Ctrl C");
+    };
+    if (navigator.clipboard) navigator.clipboard.writeText(copy.dataset.copy).then(() => done("✓"), selected);
+    else selected();
   }
   const language = event.target.closest("[data-language]");
   if (language && !event.ctrlKey && !event.metaKey) {  // keep what else the address says
@@ -52,6 +57,21 @@ document.addEventListener("click", (event) => {
     location.assign(address);
   }
 });
+// What a reader opened stays open when news replace it: Gradio takes from an element what the new one does not have.
+const opened = new Set();
+const nameOf = (details) => {
+  const place = details.closest("[id]")?.id ?? "";
+  return `${place} ${details.querySelector("summary")?.textContent}`;
+};
+document.addEventListener("click", (event) => {
+  const details = event.target.closest("summary")?.parentElement;
+  if (details?.matches("details.mq-details")) opened[details.open ? "delete" : "add"](nameOf(details));
+}, true);
+new MutationObserver(() => {
+  for (const details of document.querySelectorAll("details.mq-details:not([open])")) {
+    if (opened.has(nameOf(details))) details.open = true;
+  }
+}).observe(document, {subtree: true, childList: true, attributeFilter: ["open"]});
 let soon;
 new ResizeObserver(() => {
   clearTimeout(soon);

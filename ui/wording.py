@@ -329,7 +329,7 @@ def when(moment: float, now: float | None = None) -> str:
         minutes = round(past / 60)
         short = say("unit.minutes", minutes=minutes) if minutes < 60 else say("unit.hours", hours=minutes // 60)
         return say("when.ago", span=short)
-    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment))
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
 
 
 def run_label(run: Run) -> str:

@@ -25,7 +25,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "strip.other": "Another visitor's run", "strip.queued": "{count} waiting", "eta": "about {span} left",
         # names of measurements
         "name.size.bytes": "Size on disk", "name.size.bits_per_weight": "Bits per weight",
-        "name.sensitivity": "Perplexity without the block that matters least, times",
+        "name.sensitivity": "Perplexity without the least important block, times",
         "name.size.sparsity": "Zeros", "name.size.parameters": "Parameters", "name.memory.loaded": "Memory, loaded",
         "name.memory.peak": "Memory, peak", "name.memory.kv_cache": "KV cache of one text",
         "name.latency.ttft": "Time to first token",
@@ -147,11 +147,11 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "file.report.md": "Report (Markdown)",
         "diff.title": "Differences only",
         "diff.about": "Pick two to six results; what is equal is left out. ± is a 95 % interval.",
-        "diff.runs": "Results", "diff.pick": "Pick at least two.", "diff.same": "They differ in nothing.",
+        "diff.runs": "Results", "diff.pick": "Pick at least two.", "diff.same": "No differences.",
         # the k-bit scaling picture
         "scaling.title": "What the same bits buy",
-        "scaling.about": "A line a method and bit width, a point a model. Of two lines one above the other, the higher "
-        "one makes more of the same stored bits. Whiskers and ± are 95 % intervals.",
+        "scaling.about": "A line a method and bit width, a point a model. Where two lines stand at the same stored bits, "
+        "the better one makes more of them. Whiskers and ± are 95 % intervals.",
         "scaling.family": "Model family",
         "scaling.instead": "No run of this family has measured {wanted}: {shown} is drawn.",
         "scaling.caption": "Stored bits and {quality}, all runs of a family",
@@ -254,7 +254,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "door.often": "Too many requests in a short time. Wait a little and try again.",
         "login.title": "Log in to Maquette", "login.about": "A small model of a large one, and what it cost.",
         "login.name": "Name", "login.password": "Password", "login.enter": "Log in",
-        "login.wrong": "Name and password do not belong together. Try again.",
+        "login.wrong": "Wrong name or password. Try again.",
         "login.often": "That was too often. Try again in {seconds} seconds.",
         "login.fields": "These are more fields than the form has. Fill in the form and try again.",
         "login.broken": "The users file of this server cannot be read. Tell whoever runs it.",
@@ -390,7 +390,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "fit.time.steps": "steps {span}", "fit.time.save": "save {span}", "fit.time.verify": "check {span}",
         "fit.time.measure": "measure {span}",
         "fit.way": "Needs {total}, {free} are free. {way}", "fit.no_fit": "Needs {total}, {free} are free. {way}: "
-        "too much, too. Close other programs, or choose a smaller model.",
+        "still too much. Close other programs, or choose a smaller model.",
         "fit.no_way": "Needs {total}, {free} are free. Close other programs, or choose a smaller model.",
         "way.four_bits": "4 bit needs {size}", "way.no_original": "Without the original beside it: {size}",
         "way.size_alone": "Measuring the size alone needs {size}",

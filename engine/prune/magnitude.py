@@ -6,7 +6,7 @@ baseline that activation-aware pruning must beat. The zeros stay dense in memory
 
 With the scope `global` one threshold holds for all selected linears (Blalock et al., 2020, "What is the State of
 Neural Network Pruning?", arXiv 2003.03033): linears of large weights lose less. It is exact and holds one block in
-memory (`engine.sparsity`). Of the weights that equal it, the first ones go.
+memory: weights are counted by their bits. Of the weights that equal it, the first ones go.
 """
 
 from __future__ import annotations

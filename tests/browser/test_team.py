@@ -33,7 +33,7 @@ def test_login_page_and_logout(team: str, browser: Browser) -> None:
     page.get_by_label("Name").fill("anna")
     page.get_by_label("Password").fill("wrong password")
     page.get_by_role("button", name="Log in").click()
-    expect(page.get_by_role("alert")).to_contain_text("do not belong together")
+    expect(page.get_by_role("alert")).to_contain_text("Wrong name or password")
     assert barriers(page) == []
     watch.problems.clear()  # the browser reports the 403, as it should
     page.get_by_label("Name").fill("anna")

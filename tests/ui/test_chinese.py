@@ -180,7 +180,7 @@ def test_what_is_said_in_other_ways_can_be_said_in_chinese() -> None:
     for name, phrase in PHRASES.items():
         assert name in {key.removeprefix("way.") for key in ENGLISH}
         said.append(f"The run needs 9.1 GiB, 7.8 are free: {phrase} 5.2.")
-        said.append(f"{said[-1]} That is too much, too. Close other programs, or choose a smaller model.")
+        said.append(f"{said[-1]} That is still too much. Close other programs, or choose a smaller model.")
     said.append("The run needs 9.1 GiB, 7.8 are free. Close other programs, or choose a smaller model.")
     said += [f"There is no {each} 'a'. Give `demo` or a text or JSONL file." for each in ("calibration file", "text")]
     for file in ("uploader.py", "quotas.py", "download.py", "fetch.py", "supervision.py", "worker.py", "streams.py"):

@@ -178,7 +178,7 @@ def test_a_login_lasts_until_logout_another_password_or_removal(tmp_path: Path) 
     for name, password in (("anna", "wrong password"), ("nobody", PASSWORD), ("", "")):
         answer = login(call, name, password)
         assert answer.status_code == 403
-        assert "do not belong together" in answer.text
+        assert "Wrong name or password" in answer.text
         assert "set-cookie" not in answer.headers
     cookies = session(login(call, " Anna "))
     assert call("GET", "/", cookies=cookies).json()["owner"] == f"{MEMBER}anna"

@@ -78,7 +78,7 @@ def build(desk: Desk, opened: Callable[..., object]) -> CompressPage:
                     )
                     add = gr.Button(say("compress.add"), min_width=120)
             with gr.Accordion(say("compress.yaml"), open=False):
-                text = gr.Textbox(label=say("compress.paste"), lines=5, max_length=100_000, elem_id="mq-paste")
+                text = gr.Textbox(label=say("compress.paste"), lines=5, max_length=LONGEST, elem_id="mq-paste")
                 read = gr.Button(say("compress.read"), size="sm")
         with gr.Column(scale=2, min_width=320):
             meter = gr.HTML(elem_id="mq-fit")

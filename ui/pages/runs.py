@@ -65,7 +65,7 @@ class RunsPage:
 
 def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
     """Lay the tab out and wire it. `token`: where the visitor may have left the hub's, for a run that is resumed."""
-    picked, last, known = gr.State(""), gr.State(("", "", "")), signal()
+    picked, last, known, results = gr.State(""), gr.State(("", "", "")), signal(), signal()
     doomed = gr.State("")  # the run that the visitor was asked about before it is deleted
     with gr.Row(equal_height=True):
         with gr.Column(min_width=280):
@@ -95,7 +95,7 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         picks = gr.Dropdown([], multiselect=True, max_choices=PICKS, label=say("diff.runs"), elem_id="mq-picks")
         difference = gr.HTML()
     push.build(desk, picked, last, shown)
-    scaling.build(desk, last)
+    scaling.build(desk, [last.change, results.change])
     timer = gr.Timer(1.5, active=False)
     buttons = [compare, cancel, resume, delete, share, slower, finish]
     outputs: list[Block] = [table, detail, last, *buttons, *offers]
@@ -161,6 +161,14 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         return [run.id, *look(owner, run.id, needle, last)]
 
     @edge
+    def count(request: gr.Request) -> object:
+        return comparing.offered(desk, visitor(request))
+
+    @edge
+    def offer(request: gr.Request) -> object:
+        return gr.update(choices=comparing.choices(desk, visitor(request)))
+
+    @edge
     def differ(keys: list[str], request: gr.Request) -> object:
         if not isinstance(keys, list) or len(keys) > PICKS:
             raise BadParams(say("error.picks", limit=PICKS))
@@ -168,6 +176,8 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
 
     on([timer.tick], ask, [picked, needle], [known], queue=False)
     on([known.change, needle.change], tick, inputs, outputs, queue=False)
+    on([known.change], count, [], [results], queue=False)
+    on([results.change], offer, [], [picks])
     on([table.select], select, [needle, last], [picked, *outputs])
     on([delete.click], doubt, [picked, last], [doomed, sure, keep]).success(None, js=ASKED)
     on([keep.click], settle, [], [sure, keep], js=KEPT)

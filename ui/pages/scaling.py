@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import gradio as gr
 
 from engine.errors import BadParams
@@ -12,8 +14,8 @@ from ui.wiring import on
 from ui.wording import say
 
 
-def build(desk: Desk, changed: gr.State) -> None:
-    """Lay the section out; it is drawn anew where `changed` changes and the finished runs have."""
+def build(desk: Desk, changes: Sequence[Callable[..., object]]) -> None:
+    """Lay the section out; it is drawn anew where one of these events comes and the finished runs have changed."""
     drawn = gr.State("")
     with gr.Column(elem_classes="mq-block"):
         gr.HTML(markup.heading(say("scaling.title"), say("scaling.about")))
@@ -37,7 +39,7 @@ def build(desk: Desk, changed: gr.State) -> None:
         return draw(desk, visitor(request), family, quality)
 
     views = [family, quality, note, figure, numbers]
-    on([changed.change], follow, [family, quality, drawn], [drawn, *views])
+    on(changes, follow, [family, quality, drawn], [drawn, *views])
     on([family.input, quality.input], choose, [family, quality], views)
 
 
