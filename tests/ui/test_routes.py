@@ -161,7 +161,8 @@ def test_other_methods_are_closed(running: Host) -> None:
 # Those that show the owner what is the owner's, asked as below; a new one is new here, too. The others change it,
 # or show what a visitor has chosen before.
 SHOW = {
-    "choose_4", "compare_it", "fill", "follow_1", "offer_1", "open_runs", "redraw", "resize", "select", "share", "show",
+    "choose_4", "compare_it", "fill", "follow_1", "list_results", "offer_1", "open_runs", "redraw", "resize", "select",
+    "share", "show",
     "show_1", "tick_1", "tick_2", "tick_3",
 }  # fmt: skip
 CHANGE = {"handler", "handler_1", "handler_2", "rescued", "rescued_1", "toggle"}  # cancel, resume, delete, go on, share

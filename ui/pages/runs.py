@@ -17,7 +17,7 @@ from markupsafe import Markup
 from engine import rescue
 from engine.errors import BadParams
 from engine.records import Run, Status
-from ui import hosting, markup, views, wording
+from ui import comparing, hosting, markup, views, wording
 from ui.desk import Desk
 from ui.edge import edge, visitor
 from ui.journal import Journal
@@ -161,11 +161,11 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
         return [run.id, *look(owner, run.id, needle, last)]
 
     @edge
-    def count(request: gr.Request) -> object:
+    def count_results(request: gr.Request) -> object:
         return comparing.offered(desk, visitor(request))
 
     @edge
-    def offer(request: gr.Request) -> object:
+    def list_results(request: gr.Request) -> object:
         return gr.update(choices=comparing.choices(desk, visitor(request)))
 
     @edge
@@ -176,8 +176,8 @@ def build(desk: Desk, journal: Journal, token: gr.Textbox) -> RunsPage:
 
     on([timer.tick], ask, [picked, needle], [known], queue=False)
     on([known.change, needle.change], tick, inputs, outputs, queue=False)
-    on([known.change], count, [], [results], queue=False)
-    on([results.change], offer, [], [picks])
+    on([known.change], count_results, [], [results], queue=False)
+    on([results.change], list_results, [], [picks])
     on([table.select], select, [needle, last], [picked, *outputs])
     on([delete.click], doubt, [picked, last], [doomed, sure, keep]).success(None, js=ASKED)
     on([keep.click], settle, [], [sure, keep], js=KEPT)
