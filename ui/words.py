@@ -150,8 +150,8 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "diff.runs": "Results", "diff.pick": "Pick at least two.", "diff.same": "No differences.",
         # the k-bit scaling picture
         "scaling.title": "What the same bits buy",
-        "scaling.about": "A line a method and bit width, a point a model. Of two lines at the same stored bits the better "
-        "one makes more of them. Whiskers and ± are 95 % intervals.",
+        "scaling.about": "A line a method and bit width, a point a model. Of two lines at the same stored bits the "
+        "better one makes more of them. Whiskers and ± are 95 % intervals.",
         "scaling.family": "Model family",
         "scaling.instead": "No run of this family has measured {wanted}: {shown} is drawn.",
         "scaling.caption": "Stored bits and {quality}, all runs of a family",

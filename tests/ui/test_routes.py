@@ -162,8 +162,7 @@ def test_other_methods_are_closed(running: Host) -> None:
 # or show what a visitor has chosen before.
 SHOW = {
     "choose_4", "compare_it", "fill", "follow_1", "list_results", "offer_1", "open_runs", "redraw", "resize", "select",
-    "share", "show",
-    "show_1", "tick_1", "tick_2", "tick_3",
+    "share", "show", "show_1", "tick_1", "tick_2", "tick_3",
 }  # fmt: skip
 CHANGE = {"handler", "handler_1", "handler_2", "rescued", "rescued_1", "toggle"}  # cancel, resume, delete, go on, share
 
