@@ -72,7 +72,7 @@ def offers(desk: Desk, run: Run, owner: str) -> tuple[bool, list[str]]:
 def test_only_its_owner_is_offered_what_the_run_can_be_exported_to(
     desk: Desk, scheduler: FakeScheduler, packed: Run
 ) -> None:
-    assert offers(desk, packed, ANNA) == (True, ["awq", "gptq", "gptq_v2"])
+    assert offers(desk, packed, ANNA) == (True, ["awq", "gptq", "gptq_v2", "gguf"])
     scheduler.share(packed.id, True, ANNA)
     desk.open_link([packed.id], BEN)
     assert packed.id in str(runs.refresh(desk, Journal(desk.store), BEN, packed.id, "", UNPAINTED)[1])
