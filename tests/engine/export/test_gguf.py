@@ -741,9 +741,9 @@ for path, ids in asked["files"].items():
     model.eval(ids)
     logits = np.array(model.scores[: len(ids)])
     model.reset()
-    model.eval(ids[:16])
+    model.eval(asked["begins"].get(path, ids[:1]))
     written = []
-    for _ in range(24):
+    for _ in range(12):
         written.append(int(np.argmax(model.scores[model.n_tokens - 1])))
         model.eval(written[-1:])
     tokens = [model.tokenize(text.encode(), add_bos=True, special=True) for text in asked["texts"]]
@@ -753,11 +753,18 @@ for path, ids in asked["files"].items():
 
 
 @torch.inference_mode()
-def greedy(network: torch.nn.Module, ids: list[int], count: int) -> list[int]:
-    written: list[int] = []
-    for _ in range(count):
-        written.append(int(network(torch.tensor([ids + written]), use_cache=False).logits[0, -1].argmax()))
-    return written
+def sure(model: LoadedModel) -> tuple[list[int], list[int]]:
+    """The beginning of a text that a model goes on with for twelve tokens without hesitating, and how it does."""
+    for line in (DEMO / "text.txt").read_text().splitlines():
+        ids, written = model.tokenizer(line).input_ids[:16], list[int]()
+        while len(ids) == 16 and len(written) < 12:
+            two = model.network(torch.tensor([ids + written]), use_cache=False).logits[0, -1].topk(2)
+            if two.values[0] - two.values[1] < 0.5:
+                break
+            written.append(int(two.indices[0]))
+        if len(written) == 12:
+            return ids, written
+    raise AssertionError("it hesitates always")
 
 
 @pytest.mark.skipif(LLAMA_CPP not in os.environ, reason=f"{LLAMA_CPP} names no Python that has llama_cpp")
@@ -776,7 +783,7 @@ def test_llama_cpp_computes_the_same(context: Context, tmp_path: Path) -> None:
             f"{family} {bits}": (uneven(in_memory(config)), bits and {"bits": bits, "group_size": 32})
             for bits in (None, 4)
         }
-    files, expected, texts = {}, {}, {}
+    files, expected, begins, texts = {}, {}, {}, {}
     for name, (model, grid) in models.items():
         at = tmp_path / name.replace(" ", "-")
         at.mkdir()
@@ -788,17 +795,25 @@ def test_llama_cpp_computes_the_same(context: Context, tmp_path: Path) -> None:
         logits_of(model)  # which puts the exact weights in
         with torch.inference_mode():
             expected[file] = model.network(torch.tensor([ids]), use_cache=False).logits[0]
-        texts[file] = greedy(model.network, ids[:16], 24) if "demo" in name else []
-    (tmp_path / "asked.json").write_text(json.dumps({"files": files, "texts": TEXTS}))
+        if "demo" in name:
+            begins[file], texts[file] = sure(model)
+    (tmp_path / "asked.json").write_text(json.dumps({"files": files, "begins": begins, "texts": TEXTS}))
     subprocess.run([os.environ[LLAMA_CPP], "-c", READER, str(tmp_path / "asked.json")], check=True, cwd=tmp_path)
     tokens = [load(DEMO / "model").tokenizer(text).input_ids for text in TEXTS]
     for file, logits in expected.items():
-        found, said = torch.from_numpy(np.load(f"{file}.npy")).float(), json.loads(Path(f"{file}.json").read_text())
-        ours, theirs = logits.log_softmax(-1), found.log_softmax(-1)
-        divergence = (ours.exp() * (ours - theirs)).sum(-1)
-        # Experts are chosen by numbers that are nearly alike in these networks: a few tokens go to others.
-        assert divergence.median() < 2e-3, file
+        divergence = divergence_of(logits, file)
+        # A token of a mixture whose experts are nearly alike goes to others; one of the demo's texts hangs by a hair.
+        assert divergence.median() < 5e-4, file
         assert divergence.mean() < 1e-2, file
-        if texts[file]:
+        if file in texts:
+            said = json.loads(Path(f"{file}.json").read_text())
             assert said["written"] == texts[file], file
             assert said["tokens"] == tokens, file
+    dense, four = (str(next((tmp_path / f"llama-{bits}" / "out").glob("*.gguf"))) for bits in (None, 4))
+    assert divergence_of(expected[dense], four).median() > 5e-3  # what other weights would give
+
+
+def divergence_of(logits: Tensor, file: str) -> Tensor:
+    """KL in nat of what llama.cpp predicts to `logits`, token by token."""
+    ours, theirs = (each.float().log_softmax(-1) for each in (logits, torch.from_numpy(np.load(f"{file}.npy"))))
+    return (ours.exp() * (ours - theirs)).sum(-1)
