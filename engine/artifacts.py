@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -180,16 +180,20 @@ def _targets(names: list[str]) -> list[JsonValue]:
     return [*([r"re:.*\.experts\..*"] if experts else []), *(name for name in names if name not in experts)]
 
 
-def write_manifest(folder: Path, recipe: Recipe) -> None:
-    """Sizes and hashes of all files, the recipe and the versions that made them; then fsync everything."""
+def write_manifest(folder: Path, recipe: Recipe, notes: Sequence[str] = ()) -> None:
+    """Sizes and hashes of all files, the recipe and the versions that made them; then fsync everything.
+
+    notes: what is to be said of an export; without any there is no such key.
+    """
     files: dict[str, JsonValue] = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
-    body = {
+    body: dict[str, JsonValue] = {
         "format": FORMAT,
         "recipe": recipe.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "files": files,
+        **({"notes": list[JsonValue](notes)} if notes else {}),
     }
     (folder / MANIFEST).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
     for file in folder.iterdir():

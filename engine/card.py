@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from engine.records import Recipe
 from engine.sources import split
 
 CARD = "README.md"
+GGUF = "gguf"
 REPO = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@[\w./-]{1,100})?")
 SEVERAL = "teachers"  # the setting that names several models
 
@@ -66,6 +67,11 @@ def _last(path: str) -> str:
 
 def text(recipe: Recipe, config: Mapping[str, JsonValue], results: str = "") -> str:
     """The card of a model made by `recipe`; `config` is its config.json, `results` Markdown with what was measured."""
+    return _text(recipe, config, results.strip(), "")
+
+
+def _text(recipe: Recipe, config: Mapping[str, JsonValue], results: str, file: str) -> str:
+    """As `text`, of a folder with one GGUF `file`, where there is one."""
     quantization = config.get("quantization_config")
     kind = str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else ""
     title = _plain(recipe.title())
@@ -75,9 +81,9 @@ def text(recipe: Recipe, config: Mapping[str, JsonValue], results: str = "") -> 
         f"---\n{yaml.safe_dump(front_matter(recipe, config, kind), sort_keys=False, allow_unicode=True)}---",
         f"# {title}",
         f"{told}, made smaller with Maquette: {title}.",
-        results.strip(),
+        results,
         "## How to load it",
-        loading(config, kind),
+        loading_gguf(file) if file else loading(config, kind),
         "## How it was made",
         f"```yaml\n{dump_recipe(shareable(recipe)).rstrip().replace('```', chr(39) * 3)}\n```",
         "## Limits",
@@ -92,7 +98,7 @@ def front_matter(recipe: Recipe, config: Mapping[str, JsonValue], kind: str) -> 
     The hub shows how the library it names loads the files.
     """
     families = list(dict.fromkeys(step.method.split("/")[0] for step in recipe.steps))
-    library = "maquette" if is_own(config) else "transformers"
+    library = "gguf" if kind == GGUF else "maquette" if is_own(config) else "transformers"
     found: dict[str, object] = {"library_name": library, "pipeline_tag": "text-generation"}
     if source := base_model(recipe.model.source):
         found["base_model"] = source
@@ -130,6 +136,15 @@ def loading(config: Mapping[str, JsonValue], kind: str) -> str:
     )
 
 
+def loading_gguf(file: str) -> str:
+    """How to run a GGUF file with llama.cpp, or with Ollama."""
+    name = file.removesuffix(".gguf").lower()
+    return (
+        f'```sh\nllama-cli -m {file} -p "Once upon a time"\n```\n\n'
+        f'```sh\necho "FROM ./{file}" > Modelfile && ollama create {name} && ollama run {name}\n```'
+    )
+
+
 def limits(recipe: Recipe, kind: str) -> str:
     """What nobody should expect of it."""
     said = ["- It inherits what its base model can and cannot do, and its licence."]
@@ -154,6 +169,13 @@ def write(folder: Path, recipe: Recipe) -> None:
     """Write the card into a finished artifact's folder, beside its config."""
     config: dict[str, JsonValue] = json.loads((folder / "config.json").read_text())
     (folder / CARD).write_text(text(recipe, config), encoding="utf-8")
+
+
+def write_gguf(folder: Path, recipe: Recipe, file: str, notes: Sequence[str]) -> None:
+    """Write the card of a GGUF into its folder; `notes` say what the file holds."""
+    held = "## What the file holds\n\n" + "\n".join(f"- {note}" for note in notes)
+    card = _text(recipe, {"quantization_config": {"quant_method": GGUF}}, held, file)
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _plain(words: str) -> str:

@@ -3,7 +3,7 @@
     python -m engine run RECIPE.yaml [--model owner/name@revision] [--home DIR] [--measure a,b] [--json]
     python -m engine run --resume RUN [--learning-rate-factor 0.1]     after a divergence; 0 ends the training there
     python -m engine measure MODEL [--measure a,b] [--baseline MODEL] [--json]
-    python -m engine export ARTIFACT|RUN --format gptq|gptq_v2|awq|dense --to FOLDER [--json]
+    python -m engine export ARTIFACT|RUN --format gguf|gptq|gptq_v2|awq|dense --to FOLDER [--json]
     python -m engine advise MODEL --goal memory=8GB|latency=0.5|cost [--assume NAME=NUMBER] [--json]
     python -m engine preset [NAME] [--model MODEL]     a recipe to begin with, as YAML; without a name, which there are
     python -m engine methods | runs | compare RUN RUN | doctor [--json]
@@ -172,10 +172,14 @@ def export_artifact(options: argparse.Namespace, supervisor: Callable[[Path], Su
     target = Path(options.to).expanduser().absolute()
     export.exporter(options.format)(source, target)
     size = sum(file.stat().st_size for file in target.iterdir())
+    notes = export.notes(target)
     if options.json:
-        _json({"status": "succeeded", "format": options.format, "folder": str(target), "bytes": size})
+        said = {"status": "succeeded", "format": options.format, "folder": str(target), "bytes": size}
+        _json({**said, "notes": list[JsonValue](notes)})
     else:
         _line(f"{target}  {options.format}  {size:,} bytes")
+        for note in notes:
+            _line(note)
     return 0
 
 

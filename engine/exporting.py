@@ -25,7 +25,7 @@ from engine.files import MANIFEST, publish
 from engine.records import Run, Status
 from engine.runners.local import COMMAND, environment, signal_group
 
-__all__ = ["Exports", "made", "offered", "place"]
+__all__ = ["Exports", "made", "notes", "offered", "place"]
 
 LONGEST = 6 * 3600.0  # seconds
 POLL = 0.1
@@ -45,6 +45,15 @@ def place(artifact: Path, name: str) -> Path:
     if name not in export.formats():
         raise UnknownName("format", name, export.formats())
     return artifact.parent / EXPORTS / name
+
+
+def notes(artifact: Path, name: str) -> list[str]:
+    """What is to be said of an artifact's export: where it differs from the artifact.
+
+    Raises:
+        UnknownName: there is no such format.
+    """
+    return export.notes(place(artifact, name))
 
 
 class Exports:

@@ -339,6 +339,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "format.awq": "AWQ", "format.awq.for": "AWQ：vLLM、SGLang 和 GPTQModel 可读取",
         "format.gptq": "GPTQ", "format.gptq.for": "GPTQ：vLLM 可读取；网格对称时 GPTQModel 也可读取",
         "format.gptq_v2": "GPTQ v2", "format.gptq_v2.for": "GPTQ v2：GPTQModel 可读取，网格对称与否均可",
+        "format.gguf": "GGUF", "format.gguf.for": "GGUF：llama.cpp、Ollama 和 LM Studio 可读取，单个文件",
         "format.dense": "稠密权重", "format.dense.for": "稠密权重：标准 transformers 可读取；文件最大",
         "card.title": "测量结果",
         "card.about": "时间和内存仅适用于同一台机器。",

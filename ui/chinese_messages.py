@@ -420,6 +420,41 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "{name}：{linear} 的组大小为 {size}，其他多为 {usual}；AWQ 格式只有一种大小。请导出为 gptq。",
         "{name} is stored as any `transformers` user can load it: use the folder as it is.": "{name} 的存储方式任何 `transformers` 用户都能加载：直接使用该文件夹即可。",
         "{name}: {linear} has {bits} bits; the GPTQ format has {known}.": "{name}：{linear} 为 {bits} 位；GPTQ 格式支持 {known} 位。",
+        # GGUF
+        "{name}: no GGUF of {kind} models can be written here. Those that can: {known}.":
+            "{name}：此处不能写出 {kind} 模型的 GGUF。可以写出的有：{known}。",
+        "{name}: llama.cpp computes {kind} models without {said}, so no GGUF of it is written.":
+            "{name}：llama.cpp 计算 {kind} 模型时不支持{said}，因此不写出 GGUF。",
+        "{name}: llama.cpp's {kind} models have no {tensor}, so no GGUF of it is written.":
+            "{name}：llama.cpp 的 {kind} 模型没有 {tensor}，因此不写出 GGUF。",
+        "{name}: llama.cpp computes the logits of {kind} models with their embeddings, and this one has a head of its own. "
+        "Quantize with `head` and `embeddings` off.":
+            "{name}：llama.cpp 用词嵌入计算 {kind} 模型的 logits，而此模型有单独的输出头。请在量化时关闭 `head` 和 `embeddings`。",
+        "{name} is stored as {kind}, a library's format, of which no GGUF is made. "
+        "Use a weight-only method such as quantize/gptq.":
+            "{name} 以第三方库的格式 {kind} 存储，不能由此生成 GGUF。请使用仅量化权重的方法，如 quantize/gptq。",
+        "{name}: the inputs of its linears are rounded to 8 bits, which a GGUF cannot say. "
+        "Use a weight-only method such as quantize/gptq.":
+            "{name}：其线性层的输入被舍入到 8 位，GGUF 无法表示。请使用仅量化权重的方法，如 quantize/gptq。",
+        "The tokenizer of {name} cannot be written as GGUF: {said}.": "{name} 的分词器无法写成 GGUF：{said}。",
+        "Tensors of {bits} bits: {count}, exact in {kind}, which takes {size} bits a weight.":
+            "{bits} 位的张量：{count} 个，以 {kind} 精确存储，每个权重占 {size} 位。",
+        "Tensors of {bits} bits with zero points: {count}, exact in {kind}, which takes {size} bits a weight.":
+            "带零点的 {bits} 位张量：{count} 个，以 {kind} 精确存储，每个权重占 {size} 位。",
+        "Written in {kind}, for {said}: {tensors}.": "以 {kind} 写出，因为{said}：{tensors}。",
+        "Keys and values stay as they are: llama.cpp packs them with --cache-type-k and --cache-type-v.":
+            "键和值保持原样：llama.cpp 可用 --cache-type-k 和 --cache-type-v 压缩它们。",
+        "llama.cpp has no sliding window for {kind}, so the file says a context of {count} tokens, a window's length, "
+        "up to which that makes no difference.":
+            "llama.cpp 对 {kind} 没有滑动窗口，因此文件中的上下文为 {count} 个词元，即一个窗口的长度，在此长度内没有差别。",
+        "llama.cpp computes gelu by its tanh approximation.": "llama.cpp 用 tanh 近似计算 gelu。",
+        "llama.cpp chooses the short or the long rotations by the context that it is started with, transformers by the "
+        "length of the text.":
+            "llama.cpp 按启动时的上下文长度选择短或长的旋转，transformers 则按文本长度。",
+        "Which blocks have a sliding window is not as usual; older versions of llama.cpp may not read that.":
+            "带滑动窗口的层与通常不同；旧版本的 llama.cpp 可能读不到这一点。",
+        "llama.cpp does not compose characters (NFC) before it reads a text, as the tokenizer does.":
+            "llama.cpp 在读取文本之前不会像分词器那样合成字符（NFC）。",
         "{name}: {linear} has zero points of 0, which the first version of the GPTQ format cannot hold. Export it as gptq_v2.":
             "{name}：{linear} 的零点为 0，GPTQ 格式第一版无法表示。请导出为 gptq_v2。",
         "Run {run} has no model to export: its files were deleted, or it did not finish.":
@@ -717,6 +752,34 @@ FRAGMENTS: Mapping[str, str] = MappingProxyType(
         "{one} or {other}": "{one} 或 {other}",
         "queued": "排队中", "running": "运行中", "succeeded": "已完成", "failed": "失败", "cancelled": "已取消",
         "interrupted": "已中断", "refused": "已拒绝",
+        # GGUF: what llama.cpp does not compute of a family, why weights are written as numbers, and tokenizers
+        "the activation {value}": "激活函数 {value}",
+        "heads of {size} that are not the hidden size {hidden} together": "大小为 {size}、合起来不等于隐藏维度 {hidden} 的头",
+        "rope_type {value}": "旋转类型 {value}",
+        "scaled rotations in sliding windows": "滑动窗口中缩放的旋转",
+        "query_pre_attn_scalar = {value} for {count} blocks": "{count} 层时的 query_pre_attn_scalar = {value}",
+        "attention or logits that are not capped": "不设上限的注意力或 logits",
+        "shared keys and values": "共享的键和值",
+        "a single expert": "单个专家",
+        "{key} = {value}": "设置 {key} = {value}",
+        "8-bit floats are in no type of GGUF": "GGUF 没有 8 位浮点类型",
+        "rows of {width} weights fill no blocks of {size}": "每行 {width} 个权重不能填满 {size} 个一块",
+        "groups of {width} weights fill no blocks of {size}": "每组 {width} 个权重不能填满 {size} 个一块",
+        "{bits} bits with zero points have more levels than a type of GGUF": "带零点的 {bits} 位的级数多于 GGUF 的任何类型",
+        "their scales are not exact in float16": "其缩放系数无法用 float16 精确表示",
+        "no type of GGUF holds all experts of a block": "没有 GGUF 类型能容纳一层的所有专家",
+        "llama.cpp wants them in 32 bits": "llama.cpp 要求 32 位",
+        "it puts several tokens around a text, where llama.cpp has one before and its end after":
+            "它在文本前后加多个词元，而 llama.cpp 只能在前面加一个、在后面加结束词元",
+        "it is {kind}, and only BPE of bytes or with byte fallback can be": "它是 {kind}，只有字节级 BPE 或带字节回退的 BPE 可以",
+        "it falls back to bytes, and lacks some of them": "它回退到字节，却缺少其中一些",
+        "it has the token {token}, and there are embeddings of {count} alone": "它有词元 {token}，而只有 {count} 个词嵌入",
+        "two of its tokens are written alike, or one is empty": "它有两个词元写法相同，或有一个为空",
+        "it changes a text first ({kind}), which llama.cpp does not": "它会先改变文本（{kind}），而 llama.cpp 不会",
+        "llama.cpp has no rule that splits a text as it does ({rule})": "llama.cpp 没有与它相同的切分规则（{rule}）",
+        "llama.cpp has its rule only with ignore_merges = {value}": "llama.cpp 的这一规则仅适用于 ignore_merges = {value}",
+        "it treats spaces as SentencePiece does not": "它对空格的处理与 SentencePiece 不同",
+        "its merges are not those that SentencePiece makes of its tokens": "它的合并不是 SentencePiece 会由其词元得到的合并",
         "neurons": "神经元", "heads": "注意力头", "channels": "通道", "feed-forward neurons": "前馈神经元",
         "attention units": "注意力单元", "missing": "缺失", "mismatched": "不匹配",
         "a cache of its own": "自己的缓存", "layers of {kind}": "{kind} 类型的层",

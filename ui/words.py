@@ -347,6 +347,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "format.awq": "AWQ", "format.awq.for": "AWQ: vLLM, SGLang and GPTQModel read it",
         "format.gptq": "GPTQ", "format.gptq.for": "GPTQ: vLLM reads it, GPTQModel where the grid is symmetric",
         "format.gptq_v2": "GPTQ v2", "format.gptq_v2.for": "GPTQ v2: GPTQModel reads it, symmetric or not",
+        "format.gguf": "GGUF", "format.gguf.for": "GGUF: llama.cpp, Ollama and LM Studio read it, one file",
         "format.dense": "dense weights",
         "format.dense.for": "Dense weights: stock transformers reads them; the largest files",
         "card.title": "What was measured",

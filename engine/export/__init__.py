@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import UnknownName
-from engine.export._offer import offered, room
+from engine.export._offer import notes, offered, room
 
-__all__ = ["exporter", "formats", "offered", "room"]
+__all__ = ["exporter", "formats", "notes", "offered", "room"]
 
 
 def formats() -> list[str]:

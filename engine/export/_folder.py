@@ -6,6 +6,7 @@ quantized again. One block's tensors are in memory at a time.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -201,22 +202,42 @@ def publish_folder(
         InputError: the folder exists already, or its parent does not.
         TooBig: the disk is too full.
     """
-    _check_place(folder, room(source, kind))
-    temporary = folder.with_name(f".{folder.name}.exporting")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with publishing(source, folder, recipe, kind) as made:
         for file in source.iterdir():
             if file.suffix != ".safetensors" and file.name not in ("model.safetensors.index.json", artifacts.MANIFEST):
-                shutil.copyfile(file, temporary / file.name)
+                shutil.copyfile(file, made.folder / file.name)
         for name, body in files.items():
-            (temporary / name).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
-        _write_weights(names, temporary, tensors)
-        card.write(temporary, recipe)  # of the new format: the old one's tells how to load the old one
-        artifacts.write_manifest(temporary, recipe)
-        publish(temporary, folder)
+            (made.folder / name).write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+        _write_weights(names, made.folder, tensors)
+        card.write(made.folder, recipe)  # of the new format: the old one's tells how to load the old one
+
+
+@dataclass(frozen=True)
+class Made:
+    """An export that is being written: its folder, and what is to be said of it."""
+
+    folder: Path
+    notes: list[str]
+
+
+@contextlib.contextmanager
+def publishing(source: Path, folder: Path, recipe: Recipe, kind: str) -> Iterator[Made]:
+    """A folder to be filled with an export of `source`, which becomes `folder` with its manifest, or nothing does.
+
+    Raises:
+        InputError: the folder exists already, or its parent does not.
+        TooBig: the disk is too full.
+    """
+    _check_place(folder, room(source, kind))
+    made = Made(folder.with_name(f".{folder.name}.exporting"), [])
+    shutil.rmtree(made.folder, ignore_errors=True)
+    made.folder.mkdir()
+    try:
+        yield made
+        artifacts.write_manifest(made.folder, recipe, made.notes)
+        publish(made.folder, folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(made.folder, ignore_errors=True)
         raise
 
 

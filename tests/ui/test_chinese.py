@@ -132,6 +132,7 @@ SAMPLES = {
     "called": "training text",
 }  # fmt: skip
 BY_FILE = {
+    "engine/export/_gguf_families.py": {"unknown": "a single expert"},
     "engine/tokens.py": {"reason": "it has 5 tokens, the model 7"},
     "engine/checkpoint.py": {"problem": "the weights do not fit the config (missing: lm_head)"},
     "engine/suitability.py": {"error": "all 8 blocks would be removed. Keep one at least: count 7 or less."},

@@ -63,7 +63,7 @@ NAMES = set(
     "MiniLLM GKD GGUF L1 Adam Hessian Logit logits CPU RAM GPU CUDA KV KL JS MiB GiB KiB nat ms µs pi p50 p95 p99 "
     "CSV YAML JSON JSONL Markdown demo cookie recipe yaml W8A8 int8 e4m3 lora js mse llama max min Beta Top "
     "token tokens MAQUETTE HOME HTML zip Hub qwen McNemar GB TFLOP ZeroGPU torch transformers gradio bfloat16 int4pack "
-    "cpu UTC vLLM SGLang GPTQModel v2".split()
+    "cpu UTC vLLM SGLang GPTQModel v2 Ollama LM Studio".split()
 )
 # Names in what methods say of themselves: models, architectures, tools, and letters of formulas.
 NAMES |= set(

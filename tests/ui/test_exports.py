@@ -18,8 +18,10 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from engine import export
+from engine.attempts import EXPORTS
 from engine.errors import Cancelled, TooBig
 from engine.exporting import offered
+from engine.files import MANIFEST
 from engine.records import Run
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, request
@@ -72,12 +74,12 @@ def offers(desk: Desk, run: Run, owner: str) -> tuple[bool, list[str]]:
 def test_only_its_owner_is_offered_what_the_run_can_be_exported_to(
     desk: Desk, scheduler: FakeScheduler, packed: Run
 ) -> None:
-    assert offers(desk, packed, ANNA) == (True, ["awq", "gptq", "gptq_v2"])
+    assert offers(desk, packed, ANNA) == (True, ["awq", "gptq", "gptq_v2", "gguf"])
     scheduler.share(packed.id, True, ANNA)
     desk.open_link([packed.id], BEN)
     assert packed.id in str(runs.refresh(desk, Journal(desk.store), BEN, packed.id, "", UNPAINTED)[1])
     assert offers(desk, packed, BEN) == (False, [])
-    (Path(str(packed.artifact)) / "config.json").write_text('{"model_type": "llama"}')
+    (Path(str(packed.artifact)) / "config.json").write_text('{"model_type": "opt"}')
     assert offers(desk, packed, ANNA) == (False, [])
     assert offers(desk, fakes.running(scheduler, fakes.GPTQ, ANNA), ANNA) == (False, [])
     scheduler.store.expire(packed.id)
@@ -122,6 +124,21 @@ def test_an_export_is_a_file_of_the_run_for_whoever_may_see_it(
     assert {name: each["sha256"] for name, each in manifest.items()} == {
         name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != "MANIFEST.json"
     }
+
+
+def test_what_an_export_says_of_itself_is_shown_in_the_readers_language(
+    desk: Desk, scheduler: FakeScheduler, packed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "Written in BF16, for groups of 16 weights fill no blocks of 32: model.layers.0.<b>."
+    fakes.export(packed, "gguf")
+    manifest = Path(str(packed.artifact)).parent / EXPORTS / "gguf" / MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "notes": [said]}))
+    monkeypatch.setattr(scheduler, "export", lambda *asked, **more: iter([1.0]), raising=False)
+    *_, last = exports.go(desk, ANNA, packed.id, "gguf", threading.Event())
+    assert f"<li>{said.replace('<b>', '&lt;b&gt;')}</li>" in str(last)
+    with language.use(CHINESE):
+        *_, last = exports.go(desk, ANNA, packed.id, "gguf", threading.Event())
+    assert "因为每组 16 个权重不能填满 32 个一块：model.layers.0." in str(last)
 
 
 def test_what_goes_wrong_stays_on_the_page_as_one_line(

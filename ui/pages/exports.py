@@ -11,11 +11,12 @@ from gradio.blocks import Block
 from markupsafe import Markup
 
 from engine.errors import MaquetteError
-from engine.exporting import made, offered
+from engine.exporting import made, notes, offered
 from engine.records import Run, Status
 from ui import markup, wording
 from ui.desk import Desk
 from ui.edge import edge, line, visitor
+from ui.messages import translate
 from ui.turns import CLICKED, Turns
 from ui.wiring import on
 from ui.wording import say
@@ -80,4 +81,6 @@ def go(desk: Desk, owner: str, run_id: str, name: str, stop: threading.Event) ->
     for seconds in desk.scheduler.export(run.id, name, owner=run.owner, stop=stop):
         yield markup.notice(say("formats.working", span=wording.duration(max(1.0, seconds)), **words))
     taken = markup.link(say("formats.take"), f"./runs/{run.id}/{name}.zip", download=True)
-    yield markup.tag("p", say("formats.done", **words), " ", taken, class_="mq-notice good", role="status")
+    done = markup.tag("p", say("formats.done", **words), " ", taken, class_="mq-notice good", role="status")
+    told = [markup.tag("li", translate(note)) for note in notes(Path(str(run.artifact)), name)]
+    yield done + markup.tag("ul", *told) if told else done
