@@ -41,7 +41,7 @@ from engine.export._gguf_types import TYPES, Type, bits_at_most, fitting
 from engine.methods import Context
 from engine.models import LoadedModel, load
 from engine.packing import QuantizedWeight
-from engine.preflight import DEMO
+from engine.places import DEMO
 from engine.quantize import rtn, smoothquant
 from engine.records import Recipe
 from engine.shards import TensorFiles
