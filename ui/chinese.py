@@ -214,6 +214,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "error.title": "操作未成功",
         "error.unforeseen": "我们这边出了问题。服务器日志中的编号为 {number}。",
         "error.no_visitor": "本页需要 cookie 或会话才能识别您的运行。请重新加载页面。",
+        "error.being_made": "{title} 正在本机生成。运行完成后，该模型即可生成文本。",
         "error.stored_only": "{title} 只存有数字。请在“压缩”页启动它，模型便会生成。",
         "error.no_artifact": "运行 {run} 的模型已不在本机。请重新启动它的配方。",
         "error.empty_prompt": "提示词为空。请写几个词供模型续写。",

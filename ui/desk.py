@@ -275,11 +275,12 @@ class Desk:
 
     def twin(self, recipe: Recipe, owner: str) -> Run | None:
         """The visitor's newest run of the same model and steps that finished well and has its artifact."""
-        for run in self.runs(owner):
-            same = run.recipe.model == recipe.model and run.recipe.steps == recipe.steps
-            if same and run.status is Status.SUCCEEDED and run.artifact:
-                return run
-        return None
+        alike = self._alike(recipe, owner)
+        return next((run for run in alike if run.status is Status.SUCCEEDED and run.artifact), None)
+
+    def _alike(self, recipe: Recipe, owner: str) -> list[Run]:
+        """The visitor's runs of the same model and steps, the newest first."""
+        return [r for r in self.runs(owner) if (r.recipe.model, r.recipe.steps) == (recipe.model, recipe.steps)]
 
     def source(self, entry: Entry, owner: str) -> str:
         """What the scheduler can load for an entry: `demo` or a run's id, never a visitor's path.
@@ -291,7 +292,9 @@ class Desk:
             return "demo"
         run = self.twin(entry.run.recipe, owner) if entry.stored else entry.run
         if run is None:
-            raise BadModel(say("error.stored_only", title=wording.title(entry.run.recipe)))
+            working = any(not each.status.final for each in self._alike(entry.run.recipe, owner))
+            key = "error.being_made" if working else "error.stored_only"
+            raise BadModel(say(key, title=wording.title(entry.run.recipe)))
         if not run.artifact or not Path(run.artifact).is_dir():
             raise BadModel(say("error.no_artifact", run=run.id))
         return run.id

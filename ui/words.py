@@ -213,6 +213,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "error.title": "That did not work",
         "error.unforeseen": "Something went wrong on our side. It is in the server's log as {number}.",
         "error.no_visitor": "This page needs a cookie or a session to know your runs. Reload the page.",
+        "error.being_made": "{title} is being made on this machine. Its model can write once its run is done.",
         "error.stored_only": "{title} is stored as numbers only. Start it on the Compress tab, and its model is here.",
         "error.no_artifact": "Run {run} has no model on this machine any more. Start its recipe again.",
         "error.empty_prompt": "The prompt is empty. Write a few words for the models to go on from.",

@@ -327,3 +327,16 @@ def test_a_visitor_switches_to_chinese_and_back(open_page: Open, returning: Stor
     assert page.evaluate("document.documentElement.lang") == "en"
     shown = page.locator("#mq-summary, [role=tab], label").all_inner_texts()
     assert not re.search("[\u4e00-\u9fff]", "".join(shown))
+
+
+def test_what_was_opened_stays_open_when_news_replace_it(open_page: Open, returning: StorageState) -> None:
+    """Gradio takes from an element what its news do not have: the mark of being open among them."""
+    page = open_page(state=returning)
+    tab(page, "Methods")
+    details = page.locator("details.mq-details:visible").first
+    details.locator("summary").click()
+    expect(details).to_have_attribute("open", "")
+    details.evaluate("each => each.removeAttribute('open')")
+    expect(details).to_have_attribute("open", "")
+    details.locator("summary").click()
+    expect(details).not_to_have_attribute("open", "")
