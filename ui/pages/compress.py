@@ -194,6 +194,8 @@ def setting(index: int, name: str) -> Callable[[object, Draft], object]:
         if index >= len(steps):
             return gr.skip()
         method = get(str(steps[index]["method"]))
+        if name not in form.defaults(method):  # the card has become another step's meanwhile
+            return gr.skip()
         params = {**_object(steps[index].get("params")), name: form.read(method, name, value)}
         if params[name] == form.defaults(method)[name]:
             del params[name]
