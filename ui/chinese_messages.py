@@ -453,6 +453,8 @@ MESSAGES: Mapping[str, str] = MappingProxyType(
             "llama.cpp 按启动时的上下文长度选择短或长的旋转，transformers 则按文本长度。",
         "Which blocks have a sliding window is not as usual; older versions of llama.cpp may not read that.":
             "带滑动窗口的层与通常不同；旧版本的 llama.cpp 可能读不到这一点。",
+        "llama.cpp puts a space before a text that begins with one, too, which the tokenizer does not.":
+            "文本以空格开头时，llama.cpp 仍会在前面再加一个空格，而分词器不会。",
         "llama.cpp does not compose characters (NFC) before it reads a text, as the tokenizer does.":
             "llama.cpp 在读取文本之前不会像分词器那样合成字符（NFC）。",
         "{name}: {linear} has zero points of 0, which the first version of the GPTQ format cannot hold. Export it as gptq_v2.":

@@ -25,6 +25,7 @@ from engine.vocabulary import BYTES
 
 Body = dict[str, Any]  # of a tokenizer.json
 SPACE = "▁"
+BEGINS = "llama.cpp puts a space before a text that begins with one, too, which the tokenizer does not."
 UNLIKELY = -1e6  # the score of what no merge makes
 # The whole rules that llama.cpp names, by the parts of a tokenizer.json, and whether words that are tokens stay whole.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -113,8 +114,9 @@ def vocabulary(folder: Path, label: str, rows: int) -> Vocabulary:
         raise _other(label, "it puts several tokens around a text, where llama.cpp has one before and its end after")
     known = {name: number for name, number in ids.items() if isinstance(number, int) and 0 <= number < len(tokens)}
     if model.get("byte_fallback"):
-        kind, rule, said = "llama", "default", list[str]()
+        kind, rule = "llama", "default"
         scores, merges, spaces = _scores(body, tokens, label), list[str](), _spaces(body, label)
+        said = [BEGINS] if spaces and _kind(body.get("pre_tokenizer")) == "Metaspace" else []
     else:
         kind, scores, spaces = "gpt2", [], None
         rule, said = _rule(body, label)

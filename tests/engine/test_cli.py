@@ -107,6 +107,11 @@ def test_export(call, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
     code, _, err = call("export", "artifact", "--format", "gptq", "--to", "out")
     assert (code, len(err)) == (2, 1)
+    code, out, _ = call("export", "artifact", "--format", "gguf", "--to", "llama")
+    assert code == 0
+    assert out[-1] == "Tensors of 4 bits: 1, exact in Q4_0, which takes 4.5 bits a weight."
+    code, out, _ = call("export", "artifact", "--format", "gguf", "--to", "again", "--json")
+    assert json.loads(out[-1])["notes"] == ["Tensors of 4 bits: 1, exact in Q4_0, which takes 4.5 bits a weight."]
     code, _, err = call("export", "artifact", "--format", "gtpq", "--to", "other")
     assert (code, len(err)) == (2, 1)
     assert "Did you mean gptq" in err[0]
