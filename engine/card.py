@@ -173,7 +173,7 @@ def write(folder: Path, recipe: Recipe) -> None:
 
 def write_gguf(folder: Path, recipe: Recipe, file: str, notes: Sequence[str]) -> None:
     """Write the card of a GGUF into its folder; `notes` say what the file holds."""
-    held = "## What the file holds\n\n" + "\n".join(f"- {note}" for note in notes)
+    held = "\n".join(["## What the file holds\n", *(f"- {note}" for note in notes)]) if notes else ""
     card = _text(recipe, {"quantization_config": {"quant_method": GGUF}}, held, file)
     (folder / CARD).write_text(card, encoding="utf-8")
 

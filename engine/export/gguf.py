@@ -91,6 +91,10 @@ def export(artifact: Path, folder: Path) -> None:
         writer.add_type("model")
         writer.add_name(title)
         writer.add_quantized_by("Maquette")
+        if (base := card.base_model(weights.recipe.model.source)) is not None:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, base)
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
         writer.add_file_type(_file_type(usual))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         network = add_network(writer, config, family)

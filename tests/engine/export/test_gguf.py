@@ -232,6 +232,70 @@ def test_others_read_the_logits_of_the_artifact(
     torch.testing.assert_close(read_back(file, KNOWN[family], family), logits_of(model), rtol=0, atol=0)
 
 
+SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+# What some models of a family have and others not; all of them llama.cpp is asked about.
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "Llama 3's rotations": (
+        "llama",
+        {"rope_parameters": {**SCALED, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    ),
+    "yarn": ("qwen2", {"rope_parameters": {**SCALED, "rope_type": "yarn"}}),
+    "linear": ("qwen3", {"rope_parameters": {**SCALED, "rope_type": "linear"}}),
+    "fewer heads": ("qwen2", {"head_dim": 32}),
+    "norms of each head": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}),
+    "grouped heads": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "all heads": ("falcon", {"multi_query": False}),
+    "one after the other": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
+    "parts of heads turn": (
+        "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "no windows in Gemma 2": ("gemma2", {"layer_types": ["full_attention"] * 3}),
+    "no windows in Gemma 3": ("gemma3", {"layer_types": ["full_attention"] * 7}),
+    "other windows": ("gemma2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+}  # fmt: skip
+
+
+def varied(case: str) -> PretrainedConfig:
+    family, changes = VARIANTS[case]
+    return changed(KNOWN[family], **changes)
+
+
+@pytest.mark.parametrize("case", ["biases", "fewer heads"])
+def test_variants_come_back(case: str, tmp_path: Path) -> None:
+    config = varied(case)
+    model = uneven(in_memory(config))
+    file = made(model, tmp_path)
+    if case == "fewer heads":  # Qwen 2's graph has no room for them, Llama's with its rotary pairs has
+        assert fields(file)["general.architecture"] == "llama"
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        network.load_state_dict(by_hand(file, changed(config, model_type="mixtral")))
+    else:
+        network = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=copy.deepcopy(config), dtype=torch.float32
+        ).eval()
+    with torch.inference_mode():
+        found = network(IDS, use_cache=False).logits[0]
+    torch.testing.assert_close(found, logits_of(model), rtol=0, atol=0)
+
+
+def test_heads_that_share_keys_stand_apart(tmp_path: Path) -> None:
+    """Falcon 40B's, whose rows `transformers` leaves in the file's order when it reads a GGUF."""
+    model = uneven(in_memory(varied("grouped heads")))
+    found = tensors(made(model, tmp_path))["blk.2.attn_qkv.weight"].split(16)  # by heads, as they stand in the file
+    own = model.network.transformer.h[2].self_attention.query_key_value.weight.data.float().split(16)
+    queries, keys, values = [own[0], own[1], own[4], own[5]], [own[2], own[6]], [own[3], own[7]]
+    for ours, theirs in zip([*queries, *keys, *values], found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+def test_norms_of_each_head_stand_in_one_tensor(tmp_path: Path) -> None:
+    model = uneven(in_memory(varied("norms of each head")))
+    found = tensors(made(model, tmp_path))["blk.1.attn_k_norm.weight"]
+    norms = model.network.model.layers[1].self_attn.k_layernorm.norms
+    torch.testing.assert_close(found, torch.stack([norm.weight.data.float() for norm in norms]), rtol=0, atol=0)
+
+
 GROUPS = (32, 64, 256, 512)  # 512: all of a row
 
 
@@ -781,9 +845,10 @@ def test_llama_cpp_computes_the_same(context: Context, tmp_path: Path) -> None:
             f"{family} {bits}": (uneven(in_memory(config)), bits and {"bits": bits, "group_size": 32})
             for bits in (None, 4)
         }
+    models |= {f"variant {case}": (uneven(in_memory(varied(case))), None) for case in VARIANTS}
     files, expected, begins, texts = {}, {}, {}, {}
     for name, (model, grid) in models.items():
-        at = tmp_path / name.replace(" ", "-")
+        at = tmp_path / re.sub(r"\W+", "-", name)
         at.mkdir()
         if grid:
             rtn.apply(model, rtn.Params.model_validate(grid), dataclasses.replace(context, folder=at / "blocks"))
