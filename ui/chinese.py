@@ -337,7 +337,7 @@ CHINESE: Mapping[str, str] = MappingProxyType(
         "formats.choice": "格式", "formats.start": "导出",
         "formats.working": "正在将 {title} 导出为 {format}，已用 {span}……",
         "formats.done": "{title} 已导出为 {format}。", "formats.take": "下载（zip）",
-        "format.awq": "AWQ", "format.awq.for": "AWQ：vLLM、SGLang 和 GPTQModel 的格式",
+        "format.awq": "AWQ", "format.awq.for": "AWQ：vLLM 和 SGLang 的格式，GPTQModel 可读取",
         "format.gptq": "GPTQ", "format.gptq.for": "GPTQ：vLLM 的格式；网格对称时 GPTQModel 可读取",
         "format.gptq_v2": "GPTQ v2", "format.gptq_v2.for": "GPTQ v2：GPTQModel 可读取，网格对称与否均可",
         "format.gguf": "GGUF", "format.gguf.for": "GGUF：llama.cpp、Ollama 和 LM Studio 可读取，单个文件",

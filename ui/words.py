@@ -345,7 +345,7 @@ ENGLISH: Mapping[str, str] = MappingProxyType(
         "formats.choice": "Format", "formats.start": "Export",
         "formats.working": "Exporting {title} as {format}, for {span} so far …",
         "formats.done": "{title} is exported as {format}.", "formats.take": "Download (zip)",
-        "format.awq": "AWQ", "format.awq.for": "AWQ: the format of vLLM, SGLang and GPTQModel",
+        "format.awq": "AWQ", "format.awq.for": "AWQ: vLLM's and SGLang's format; GPTQModel reads it",
         "format.gptq": "GPTQ", "format.gptq.for": "GPTQ: vLLM's format; GPTQModel reads it where the grid is symmetric",
         "format.gptq_v2": "GPTQ v2", "format.gptq_v2.for": "GPTQ v2: GPTQModel reads it, symmetric or not",
         "format.gguf": "GGUF", "format.gguf.for": "GGUF: llama.cpp, Ollama and LM Studio read it, one file",
