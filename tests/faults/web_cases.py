@@ -101,7 +101,6 @@ def report(scene: Scene, visitor: Visitor) -> str:
     answer = visitor.http.get(f"/runs/{scene.page.hers.id}/report.md")
     assert answer.headers["content-type"].startswith("text/markdown")
     assert answer.headers["x-content-type-options"] == "nosniff"
-    assert "<script" not in answer.text
     return next(row for row in answer.text.splitlines() if "script" in row)
 
 
