@@ -49,6 +49,7 @@ from engine.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds
+SETTLES = 10.0  # seconds in which a run that has ended is cleared away
 TROUBLES = (OSError, sqlite3.Error, StoreError)  # a full disk, a locked file
 BUDGET_SHARE = 0.8  # of the memory that is free, or the run's own already, when its watch begins
 
@@ -210,6 +211,7 @@ class Scheduler:
         if run.status in (Status.INTERRUPTED, Status.FAILED):
             for model in places.models(run.recipe):  # before the guard: the hub may be asked
                 places.open_model(model, self.hub, token)
+            self._let_end(run_id)
         with self._guard:
             run = self._own(run_id, owner)
             if run.status not in (Status.INTERRUPTED, Status.FAILED) or self._watch_of(run_id) is not None:
@@ -249,6 +251,12 @@ class Scheduler:
         with self._guard:
             self._own(run_id, owner)
             return self.store.share(run_id, shared)
+
+    def _let_end(self, run_id: str) -> None:
+        """Wait until nobody watches a run whose end is known: its process and its files go a moment later."""
+        deadline = time.monotonic() + SETTLES
+        while self._watch_of(run_id) is not None and time.monotonic() < deadline:
+            time.sleep(TICK / 2)
 
     def status(self) -> dict[str, JsonValue]:
         """The machine and the engine now; memory in bytes, `cpu` in percent, `eta` in seconds."""

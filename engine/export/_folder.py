@@ -52,6 +52,24 @@ class Packed:
         return usual if usual * self.groups == self.columns else own
 
 
+def open_artifact(folder: Path) -> tuple[Recipe, dict[str, JsonValue]]:
+    """The recipe and the config.json of a run's artifact, whose files are what its manifest says.
+
+    Raises:
+        BadModel: no artifact of Maquette's.
+        BadArtifact: a file is not what the manifest says.
+    """
+    manifest = folder / artifacts.MANIFEST
+    if not manifest.is_file():
+        raise BadModel(
+            f"{short(folder.name)} has no {artifacts.MANIFEST}, so it is no artifact of a run. Give the folder that "
+            "`run` printed."
+        )
+    artifacts.verify(folder)
+    recipe = Recipe.model_validate(json.loads(manifest.read_text())["recipe"])
+    return recipe, json.loads((folder / "config.json").read_text())
+
+
 class Artifact:
     """The folder that a run saved, opened for export; its packed linears by name.
 
@@ -62,14 +80,7 @@ class Artifact:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.label = folder, short(folder.name)
-        if not (folder / artifacts.MANIFEST).is_file():
-            raise BadModel(
-                f"{self.label} has no {artifacts.MANIFEST}, so it is no artifact of a run. Give the folder that "
-                "`run` printed."
-            )
-        artifacts.verify(folder)
-        self.recipe = Recipe.model_validate(json.loads((folder / artifacts.MANIFEST).read_text())["recipe"])
-        self.config: dict[str, JsonValue] = json.loads((folder / "config.json").read_text())
+        self.recipe, self.config = open_artifact(folder)
         self.files = TensorFiles.of_folder(folder)
         stored, names = codes_of(self.label, self.config, self.files.names)
         del self.config["quantization_config"]

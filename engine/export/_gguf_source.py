@@ -6,26 +6,22 @@ format the artifact has, one of ours (`engine.own_packed`) too.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import JsonValue
 from torch import Tensor
 
-from engine import artifacts, headers
-from engine.errors import BadModel, short
-from engine.export._offer import check_plain
+from engine import headers
+from engine.errors import short
+from engine.export._folder import open_artifact
+from engine.export._offer import SCALE, check_plain
 from engine.low_rank import RANKS_KEY
 from engine.own_packed import CONV1D, PACKED_KEY
 from engine.packing import QuantizedWeight, unpack
-from engine.records import Recipe
 from engine.runtime.load import Schemes
 from engine.shards import PARTS, TensorFiles, dense, read_quantized
-
-SCALE = ".weight_scale"
 
 
 class Grid(NamedTuple):
@@ -47,14 +43,7 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.label = folder, short(folder.name)
-        if not (folder / artifacts.MANIFEST).is_file():
-            raise BadModel(
-                f"{self.label} has no {artifacts.MANIFEST}, so it is no artifact of a run. Give the folder that "
-                "`run` printed."
-            )
-        artifacts.verify(folder)
-        self.recipe = Recipe.model_validate(json.loads((folder / artifacts.MANIFEST).read_text())["recipe"])
-        self.config: dict[str, JsonValue] = json.loads((folder / "config.json").read_text())
+        self.recipe, self.config = open_artifact(folder)
         check_plain(self.config, self.label)
         stored = self.config.get(PACKED_KEY, self.config.get("quantization_config"))
         self._files = TensorFiles.of_folder(folder)

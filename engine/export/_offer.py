@@ -19,7 +19,7 @@ from engine.headers import Shape, inspect, is_own
 from engine.low_rank import RANKS_KEY
 from engine.own_packed import PACKED_KEY, rounds_inputs
 
-CODES = ".weight_packed"
+CODES, SCALE = ".weight_packed", ".weight_scale"
 DENSE, GGUF = "dense", "gguf"
 LIBRARY_FREE = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
 BITS = {"awq": (4,), "gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8)}  # formats of codes, those that most read first

@@ -9,21 +9,19 @@ none of the model's linears.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import JsonValue
 from torch import Tensor
 
-from engine import artifacts, headers
+from engine import headers
 from engine.errors import BadModel, short
-from engine.export._folder import block_of, publish_folder
-from engine.export._offer import DENSE
+from engine.export._folder import block_of, open_artifact, publish_folder
+from engine.export._offer import DENSE, SCALE
 from engine.headers import OWN_KEYS
 from engine.low_rank import RANKS_KEY
 from engine.own_packed import CONV1D, PACKED_KEY, rounds_inputs
-from engine.records import Recipe
 from engine.runtime.load import Schemes
 from engine.shards import PARTS, TensorFiles, dense, read_quantized
 
@@ -37,12 +35,7 @@ def export(artifact: Path, folder: Path) -> None:
         BadArtifact: the artifact is damaged.
     """
     label = short(artifact.name)
-    if not (artifact / artifacts.MANIFEST).is_file():
-        raise BadModel(
-            f"{label} has no {artifacts.MANIFEST}, so it is no artifact of a run. Give the folder that `run` printed."
-        )
-    artifacts.verify(artifact)
-    config: dict[str, JsonValue] = json.loads((artifact / "config.json").read_text())
+    recipe, config = open_artifact(artifact)
     if not headers.is_own(config):
         raise BadModel(f"{label} is stored as any `transformers` user can load it: use the folder as it is.")
     if rounds_inputs(config):
@@ -50,13 +43,9 @@ def export(artifact: Path, folder: Path) -> None:
             f"{label}: the inputs of its linears are rounded to 8 bits, which dense weights cannot say. Use a "
             "weight-only method such as quantize/gptq."
         )
-    recipe = Recipe.model_validate(json.loads((artifact / artifacts.MANIFEST).read_text())["recipe"])
     source = _Source(artifact, config)
     plain = {key: value for key, value in source.config.items() if key not in OWN_KEYS}
     publish_folder(artifact, folder, {"config.json": plain}, source.names, source.tensors, recipe, DENSE)
-
-
-SCALE = ".weight_scale"
 
 
 class _Source:

@@ -502,6 +502,27 @@ def test_resume_and_delete_only_what_has_ended_so(make: Callable[..., Scheduler]
     until(lambda: not (scheduler.home / "runs" / run.id).exists())
 
 
+def test_who_resumes_at_once_waits_until_the_run_is_cleared_away(
+    make: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's end is known before its process and its files are gone."""
+    scheduler = make()
+    cleared: list[float] = []
+    clean_up = scheduler._clean_up
+
+    def slowly(run: Run) -> None:
+        time.sleep(0.5)
+        clean_up(run)
+        cleared.append(time.monotonic())
+
+    monkeypatch.setattr(scheduler, "_clean_up", slowly)
+    run = scheduler.submit(does("exits"))
+    until(lambda: scheduler.store.run(run.id).status is Status.FAILED)
+    assert scheduler._watch_of(run.id) is not None
+    assert scheduler.resume(run.id).status is Status.QUEUED
+    assert cleared
+
+
 def test_status_says_how_far_the_run_is(make: Callable[..., Scheduler]) -> None:
     scheduler = make()
     run = scheduler.submit(does("polite"))

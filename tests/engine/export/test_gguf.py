@@ -1,38 +1,24 @@
-"""GGUF: read back by others, a file gives the artifact's logits, its weights to the last bit, and its tokens."""
+"""GGUF: read back by others, a file gives the artifact's logits, and its weights to the last bit."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import itertools
-import json
-import os
 import re
-import subprocess
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GemmaTokenizer,
-    LlamaTokenizer,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
 )  # fmt: skip
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.tokenization_utils_base import generate_merges
-from transformers.utils import logging
 
 from engine import artifacts, export, methods
 from engine.errors import BadArtifact, BadModel, InputError, TooBig
@@ -40,101 +26,35 @@ from engine.export import _folder, notes
 from engine.export._gguf_blocks import blocks, exact
 from engine.export._gguf_families import family_of
 from engine.export._gguf_metadata import add_network
-from engine.export._gguf_tokens import BEGINS, RULES, vocabulary
 from engine.export._gguf_types import TYPES, Type, bits_at_most, fitting
 from engine.methods import Context
-from engine.models import LoadedModel, load, load_tokenizer
+from engine.models import LoadedModel, load
 from engine.packing import QuantizedWeight
-from engine.places import DEMO
 from engine.quantize import rtn, smoothquant
 from engine.records import Recipe
 from engine.shards import TensorFiles
-from engine.vocabulary import BYTES
 from tests.conftest import in_memory, tiny_config
-from tests.families import FAMILIES, MIXTURES
+from tests.engine.export.gguf_files import (
+    IDS,
+    KNOWN,
+    changed,
+    fields,
+    logits_of,
+    made,
+    one_line,
+    product,
+    reader,
+    refusal,
+    uneven,
+    varied,
+)
+from tests.families import FAMILIES
 from ui import language
 from ui.messages import translate
 
-LLAMA_CPP = "MAQUETTE_LLAMA_CPP_PYTHON"  # the interpreter of an environment that has llama_cpp
-IDS = torch.arange(5, 45)[None]
-
-
-def changed(config: PretrainedConfig, **changes: object) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    for key, value in changes.items():
-        setattr(config, key, value)
-    return config
-
-
-KNOWN = {name: config for name, config in {**FAMILIES, **MIXTURES}.items() if name != "opt"}
-# As llama.cpp's graphs have them, and the models that people have: not so the defaults of these configs.
-KNOWN |= {
-    "gemma2": changed(KNOWN["gemma2"], query_pre_attn_scalar=16),
-    "gemma3": changed(KNOWN["gemma3"], query_pre_attn_scalar=16),
-    "qwen3_moe": changed(KNOWN["qwen3_moe"], norm_topk_prob=True),
-    "olmoe": changed(KNOWN["olmoe"], num_key_value_heads=4),
-}
 # Of which stock `transformers` reads no GGUF; Mixtral's it takes for a Llama and forgets the experts.
 INCOMPLETE = ("qwen3", "gpt2", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe")  # whose sizes it does not read
 UNREAD = ("smollm3", "olmo2", "gpt_neox", "gemma", "olmoe", "mixtral")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    logging.disable_progress_bar()
-
-
-def uneven(model: LoadedModel) -> LoadedModel:
-    """With norms and biases that are not all alike, and weights large enough to be told apart."""
-    dice = torch.Generator().manual_seed(1)
-    for parameter in model.network.parameters():
-        if parameter.dim() == 1:
-            parameter.data.add_(torch.rand(parameter.shape, generator=dice).to(parameter.dtype) * 0.3)
-        else:
-            parameter.data.mul_(4)
-    return model
-
-
-def product(weight: QuantizedWeight) -> Tensor:
-    """(code - zero) scale in float32, number by number: exact, for neither has more than twelve bits."""
-    rows, groups = weight.codes.shape[0], weight.scale.shape[1]
-    scale, zero = (part.float().expand(rows, groups).unsqueeze(-1) for part in (weight.scale, weight.zero))
-    return ((weight.codes.float().view(rows, groups, -1) - zero) * scale).view(rows, -1)
-
-
-@torch.inference_mode()
-def logits_of(model: LoadedModel) -> Tensor:
-    """Of the network in float32 with the products that codes and scales stand for."""
-    network = model.network.float()
-    for name, weight in model.quantized.items():
-        held = network.get_submodule(name).weight
-        full = product(weight)
-        held.data = full.t().contiguous() if model.network.config.model_type == "gpt2" and ".h." in name else full
-    found: Tensor = network(IDS, use_cache=False).logits[0]
-    return found
-
-
-def made(model: LoadedModel, at: Path, recipe: Recipe | None = None) -> Path:
-    """The file of a model's export."""
-    artifacts.write(model, recipe or Recipe(), at / "artifact")
-    export.exporter("gguf")(at / "artifact", at / "out")
-    artifacts.verify(at / "out")
-    for note in notes(at / "out"):
-        with language.use("zh-CN"):
-            assert translate(note) != note
-    (file,) = (at / "out").glob("*.gguf")
-    return file
-
-
-@functools.lru_cache(maxsize=1)
-def reader(file: Path) -> GGUFReader:
-    return GGUFReader(file)
-
-
-def fields(file: Path) -> dict[str, Any]:
-    """What a file says of its network, without the prefix of its architecture, and of its tokens."""
-    found = {name: field.contents() for name, field in reader(file).fields.items()}
-    return {name.removeprefix(f"{found['general.architecture']}."): value for name, value in found.items()}
 
 
 def tensors(file: Path) -> dict[str, Tensor]:
@@ -230,35 +150,6 @@ def test_others_read_the_logits_of_the_artifact(
     if bits is not None:
         assert re.search(r"^Tensors of 4 bits: \d+, exact in Q4_0", notes(file.parent)[0])
     torch.testing.assert_close(read_back(file, KNOWN[family], family), logits_of(model), rtol=0, atol=0)
-
-
-SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-# What some models of a family have and others not; all of them llama.cpp is asked about.
-VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
-    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "Llama 3's rotations": (
-        "llama",
-        {"rope_parameters": {**SCALED, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-    ),
-    "yarn": ("qwen2", {"rope_parameters": {**SCALED, "rope_type": "yarn"}}),
-    "linear": ("qwen3", {"rope_parameters": {**SCALED, "rope_type": "linear"}}),
-    "fewer heads": ("qwen2", {"head_dim": 32}),
-    "norms of each head": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}),
-    "grouped heads": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "all heads": ("falcon", {"multi_query": False}),
-    "one after the other": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
-    "parts of heads turn": (
-        "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    ),
-    "no windows in Gemma 2": ("gemma2", {"layer_types": ["full_attention"] * 3}),
-    "no windows in Gemma 3": ("gemma3", {"layer_types": ["full_attention"] * 7}),
-    "other windows": ("gemma2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
-}  # fmt: skip
-
-
-def varied(case: str) -> PretrainedConfig:
-    family, changes = VARIANTS[case]
-    return changed(KNOWN[family], **changes)
 
 
 @pytest.mark.parametrize("case", ["biases", "fewer heads"])
@@ -469,184 +360,6 @@ def test_what_other_methods_make(case: str, context: Context, tmp_path: Path) ->
     torch.testing.assert_close(read_back(file, model.network.config, "llama"), logits_of(model), rtol=0, atol=0)
 
 
-TEXTS = [
-    (DEMO / "text.txt").read_text()[:2000],
-    "Ünï¢ødé 🚀 12345 3.14\n\n  don't DON'T we'll   x\t\ty <|endoftext|> end",
-    " leading and trailing  ",
-    "年12月，三",
-]
-
-
-def by_rule(file: Path) -> Tokenizer:
-    """The tokenizer of a file, split as llama.cpp's source has the rule `smollm`: first digits, then words."""
-    said = fields(file)
-    vocab = {text: number for number, text in enumerate(said["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in said["tokenizer.ggml.merges"]]
-    found = Tokenizer(models.BPE(vocab, merges))
-    words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    splits = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in (r"\p{N}", words)]
-    found.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    found.add_special_tokens(
-        [text for text, kind in zip(vocab, said["tokenizer.ggml.token_type"], strict=True) if kind == 3]
-    )
-    return found
-
-
-def test_the_demos_tokens_come_back(tmp_path: Path) -> None:
-    model = load(DEMO / "model")
-    file = made(model, tmp_path)
-    said = fields(file)
-    assert file.name == "demo-BF16.gguf"
-    assert (said["tokenizer.ggml.model"], said["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
-    assert (said["tokenizer.ggml.add_bos_token"], said["tokenizer.ggml.add_eos_token"]) == (True, False)
-    assert [said[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")] == [0, 0, 0]
-    assert "tokenizer.ggml.unknown_token_id" not in said
-    sizes = ("block_count", "context_length", "attention.head_count_kv", "vocab_size")
-    assert [said[name] for name in sizes] == [4, 512, 2, 1280]
-    assert (said["general.file_type"], said["general.quantization_version"]) == (32, 2)
-    theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    own = by_rule(file)
-    for text in TEXTS:
-        expected = model.tokenizer(text, add_special_tokens=False).input_ids
-        assert own.encode(text).ids == expected
-        words = re.sub(r"\d+", "", text)  # `transformers` does not know the rule for digits
-        expected = model.tokenizer(words, add_special_tokens=False).input_ids
-        assert theirs(words, add_special_tokens=False).input_ids == expected
-
-
-def sentencepiece(name: str, *, changed_merges: bool = False) -> LoadedModel:
-    """A model with a tokenizer as Llama 2's, Gemma's or Phi-3's: all merges that its tokens make."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=340, limit_alphabet=60, show_progress=False)
-    trained.train_from_iterator(TEXTS[0].splitlines(), trainer)
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] if name == "Gemma" else ["<unk>", "<s>", "</s>"]
-    learnt = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
-    vocab = {token: number for number, token in enumerate([*special, *BYTES, *learnt])}
-    merges = generate_merges(vocab, {token: -float(vocab[token]) for token in learnt})
-    if changed_merges:
-        merges = merges[:-5]
-    fast: PreTrainedTokenizerFast
-    if name == "Gemma":
-        fast = GemmaTokenizer(vocab=vocab, merges=merges)
-    elif name == "Llama":
-        fast = LlamaTokenizer(vocab=vocab, merges=merges)
-    else:
-        tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.add_special_tokens(special)
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    ids = {"bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id, "pad_token_id": None}
-    model = in_memory(changed(KNOWN["gemma" if name == "Gemma" else "llama"], vocab_size=640, **ids))
-    fast.chat_template = "{{ messages[0].content }}"
-    model.tokenizer = fast
-    return model
-
-
-def merged(file: Path, text: str, spaces: bool) -> list[int]:
-    """The ids of a text by SentencePiece's rule: the best neighbours merge, the first of equals, to the end."""
-    said = fields(file)
-    tokens = {each: number for number, each in enumerate(said["tokenizer.ggml.tokens"])}
-    scores = said["tokenizer.ggml.scores"]
-    parts = list(("▁" if spaces else "") + text.replace(" ", "▁"))
-    while True:
-        both = enumerate(itertools.pairwise(parts))
-        pairs = [(scores[tokens[a + b]], -place) for place, (a, b) in both if a + b in tokens]
-        if not pairs:
-            break
-        at = -max(pairs)[1]
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    bytewise = [[f"<0x{byte:02X}>" for byte in part.encode()] if part not in tokens else [part] for part in parts]
-    return [tokens[each] for part in bytewise for each in part]
-
-
-@pytest.mark.parametrize("name", ["Llama", "Gemma", "Phi-3"])
-def test_sentencepieces_tokens_come_back(name: str, tmp_path: Path) -> None:
-    model = sentencepiece(name)
-    file = made(model, tmp_path)
-    said = fields(file)
-    assert (said["tokenizer.ggml.model"], said["tokenizer.ggml.add_space_prefix"]) == ("llama", name != "Gemma")
-    assert (notes(file.parent) == [BEGINS]) == (name == "Llama")
-    assert said["tokenizer.ggml.bos_token_id"] == model.tokenizer.bos_token_id
-    assert said["tokenizer.ggml.eos_token_id"] == model.tokenizer.eos_token_id
-    assert said["tokenizer.chat_template"] == model.tokenizer.chat_template
-    kinds = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], strict=True))
-    assert (kinds["<unk>"], kinds["<0x41>"], kinds["[PAD639]"]) == (2, 6, 5)
-    assert kinds["<bos>" if name == "Gemma" else "<s>"] == 3
-    for text in [*(line for line in TEXTS[0].splitlines() if line), "Ünï 🚀 x  y"]:
-        expected = model.tokenizer(text, add_special_tokens=False).input_ids
-        assert merged(file, text, name != "Gemma") == expected
-
-
-Spoil = Callable[[dict[str, Any]], object]
-BPE: dict[str, tuple[Spoil, str]] = {
-    "its rule": (lambda body: body["pre_tokenizer"]["pretokenizers"].pop(0), ""),
-    "another rule": (
-        lambda body: body.update(pre_tokenizer={"type": "Whitespace"}), "no rule that splits a text as it does",
-    ),
-    "a prefix": (
-        lambda body: body["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "no rule that splits",
-    ),
-    "a normalizer": (lambda body: body.update(normalizer={"type": "Lowercase"}), "it changes a text first (Lowercase)"),
-    "whole words": (lambda body: body["model"].update(ignore_merges=True), "only with ignore_merges = False"),
-    "another kind": (
-        lambda body: body.update(model={"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}),
-        "it is WordLevel",
-    ),
-    "too many": (
-        lambda body: body["added_tokens"].append({**body["added_tokens"][0], "id": 1280, "content": "<more>"}),
-        "it has the token 1280, and there are embeddings of 1280 alone",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BPE)
-def test_tokenizers_that_llama_cpp_would_read_otherwise(case: str, tmp_path: Path) -> None:
-    spoil, why = BPE[case]
-    body = json.loads(load_tokenizer(DEMO / "model").backend_tokenizer.to_str())
-    spoil(body)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(body))).save_pretrained(tmp_path)
-    if not why:  # without the rule for digits it is GPT-2's
-        assert vocabulary(tmp_path, "x", 1280).rule == "gpt-2"
-        return
-    with pytest.raises(BadModel) as caught:
-        vocabulary(tmp_path, "x", 1280)
-    assert why in one_line(caught.value)
-
-
-@pytest.mark.parametrize("name", ["dbrx", "qwen2"])
-def test_others_split_by_the_rule_that_is_named(name: str, tmp_path: Path) -> None:
-    model = splitting(name)
-    file = made(model, tmp_path)
-    theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    for text in TEXTS:
-        expected = model.tokenizer(text, add_special_tokens=False).input_ids
-        assert theirs(text, add_special_tokens=False).input_ids == expected
-
-
-def test_merges_that_sentencepiece_would_not_make(tmp_path: Path) -> None:
-    artifacts.write(sentencepiece("Llama", changed_merges=True), Recipe(), tmp_path / "artifact")
-    assert "its merges are not those that SentencePiece makes" in refusal(tmp_path / "artifact")
-
-
-def refusal(artifact: Path) -> str:
-    """The one line; nothing is left behind."""
-    with pytest.raises(InputError) as caught:
-        export.exporter("gguf")(artifact, artifact.parent / "out")
-    assert [path.name for path in artifact.parent.iterdir() if "out" in path.name] == []
-    return one_line(caught.value)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, which is in Chinese, too."""
-    said = str(error)
-    assert "\n" not in said
-    with language.use("zh-CN"):
-        assert translate(said) != said
-    return said
-
-
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -791,152 +504,3 @@ def test_few_numbers_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.M
     export.exporter("gguf")(tmp_path / "artifact", tmp_path / "out")
     largest = 2 * 1280 * 256
     assert largest <= most < 3 * largest < sum(file.stat().st_size for file in (tmp_path / "out").glob("*.gguf"))
-
-
-READER = """
-import json, sys
-import numpy as np
-from llama_cpp import Llama
-asked = json.load(open(sys.argv[1]))
-for path, ids in asked["files"].items():
-    model = Llama(model_path=path, logits_all=True, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
-    model.eval(ids)
-    logits = np.array(model.scores[: len(ids)])
-    model.reset()
-    model.eval(asked["begins"].get(path, ids[:1]))
-    written = []
-    for _ in range(12):
-        written.append(int(np.argmax(model.scores[model.n_tokens - 1])))
-        model.eval(written[-1:])
-    tokens = [model.tokenize(text.encode(), add_bos=True, special=True) for text in asked["texts"]]
-    np.save(path + ".npy", logits)
-    json.dump({"written": written, "tokens": tokens}, open(path + ".json", "w"))
-"""
-
-
-@torch.inference_mode()
-def sure(model: LoadedModel) -> tuple[list[int], list[int]]:
-    """The beginning of a text that a model goes on with for twelve tokens without hesitating, and how it does."""
-    for line in (DEMO / "text.txt").read_text().splitlines():
-        ids, written = model.tokenizer(line).input_ids[:16], list[int]()
-        while len(ids) == 16 and len(written) < 12:
-            two = model.network(torch.tensor([ids + written]), use_cache=False).logits[0, -1].topk(2)
-            if two.values[0] - two.values[1] < 0.5:
-                break
-            written.append(int(two.indices[0]))
-        if len(written) == 12:
-            return ids, written
-    raise AssertionError("it hesitates always")
-
-
-@pytest.mark.skipif(LLAMA_CPP not in os.environ, reason=f"{LLAMA_CPP} names no Python that has llama_cpp")
-@pytest.mark.timeout(900)
-def test_llama_cpp_computes_the_same(context: Context, tmp_path: Path) -> None:
-    """Its own graphs and kernels, which round inputs to 8 bits: near, not equal; the same text on the demo."""
-    four: dict[str, object] = {"bits": 4, "group_size": 64}
-    demos: dict[str, dict[str, object] | None] = {
-        "dense": None, "4": four, "4, zero points": four | {"symmetric": False}, "8": {"bits": 8, "group_size": 64},
-        "3": {"bits": 3, "group_size": 128}, "all": four | {"head": True, "embeddings": True},
-        "2 in K": {"bits": 2, "granularity": "channel", "targets": "*.0.*.[qkvo]_proj"},
-    }  # fmt: skip
-    models = {f"demo {name}": (load(DEMO / "model"), grid) for name, grid in demos.items()}
-    for family, config in KNOWN.items():
-        models |= {
-            f"{family} {bits}": (uneven(in_memory(config)), bits and {"bits": bits, "group_size": 32})
-            for bits in (None, 4)
-        }
-    models |= {f"variant {case}": (uneven(in_memory(varied(case))), None) for case in VARIANTS}
-    files, expected, begins, texts = {}, {}, {}, {}
-    for name, (model, grid) in models.items():
-        at = tmp_path / re.sub(r"\W+", "-", name)
-        at.mkdir()
-        if grid:
-            rtn.apply(model, rtn.Params.model_validate(grid), dataclasses.replace(context, folder=at / "blocks"))
-        file = str(made(model, at))
-        ids = model.tokenizer(TEXTS[0]).input_ids[:100] if "demo" in name else IDS[0].tolist()
-        files[file] = ids
-        logits_of(model)  # which puts the exact weights in
-        with torch.inference_mode():
-            expected[file] = model.network(torch.tensor([ids]), use_cache=False).logits[0]
-        if "demo" in name:
-            begins[file], texts[file] = sure(model)
-    (tmp_path / "asked.json").write_text(json.dumps({"files": files, "begins": begins, "texts": TEXTS}))
-    subprocess.run([os.environ[LLAMA_CPP], "-c", READER, str(tmp_path / "asked.json")], check=True, cwd=tmp_path)
-    tokens = [load(DEMO / "model").tokenizer(text).input_ids for text in TEXTS]
-    for file, logits in expected.items():
-        divergence = divergence_of(logits, file)
-        # A token of a mixture whose experts are nearly alike goes to others; one of the demo's texts hangs by a hair.
-        assert divergence.median() < 5e-4, file
-        assert divergence.mean() < 1e-2, file
-        if file in texts:
-            said = json.loads(Path(f"{file}.json").read_text())
-            assert said["written"] == texts[file], file
-            assert said["tokens"] == tokens, file
-    dense, four = (str(next((tmp_path / f"llama-{bits}" / "out").glob("*.gguf"))) for bits in (None, 4))
-    assert divergence_of(expected[dense], four).median() > 5e-3  # what other weights would give
-
-
-WORDS = pre_tokenizers.ByteLevel(False)
-BYTEWISE = pre_tokenizers.ByteLevel(False, use_regex=False)
-
-
-def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(Regex(pattern), "isolated")
-
-
-# The rules of tokenizer.json files of the hub, with the names that llama.cpp has for them.
-SPLITS: dict[str, tuple[list[pre_tokenizers.PreTokenizer], bool]] = {
-    "gpt-2": ([WORDS], False),
-    "smollm": ([pre_tokenizers.Digits(True), WORDS], False),
-    "falcon": (
-        [pre_tokenizers.Punctuation("contiguous"), WORDS, pre_tokenizers.Digits(), split_by("[0-9][0-9][0-9]")], False,
-    ),
-    "bloom": ([split_by(" ?[^(\\s|[.,!?…。，、।۔،])]+"), BYTEWISE], False),
-    **{name: ([split_by(GGUF_PRE_TOKENIZER_SPLITS[name]), BYTEWISE], name in ("llama-bpe", "tekken"))
-       for name in ("llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o")},
-}  # fmt: skip
-
-
-def splitting(name: str) -> LoadedModel:
-    """A model whose tokenizer splits a text by a rule."""
-    parts, whole = SPLITS[name]
-    model = in_memory(tiny_config())
-    backend = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    backend.model.ignore_merges = whole
-    model.tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
-    return model
-
-
-def test_every_rule_has_its_name(tmp_path: Path) -> None:
-    assert {name for names in RULES.values() for name in names.values()} == set(SPLITS)
-    for name in SPLITS:
-        splitting(name).tokenizer.save_pretrained(tmp_path / name)
-        assert vocabulary(tmp_path / name, "x", 1280).rule == name
-
-
-@pytest.mark.skipif(LLAMA_CPP not in os.environ, reason=f"{LLAMA_CPP} names no Python that has llama_cpp")
-@pytest.mark.timeout(900)
-def test_llama_cpp_splits_a_text_as_the_tokenizer_does(tmp_path: Path) -> None:
-    models = {name: splitting(name) for name in SPLITS}
-    models |= {name: sentencepiece(name) for name in ("Llama", "Gemma", "Phi-3")}
-    files = {}
-    for name, model in models.items():
-        (tmp_path / name).mkdir()
-        files[name] = str(made(model, tmp_path / name))
-    asked = {"files": {file: [1, 2, 3] for file in files.values()}, "begins": {}, "texts": TEXTS}
-    (tmp_path / "asked.json").write_text(json.dumps(asked))
-    subprocess.run([os.environ[LLAMA_CPP], "-c", READER, str(tmp_path / "asked.json")], check=True, cwd=tmp_path)
-    for name, file in files.items():
-        found = json.loads(Path(f"{file}.json").read_text())["tokens"]
-        for text, tokens in zip(TEXTS, found, strict=True):
-            spaced = name == "Llama" and text.startswith(" ")  # of which its notes say that one more is there
-            assert tokens[spaced:] == models[name].tokenizer(text).input_ids, (name, text)
-
-
-def divergence_of(logits: Tensor, file: str) -> Tensor:
-    """KL in nat of what llama.cpp predicts to `logits`, token by token."""
-    ours, theirs = (each.float().log_softmax(-1) for each in (logits, torch.from_numpy(np.load(f"{file}.npy"))))
-    return (ours.exp() * (ours - theirs)).sum(-1)

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GemmaTokenizer,
     GenerationConfig,
-    LlamaTokenizer,
     PreTrainedTokenizerFast,
 )
 
@@ -29,6 +27,7 @@ from engine.places import DEMO
 from engine.prune import vocabulary as method
 from engine.records import Recipe
 from tests.conftest import Recorder, in_memory, tiny_config
+from tests.sentencepiece import Kind, sentencepiece
 
 TEXT = ["The lamp is in the barn.", "Ada has 12 keys; who has them? Ada.", "Привет, мир! naïve 12 + 7 = 19"]
 UNSEEN = ["Zürich — 東京 🗜️\tquartz\n\n", "the barns and the lamps", "\x00\x7f ", "", "  both ends  ", "\n<0x41> x"]
@@ -78,29 +77,8 @@ def with_tokenizer(*, ignore_merges: bool = False, pairs: bool = False) -> Loade
 
 def with_bytes(name: str) -> LoadedModel:
     """A model with SentencePiece's BPE with byte fallback: as Llama 2's file has it, or as a class makes it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=360, limit_alphabet=60, show_progress=False)
-    tokenizer.train_from_iterator((DEMO / "text.txt").read_text().splitlines()[:400] + TEXT, trainer)
-    body = json.loads(tokenizer.to_str())
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] if name == "Gemma's" else ["<unk>", "<s>", "</s>"]
-    trained = sorted(body["model"]["vocab"], key=body["model"]["vocab"].__getitem__)
-    vocab = {token: number for number, token in enumerate([*special, *vocabulary.BYTES, *trained])}
-    merges = [tuple(pair) for pair in body["model"]["merges"]]
-    fast: PreTrainedTokenizerFast
-    if name == "Gemma's":
-        fast = GemmaTokenizer(vocab=vocab, merges=merges)
-    elif name == "Llama's":
-        fast = LlamaTokenizer(vocab=vocab, merges=merges)
-    else:
-        tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        tokenizer.add_special_tokens([AddedToken(token) for token in special])
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    kind: Kind = "Gemma" if name == "Gemma's" else "Llama" if name == "Llama's" else "a file"
+    fast = sentencepiece(kind, (DEMO / "text.txt").read_text().splitlines()[:400] + TEXT, 360)
     ids = {"bos_token_id": fast.bos_token_id, "eos_token_id": fast.eos_token_id}
     model = in_memory(tiny_config(vocab_size=640, tie_word_embeddings=False, **ids), torch.float32)
     model.tokenizer = fast
