@@ -14,7 +14,8 @@ from functools import cache, lru_cache
 
 from ui import language
 from ui.chinese_documentation import DOCUMENTATION
-from ui.chinese_messages import FRAGMENTS, MESSAGES
+from ui.chinese_fragments import FRAGMENTS
+from ui.chinese_messages import MESSAGES
 from ui.chinese_methods import DESCRIPTIONS, SUMMARIES, TITLES
 
 LONGEST = 2000  # characters of a line that is looked up

@@ -19,7 +19,7 @@ from engine.recipes import load_recipe
 from engine.records import Recipe
 from engine.sources import WAYS
 from engine.ways import PHRASES
-from ui import chinese_messages, chinese_methods, language, markup, wording
+from ui import chinese_fragments, chinese_messages, chinese_methods, language, markup, wording
 from ui.chinese_documentation import DOCUMENTATION
 from ui.edge import line
 from ui.messages import Template, translate, translate_paragraph
@@ -224,11 +224,11 @@ def test_every_kind_of_unknown_name_has_a_word() -> None:
     source = "\n".join(file.read_text() for file in ENGINE.rglob("*.py"))
     kinds = set(re.findall(r'(?:UnknownName|_known)\(\s*"([^"]+)"', source))
     assert len(kinds) > 4
-    assert kinds <= chinese_messages.FRAGMENTS.keys()
+    assert kinds <= chinese_fragments.FRAGMENTS.keys()
 
 
 def test_both_sides_of_a_message_carry_the_same_values() -> None:
-    for texts in (chinese_messages.MESSAGES, chinese_messages.FRAGMENTS):
+    for texts in (chinese_messages.MESSAGES, chinese_fragments.FRAGMENTS):
         for text, translation in texts.items():
             assert sorted(Template.of(text).names) == sorted(Template.of(translation).names), text
             assert re.search("[\u4e00-\u9fff]", translation) or len(Template.of(text).names) >= 2, text
