@@ -23,7 +23,7 @@ with swift_imports():
 SETTINGS = """It takes no arguments; the environment says the rest:
   HOST, PORT        where it listens (127.0.0.1, 7860)
   MAQUETTE_HOME     the folder of runs and models
-  MAQUETTE_MODE     local, team or public; README.md lists the limits of each
+  MAQUETTE_MODE     local, team or public; docs/serving.md lists the limits of each
 """
 
 

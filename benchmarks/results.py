@@ -1,4 +1,4 @@
-"""The tables of the README and of the demo model, and the comparison that the page shows first.
+"""The tables of the README, of docs/results.md and of the demo model, and the comparison that the page shows first.
 
     python -m benchmarks.results --again    # everything: about ten minutes on two free cores
     python -m benchmarks.results stored     # only the stored comparison
@@ -15,7 +15,7 @@ import time
 
 from pydantic import JsonValue
 
-from benchmarks.sections import ROOT, write_section
+from benchmarks.sections import RESULTS, ROOT, write_section
 from benchmarks.trials import Trial, forget, table, trial
 from engine import hardware
 from engine.methods import methods
@@ -73,6 +73,13 @@ RECIPES: dict[str, list[object]] = {
         {"quantize/gptq": {"bits": 4}},
     ],
 }
+README = (  # of these, and what of each; docs/results.md has all
+    "original", "SmoothQuant, 8-bit weights and inputs", "FP8 weights", "bitsandbytes LLM.int8()", "GPTQ 4 bit",
+    "AWQ 4 bit", "HQQ 4 bit", "RTN 4 bit", "bitsandbytes NF4", "GPTQ 3 bit", "Mixed, 3.25 bits a weight", "RTN 3 bit",
+    "GPTQ 2 bit", "GPTQ 2 bit, healed: all, on the grid", "Mixed, 2.25 bits a weight", "RTN 2 bit", "Wanda 50 %",
+    "Three of four blocks, distilled", "Prune 50 %, distill, 4 bit",
+)  # fmt: skip
+BRIEF = ("size.bytes", "size.bits_per_weight", "perplexity", "kl", "accuracy")
 DAMAGE = ("original", "GPTQ 4 bit", "RTN 3 bit", "GPTQ 2 bit", "Magnitude 50 %", "Magnitude 70 %")
 STORED: dict[str, list[object]] = {  # the first two are compared first
     "original": [],
@@ -132,7 +139,8 @@ def main() -> None:
         return
     results = {name: trial(name, steps) for name, steps in RECIPES.items()}
     about = f"Measured {time.strftime('%Y-%m-%d')} on {hardware.machine()}; ± is one standard error."
-    write_section(ROOT / "README.md", "results", f"{table(list(results.values()))}\n\n{about}")
+    write_section(RESULTS, "results", f"{table(list(results.values()))}\n\n{about}")
+    write_section(ROOT / "README.md", "results", f"{table([results[name] for name in README], BRIEF)}\n\n{about}")
     write_section(DEMO / "README.md", "damage", f"{table([results[name] for name in DAMAGE])}\n\n{about}")
 
 

@@ -21,6 +21,7 @@ from engine.wide import multiplies_bfloat16
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "benchmarks" / "README.md"
+RESULTS = ROOT / "docs" / "results.md"
 CHROMIUM = shutil.which("chromium")  # None leaves the choice to Playwright
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu"]
 

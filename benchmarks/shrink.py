@@ -2,9 +2,9 @@
 
     python -m benchmarks.shrink [part ...]    # bar, sparsity, students, assistant, ensemble, chain; all: an hour
 
-Writes README.md's sections of these names. Every line is a run of the real pipeline on the demo model, with text that
-the demo's own world tells (six million tokens from a seed that its training never used). What was run is kept in
-`.cache/trials`: a run goes on where another stopped.
+Writes the sections of these names: whole in docs/results.md, in brief in README.md. Every line is a run of the real
+pipeline on the demo model, with text that the demo's own world tells (six million tokens from a seed that its training
+never used). What was run is kept in `.cache/trials`: a run goes on where another stopped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from pydantic import JsonValue
 
-from benchmarks.sections import ROOT, write_section
+from benchmarks.sections import RESULTS, ROOT, write_section
 from benchmarks.trials import CACHE, FIDELITY, TASKS, Trial, table, trial
 from engine import hardware, pipeline
 from engine.measure import _text, accuracy
@@ -40,9 +40,24 @@ EIGHT, MANY = 8, 64  # texts that are read in one pass
 QUARTER: dict[str, JsonValue] = {"prune/depth": {"share": 0.25}}  # of the blocks that go
 REPAIRS = {"norms": "norms and scales", "low-rank additions": "lora", "every weight": "all"}
 REPAIR_STEPS = 150
-COLUMNS = ("size.bytes", "perplexity", "kl", "accuracy", *(f"accuracy.{task}" for task in TASKS))
+BRIEF = ("size.bytes", "perplexity", "kl", "accuracy")
+COLUMNS = (*BRIEF, *(f"accuracy.{task}" for task in TASKS))
 
 log = logging.getLogger("shrink")
+
+
+class Shown(NamedTuple):
+    """What a part found, as docs/results.md has it and as README.md does."""
+
+    whole: str
+    brief: str
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial], words: str = "", without: str = "") -> Self:
+        """A table of trials and what is to be said of it. without: a column that says nothing here."""
+        below = f"\n\n{words}" if words else ""
+        tables = (table(trials, [each for each in columns if each != without]) for columns in (COLUMNS, BRIEF))
+        return cls(*(f"{each}{below}" for each in tables))
 
 
 def text(documents: int = DOCUMENTS) -> str:
@@ -64,18 +79,23 @@ def lesson(steps: int, **changes: JsonValue) -> dict[str, JsonValue]:
     return {"distill/logits": usual | changes}
 
 
-def sparsity() -> str:
-    """Magnitude, Wanda and SparseGPT at the same zeros, before and after repair."""
+def sparsity() -> Shown:
+    """Magnitude, Wanda and SparseGPT at the same zeros, before and after repair; in brief KL and accuracy alone."""
     trials = [trial("original", [])]
+    brief = [" | ".join(["", "not repaired", *REPAIRS]), " | ".join(["---", *["---:"] * (1 + len(REPAIRS))])]
     for pattern in ("unstructured", "2:4"):
         shown = "half" if pattern == "unstructured" else pattern
         for name in ("magnitude", "wanda", "sparsegpt"):
             step: dict[str, JsonValue] = {f"prune/{name}": {"pattern": pattern}}
-            trials.append(trial(f"{name}, {shown}", [step]))
+            found = [trial(f"{name}, {shown}", [step])]
             for repaired, scope in REPAIRS.items():
                 repair: dict[str, JsonValue] = {"distill/repair": {"scope": scope, "steps": REPAIR_STEPS}}
-                trials.append(trial(f"{name}, {shown}, repaired: {repaired}", [step, repair]))
-    return table(trials, COLUMNS)
+                found.append(trial(f"{name}, {shown}, repaired: {repaired}", [step, repair]))
+            trials += found
+            cells = [f"{each.measured['kl'].value:.3g} ({100 * each.measured['accuracy'].value:.1f})" for each in found]
+            brief.append(" | ".join([f"{name}, {shown}", *cells]))
+    words = "\n\nKL to the original in nat, and accuracy in %."
+    return Shown(table(trials, COLUMNS), "\n".join(f"| {line} |" for line in brief) + words)
 
 
 def shallow(**changes: JsonValue) -> list[object]:
@@ -93,16 +113,16 @@ def taught(steps: int, **changes: JsonValue) -> list[object]:
     return [*slim(), lesson(steps, student="current", batch=BATCH // 2, **changes)]
 
 
-def bar() -> str:
+def bar() -> Shown:
     """What a student of three of the four blocks with half of the channels saves and keeps."""
     halved: dict[str, JsonValue] = {"prune/width": {"neurons": 0.0, "channels": 0.5, "multiple": 64}}
     steps = [QUARTER, halved, lesson(2 * SHORT, student="current", batch=BATCH // 2)]
     shown = [trial("original", []), trial(f"three blocks, half the channels, distilled, {2 * SHORT:,} steps", steps)]
     paces = [Pace(*each) for each in zip(decoding(shown), reading(shown, EIGHT), reading(shown, MANY), strict=True)]
-    return f"{table(shown, COLUMNS)}\n\n{saved(*shown, *paces)}"
+    return Shown.of(shown, saved(*shown, *paces))
 
 
-def students() -> str:
+def students() -> Shown:
     """A student with the teacher and with labels alone, on much text and on little; each pair is trained thrice."""
     name, few = "three blocks, 46 % of the neurons", text(LITTLE)
 
@@ -121,7 +141,7 @@ def students() -> str:
         for documents, (by_teacher, by_labels) in ((DOCUMENTS, much), (LITTLE, little))
     ]
     shown = [original, long, *(each[0] for each in (*much, *little))]
-    return f"{table(shown, COLUMNS)}\n\n" + "\n".join(f"- {each}" for each in words)
+    return Shown.of(shown, "\n".join(f"- {each}" for each in words))
 
 
 class Pace(NamedTuple):
@@ -209,7 +229,7 @@ def paired(a: Sequence[Trial], b: Sequence[Trial]) -> tuple[float, float]:
     return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
 
 
-def assistant() -> str:
+def assistant() -> Shown:
     """A student of about a tenth of the weights, taught by the original, and by an assistant of a size in between."""
     tenth: dict[str, JsonValue] = {"student": "size", "hidden_size": 64, "num_blocks": 2}
     direct = trial("a tenth, taught by the original", [lesson(SHORT, **tenth)])
@@ -218,10 +238,10 @@ def assistant() -> str:
     gain = helped.measured["accuracy"].value - direct.measured["accuracy"].value
     error = math.hypot(helped.measured["accuracy"].error or 0, direct.measured["accuracy"].error or 0)
     verdict = "helped" if gain > 2 * error else "harmed" if gain < -2 * error else "made no difference beyond the error"
-    return f"{table(trials, COLUMNS)}\n\nThe assistant {verdict} ({100 * gain:+.1f} ± {100 * error:.1f} points)."
+    return Shown.of(trials, f"The assistant {verdict} ({100 * gain:+.1f} ± {100 * error:.1f} points).")
 
 
-def ensemble() -> str:
+def ensemble() -> Shown:
     """Two students that differ by their seed, and the mean of their probabilities, distilled into one of their size.
 
     The one begins as both did, before they were trained, and is given their probabilities alone.
@@ -239,8 +259,7 @@ def ensemble() -> str:
         f"The mean of both students' probabilities is right in {100 * together.value:.1f} ± "
         f"{100 * (together.error or 0):.1f} %; the one student keeps {share:.1%} of that."
     )
-    listed = [fresh, *members, pupil]
-    return f"{table(listed, [column for column in COLUMNS if column != 'kl'])}\n\n{words}"
+    return Shown.of([fresh, *members, pupil], words, without="kl")
 
 
 def accuracy_of_mean(folders: Sequence[Path]) -> Measurement:
@@ -252,7 +271,7 @@ def accuracy_of_mean(folders: Sequence[Path]) -> Measurement:
     return accuracy.measure(items, [row.index(max(row)) for row in means])[0]
 
 
-def chain() -> str:
+def chain() -> Shown:
     """The presets that prune, distill back and quantize, healed for longer; beside quantization alone."""
     packed: dict[str, JsonValue] = {"head": True, "embeddings": True}
     trials = [
@@ -264,7 +283,7 @@ def chain() -> str:
         trial("tenth: fewer blocks, narrower, distilled, 3 bit, repaired", healed("tenth", 2 * SHORT)),
     ]
     size = trials[-1].measured["size.bytes"].value / trials[0].measured["size.bytes"].value
-    return f"{table(trials, COLUMNS)}\n\nThe tenth is {size:.1%} of the bytes."
+    return Shown.of(trials, f"The tenth is {size:.1%} of the bytes.")
 
 
 def healed(name: str, steps: int) -> list[object]:
@@ -276,7 +295,7 @@ def healed(name: str, steps: int) -> list[object]:
     return [heals.get(step.method, {step.method: step.params}) for step in PRESETS[name]]
 
 
-PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+PARTS: dict[str, tuple[str, Callable[[], Shown]]] = {
     "bar": ("DistilBERT's bar, 40 % smaller, 60 % faster, 97 % of the accuracy:", bar),
     "sparsity": ("Zeros at the same number, before and after self-repair of 150 steps:", sparsity),
     "students": ("A student, by what it learns from, for how long, and from how much text:", students),
@@ -297,10 +316,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for name in parts:
         title, make = PARTS[name]
-        body = f"{title}\n\n{make()}"
+        found = make()
         about = f"Measured {time.strftime('%Y-%m-%d')} on {hardware.machine()}; ± is one standard error."
-        log.info("%s\n%s", name, body)
-        write_section(ROOT / "README.md", name, f"{body}\n\n{about}")
+        log.info("%s\n%s", name, found.whole)
+        for file, body in ((RESULTS, found.whole), (ROOT / "README.md", found.brief)):
+            write_section(file, name, f"{title}\n\n{body}\n\n{about}")
 
 
 if __name__ == "__main__":
