@@ -22,7 +22,7 @@ from pydantic import JsonValue, ValidationError
 from engine.errors import BadModel, BadParams, InputError, TooMany, UnknownName
 from engine.hub import Hub
 from engine.modes import Limits, Mode
-from engine.places import models, open_model
+from engine.places import DEMO, models, open_model
 from engine.quotas import check_sources
 from engine.rates import RateLimits
 from engine.records import RUN_ID, USUAL_MEASURES, Divergence, Measurement, Output, Recipe, Record, Run, Status
@@ -51,7 +51,10 @@ class StoredRun(Record):
 
 
 class StoredComparison(Record):
-    """The comparison that ships with the project: measured on `machine`, the baseline first."""
+    """The comparison that ships with the project: measured on `machine`, the baseline first.
+
+    An artifact, where a run has one, is a folder beside the demo model.
+    """
 
     machine: str
     runs: tuple[StoredRun, ...]
@@ -283,7 +286,7 @@ class Desk:
         return [r for r in self.runs(owner) if (r.recipe.model, r.recipe.steps) == (recipe.model, recipe.steps)]
 
     def source(self, entry: Entry, owner: str) -> str:
-        """What the scheduler can load for an entry: `demo` or a run's id, never a visitor's path.
+        """What the scheduler can load for an entry: `demo`, a run's id, or a folder that ships with the project.
 
         Raises:
             BadModel: the entry is stored numbers only and no run on this machine can stand in.
@@ -291,6 +294,8 @@ class Desk:
         if not entry.run.recipe.steps and entry.run.recipe.model.source == "demo":
             return "demo"
         run = self.twin(entry.run.recipe, owner) if entry.stored else entry.run
+        if run is None and entry.run.artifact:
+            return str(DEMO / entry.run.artifact)
         if run is None:
             working = any(not each.status.final for each in self._alike(entry.run.recipe, owner))
             key = "error.being_made" if working else "error.stored_only"

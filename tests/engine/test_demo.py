@@ -2,18 +2,24 @@
 
 import dataclasses
 import itertools
+import json
 from types import ModuleType
 
 import pytest
 import torch
 
+from engine.artifacts import verify
 from engine.calibration import token_rows
+from engine.checkpoint import read_config
 from engine.measure import _text, accuracy, divergence, perplexity
 from engine.methods import Context
 from engine.models import LoadedModel, load
 from engine.places import DEMO
+from engine.presets import PRESETS
 from engine.prune import magnitude, sparsegpt, wanda
 from engine.quantize import awq, gptq, hqq, mixed, rtn
+from engine.runtime.load import Schemes
+from engine.shards import TensorFiles, read_quantized
 
 PARAMETERS = 2_300_000  # few: all documents and questions
 
@@ -43,6 +49,27 @@ def test_each_kind_of_damage_shows_more_than_the_one_before(demo: LoadedModel, c
     )  # fmt: skip
     found = [damage(method, demo, context, **params)[1] for method, params in steps]
     assert all(later > 1.2 * earlier for earlier, later in itertools.pairwise(found))
+
+
+def test_what_ships_in_4_bits_is_what_gptq_makes_of_it(context: Context) -> None:
+    folder = DEMO / "gptq4"
+    verify(folder)
+    recipe = json.loads((folder / "MANIFEST.json").read_text())["recipe"]
+    assert recipe["steps"] == [step.model_dump(mode="json") for step in PRESETS["gptq4"]]
+    files, schemes = TensorFiles.of_folder(folder), Schemes.of_folder(read_config(folder), folder)
+
+    def alike(method: ModuleType) -> float:
+        """The share of codes that are those of the files, where a method is given the recipe's settings."""
+        made = load(DEMO / "model")
+        inside = dataclasses.replace(context, folder=context.folder / method.__name__)
+        method.apply(made, method.Params(**recipe["steps"][0]["params"]), inside)
+        same = [
+            read_quantized(files, name, *weight.codes.shape, schemes.of(name)).codes == weight.codes
+            for name, weight in made.quantized.items()
+        ]
+        return float(torch.cat([each.flatten() for each in same]).float().mean())
+
+    assert alike(gptq) > 0.8 > alike(rtn)  # sums of another processor round a few the other way
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import threading
+from pathlib import Path
 
 import gradio as gr
 import pytest
 
-from engine.errors import BadParams, InputError, UnknownName
+from engine.errors import BadModel, BadParams, InputError, UnknownName
+from engine.places import DEMO
 from engine.records import Measurement
 from tests.ui import fakes
 from tests.ui.conftest import ANNA, BEN, asked
 from tests.ui.fakes import FakeScheduler
 from ui import ballot, cards, charts, comparing, contrast, flips, sets, still, wording
 from ui.asked import Asked, Writing, read_link, read_writing, write_link
-from ui.desk import FIRST, Desk
+from ui.desk import FIRST, Desk, read_stored
 from ui.pages import compare
 from ui.pages.sets import go_through
 
@@ -119,6 +122,17 @@ def test_a_link_to_anothers_run_is_refused(desk: Desk, scheduler: FakeScheduler)
         comparing.render(desk, BEN, asked("stored:0", small), "size.bytes", "perplexity")
     with pytest.raises(UnknownName):
         list(comparing.stream(desk, BEN, asked("stored:0", small, "Mara")))
+
+
+def test_what_ships_writes_before_a_visitor_has_run_anything(desk: Desk, scheduler: FakeScheduler) -> None:
+    desk = dataclasses.replace(desk, stored=read_stored(DEMO / "comparison.json"))
+    first, second, third = (desk.entry(f"stored:{number}", ANNA) for number in range(3))
+    assert desk.source(first, ANNA) == "demo"
+    assert Path(desk.source(second, ANNA)).is_dir()
+    with pytest.raises(BadModel, match="as numbers only"):
+        desk.source(third, ANNA)
+    own = fakes.finished(scheduler, FIRST, ANNA, 3.0, 0.1)
+    assert desk.source(second, ANNA) == own.id
 
 
 def test_the_form_and_a_link_say_the_same(desk: Desk, four: Asked) -> None:
