@@ -4,6 +4,8 @@ PORT ?= 7860
 HOST ?= 127.0.0.1
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Modules are compiled when they are first imported: most of what the packages hold never is.
+PIP_INSTALL := $(BIN)/pip install -q --no-compile
 # Where it is set every process compiles all of our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 # Seconds of the clock, also for the makes and the tests that this one starts.
@@ -46,12 +48,12 @@ killloop: .venv/requirements-test
 # torch by its exact version first: a range would let pip fetch a newer build, with gigabytes of CUDA on Linux.
 .venv/requirements: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q torch==2.13.0 || true
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP_INSTALL) torch==2.13.0 || true
+	$(PIP_INSTALL) -r requirements.txt
 	touch $@
 
 .venv/requirements-test: .venv/requirements requirements-test.txt
-	$(BIN)/pip install -q -r requirements-test.txt
+	$(PIP_INSTALL) -r requirements-test.txt
 	touch $@
 
 # Chromium for the browser tests: Debian's package as root, else the one that Playwright brings.

@@ -468,9 +468,11 @@ def test_a_library_that_is_there_waits_for_nobody(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ for x86-64")
-@pytest.mark.parametrize("kind", library.PROCESSORS, ids=lambda kind: kind.name)
-def test_the_kernels_of_every_processor_compile(kind: library.Processor, tmp_path: Path) -> None:
-    """Also those that this one could not run; a library of theirs is not loaded, for that runs some."""
+@pytest.mark.parametrize("kind", [kind for kind in library.PROCESSORS if kind.name not in KINDS], ids=lambda k: k.name)
+def test_the_kernels_of_other_processors_compile(kind: library.Processor, tmp_path: Path) -> None:
+    """Of those that this one cannot run: what it can has been compiled and computes above. They are not loaded, for
+    that runs some.
+    """
     built = library.build(tmp_path / "kernels", kind).read_bytes()
     assert all(name.encode() in built for name in library._POINTERS)
 
